@@ -1,0 +1,552 @@
+"""One run's settings: typed sections, YAML over presets over defaults, `section.key=value` on top, every check up front.
+
+    config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
+    check_config(config, world_size=8)                                            # before any process group exists
+
+A value that would be ignored is an error; a value that works but is unusual is a warning (`config_warnings`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gspo_megatron.types import ConfigError
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/default"
+    """Everything the run writes goes below this directory."""
+    seed: int = 1
+
+
+@dataclass
+class ModelConfig:
+    """Qwen3-MoE architecture: RMSNorm, q/k norm, grouped-query attention, SwiGLU experts, RoPE, softmax-top-k router."""
+
+    preset: str = "tiny_moe"
+    """A row of PRESETS; every other key of this section, where given, overrides it."""
+    num_layers: int = 4
+    hidden_size: int = 64
+    num_attention_heads: int = 4
+    num_query_groups: int = 2
+    head_dim: int = 16
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_ffn_size: int = 128
+    vocab_size: int | None = None
+    """None: the tokenizer's size."""
+    max_sequence_length: int = 256
+    """Prompt + response tokens."""
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    aux_loss_coef: float = 0.0
+    """Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the gradient depend on the layout."""
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    token_dispatcher: str = "alltoall"
+    recompute: str = "none"
+    """`full` recomputes every layer in the backward pass."""
+    timeout_s: float = 600.0
+    """How long a collective may wait for a rank."""
+
+
+@dataclass
+class PrecisionConfig:
+    device: str = "auto"
+    dtype: str = "fp32"
+    """fp32, bf16 (float32 main weights and gradients), or fp64 (CPU, for exactness tests)."""
+    fp8: str = "none"
+    """`none`, or a Transformer Engine recipe: `tensorwise`, `blockwise`, `delayed`."""
+    transformer_engine: str = "auto"
+    """auto: Transformer Engine layers where it can be imported; on, off."""
+
+
+@dataclass
+class DataConfig:
+    train: str = "task:sort_digits"
+    """`task:NAME` (generated) or the path of a JSONL file."""
+    eval: str = "task:sort_digits"
+    tokenizer: str = "characters"
+    """`characters` (printable ASCII), `characters:<alphabet>`, or the path of a SentencePiece .model file."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Parameters of a generated task, such as min_length and max_length."""
+    eval_size: int = 256
+    """Held-out prompts used by an evaluation: the first ones of data.eval."""
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    solution_field: str | None = None
+    """JSONL field that a supervised warm start learns to write; None: the answer."""
+    prompt_template: str = "{prompt}"
+    max_prompt_tokens: int | None = None
+    """None: what model.max_sequence_length leaves beside rollout.max_new_tokens."""
+    overlong: str = "error"
+    """A prompt that is too long is an `error`, or is dropped with a count (`drop`)."""
+
+
+@dataclass
+class RolloutConfig:
+    backend: str = "megatron"
+    """megatron: the model under training decodes by itself."""
+    group_size: int = 8
+    prompts_per_step: int = 32
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    max_batch: int = 256
+    """Rollouts of one data-parallel rank that are decoded together."""
+
+
+@dataclass
+class RewardConfig:
+    functions: dict[str, float] = field(default_factory=lambda: {"exact_match": 1.0})
+    """Weights by name: a row of REWARDS, or `package.module:function` (prompt=, response=, answer= -> number)."""
+    accuracy: str | None = None
+    """The function whose value 1 counts as correct in eval/accuracy. None: the first one."""
+    on_error: str = "stop"
+    """A function that raises or returns NaN: `stop` the run, or `count` it as reward 0."""
+
+
+@dataclass
+class AlgorithmConfig:
+    variant: str = "gspo"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coef: float | None = None
+    """None: the variant's. Above 0 a frozen copy of the starting policy is kept and scored."""
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    advantage: str | None = None
+    """None: the variant's baseline; mean_std or mean."""
+    updates_per_rollout: int = 4
+    """Mini-batches a rollout batch is cut into; each is used for one update."""
+    old_log_probs: str = "recompute"
+    """`recompute` by the trainer, or `rollout`: the ones the sampler drew with."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_decay: str = "constant"
+    """constant, cosine or linear, from the end of the warm-up to the run's last update."""
+    lr_warmup_updates: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    distributed: bool = True
+    """Megatron's distributed optimizer: state sharded over data-parallel ranks (not in fp64)."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    warm_start_steps: int = 0
+    """Supervised updates on the training prompts' solutions before the first step; for models that begin from nothing."""
+    warm_start_batch: int = 64
+    warm_start_lr: float = 1e-3
+    eval_every: int = 0
+    """0: only before the first and after the last step."""
+    tokens_per_micro_batch: int = 4096
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 0
+    """0: after the last step only."""
+    keep: int = 2
+    load: str = "none"
+    """`latest` (of run.dir; a fresh start when there is none), a path, or `none`."""
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = True
+    rollouts_per_step: int = 16
+    """Rollouts written to rollouts/step_*.jsonl; -1: all."""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny_moe": {},
+    # https://huggingface.co/Qwen/Qwen3-30B-A3B config.json
+    "qwen3_30b_a3b": {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "experts_per_token": 8,
+        "expert_ffn_size": 768,
+        "vocab_size": 151_936,
+        "max_sequence_length": 32_768,
+        "rope_base": 1_000_000.0,
+    },
+    # https://huggingface.co/Qwen/Qwen3-235B-A22B config.json
+    "qwen3_235b_a22b": {
+        "num_layers": 94,
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "num_query_groups": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "experts_per_token": 8,
+        "expert_ffn_size": 1536,
+        "vocab_size": 151_936,
+        "max_sequence_length": 32_768,
+        "rope_base": 1_000_000.0,
+    },
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.preset": tuple(PRESETS),
+    "parallel.token_dispatcher": ("alltoall", "allgather"),
+    "parallel.recompute": ("none", "full"),
+    "precision.device": ("auto", "cpu", "cuda"),
+    "precision.dtype": ("fp32", "bf16", "fp64"),
+    "precision.fp8": ("none", "tensorwise", "blockwise", "delayed"),
+    "precision.transformer_engine": ("auto", "on", "off"),
+    "data.overlong": ("error", "drop"),
+    "rollout.backend": ("megatron",),
+    "reward.on_error": ("stop", "count"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.old_log_probs": ("recompute", "rollout"),
+    "optimizer.lr_decay": ("constant", "cosine", "linear"),
+}
+
+MINIMA: dict[str, float] = {
+    **{f"parallel.{axis}": 1 for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")},
+    **{
+        f"model.{key}": 1
+        for key in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "num_experts")
+    },
+    "model.experts_per_token": 1,
+    "model.expert_ffn_size": 1,
+    "model.max_sequence_length": 2,
+    "model.aux_loss_coef": 0,
+    "run.seed": 0,
+    "data.eval_size": 1,
+    "rollout.group_size": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.max_batch": 1,
+    "algorithm.updates_per_rollout": 1,
+    "algorithm.entropy_coef": 0,
+    "optimizer.min_lr": 0,
+    "optimizer.lr_warmup_updates": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_grad": 0,
+    "train.steps": 0,
+    "train.warm_start_steps": 0,
+    "train.warm_start_batch": 1,
+    "train.eval_every": 0,
+    "train.tokens_per_micro_batch": 1,
+    "checkpoint.save_every": 0,
+    "checkpoint.keep": 1,
+    "logging.rollouts_per_step": -1,
+}
+
+POSITIVE = (
+    "model.init_std",
+    "model.rope_base",
+    "model.norm_epsilon",
+    "rollout.temperature",
+    "rollout.top_p",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "train.warm_start_lr",
+    "parallel.timeout_s",
+)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults < preset < YAML file < `section.key=value` overrides.
+
+    Raises ConfigError for a missing file, an unknown section or key (with the nearest right name) and a value of the
+    wrong type.
+    """
+    layers = [_read_yaml(Path(path))] if path is not None else []
+    for override in overrides:
+        if "=" not in override or "." not in override.split("=", 1)[0]:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+    for layer in layers:
+        _refuse_unknown_keys(layer)
+
+    asked = OmegaConf.merge(*layers)
+    preset = OmegaConf.select(asked, "model.preset", default=ModelConfig.preset)
+    if preset not in PRESETS:
+        raise ConfigError(f"model.preset={preset!r} is not one of {', '.join(PRESETS)}{_nearest(str(preset), PRESETS)}")
+    schema = OmegaConf.structured(Config)
+    if "functions" in (asked.get("reward") or {}):
+        # Weights by name are the user's whole choice: OmegaConf would merge them into the default's keys.
+        schema.reward.functions = {}
+    try:
+        merged = OmegaConf.merge(schema, {"model": PRESETS[preset]}, asked)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML; `load_config` of it gives the same Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(str(path), siblings)}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # the YAML parser's own message carries line and column
+        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(_names(Config))})")
+    return content  # type: ignore[return-value]
+
+
+def _names(dataclass_type: type) -> list[str]:
+    return [f.name for f in fields(dataclass_type)]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _refuse_unknown_keys(layer: Mapping[str, Any]) -> None:
+    sections = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
+    for section, values in layer.items():
+        if section not in sections:
+            raise ConfigError(
+                f"unknown config section {section!r}{_nearest(str(section), sections)} Sections: {', '.join(sections)}"
+            )
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config section {section!r} must hold keys, got {values!r}")
+        keys = _names(sections[section])
+        for key in values:
+            if key in keys:
+                continue
+            elsewhere = [f"{s}.{key}" for s, t in sections.items() if key in _names(t)]
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else _nearest(str(key), keys)
+            raise ConfigError(f"unknown config key '{section}.{key}'{hint} Keys of {section}: {', '.join(keys)}")
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each parallel axis has. dp and edp follow from the world size."""
+
+    world_size: int
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    etp: int
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the dense layers."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel replicas of the experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def __str__(self) -> str:
+        return f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout of `world_size` processes. Raises ConfigError when the axes do not multiply into it."""
+    p = config.parallel
+    for product, name in ((p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"), (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})")):
+        if world_size % product:
+            axes = name.format(p)
+            raise ConfigError(
+                f"{axes} = {product} does not divide the {world_size} processes; start a multiple of {product} "
+                f"(torchrun --nproc_per_node) or make the axes multiply into a divisor of {world_size}"
+            )
+    return Layout(world_size, p.tp, p.pp, p.cp, p.ep, p.etp)
+
+
+def check_config(config: Config, world_size: int) -> Layout:
+    """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
+    _check_values(config)
+    layout = layout_of(config, world_size)
+    _check_model(config.model)
+    _check_layout(config)
+    _check_precision(config)
+    _check_batches(config)
+    return layout
+
+
+def _check_values(config: Config) -> None:
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
+        if value not in choices:
+            raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}{_nearest(str(value), choices)}")
+    for section in fields(Config):
+        for name, value in asdict(getattr(config, section.name)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{section.name}.{name}={value} must be a finite number")
+    for key, least in MINIMA.items():
+        if _value(config, key) < least:
+            raise ConfigError(f"{key}={_value(config, key)} must be at least {least}")
+    for key in POSITIVE:
+        if _value(config, key) <= 0:
+            raise ConfigError(f"{key}={_value(config, key)} must be above 0")
+    if config.rollout.top_p > 1:
+        raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be at most 1 (1 switches it off)")
+    if not config.reward.functions:
+        raise ConfigError("reward.functions is empty; name at least one, such as {exact_match: 1.0}")
+
+
+def _check_model(m: ModelConfig) -> None:
+    if m.experts_per_token > m.num_experts:
+        raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
+    if m.experts_per_token == 1 and m.num_experts > 1:
+        raise ConfigError(
+            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn nothing; use 2 or more"
+        )
+    if m.num_attention_heads % m.num_query_groups:
+        raise ConfigError(
+            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of model.num_query_groups={m.num_query_groups}"
+        )
+    if m.head_dim % 2:
+        raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
+
+
+def _check_layout(config: Config) -> None:
+    m, p = config.model, config.parallel
+    for axis, reason in (("cp", "context parallel"), ("vpp", "virtual pipeline")):
+        if getattr(p, axis) != 1:
+            raise ConfigError(f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1")
+    for value, name, axis in (
+        (m.num_attention_heads, "model.num_attention_heads", "tp"),
+        (m.num_query_groups, "model.num_query_groups", "tp"),
+        (m.num_layers, "model.num_layers", "pp"),
+        (m.num_experts, "model.num_experts", "ep"),
+        (m.expert_ffn_size, "model.expert_ffn_size", "etp"),
+    ):
+        size = getattr(p, axis)
+        if value % size:
+            divisors = [d for d in range(1, value + 1) if value % d == 0]
+            near = sorted(sorted(divisors, key=lambda d: (abs(d - size), d))[:2])
+            raise ConfigError(
+                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to {' or '.join(map(str, near))}"
+            )
+    if p.token_dispatcher == "allgather" and p.pp > 1:
+        raise ConfigError(
+            "parallel.token_dispatcher=allgather cannot take the ragged micro-batches of a pipeline; use alltoall"
+        )
+    if m.tie_embeddings and p.pp > 1 and config.precision.dtype == "fp64":
+        raise ConfigError("model.tie_embeddings with parallel.pp > 1 is not exact in fp64; untie them or set parallel.pp=1")
+
+
+def _check_precision(config: Config) -> None:
+    precision = config.precision
+    if precision.dtype == "fp64" and precision.device == "cuda":
+        raise ConfigError("precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu")
+    if precision.fp8 != "none":
+        if precision.device == "cpu" or precision.transformer_engine == "off":
+            raise ConfigError(
+                f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
+                "or precision.device=cuda and precision.transformer_engine=auto"
+            )
+        if precision.dtype != "bf16":
+            raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
+
+
+def _check_batches(config: Config) -> None:
+    r, a, m = config.rollout, config.algorithm, config.model
+    if r.prompts_per_step % a.updates_per_rollout:
+        raise ConfigError(
+            f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
+            f"{a.updates_per_rollout}; every mini-batch holds whole groups"
+        )
+    if r.max_new_tokens >= m.max_sequence_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in model.max_sequence_length={m.max_sequence_length}"
+        )
+    if m.max_sequence_length > config.train.tokens_per_micro_batch:
+        longest = config.train.tokens_per_micro_batch
+        raise ConfigError(
+            f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
+            f"sequence would fit in no micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+        raise ConfigError(
+            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's log-probs are of the "
+            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=recompute"
+        )
+
+
+def config_warnings(config: Config) -> list[str]:
+    """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
+    notes = []
+    if config.rollout.group_size == 1:
+        notes.append(
+            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; use 4 to 16"
+        )
+    if config.model.aux_loss_coef > 0:
+        notes.append(
+            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per micro-batch, so the gradient depends on the layout"
+        )
+    if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
+        notes.append(f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")
+    return notes
+
+
+def prompt_limit(config: Config) -> int:
+    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
+    room = config.model.max_sequence_length - config.rollout.max_new_tokens
+    return min(room, config.data.max_prompt_tokens or room)
+
+
+assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config))

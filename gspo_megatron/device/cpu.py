@@ -1,0 +1,105 @@
+"""What stands in for torch.cuda when Megatron-Core runs on the CPU. One entry a stand-in, with the place it serves.
+
+Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/test_cpu_lane.py looks each one up in the
+installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+STAND_INS: dict[str, tuple[str, str]] = {
+    # name of the stand-in: (file below megatron/core, text that needs it)
+    "torch.cuda.current_device": ("tensor_parallel/mappings.py", "device=torch.cuda.current_device()"),
+    "torch.cuda.Stream": ("transformer/moe/token_dispatcher.py", "torch.cuda.Stream()"),
+    "torch.cuda.synchronize": ("pipeline_parallel/p2p_communication.py", "torch.cuda.synchronize()"),
+    "torch.cuda.random.get_rng_state": ("tensor_parallel/random.py", "torch.cuda.random.get_rng_state(device=device)"),
+    "torch.zeros": ("pipeline_parallel/schedules.py", 'torch.zeros([], dtype=torch.int, device="cuda")'),
+    "torch.tensor": ("optimizer/clip_grads.py", "torch.tensor([float(total_norm)], dtype=torch.float, device='cuda')"),
+    "torch.Tensor.type": ("optimizer/distrib_optimizer.py", "model_param.type() == 'torch.cuda.FloatTensor'"),
+}
+
+
+class _Stream:
+    """A queue of device work, where there is no device: everything is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+_THE_STREAM = _Stream()
+
+
+def install() -> None:
+    """Puts the stand-ins in place, once. Compiled functions run eagerly: a compiler costs more than tiny models gain."""
+    if getattr(torch.cuda.current_device, "stands_in", False):
+        return
+    here = torch.device("cpu")
+    _stand_in(torch.cuda, "current_device", lambda: here)
+    _stand_in(torch.cuda, "Stream", _Stream)
+    _stand_in(torch.cuda, "current_stream", lambda device=None: _THE_STREAM)
+    _stand_in(torch.cuda, "stream", lambda stream: nullcontext())
+    _stand_in(torch.cuda, "synchronize", lambda device=None: None)
+    # The forward draws no random numbers (no dropout), so activation recompute has no device state to save.
+    _stand_in(torch.cuda.random, "get_rng_state", lambda device=None: torch.empty(0, dtype=torch.uint8))
+    for factory in ("zeros", "tensor"):
+        _stand_in(torch, factory, _placed_here(getattr(torch, factory)))
+    torch.compiler.set_stance("force_eager")
+
+
+def _stand_in(owner: Any, name: str, replacement: Any) -> None:
+    replacement.stands_in = True
+    setattr(owner, name, replacement)
+
+
+def _placed_here(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def place(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return place
+
+
+@contextmanager
+def tensors_named_as_on_device() -> Iterator[None]:
+    """Inside, `tensor.type()` answers with the name of the device type that Megatron's optimizers look for.
+
+    float64 answers as float32: the optimizers know no float64 branch, and the one for float32 does not cast.
+    """
+    own = torch.Tensor.type
+
+    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return own(tensor, *args, **kwargs)
+        return own(tensor).replace("torch.", "torch.cuda.").replace("DoubleTensor", "FloatTensor")
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = own  # type: ignore[method-assign]
+
+
+def peak_resident_gib() -> float:
+    """Largest resident set of this process so far, in GiB (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

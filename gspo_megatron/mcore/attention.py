@@ -1,0 +1,185 @@
+"""Attention over packed tokens: RoPE by position, causal grouped-query attention inside each sequence, a KV cache.
+
+Megatron's own local attention refuses packed sequences; this core replaces it in the layer spec. `PackedTokens` travels
+down the model in the place of Megatron's `packed_seq_params`, so no layer in between knows about it.
+
+Shapes: T packed tokens, B sequences (rows), L positions, Q query heads, K key/value heads of this tensor-parallel rank,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D], plus a scratch row.
+
+    The scratch row takes what padding tokens write.
+    """
+
+    def __init__(self, num_rows: int, num_positions: int) -> None:
+        self.num_rows, self.num_positions = num_rows, num_positions
+        self.scratch_row = num_rows
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) of a layer, allocated at its first use in the number format of `like` [T, K, D]."""
+        if number not in self._layers:
+            shape = (self.num_rows + 1, like.size(1), self.num_positions, like.size(2))
+            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[number]
+
+
+@dataclass
+class CacheWrite:
+    """Token `source[i]` of the pack becomes position `positions[i]` of cache row `rows[i]`; a token may fill many rows."""
+
+    source: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
+@dataclass
+class PackedTokens(PackedSeqParams):
+    """The tokens of one forward pass, as attention sees them. Built by `packed` or `decoding`."""
+
+    positions_T: Tensor | None = None
+    slots_T: Tensor | None = None
+    """Where each token stands in a [B, L] grid, flattened."""
+    grid: tuple[int, int] = (0, 0)
+    cos_TD: Tensor | None = None
+    sin_TD: Tensor | None = None
+    cache: KVCache | None = None
+    write: CacheWrite | None = None
+    decoding: bool = False
+    """True: one new token a row, attending to the row's cache. False: sequences attend within themselves."""
+
+
+def packed(positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedTokens:
+    """Whole sequences, one behind the other; `cu_seqlens` [B + 1] are their borders."""
+    num_rows = cu_seqlens.numel() - 1
+    starts_T = torch.repeat_interleave(torch.arange(num_rows, device=positions_T.device), cu_seqlens.diff())
+    return PackedTokens(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        positions_T=positions_T,
+        slots_T=starts_T * max_seqlen + positions_T,
+        grid=(num_rows, max_seqlen),
+    )
+
+
+def decoding(positions_T: Tensor, rows_T: Tensor, cache: KVCache) -> PackedTokens:
+    """One new token for each row in `rows_T`, at `positions_T` of that row."""
+    source = torch.arange(rows_T.numel(), device=rows_T.device)
+    write = CacheWrite(source, rows_T, positions_T)
+    return PackedTokens(qkv_format="thd", positions_T=positions_T, cache=cache, write=write, decoding=True)
+
+
+class Rotary:
+    """RoPE angles: position p turns pair (i, i + D/2) by p * base^(-2i/D). arXiv 2104.09864, Eq. 15 (half-split pairs)."""
+
+    def __init__(self, head_dim: int, base: float, num_positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        inverse_D2 = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64, device=device), inverse_D2)
+        angles = torch.cat([angles, angles], dim=1)
+        self.cos, self.sin = angles.cos().to(precise), angles.sin().to(precise)
+
+    def prepare(self, tokens: PackedTokens) -> None:
+        """Looks the angles of this forward up once; every layer then uses the same rows."""
+        if tokens.cos_TD is None:
+            tokens.cos_TD, tokens.sin_TD = self.cos[tokens.positions_T], self.sin[tokens.positions_T]
+
+
+def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
+    """x cos + rotate_half(x) sin, in the angles' precision, returned in x's."""
+    assert tokens.cos_TD is not None and tokens.sin_TD is not None
+    cos, sin = tokens.cos_TD[:, None, :], tokens.sin_TD[:, None, :]
+    x = x_THD.to(cos.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_THD.dtype)
+
+
+class PackedAttention(torch.nn.Module):
+    """Core attention of the local spec: [T, Q, D] queries, [T, K, D] keys and values in, [T, Q * D] out.
+
+    softmax(q k^T / sqrt(D)) v over the same sequence's earlier tokens. Context parallel will exchange keys and values
+    here, between `rotate` and the attention; nothing else in the model needs to know.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedTokens,
+        **_: Any,
+    ) -> Tensor:
+        tokens = packed_seq_params
+        query, key = rotate(query, tokens), rotate(key, tokens)
+        if tokens.cache is not None and tokens.write is not None:
+            keys, values = tokens.cache.layer(self.layer_number, key)
+            w = tokens.write
+            keys[w.rows, :, w.positions] = key[w.source]
+            values[w.rows, :, w.positions] = value[w.source]
+            if tokens.decoding:
+                return _attend_cache(query, keys, values, w)
+        return _attend_packed(query, key, value, tokens)
+
+
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:
+    """Packed tokens spread over a [B, L] grid. A row's empty places lie behind its tokens, where causality hides them."""
+    slots_T, (num_rows, length) = tokens.slots_T, tokens.grid
+
+    def spread(x_THD: Tensor) -> Tensor:
+        grid = x_THD.new_zeros(num_rows * length, *x_THD.shape[1:]).index_copy(0, slots_T, x_THD)
+        return grid.view(num_rows, length, *x_THD.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).reshape(num_rows * length, -1).index_select(0, slots_T)
+
+
+def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, at: CacheWrite) -> Tensor:
+    """One query a row against positions 0 to its own of the row's cache."""
+    length = int(at.positions.max()) + 1
+    seen = torch.arange(length, device=query.device) <= at.positions[:, None]
+    out = F.scaled_dot_product_attention(
+        query.unsqueeze(2),
+        keys[at.rows, :, :length],
+        values[at.rows, :, :length],
+        attn_mask=seen[:, None, None, :],
+        enable_gqa=True,
+    )
+    return out.flatten(1)
+
+
+def prompts_into_cache(lengths: Sequence[int], rows: Sequence[Sequence[int]], cache: KVCache, tokens: PackedTokens) -> None:
+    """Makes a forward over packed prompts fill the cache: prompt i, of `lengths[i]` tokens, goes to every row in `rows[i]`."""
+    source, to_row, to_position, start = [], [], [], 0
+    for length, targets in zip(lengths, rows, strict=True):
+        for row in targets:
+            source.extend(range(start, start + length))
+            to_row.extend([row] * length)
+            to_position.extend(range(length))
+        start += length
+    device = tokens.positions_T.device
+    tokens.cache = cache
+    tokens.write = CacheWrite(*(torch.tensor(x, dtype=torch.long, device=device) for x in (source, to_row, to_position)))

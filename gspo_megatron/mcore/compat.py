@@ -1,0 +1,62 @@
+"""What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches Megatron.
+
+Each entry of MENDS names the place it serves; tests/test_cpu_lane.py fails when the installed version no longer needs it.
+Stand-ins for torch.cuda itself are in device/cpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+VERSION: str = megatron.core.__version__
+
+
+def _te_general_gemm() -> None:
+    """0.16.1, transformer/moe/moe_utils.py:1192: the router reads a name that only a Transformer Engine import defines."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _splits_on_cpu() -> None:
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py maybe_move_tensor_to_cpu: converts to NumPy only what was on a GPU,
+    but all_to_all_single takes split sizes as integers, never as tensors."""
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy() if as_numpy else tensor
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _no_device_rng() -> None:
+    """0.16.1 and 0.19.2, tensor_parallel/random.py _set_cuda_rng_state: queues a callback for the day CUDA starts, which
+    on a CPU never comes; activation recompute would grow that queue at every layer."""
+    mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
+
+
+MENDS_EVERYWHERE: tuple[Callable[[], None], ...] = (_te_general_gemm,)
+MENDS_ON_CPU: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng)
+
+
+def mend(on_cpu: bool) -> None:
+    """Applies the mends. Call once, after process groups exist and before a model is built."""
+    for apply in MENDS_EVERYWHERE + (MENDS_ON_CPU if on_cpu else ()):
+        apply()
+
+
+def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool) -> None:
+    """0.16.1, tensor_parallel/layers.py:886: an expert weight is reduced over the expert groups only when EP > 1. With
+    TP > 1, ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the
+    gradient of its own tokens. 0.19.2 decides by the groups, as here."""
+    if experts_have_own_groups:
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False

@@ -1,0 +1,65 @@
+"""Process groups: Megatron's, made from a layout, and the two questions the trainer asks of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from gspo_megatron.config import Layout
+
+
+class Groups:
+    """The process groups of one layout (the `Ranks` of types.py). Rank order: tp fastest, then cp, dp, pp slowest."""
+
+    def __init__(self, layout: Layout) -> None:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+        )
+        self.layout = layout
+        self.collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp, self.pp = self.collection.tp, self.collection.pp
+        self.tp_rank, self.pp_rank = self.tp.rank(), self.pp.rank()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = layout.dp
+        self.is_first_stage = self.pp_rank == 0
+        self.is_last_stage = self.pp_rank == layout.pp - 1
+        self.is_main = dist.get_rank() == 0
+        self.speaks_for_replica = self.is_last_stage and self.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+
+    @property
+    def experts_have_own_groups(self) -> bool:
+        """True when expert gradients are reduced over other ranks than dense gradients."""
+        return (self.layout.ep, self.layout.etp) != (1, self.layout.tp)
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Concatenates the speakers' lists in data-parallel order, on every process. Items are pickled."""
+        heard: list[list[Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(heard, mine if self.speaks_for_replica else [])
+        return [item for part in heard if part for item in part]
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrites `tensor` on every pipeline stage with the last stage's."""
+        if self.layout.pp > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.pp, self.layout.pp - 1), group=self.pp)
+        return tensor
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """True on every process when `flag` is true on one."""
+        if dist.get_world_size() == 1:
+            return flag
+        answer = torch.tensor([int(flag)], device=device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+    def close(self) -> None:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,209 @@
+"""The policy network: Megatron-Core's GPTModel with Qwen3-MoE settings, ending in hidden states instead of logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from gspo_megatron.config import Config, ModelConfig
+from gspo_megatron.device import Lane
+from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.attention import PackedAttention, PackedTokens, Rotary
+from gspo_megatron.mcore.groups import Groups
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel ranks
+    that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PolicyModel(GPTModel):
+    """tokens in, final hidden states out: [T, 1, H], or [T / tp, 1, H] under sequence parallel.
+
+    The vocabulary matmul belongs to `log_probs`, which scores response tokens only and keeps no logits.
+    """
+
+    def __init__(self, *args: Any, rotary: Rotary, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.rotary = rotary
+        self.true_vocab_size = true_vocab_size
+
+    def forward(self, tokens_T: Tensor, packed: PackedTokens) -> Tensor:
+        self.rotary.prepare(packed)
+        hidden = self.embedding(input_ids=tokens_T[None], position_ids=None) if self.pre_process else None
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+
+    def head_weight(self) -> Tensor:
+        """[Vp, H]: this rank's rows of the output matrix (last pipeline stage only)."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Smallest multiple of tp that holds the vocabulary; the rows added are excluded from every softmax."""
+    return math.ceil(vocab_size / tp) * tp
+
+
+def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerConfig:
+    """Megatron's settings for this run. Fields that one of the supported versions lacks are left out."""
+    m, p = config.model, config.parallel
+    settings: dict[str, Any] = {
+        "num_layers": m.num_layers,
+        "hidden_size": m.hidden_size,
+        "num_attention_heads": m.num_attention_heads,
+        "num_query_groups": m.num_query_groups,
+        "kv_channels": m.head_dim,
+        "ffn_hidden_size": m.expert_ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": m.norm_epsilon,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "num_moe_experts": m.num_experts,
+        "moe_ffn_hidden_size": m.expert_ffn_size,
+        "moe_router_topk": m.experts_per_token,
+        "moe_router_pre_softmax": False,  # softmax over the chosen ones: Hugging Face's norm_topk_prob=True
+        "moe_router_load_balancing_type": "aux_loss" if m.aux_loss_coef > 0 else "none",
+        "moe_aux_loss_coeff": m.aux_loss_coef,
+        "moe_router_dtype": "fp64" if lane.dtype == torch.float64 else "fp32",
+        "moe_token_dispatcher_type": p.token_dispatcher,
+        "moe_grouped_gemm": use_te,
+        "tensor_model_parallel_size": p.tp,
+        "pipeline_model_parallel_size": p.pp,
+        "context_parallel_size": p.cp,
+        "expert_model_parallel_size": p.ep,
+        "expert_tensor_parallel_size": p.etp,
+        "sequence_parallel": p.tp > 1,
+        "variable_seq_lengths": p.pp > 1,  # micro-batches of a pipeline differ in length
+        "params_dtype": lane.dtype,
+        "pipeline_dtype": lane.dtype,
+        "bf16": lane.dtype == torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        "use_cpu_initialization": lane.on_cpu,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "recompute_granularity": "full" if p.recompute == "full" else None,
+        "recompute_method": "uniform" if p.recompute == "full" else None,
+        "recompute_num_layers": 1 if p.recompute == "full" else None,
+        "deallocate_pipeline_outputs": True,
+        "fp8": None if config.precision.fp8 == "none" else "hybrid",
+        "fp8_recipe": None if config.precision.fp8 == "none" else config.precision.fp8,
+    }
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    return TransformerConfig(**{k: v for k, v in settings.items() if k in known and not (k == "fp8_recipe" and v is None)})
+
+
+def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int) -> Any:
+    """Megatron's block spec with this package's attention core and, in the local spec, its norm."""
+    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, pp_rank=pp_rank)
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if not use_te:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if not use_te:
+        block.layer_norm = RMSNorm
+    return block
+
+
+def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> PolicyModel:
+    """The part of the model that this rank holds, on its device, with weights that depend on run.seed alone."""
+    if lane.on_cpu:
+        # No layer draws random numbers on this lane; the tracker only has to answer.
+        mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    else:
+        mcore_random.model_parallel_cuda_manual_seed(config.run.seed)
+    m = config.model
+    assert m.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
+    transformer = transformer_config(config, lane, use_te)
+    model = PolicyModel(
+        transformer,
+        layer_spec(transformer, use_te, groups.pp_rank),
+        vocab_size=padded_vocab_size(m.vocab_size, config.parallel.tp),
+        max_sequence_length=m.max_sequence_length,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=m.tie_embeddings,
+        pg_collection=groups.collection,
+        true_vocab_size=m.vocab_size,
+        rotary=Rotary(m.head_dim, m.rope_base, m.max_sequence_length, lane.device, lane.dtype),
+    )
+    if lane.dtype == torch.float64:
+        model.double()
+    model.to(lane.device)
+    compat.mark_expert_parameters(model, groups.experts_have_own_groups)
+    initialize_weights(model, m, groups, config.run.seed)
+    return model
+
+
+def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
+    """The parameter's name in the whole model: layers and experts counted over all ranks."""
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
+    return re.sub(r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name)
+
+
+def named_global_parameters(model: PolicyModel, m: ModelConfig, groups: Groups) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name in the whole model, parameter) of this rank."""
+    layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    expert_offset = groups.collection.ep.rank() * (m.num_experts // groups.layout.ep)
+    for name, parameter in model.named_parameters():
+        yield global_name(name, layer_offset, expert_offset), parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: PolicyModel, m: ModelConfig, groups: Groups, seed: int) -> None:
+    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual); norms 1.
+
+    Each parameter draws the whole model's values from a generator seeded by (seed, its global name) and keeps its
+    tensor-parallel slice, so every layout starts from the same weights.
+    """
+    for name, parameter in named_global_parameters(model, m, groups):
+        if parameter.dim() < 2:
+            parameter.fill_(1.0)
+            continue
+        std = m.init_std / math.sqrt(2 * m.num_layers) if re.search(r"linear_(proj|fc2)\.weight", name) else m.init_std
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(_own_slice(name, parameter, groups, m, lambda shape: torch.randn(shape, generator=generator) * std))
+
+
+def _own_slice(name: str, parameter: Tensor, groups: Groups, m: ModelConfig, draw: Any) -> Tensor:
+    """This rank's slice of the whole parameter, which `draw(shape)` makes."""
+    shape = list(parameter.shape)
+    group = groups.collection.expt_tp if ".experts." in name else groups.tp
+    if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
+        full = draw(shape)
+        return full
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    shape[dim] *= group.size()
+    if "word_embeddings" in name or "output_layer" in name:
+        # Drawn without the padding, whose size depends on tp; the padded rows stay 0.
+        assert m.vocab_size is not None
+        full = torch.zeros(shape)
+        full[: m.vocab_size] = draw([m.vocab_size, *shape[1:]])
+    else:
+        full = draw(shape)
+    pieces = full.chunk(group.size() * stride, dim=dim)
+    return torch.cat(list(pieces[group.rank() :: group.size()]), dim=dim)

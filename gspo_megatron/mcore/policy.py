@@ -1,0 +1,78 @@
+"""The policy under training: model, optimizer, frozen reference, behind the protocol that the trainer drives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.config import Config
+from gspo_megatron.device import Lane
+from gspo_megatron.mcore import schedule
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.model import PolicyModel, build_model
+from gspo_megatron.mcore.optimizer import build_optimizer, wrap_model
+from gspo_megatron.metrics import merge
+from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
+
+
+class MegatronPolicy:
+    """`Policy` of types.py on Megatron-Core, whatever the layout."""
+
+    def __init__(self, config: Config, groups: Groups, lane: Lane, use_te: bool) -> None:
+        self.config, self.groups, self.lane, self.use_te = config, groups, lane, use_te
+        self.ddp = wrap_model(build_model(config, groups, lane, use_te), lane, config.optimizer)
+        self.optimizer = build_optimizer(self.ddp, lane, config.optimizer)
+        self.reference: PolicyModel | None = None
+        self.version = 0
+        self.score_dtype = torch.float64 if lane.dtype == torch.float64 else torch.float32
+
+    @property
+    def model(self) -> PolicyModel:
+        return self.ddp.module
+
+    def begin(self, *, with_reference: bool) -> None:
+        """See `Policy.begin`."""
+        self.version = 0
+        if with_reference:
+            self.freeze_reference()
+
+    def freeze_reference(self) -> None:
+        """Keeps a copy of the policy as it is now, to be scored by `log_probs(reference=True)`."""
+        self.reference = build_model(self.config, self.groups, self.lane, self.use_te)
+        self.reference.load_state_dict(self.model.state_dict())
+        self.reference.requires_grad_(False).eval()
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """See `Policy.log_probs`. Raises RuntimeError when a reference is asked for before `freeze_reference`."""
+        if reference and self.reference is None:
+            raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
+        model = self.reference if reference else self.ddp
+        micro_batches = [self._here(m) for m in micro_batches]
+        scored = schedule.log_probs(model, self.groups, micro_batches, temperature=self.config.rollout.temperature)
+        counts = [sum(m.response_lengths) for m in micro_batches]
+        joined = torch.cat(scored) if scored else torch.empty(sum(counts), dtype=self.score_dtype, device=self.lane.device)
+        return list(self.groups.from_last_stage(joined).split(counts))
+
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
+        """See `Policy.update`. Raises FloatingPointError when the gradient norm is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
+        per_micro_batch = schedule.train(self.ddp, self.groups, here, loss, temperature=self.config.rollout.temperature)
+        with self.lane.optimizer_scope():
+            _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm} after policy version {self.version}; lower optimizer.lr or look at the rollouts of this step"
+            )
+        self.version += 1
+        return merge(per_micro_batch) | {"grad_norm": Metric(grad_norm)}
+
+    def _here(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.to(self.lane.device)

@@ -1,0 +1,108 @@
+"""Micro-batches through Megatron's pipeline schedules, and the one place where the loss is scaled.
+
+**The scale.** The objective returns a micro-batch's share l_m of the update's loss, already divided by the global number
+of sequences (or tokens), so that the gradient wanted is the plain sum over micro-batches and data-parallel ranks,
+    g = sum_{d, m} grad l_{d,m}.
+Megatron, given a loss function that returns (loss, metrics), computes instead
+    g' = 1 / (dp * cp) * sum_{d, c} sum_m grad(cp / num_micro_batches * loss_{d,c,m}):
+forward_step_calc_loss multiplies by cp and divides by the number of micro-batches (pipeline_parallel/schedules.py), and
+DistributedDataParallel divides by the size of the data- and context-parallel group (distributed_data_parallel.py), experts
+included. With loss = l * num_micro_batches * dp both cancel and g' = g, however the batch was cut. Every rank of a group
+has the same number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from gspo_megatron.log_probs import linear_log_probs
+from gspo_megatron.mcore.attention import PackedTokens, packed
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
+
+ModelInput = tuple[Tensor, PackedTokens]
+
+
+def train(model: Any, groups: Groups, batch: UpdateBatch, loss: Loss, *, temperature: float) -> list[dict[str, Metric]]:
+    """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage only."""
+    scale = len(batch.micro_batches) * groups.dp_size
+
+    def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
+        log_probs_R, entropy_R = response_log_probs(model.module, groups, micro_batch, hidden, temperature, with_entropy=True)
+        terms = loss(log_probs_R, entropy_R, micro_batch, batch)
+        return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach(), reduction="sum")}
+
+    def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        micro_batch = next(micro_batches)
+        return model(*model_input(micro_batch)), partial(micro_batch_loss, micro_batch)
+
+    return _run(forward_step, model, batch.micro_batches, forward_only=False)
+
+
+@torch.no_grad()
+def log_probs(model: Any, groups: Groups, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+    """Log-probs of every micro-batch's response tokens, [R] each, without gradient; empty list off the last stage."""
+    module = getattr(model, "module", model)
+
+    def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
+        return response_log_probs(module, groups, micro_batch, hidden, temperature, with_entropy=False)[0]
+
+    steps = [(model_input(m), partial(score, m)) for m in micro_batches]
+    return forward(model, steps)
+
+
+@torch.no_grad()
+def forward(model: Any, steps: Sequence[tuple[ModelInput, Callable[[Tensor], Any]]]) -> list[Any]:
+    """Runs each step's input through the pipeline and its function on the hidden states; results on the last stage only."""
+
+    def forward_step(remaining: Iterator[tuple[ModelInput, Callable[[Tensor], Any]]], model: Any) -> Any:
+        inputs, use = next(remaining)
+
+        def non_loss(hidden: Tensor, non_loss_data: bool) -> Any:
+            return use(hidden)
+
+        return model(*inputs), non_loss
+
+    return _run(forward_step, model, steps, forward_only=True)
+
+
+def model_input(micro_batch: MicroBatch) -> ModelInput:
+    return micro_batch.tokens_T, packed(micro_batch.positions_T, micro_batch.cu_seqlens, micro_batch.max_seqlen)
+
+
+def response_log_probs(
+    module: PolicyModel, groups: Groups, micro_batch: MicroBatch, hidden: Tensor, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probs [R], entropy [R]) of the response tokens, from hidden states [T, 1, H] (or this rank's share of T)."""
+    log_probs_T, entropy_T = linear_log_probs(
+        hidden.squeeze(1),
+        module.head_weight(),
+        micro_batch.targets_T,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        group=groups.tp if groups.layout.tp > 1 else None,
+        sequence_parallel=module.config.sequence_parallel,
+        vocab_size=module.true_vocab_size,
+    )
+    scored = micro_batch.targets_T >= 0
+    return log_probs_T[scored], None if entropy_T is None else entropy_T[scored]
+
+
+def _run(forward_step: Callable[..., Any], model: Any, items: Sequence[Any], *, forward_only: bool) -> list[Any]:
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(items),
+        model=model,
+        num_microbatches=len(items),
+        seq_length=1,  # micro-batches are ragged; stages exchange their lengths (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )

@@ -1,0 +1,106 @@
+"""Metrics: merged as (total, weight) pairs, turned into numbers once a step, written to the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_megatron.types import Metric
+
+_COMBINE: dict[str, Any] = {
+    "mean": lambda a, b: a + b,
+    "sum": lambda a, b: a + b,
+    "min": lambda a, b: torch.minimum(a, b) if isinstance(a, torch.Tensor) else min(a, b),
+    "max": lambda a, b: torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b),
+}
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Combines metrics of the same name by their reduction. Tensors stay tensors: nothing waits for the device."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            seen = merged.get(name)
+            if seen is None:
+                merged[name] = metric
+            else:
+                assert seen.reduction == metric.reduction, f"metric {name} has two reductions"
+                total = _COMBINE[metric.reduction](seen.total, metric.total)
+                merged[name] = Metric(total, seen.weight + metric.weight, metric.reduction)
+    return merged
+
+
+def on_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The same metrics as Python numbers: the one synchronisation of a step."""
+    return {name: Metric(float(m.total), float(m.weight), m.reduction) for name, m in metrics.items()}
+
+
+def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """total / weight for means (0 where nothing was weighed), the total otherwise."""
+    return {
+        name: (float(m.total) / float(m.weight) if float(m.weight) else 0.0) if m.reduction == "mean" else float(m.total)
+        for name, m in metrics.items()
+    }
+
+
+class RunWriter:
+    """The run directory's metrics.jsonl, rollouts/ and TensorBoard files. Only the main process has one."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
+        """`first_step`: the step this process begins with; rows of it and later, from a run that stopped after its last
+        checkpoint, are moved to metrics.replaced.jsonl."""
+        self.run_dir = run_dir
+        (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "metrics.jsonl"
+        self._move_rows_aside(first_step)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not pay
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def _move_rows_aside(self, first_step: int) -> None:
+        if not self._path.exists():
+            return
+        rows = self._path.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if _step_of(row) is not None and _step_of(row) < first_step]
+        replaced = [row for row in rows if row not in kept]
+        if replaced:
+            with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
+                aside.writelines(replaced)
+            fresh = self._path.with_suffix(".tmp")
+            fresh.write_text("".join(kept))
+            os.replace(fresh, self._path)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; `step` is its key."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """rollouts/step_000001.jsonl, one object a rollout."""
+        with (self.run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(row: str) -> int | None:
+    """None for a row cut short by a crash."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

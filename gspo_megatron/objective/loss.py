@@ -1,0 +1,140 @@
+"""The two things this package minimises: a row of `variants.VARIANTS`, and the likelihood of a warm start.
+
+R  response tokens of all sequences, packed one behind the other      S  sequences
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.objective.segments import Segments
+from gspo_megatron.objective.terms import AGGREGATES, CLIPS, KL_ESTIMATORS, LEVELS, Surrogate, k3, lookup
+from gspo_megatron.objective.variants import Variant
+from gspo_megatron.types import ConfigError, LossTerms, Metric
+
+
+class PolicyObjective:
+    """loss = aggregate(-clip(level(log_probs - old_log_probs)) + kl_coef * KL - entropy_coef * entropy)
+
+    The variant says what level, clip and aggregate are. KL and entropy are terms of each token, brought together by the
+    same aggregate.
+
+    Args:
+        variant: a row, from `resolve_variant`.
+        kl_coef: weight of the KL term; the variant's own by default.
+        kl_estimator: a key of KL_ESTIMATORS; how its gradient differs is told there.
+        entropy_coef: weight of the entropy bonus, 0 or more.
+
+    Raises:
+        ConfigError: unknown estimator, or a weight that is negative or not finite.
+    """
+
+    def __init__(
+        self, variant: Variant, *, kl_coef: float | None = None, kl_estimator: str = "k3", entropy_coef: float = 0.0
+    ) -> None:
+        self.variant = variant if kl_coef is None else replace(variant, kl_coef=kl_coef)
+        self.kl = lookup(KL_ESTIMATORS, kl_estimator, "kl_estimator")
+        if not 0 <= entropy_coef < math.inf:
+            raise ConfigError(f"entropy_coef={entropy_coef}: a bonus has a finite weight; set it to 0 or more")
+        self.entropy_coef = entropy_coef
+
+    def __call__(
+        self,
+        log_probs_T: Tensor,
+        old_log_probs_T: Tensor,
+        advantages_S: Tensor,
+        segments: Segments,
+        *,
+        ref_log_probs_T: Tensor | None = None,
+        entropy_T: Tensor | None = None,
+        num_sequences: int | None = None,
+        num_tokens: int | None = None,
+    ) -> LossTerms:
+        """This micro-batch's share of the update's loss; the shares of all micro-batches and ranks add up to it.
+
+        Computed in float32, or in float64 when log_probs_T is. Of packed tokens only those of responses are passed, so
+        the arguments in T are [R]. Gradient flows to log_probs_T and entropy_T, and to nothing else. Without a token
+        the loss is 0, and has a gradient all the same (of no entries), so that every rank can call backward.
+
+        Args:
+            log_probs_T, old_log_probs_T: under the policy, and under the one that it is to improve upon.
+            advantages_S: one per sequence, those of empty responses included (they are not read).
+            ref_log_probs_T, entropy_T: needed where kl_coef or entropy_coef is not 0; otherwise only measured.
+            num_sequences, num_tokens: non-empty responses and response tokens of the whole update over all ranks;
+                by default of this batch.
+
+        Raises:
+            ConfigError: a term has a weight, and what it needs is not given.
+
+        Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens
+        as the level has it (min and max of nothing are inf and -inf). As means over response tokens: clip_fraction (the
+        clip has taken the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of
+        KL(old || policy), whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy,
+        where given.
+        """
+        # Shapes that differ may broadcast, to numbers that look right.
+        for values_T in (log_probs_T, old_log_probs_T, ref_log_probs_T, entropy_T):
+            assert values_T is None or values_T.shape == segments.index_R.shape, (
+                values_T.shape,
+                segments.index_R.shape,
+            )
+        assert advantages_S.shape == segments.lengths_S.shape, (advantages_S.shape, segments.lengths_S.shape)
+        variant, dtype = self.variant, torch.promote_types(log_probs_T.dtype, torch.float32)
+        log_probs_R, old_log_probs_R = log_probs_T.to(dtype), old_log_probs_T.detach().to(dtype)
+
+        surrogate = CLIPS[variant.clip](
+            log_probs_R - old_log_probs_R,
+            segments.spread(advantages_S.detach().to(dtype)),
+            variant.clip_low,
+            variant.clip_high,
+            lambda log_ratio_R: LEVELS[variant.level].log_ratio(log_ratio_R, segments),
+        )
+        terms_R = -surrogate.terms_R
+        metrics = self._ratio_metrics(surrogate, segments)
+        metrics["kl/old"] = _token_mean(k3(old_log_probs_R, log_probs_R.detach()))
+        kl_R = None if ref_log_probs_T is None else self.kl(log_probs_R, ref_log_probs_T.detach().to(dtype))
+        for name, coef, values_R in (("kl/ref", variant.kl_coef, kl_R), ("entropy", -self.entropy_coef, entropy_T)):
+            if values_R is not None:
+                metrics[name] = _token_mean(values_R)
+                # Not 0 * values: what is only measured must not be able to spoil the loss.
+                terms_R = terms_R + coef * values_R if coef else terms_R
+            elif coef:
+                raise ConfigError(f"{name} has weight {abs(coef)}: pass ref_log_probs_T or entropy_T, or set it to 0")
+
+        # An update without any token divides 0 by 1.
+        num_sequences = max(segments.num_sequences if num_sequences is None else num_sequences, 1)
+        num_tokens = max(segments.num_tokens if num_tokens is None else num_tokens, 1)
+        loss = AGGREGATES[variant.aggregate].share(terms_R, segments, num_sequences, num_tokens)
+        return LossTerms(loss.to(dtype), metrics)
+
+    def _ratio_metrics(self, surrogate: Surrogate, segments: Segments) -> dict[str, Metric]:
+        ratio_R = surrogate.ratio_R.detach()
+        per_sequence = LEVELS[self.variant.level].unit == "sequence"
+        weight_R = segments.share_R if per_sequence else torch.ones_like(segments.share_R)
+        some = ratio_R.numel() > 0
+        return {
+            "ratio/mean": Metric((ratio_R * weight_R).sum(), weight_R.sum()),
+            "ratio/min": Metric(ratio_R.amin() if some else math.inf, reduction="min"),
+            "ratio/max": Metric(ratio_R.amax() if some else -math.inf, reduction="max"),
+            "clip_fraction": _token_mean(surrogate.clipped_low_R | surrogate.clipped_high_R),
+            "clip_fraction_low": _token_mean(surrogate.clipped_low_R),
+            "clip_fraction_high": _token_mean(surrogate.clipped_high_R),
+        }
+
+
+class LikelihoodObjective:
+    """loss = -(1 / num_tokens) sum_t log pi(y_t): a supervised warm start on written solutions."""
+
+    def __call__(self, log_probs_T: Tensor, segments: Segments, *, num_tokens: int | None = None) -> LossTerms:
+        """This micro-batch's share, as in PolicyObjective; log_probs_T is [R]. No metrics: the loss says it all."""
+        num_tokens = segments.num_tokens if num_tokens is None else num_tokens
+        dtype = torch.promote_types(log_probs_T.dtype, torch.float32)
+        return LossTerms((-log_probs_T.sum(dtype=torch.float64) / max(num_tokens, 1)).to(dtype), {})
+
+
+def _token_mean(values_R: Tensor) -> Metric:
+    return Metric(values_R.detach().sum(dtype=torch.float64), values_R.numel())

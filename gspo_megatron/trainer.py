@@ -1,0 +1,318 @@
+"""The RL loop, readable as the algorithm. It knows protocols, not Megatron: tests drive it with fakes.
+
+One step (`Trainer.step`):
+    1. sample     G rollouts for each of the step's prompts, every data-parallel rank a share, and reward them
+    2. advantage  of each rollout against its group
+    3. pack       groups into mini-batches (one update each), sequences into micro-batches
+    4. score      old log-probs with the trainer's own forward, reference log-probs when KL is on
+    5. update     once per mini-batch
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.config import Config
+from gspo_megatron.console import Console
+from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
+from gspo_megatron.data.prompts import PromptOrder, PromptSource
+from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.metrics import RunWriter, merge, on_host, values
+from gspo_megatron.objective import LikelihoodObjective, PolicyObjective, Segments, group_advantages, resolve_variant
+from gspo_megatron.rollout.rewards import Rewards
+from gspo_megatron.types import (
+    LossTerms,
+    Metric,
+    MicroBatch,
+    Policy,
+    Prompt,
+    Ranks,
+    Rollout,
+    RolloutGroup,
+    Sampler,
+    Sequence,
+    UpdateBatch,
+)
+
+
+class Checkpoints(Protocol):
+    """Where a run is kept. All ranks call it together."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Warm start, steps, evaluations, checkpoints of one run. Every process of the run has one and calls `fit`."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        sampler: Sampler,
+        ranks: Ranks,
+        tokenizer: Tokenizer,
+        train_prompts: PromptSource,
+        eval_prompts: PromptSource,
+        checkpoints: Checkpoints | None = None,
+        writer: RunWriter | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.config, self.policy, self.sampler, self.ranks = config, policy, sampler, ranks
+        self.tokenizer, self.train_prompts, self.eval_prompts = tokenizer, train_prompts, eval_prompts
+        self.checkpoints, self.writer, self.console = checkpoints, writer, console or Console(on=False)
+        self.rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+        a = config.algorithm
+        self.variant = resolve_variant(
+            a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
+        )
+        self.objective = PolicyObjective(self.variant, kl_estimator=a.kl_estimator, entropy_coef=a.entropy_coef)
+        self.likelihood = LikelihoodObjective()
+        self.order = PromptOrder(train_prompts.size, config.run.seed)
+        self.completed_steps = 0
+        self.seconds: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------------------------- the run
+
+    def fit(self) -> None:
+        """Trains until train.steps are completed, from wherever `completed_steps` stands."""
+        config = self.config
+        for warning in self.variant.warnings():
+            self.console.warn(warning)
+        if self.completed_steps == 0:
+            self.warm_start()
+            self.policy.begin(with_reference=self.variant.kl_coef > 0)
+            self.record({"step": 0, "policy_version": self.policy.version, **self.evaluate()})
+        while self.completed_steps < config.train.steps:
+            step = self.completed_steps + 1
+            row = self.step(step)
+            last = step == config.train.steps
+            if last or (config.train.eval_every and step % config.train.eval_every == 0):
+                row |= self.evaluate()
+            self.completed_steps = step
+            self.record(row)
+            if self.checkpoints and (last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0)):
+                self.checkpoints.save(step, {"step": step, "policy_version": self.policy.version})
+        self.console.summary()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One iteration of the algorithm; returns its row of metrics."""
+        self.seconds = {}
+        with self.timed("step"):
+            with self.timed("rollout"):
+                groups = self.sample(step)
+            sequences = self.sequences(groups)
+            batches = self.pack(sequences, step)
+            with self.timed("log_probs"):
+                self.score(batches)
+            with self.timed("update"):
+                updates = [
+                    self.policy.update(b, self.policy_loss, lr=self.learning_rate(self.policy.version)) for b in batches
+                ]
+                reduced = self.reduce(updates)
+        return self.row(step, groups, sequences, reduced)
+
+    # ----------------------------------------------------------------------------------------------------- stages
+
+    def sample(self, step: int) -> list[RolloutGroup]:
+        """group_size rollouts for each prompt of the step, with rewards, the same on every process."""
+        r = self.config.rollout
+        first = self.config.train.warm_start_steps * self.config.train.warm_start_batch + (step - 1) * r.prompts_per_step
+        prompts = [self.train_prompts[self.order[first + i]] for i in range(r.prompts_per_step)]
+        base = step * r.prompts_per_step * r.group_size
+        wanted = [(p, base + i * r.group_size + j) for i, p in enumerate(prompts) for j in range(r.group_size)]
+        mine = [wanted[i + j] for i in self.my_share(0, len(wanted), r.group_size) for j in range(r.group_size)]
+        rollouts = self.gather_rollouts(self.sampler.generate([p for p, _ in mine], [i for _, i in mine]))
+        return [
+            RolloutGroup(prompt, rollouts[i * r.group_size : (i + 1) * r.group_size]) for i, prompt in enumerate(prompts)
+        ]
+
+    def gather_rollouts(self, mine: list[Rollout]) -> list[Rollout]:
+        """Judges this rank's rollouts, on one process of each replica, and brings all replicas' together by rollout id."""
+        if self.ranks.speaks_for_replica:
+            for rollout in mine:
+                rollout.text = self.tokenizer.decode(rollout.tokens)
+            self.rewards.score(mine)
+        rollouts = sorted(self.ranks.gather(mine), key=lambda r: r.id)
+        self.rewards.raise_errors(rollouts)
+        return rollouts
+
+    def sequences(self, groups: Seq[RolloutGroup]) -> list[Sequence]:
+        """One trainable sequence a rollout, group by group, with its advantage."""
+        rollouts = [r for g in groups for r in g.rollouts]
+        group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
+        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+        advantages = group_advantages(rewards, group_ids, baseline=self.variant.baseline).tolist()
+        from_sampler = self.config.algorithm.old_log_probs == "rollout"
+        return [
+            Sequence(
+                [*r.prompt.tokens, *r.tokens],
+                len(r.prompt.tokens),
+                advantage,
+                old_log_probs=torch.tensor(r.log_probs, dtype=self.policy.score_dtype) if from_sampler else None,
+            )
+            for r, advantage in zip(rollouts, advantages, strict=True)
+        ]
+
+    def pack(self, sequences: Seq[Sequence], step: int) -> list[UpdateBatch]:
+        """Mini-batches of whole groups, shuffled by (seed, step), each packed for this data-parallel rank."""
+        a, size = self.config.algorithm, self.config.rollout.group_size
+        order = list(range(len(sequences) // size))
+        random.Random(f"{self.config.run.seed}:{step}").shuffle(order)
+        share = len(order) // a.updates_per_rollout
+        mini_batches = [order[i * share : (i + 1) * share] for i in range(a.updates_per_rollout)]
+        return [self.update_batch([sequences[g * size + j] for g in groups for j in range(size)]) for groups in mini_batches]
+
+    def update_batch(self, sequences: Seq[Sequence]) -> UpdateBatch:
+        """This rank's micro-batches of one update, and the counts over all ranks that normalise its loss."""
+        lengths = [len(s.tokens) for s in sequences]
+        plan = plan_micro_batches(lengths, self.ranks.dp_size, self.config.train.tokens_per_micro_batch)
+        micro_batches = [
+            build_micro_batch(sequences, index, pad_id=self.tokenizer.pad_id, multiple_of=self.config.parallel.tp)
+            for index in plan[self.ranks.dp_rank]
+        ]
+        responses = [s.response_length for s in sequences if s.response_length]
+        return UpdateBatch(micro_batches, num_sequences=len(responses), num_tokens=sum(responses))
+
+    def score(self, batches: Seq[UpdateBatch]) -> None:
+        """Old log-probs (unless the sampler's are used) and reference log-probs, in the micro-batches of the updates."""
+        micro_batches = [m for b in batches for m in b.micro_batches]
+        if self.config.algorithm.old_log_probs == "recompute":
+            for micro_batch, scored in zip(micro_batches, self.policy.log_probs(micro_batches), strict=True):
+                micro_batch.old_log_probs_R = scored
+        if self.variant.kl_coef > 0:
+            for micro_batch, scored in zip(micro_batches, self.policy.log_probs(micro_batches, reference=True), strict=True):
+                micro_batch.ref_log_probs_R = scored
+
+    def policy_loss(
+        self, log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
+    ) -> LossTerms:
+        assert micro_batch.old_log_probs_R is not None
+        return self.objective(
+            log_probs_R,
+            micro_batch.old_log_probs_R,
+            micro_batch.advantages_S,
+            Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device),
+            ref_log_probs_T=micro_batch.ref_log_probs_R,
+            entropy_T=entropy_R,
+            num_sequences=batch.num_sequences,
+            num_tokens=batch.num_tokens,
+        )
+
+    def learning_rate(self, update: int) -> float:
+        """Linear warm-up, then constant, cosine or linear decay to min_lr at the run's last update."""
+        o = self.config.optimizer
+        if update < o.lr_warmup_updates:
+            return o.lr * (update + 1) / o.lr_warmup_updates
+        total = self.config.train.steps * self.config.algorithm.updates_per_rollout
+        progress = (update - o.lr_warmup_updates) / max(1, total - o.lr_warmup_updates)
+        left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[o.lr_decay]
+        return o.min_lr + (o.lr - o.min_lr) * left if o.lr_decay != "constant" else o.lr
+
+    # ------------------------------------------------------------------------------------- warm start and evaluation
+
+    def warm_start(self) -> None:
+        """Supervised updates on solutions, for a policy that begins from nothing: -sum log p(solution) / tokens."""
+        t = self.config.train
+
+        def loss(log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch) -> LossTerms:
+            segments = Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device)
+            return self.likelihood(log_probs_R, segments, num_tokens=batch.num_tokens)
+
+        for i in range(t.warm_start_steps):
+            first = i * t.warm_start_batch
+            prompts = [self.train_prompts[self.order[first + j]] for j in range(t.warm_start_batch)]
+            batch = self.update_batch([self.solved(p) for p in prompts])
+            reduced = self.reduce([self.policy.update(batch, loss, lr=t.warm_start_lr)])
+            self.console.warm_start(i + 1, t.warm_start_steps, reduced["loss"])
+
+    def solved(self, prompt: Prompt) -> Sequence:
+        solution = [*self.tokenizer.encode(prompt.solution), self.tokenizer.eos_id]
+        limit = self.config.model.max_sequence_length - len(prompt.tokens)
+        return Sequence([*prompt.tokens, *solution[:limit]], len(prompt.tokens))
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy and mean reward on the held-out prompts."""
+        with self.timed("eval"):
+            assert self.eval_prompts.size is not None
+            prompts = [self.eval_prompts[i] for i in range(min(self.config.data.eval_size, self.eval_prompts.size))]
+            share = self.my_share(0, len(prompts), 1)
+            rollouts = self.gather_rollouts(self.sampler.generate([prompts[i] for i in share], list(share), greedy=True))
+        return {
+            "eval/accuracy": statistics.fmean(self.rewards.accuracy(r) for r in rollouts),
+            "eval/reward": statistics.fmean(r.reward for r in rollouts),
+            "time/eval_s": self.seconds["eval"],
+        }
+
+    # -------------------------------------------------------------------------------------------------- measurement
+
+    def my_share(self, start: int, stop: int, stride: int) -> range:
+        """Every dp_size-th item of range(start, stop, stride), beginning with this rank's."""
+        return range(start + self.ranks.dp_rank * stride, stop, self.ranks.dp_size * stride)
+
+    def reduce(self, updates: Seq[dict[str, Metric]]) -> dict[str, float]:
+        """Metrics of several updates over all ranks; `loss` is the mean over the updates."""
+        reduced = values(merge(self.ranks.gather([on_host(merge(updates))])))
+        return reduced | {"loss": reduced["loss"] / len(updates)}
+
+    def row(
+        self, step: int, groups: Seq[RolloutGroup], sequences: Seq[Sequence], reduced: dict[str, float]
+    ) -> dict[str, Any]:
+        rollouts = [r for g in groups for r in g.rollouts]
+        rewards = [r.reward for r in rollouts]
+        flat = [g for g in groups if len({round(r.reward, 6) for r in g.rollouts}) == 1]
+        if len(flat) == len(groups):
+            self.console.warn(
+                f"step {step}: all {len(groups)} groups have equal rewards (such as {rewards[0]:g}), so no advantage and no policy gradient; "
+                "easier or harder prompts, a larger rollout.group_size or a finer reward would give one"
+            )
+        tokens = sum(len(s.tokens) for s in sequences)
+        row = {
+            "step": step,
+            "policy_version": self.policy.version,
+            **reduced,
+            "kl/ref": reduced.get("kl/ref"),
+            "lr": self.learning_rate(self.policy.version - 1),
+            "reward/mean": statistics.fmean(rewards),
+            "reward/std": statistics.pstdev(rewards),
+            "reward/errors": sum(bool(r.reward_error) for r in rollouts),
+            "accuracy": statistics.fmean(self.rewards.accuracy(r) for r in rollouts),
+            "response_length/mean": statistics.fmean(len(r.tokens) for r in rollouts),
+            "truncated_fraction": statistics.fmean(r.truncated for r in rollouts),
+            "groups/zero_variance_fraction": len(flat) / len(groups),
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds["step"],
+        }
+        row |= {f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts) for name in self.config.reward.functions}
+        if self.writer:
+            kept = self.config.logging.rollouts_per_step
+            shown = rollouts if kept < 0 else rollouts[:kept]
+            self.writer.rollouts(step, [rollout_row(r, s) for r, s in zip(shown, sequences, strict=False)])
+        return row | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
+    def record(self, row: dict[str, Any]) -> None:
+        if self.writer:
+            self.writer.metrics(row)
+        self.console.step(row, self.config.train.steps)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
+    """One line of rollouts/step_*.jsonl."""
+    row = asdict(rollout)
+    prompt = row.pop("prompt")
+    return {"prompt_id": prompt["id"], "prompt": prompt["text"], "answer": prompt["answer"], **row, "advantage": sequence.advantage}

@@ -1,0 +1,179 @@
+"""The nouns of a step, in the order in which a step makes them, and the two protocols that the trainer drives.
+
+Shape suffixes used in the whole package:
+    T  packed tokens of a micro-batch (prompts, responses, padding)      S  sequences
+    N  rows handed to the log-prob (one per predicted token)             R  response tokens, the predicted ones of all S
+    V  vocabulary      Vp  this tensor-parallel rank's vocabulary shard  H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Target of a row that predicts nothing (prompt, padding): it never reaches the vocabulary matmul."""
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot work. Says the value, the rule and the fix."""
+
+
+class DataError(ValueError):
+    """A prompt file, tokenizer or reward that cannot be used. Says the place, what was found and what was expected."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to write."""
+
+    id: int
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+    solution: str = ""
+
+
+@dataclass
+class Rollout:
+    """One sampled response. `tokens` ends with EOS exactly when EOS was sampled; otherwise the response is truncated.
+
+    `log_probs` are natural logarithms, one per token, of the distribution the token was drawn from.
+    `id` is unique in the run: it seeds the random numbers of this rollout, whatever rank samples it.
+    """
+
+    id: int
+    prompt: Prompt
+    tokens: list[int]
+    log_probs: list[float]
+    truncated: bool
+    policy_version: int
+    text: str = ""
+    reward: float = float("nan")
+    reward_terms: dict[str, float] = field(default_factory=dict)
+    reward_error: str = ""
+
+
+@dataclass
+class RolloutGroup:
+    """The G rollouts of one prompt, which are each other's baseline."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass
+class Sequence:
+    """A trainable prompt + response. `old_log_probs` and `ref_log_probs` hold one float32 per response token."""
+
+    tokens: list[int]
+    prompt_length: int
+    advantage: float = 0.0
+    old_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass
+class MicroBatch:
+    """Sequences packed one behind the other, as one forward pass of this data-parallel rank sees them.
+
+    The last entries of `tokens_T` may be padding; it forms segments of its own in `cu_seqlens`, behind the S sequences.
+    Row t predicts token t + 1: `targets_T[t]` is that token's id where it belongs to a response, IGNORED elsewhere.
+    `index` names the sequences (positions in the list the micro-batches were cut from).
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    targets_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    response_lengths: list[int]
+    index: list[int]
+    advantages_S: Tensor
+    old_log_probs_R: Tensor | None = None
+    ref_log_probs_R: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+@dataclass
+class UpdateBatch:
+    """One optimizer step: this rank's micro-batches, and the counts over *all* ranks that normalise the loss."""
+
+    micro_batches: list[MicroBatch]
+    num_sequences: int
+    num_tokens: int
+
+
+class Metric(NamedTuple):
+    """A quantity on its way to one number: `mean` is the sum of totals over the sum of weights, over all ranks and
+    micro-batches; `sum`, `min` and `max` take the totals alone. Totals may be tensors still on the device."""
+
+    total: Any
+    weight: Any = 1.0
+    reduction: str = "mean"
+
+
+class LossTerms(NamedTuple):
+    """`loss`: this micro-batch's share of the update's loss, already divided by the update's global count (scalar)."""
+
+    loss: Tensor
+    metrics: dict[str, Metric]
+
+
+Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
+"""(log_probs_R, entropy_R or None, micro_batch, its update) -> LossTerms."""
+
+
+class Policy(Protocol):
+    """The model under training, behind whatever parallelism it uses. All ranks call every method together."""
+
+    version: int
+    """Completed updates since `begin`."""
+    score_dtype: torch.dtype
+    """Format of log-probs: float32, or float64 in a float64 run."""
+
+    def begin(self, *, with_reference: bool) -> None:
+        """The first step of reinforcement learning starts here: version 0, and the reference is the policy as it is now."""
+
+    def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
+
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
+        """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches, with `loss` and `grad_norm`."""
+
+
+class Sampler(Protocol):
+    """Draws responses. All ranks call it together, each with the rollouts of its own data-parallel share."""
+
+    def generate(self, prompts: Seq[Prompt], ids: Seq[int], *, greedy: bool = False) -> list[Rollout]:
+        """One rollout for each (prompt, rollout id), in order."""
+
+
+class Ranks(Protocol):
+    """What the trainer needs to know about the processes: its share of the data, and a way to bring shares together."""
+
+    dp_rank: int
+    dp_size: int
+    is_main: bool
+    """True on the one process that writes files and prints."""
+    speaks_for_replica: bool
+    """True on one process of each data-parallel replica, on the pipeline stage that has the loss."""
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Concatenates what the replicas' speakers hold, in data-parallel order; every process gets the same result."""

@@ -1,0 +1,109 @@
+"""Runs a function on several processes of this machine, as ranks of one gloo group.
+
+def worker(scale):                      # at module level: the processes find it by its name
+    x = scale * torch.ones(1)
+    torch.distributed.all_reduce(x)
+    return x
+
+first, second = run_distributed(worker, 2, 3.0)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A server process imports torch once, and every rank is forked from it in milliseconds. A fork of the test process
+# itself would be as quick, but could inherit a lock that one of its threads holds; the server never computes.
+_context = multiprocessing.get_context("forkserver")
+
+
+class RankError(RuntimeError):
+    """A rank raised (its traceback is in the message), died, or did not finish in time."""
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """fn(*args) on each of `world_size` ranks; returns what the ranks returned, in rank order.
+
+    The default process group exists when fn starts. A collective that waits longer than `timeout_s` raises in its rank;
+    a rank that is stuck elsewhere is killed soon after. No process outlives the call. fn, its arguments and its results
+    are pickled.
+    """
+    # What the ranks would import one by one: assert_close and dispatch modes load the two torch modules at their first
+    # use, the tests in hand have loaded the rest. The server reads the list when it starts, at the first call.
+    in_hand = [name for name in sys.modules if name.startswith(("gspo_megatron", "megatron.core"))]
+    _context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", *in_hand])
+    with tempfile.TemporaryDirectory() as folder:
+        processes, readers = [], []
+        try:
+            for rank in range(world_size):
+                reader, writer = _context.Pipe(duplex=False)
+                process = _context.Process(
+                    target=_run_rank, args=(fn, args, rank, world_size, Path(folder, "store"), timeout_s, writer)
+                )
+                process.start()
+                writer.close()
+                processes.append(process)
+                readers.append(reader)
+            return _collect(readers, time.monotonic() + timeout_s + 10)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _run_rank(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    store: Path,
+    timeout_s: float,
+    out: Connection,
+) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
+        )
+        report = (True, fn(*args))
+        if dist.is_initialized():
+            # Nobody leaves while another rank still reads from its sockets.
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        report = (False, traceback.format_exc())
+    out.send_bytes(pickle.dumps(report))
+
+
+def _collect(readers: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(readers):
+        missing = [rank for rank in range(len(readers)) if rank not in results]
+        ready = wait([readers[rank] for rank in missing], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {missing} of {len(readers)} did not finish in time")
+        errors = []
+        for rank in (rank for rank in missing if readers[rank] in ready):
+            try:
+                succeeded, results[rank] = pickle.loads(readers[rank].recv_bytes())
+            except EOFError:
+                succeeded, results[rank] = False, "the process died without a word (killed, or out of memory?)"
+            if not succeeded:
+                errors.append(f"rank {rank} of {len(readers)}: {results[rank]}")
+        if errors:
+            raise RankError("\n".join(errors))
+    return [results[rank] for rank in range(len(readers))]
