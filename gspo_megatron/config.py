@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class OptimizerConfig:
     lr: float = 1e-6
     min_lr: float = 0.0
     lr_decay: str = "constant"
-    """constant, cosine or linear, from the end of the warm-up to the run's last update."""
+    """constant, cosine or linear, from the end of the warm-up to the end of the run."""
     lr_warmup_updates: int = 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -258,12 +258,14 @@ MINIMA: dict[str, float] = {
         f"model.{key}": 1
         for key in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "num_experts")
     },
+    "model.vocab_size": 1,
     "model.experts_per_token": 1,
     "model.expert_ffn_size": 1,
     "model.max_sequence_length": 2,
     "model.aux_loss_coef": 0,
     "run.seed": 0,
     "data.eval_size": 1,
+    "data.max_prompt_tokens": 1,
     "rollout.group_size": 1,
     "rollout.prompts_per_step": 1,
     "rollout.max_new_tokens": 1,
@@ -299,32 +301,33 @@ POSITIVE = (
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < preset < YAML file < `section.key=value` overrides.
+    """Defaults < preset < YAML file < `section.key=value` overrides, every value checked by itself.
 
-    Raises ConfigError for a missing file, an unknown section or key (with the nearest right name) and a value of the
-    wrong type.
+    A mapping (`reward.functions`, `data.task`) replaces the one of a lower layer; `reward.functions.NAME=weight`, where
+    NAME may hold dots, adds an entry to it. Raises ConfigError for a missing file, an unknown section or key (with the
+    nearest right name), a value of the wrong type or out of range.
     """
-    layers = [_read_yaml(Path(path))] if path is not None else []
+    asked: dict[str, dict[str, Any]] = {}
+    for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
+        asked[section] = {key: _meant(section, key, value) for key, value in values.items()}
     for override in overrides:
-        if "=" not in override or "." not in override.split("=", 1)[0]:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
-    for layer in layers:
-        _refuse_unknown_keys(layer)
+        section, key, name, value = _read_override(override)
+        keys = asked.setdefault(section, {})
+        keys[key] = value if name is None else {**keys.get(key, {}), name: value}
 
-    asked = OmegaConf.merge(*layers)
-    preset = OmegaConf.select(asked, "model.preset", default=ModelConfig.preset)
-    if preset not in PRESETS:
-        raise ConfigError(f"model.preset={preset!r} is not one of {', '.join(PRESETS)}{_nearest(str(preset), PRESETS)}")
     schema = OmegaConf.structured(Config)
-    if "functions" in (asked.get("reward") or {}):
-        # Weights by name are the user's whole choice: OmegaConf would merge them into the default's keys.
+    if "functions" in asked.get("reward", {}):
+        # OmegaConf would merge the names asked for into the default's.
         schema.reward.functions = {}
     try:
+        preset = OmegaConf.merge(schema, asked).model.preset
+        _check_choice("model.preset", preset)
         merged = OmegaConf.merge(schema, {"model": PRESETS[preset]}, asked)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    _check_values(config)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -332,17 +335,69 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(str(path), siblings)}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own message carries line and column
-        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
+        raise ConfigError(f"config file {str(path)!r} is not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(_names(Config))})")
+    for section, values in content.items():
+        _check_section(section)
+        if not isinstance(values, dict):
+            raise ConfigError(f"config section {section!r} must hold keys, got {values!r}")
     return content  # type: ignore[return-value]
+
+
+def _read_override(override: str) -> tuple[str, str, str | None, Any]:
+    """`section.key=value` or `section.key.name=value` -> (section, key, name of a mapping's entry or None, value)."""
+    place, equals, text = override.partition("=")
+    section, *rest = place.split(".", 2)
+    if not equals or not rest:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    _check_section(section)
+    key, name = rest[0], rest[1] if len(rest) > 1 else None
+    declared = _declared_type(section, key)
+    if name is not None and not declared.startswith("dict"):
+        raise ConfigError(f"override {override!r}: {section}.{key} is one value and has no entry {name!r}")
+    if declared.startswith("str") and text != "null" and text[:1] not in ("", "'", '"'):
+        # Text is meant as it stands, also where YAML would see something else in it: off, 5, {prompt}, a b #c.
+        return section, key, name, text
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except Exception as error:
+        raise ConfigError(f"override {override!r} is not YAML: {_one_line(error)}") from error
+    return section, key, name, value if name is not None else _meant(section, key, value)
+
+
+def _meant(section: str, key: str, value: Any) -> Any:
+    """A value as YAML read it -> as its setting means it. Raises ConfigError for an unknown key, or no mapping for one."""
+    if _declared_type(section, key).startswith("dict") and not isinstance(value, dict):
+        raise ConfigError(f"{section}.{key} must hold names with values, got {value!r}")
+    if isinstance(value, bool) and f"{section}.{key}" in CHOICES:
+        return "on" if value else "off"  # what a bare on or off is in YAML 1.1
+    return value
+
+
+def _check_section(section: str) -> None:
+    if section not in _names(Config):
+        near = _nearest(str(section), _names(Config)) or "."
+        raise ConfigError(f"unknown config section {section!r}{near} Sections: {', '.join(_names(Config))}")
+
+
+def _declared_type(section: str, key: str) -> str:
+    """The annotation of a setting, such as `str | None`. Raises ConfigError for an unknown key, with the nearest right one."""
+    sections = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
+    for setting in fields(sections[section]):
+        if setting.name == key:
+            return str(setting.type)
+    elsewhere = [f"{s}.{key}" for s, t in sections.items() if key in _names(t)]
+    keys = _names(sections[section])
+    near = f"; did you mean {elsewhere[0]!r}?" if elsewhere else _nearest(str(key), keys) or "."
+    raise ConfigError(f"unknown config key '{section}.{key}'{near} Keys of {section}: {', '.join(keys)}")
 
 
 def _names(dataclass_type: type) -> list[str]:
@@ -354,22 +409,8 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _refuse_unknown_keys(layer: Mapping[str, Any]) -> None:
-    sections = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
-    for section, values in layer.items():
-        if section not in sections:
-            raise ConfigError(
-                f"unknown config section {section!r}{_nearest(str(section), sections)} Sections: {', '.join(sections)}"
-            )
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"config section {section!r} must hold keys, got {values!r}")
-        keys = _names(sections[section])
-        for key in values:
-            if key in keys:
-                continue
-            elsewhere = [f"{s}.{key}" for s, t in sections.items() if key in _names(t)]
-            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else _nearest(str(key), keys)
-            raise ConfigError(f"unknown config key '{section}.{key}'{hint} Keys of {section}: {', '.join(keys)}")
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _value(config: Config, key: str) -> Any:
@@ -426,25 +467,35 @@ def check_config(config: Config, world_size: int) -> Layout:
     return layout
 
 
+def _check_choice(key: str, value: Any) -> None:
+    if value not in CHOICES[key]:
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{_nearest(str(value), CHOICES[key])}")
+
+
 def _check_values(config: Config) -> None:
-    for key, choices in CHOICES.items():
-        value = _value(config, key)
-        if value not in choices:
-            raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}{_nearest(str(value), choices)}")
+    for key in CHOICES:
+        _check_choice(key, _value(config, key))
     for section in fields(Config):
         for name, value in asdict(getattr(config, section.name)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{section.name}.{name}={value} must be a finite number")
     for key, least in MINIMA.items():
-        if _value(config, key) < least:
-            raise ConfigError(f"{key}={_value(config, key)} must be at least {least}")
+        value = _value(config, key)
+        if value is not None and value < least:
+            raise ConfigError(f"{key}={value} must be at least {least}")
     for key in POSITIVE:
         if _value(config, key) <= 0:
             raise ConfigError(f"{key}={_value(config, key)} must be above 0")
+    for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= _value(config, key) < 1:
+            raise ConfigError(f"{key}={_value(config, key)} must be at least 0 and below 1")
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be at most 1 (1 switches it off)")
     if not config.reward.functions:
         raise ConfigError("reward.functions is empty; name at least one, such as {exact_match: 1.0}")
+    for function, weight in config.reward.functions.items():
+        if not isinstance(weight, float) or not math.isfinite(weight):
+            raise ConfigError(f"reward.functions.{function}={weight} must be a finite number, the weight of that reward")
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -538,6 +589,8 @@ def config_warnings(config: Config) -> list[str]:
         notes.append(
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per micro-batch, so the gradient depends on the layout"
         )
+    if config.algorithm.kl_estimator == "k1" and (config.algorithm.kl_coef or 0) > 0:
+        notes.append("algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3")
     if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
         notes.append(f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")
     return notes

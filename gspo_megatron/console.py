@@ -14,11 +14,14 @@ class Console:
     """`on=False` is silent: the other processes of a run, and tests."""
 
     def __init__(self, on: bool = True) -> None:
-        self._out = RichConsole(highlight=False, quiet=not on, soft_wrap=True)
+        self._out = RichConsole(highlight=False, emoji=False, quiet=not on, soft_wrap=True)
         self._started = time.perf_counter()
         self._first_step: int | None = None
         self._evaluations: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
+
+    def print(self, table: Table) -> None:
+        self._out.print(table)
 
     def say(self, text: str) -> None:
         self._out.print(escape(text))
@@ -63,7 +66,7 @@ class Console:
         table.add_row(f"reward (mean of {tenth} steps)", _mean(first, "reward/mean"), _mean(last, "reward/mean"))
         table.add_row("clip fraction", _mean(first, "clip_fraction"), _mean(last, "clip_fraction"))
         table.add_row("seconds per step", _mean(first, "time/step_s"), _mean(last, "time/step_s"))
-        self._out.print(table)
+        self.print(table)
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:

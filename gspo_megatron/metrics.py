@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gspo_megatron.config import Config, to_yaml
 from gspo_megatron.types import Metric
 
-_COMBINE: dict[str, Any] = {
-    "mean": lambda a, b: a + b,
-    "sum": lambda a, b: a + b,
-    "min": lambda a, b: torch.minimum(a, b) if isinstance(a, torch.Tensor) else min(a, b),
-    "max": lambda a, b: torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b),
+
+def _lower(a: Any, b: Any) -> Any:
+    """min(a, b) of tensors, numbers, or one of each (an empty micro-batch brings a plain inf)."""
+    if isinstance(a, torch.Tensor):
+        return a.clamp(max=b)
+    return _lower(b, a) if isinstance(b, torch.Tensor) else min(a, b)
+
+
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "mean": operator.add,
+    "sum": operator.add,
+    "min": _lower,
+    "max": lambda a, b: -_lower(-a, -b),
 }
 
 
@@ -51,9 +62,18 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
 class RunWriter:
     """The run directory's metrics.jsonl, rollouts/ and TensorBoard files. Only the main process has one."""
 
+    @classmethod
+    def of_run(cls, config: Config, *, continued_after: int | None) -> RunWriter:
+        """Opens config.run.dir, writes the resolved config.yaml into it. `continued_after`: the step of the checkpoint
+        this process loaded; rows behind it, from a run that went further, are moved aside. None: a fresh start."""
+        run_dir = Path(config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        first_step = 0 if continued_after is None else continued_after + 1
+        return cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
+
     def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
-        """`first_step`: the step this process begins with; rows of it and later, from a run that stopped after its last
-        checkpoint, are moved to metrics.replaced.jsonl."""
+        """Rows of `first_step` and later are moved to metrics.replaced.jsonl."""
         self.run_dir = run_dir
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
@@ -67,18 +87,19 @@ class RunWriter:
     def _move_rows_aside(self, first_step: int) -> None:
         if not self._path.exists():
             return
-        rows = self._path.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if _step_of(row) is not None and _step_of(row) < first_step]
-        replaced = [row for row in rows if row not in kept]
+        kept, replaced = [], []
+        for row in self._path.read_text().splitlines():
+            (kept if _step_of(row) < first_step else replaced).append(row + "\n")
         if replaced:
             with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
                 aside.writelines(replaced)
-            fresh = self._path.with_suffix(".tmp")
-            fresh.write_text("".join(kept))
-            os.replace(fresh, self._path)
+        fresh = self._path.with_suffix(".tmp")
+        fresh.write_text("".join(kept))
+        os.replace(fresh, self._path)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends one row; `step` is its key."""
+        """Appends one row; `step` is its key. A number that is not finite becomes null: JSON has none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._board is not None:
@@ -98,9 +119,9 @@ class RunWriter:
             self._board.close()
 
 
-def _step_of(row: str) -> int | None:
-    """None for a row cut short by a crash."""
+def _step_of(row: str) -> float:
+    """Infinity for a row cut short by a crash."""
     try:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return math.inf

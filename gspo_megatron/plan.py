@@ -12,37 +12,60 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by how they are sharded. `dense` is one layer's attention, norms and router; `expert` one expert."""
+    """Parameters by how they are spread over ranks.
 
-    embedding: int
-    head: int
-    dense: int
+    Attributes:
+        vocabulary: one vocabulary matrix. `num_vocabularies` is 2, or 1 where embedding and head are tied.
+        attention: one layer's projections, spread over tp.
+        replicated: one layer's norms and router, whole on every rank of its stage.
+        expert: one expert, spread over etp; a layer's experts over ep.
+        final_norm: on the last stage.
+    """
+
+    vocabulary: int
+    num_vocabularies: int
+    attention: int
+    replicated: int
     expert: int
+    final_norm: int
+
+    def total(self, num_layers: int, experts_per_layer: int) -> int:
+        """Of the whole model; with `experts_per_layer` = the ones a token chooses, those it passes through."""
+        layer = self.attention + self.replicated + experts_per_layer * self.expert
+        return self.num_vocabularies * self.vocabulary + num_layers * layer + self.final_norm
 
 
 def count_parameters(m: ModelConfig) -> ParameterCount:
     """Of the Qwen3-MoE architecture. qkv and output projections, two norms, q/k norms, router; gate, up, down."""
     assert m.vocab_size is not None
     query, kv = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim
-    attention = m.hidden_size * (query + 2 * kv) + query * m.hidden_size
-    norms = 2 * m.hidden_size + 2 * m.head_dim
-    router = m.hidden_size * m.num_experts
-    embedding = m.vocab_size * m.hidden_size
-    head = 0 if m.tie_embeddings else embedding
-    return ParameterCount(embedding, head + m.hidden_size, attention + norms + router, 3 * m.hidden_size * m.expert_ffn_size)
+    return ParameterCount(
+        vocabulary=m.vocab_size * m.hidden_size,
+        num_vocabularies=1 if m.tie_embeddings else 2,
+        attention=m.hidden_size * (query + 2 * kv) + query * m.hidden_size,
+        replicated=2 * m.hidden_size + 2 * m.head_dim + m.hidden_size * m.num_experts,
+        expert=3 * m.hidden_size * m.expert_ffn_size,
+        final_norm=m.hidden_size,
+    )
 
 
-def describe_plan(config: Config, layout: Layout) -> str:
+def parameters_per_rank(m: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """(dense, expert) parameters of a rank of the last pipeline stage, which no other rank exceeds."""
+    assert m.vocab_size is not None
+    n, layers = count_parameters(m), m.num_layers // layout.pp
+    shard = -(-m.vocab_size // layout.tp) * m.hidden_size
+    # The first and the last stage hold a vocabulary matrix each, tied ones a copy of the same; one stage holds both.
+    vocabularies = n.num_vocabularies if layout.pp == 1 else 1
+    dense = vocabularies * shard + layers * (n.attention // layout.tp + n.replicated) + n.final_norm
+    return dense, layers * (m.num_experts // layout.ep) * n.expert // layout.etp
+
+
+def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> str:
     """The layout, parameters in all and on the fullest rank, and a memory estimate in GiB with its assumptions."""
     m, n = config.model, count_parameters(config.model)
-    total = n.embedding + n.head + m.num_layers * (n.dense + m.num_experts * n.expert)
-    active = n.embedding + n.head + m.num_layers * (n.dense + m.experts_per_token * n.expert)
-    layers = m.num_layers // layout.pp
-    # The first and the last stage hold a vocabulary matrix each; with one stage, both.
-    vocabulary = (n.embedding + n.head) if layout.pp == 1 else max(n.embedding, n.head)
-    dense = vocabulary // layout.tp + layers * n.dense // layout.tp
-    experts = layers * (m.num_experts // layout.ep) * n.expert // layout.etp
-    memory = _memory(config, layout, dense, experts)
+    total, active = (n.total(m.num_layers, experts) for experts in (m.num_experts, m.experts_per_token))
+    dense, experts = parameters_per_rank(m, layout)
+    memory = _memory(config, layout, dense, experts, with_reference)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     return "\n".join(
         (
@@ -50,13 +73,16 @@ def describe_plan(config: Config, layout: Layout) -> str:
             f"parameters: {total:,} in all, {active:,} active a token, {dense + experts:,} on the fullest rank "
             f"({dense:,} dense, {experts:,} expert)",
             f"memory estimate, GiB on the fullest rank: {parts}; in all {sum(memory.values()):.2f}",
-            "  activations: one micro-batch of train.tokens_per_micro_batch per pipeline stage in flight; without fragmentation, "
-            "communication buffers and the CUDA context (2 to 6 GiB)",
+            "  activations: one micro-batch of train.tokens_per_micro_batch per pipeline stage in flight; without "
+            "fragmentation, communication buffers and what the device's driver takes (2 to 6 GiB on a GPU)",
         )
     )
 
 
-def _memory(config: Config, layout: Layout, dense: int, experts: int) -> dict[str, float]:
+def _memory(
+    config: Config, layout: Layout, dense: int, experts: int, with_reference: bool
+) -> dict[str, float]:
+    """GiB by purpose."""
     m, width = config.model, _BYTES[config.precision.dtype]
     grad = 4 if config.precision.dtype == "bf16" else width
     main = 12 if config.precision.dtype == "bf16" else 2 * width  # float32 main weights and two moments, or the moments
@@ -74,7 +100,7 @@ def _memory(config: Config, layout: Layout, dense: int, experts: int) -> dict[st
     kv_heads = max(1, m.num_query_groups // layout.tp)
     rollouts = min(config.rollout.max_batch, -(-config.rollout.prompts_per_step * config.rollout.group_size // layout.dp))
     cache = 2 * rollouts * m.max_sequence_length * kv_heads * m.head_dim * layers * width
-    reference = (dense + experts) * width if (config.algorithm.kl_coef or 0) > 0 else 0
+    reference = (dense + experts) * width if with_reference else 0
     sizes = {
         "weights": (dense + experts) * width,
         "gradients": (dense + experts) * grad,

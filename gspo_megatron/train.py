@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.device import Lane, open_lane, transformer_engine_available
 from gspo_megatron.metrics import RunWriter
 from gspo_megatron.plan import describe_plan
+from gspo_megatron.trainer import Trainer, rewards_of, variant_of
 from gspo_megatron.types import CheckpointError, ConfigError, DataError
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
@@ -36,6 +38,9 @@ class Inputs:
 
 def load_inputs(config: Config) -> Inputs:
     """Tokenizer and prompts; settles model.vocab_size. Raises DataError or ConfigError."""
+    # The trainer makes its own; a name that is wrong ends the run here, before any process group exists.
+    variant_of(config)
+    rewards_of(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
@@ -65,51 +70,38 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(tokenizer, prompts(d.train, "train", None), prompts(d.eval, "eval", d.eval_size))
 
 
-def train(config: Config, lane: Lane, inputs: Inputs, console: Console) -> None:
-    """Builds the run's parts on this process and fits. Collective: every process of the run calls it."""
+@contextmanager
+def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -> Iterator[Trainer]:
+    """The run's parts on this process, put together and, at the end, closed. Collective: every process of the run calls it.
+
+    Raises CheckpointError when checkpoint.load names something that cannot be loaded.
+    """
     # Megatron-Core is imported only now: the lane has to be open before.
     from gspo_megatron.mcore import compat
     from gspo_megatron.mcore.checkpoint import MegatronCheckpoints
     from gspo_megatron.mcore.groups import Groups
     from gspo_megatron.mcore.policy import MegatronPolicy
     from gspo_megatron.mcore.sampler import MegatronSampler
-    from gspo_megatron.trainer import Trainer
 
-    layout = check_config(config, lane.world_size)
     use_te = wants_transformer_engine(config)
     lane.start_processes(config.parallel.timeout_s)
-    groups = Groups(layout)
+    groups = Groups(check_config(config, lane.world_size))
     compat.mend(lane.on_cpu)
-    console.say(f"{layout} on {lane.describe()}, Megatron-Core {compat.VERSION}")
+    console.say(f"{groups.layout} on {lane.describe()}, Megatron-Core {compat.VERSION}")
     policy = MegatronPolicy(config, groups, lane, use_te)
     sampler = MegatronSampler(policy, eos_id=inputs.tokenizer.eos_id, pad_id=inputs.tokenizer.pad_id)
-    run_dir = Path(config.run.dir)
-    checkpoints = MegatronCheckpoints(policy, run_dir / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = MegatronCheckpoints(policy, Path(config.run.dir) / "checkpoints", keep=config.checkpoint.keep)
     state = checkpoints.load(config.checkpoint.load)
-    writer = None
-    if groups.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-        first_step = state["step"] + 1 if state else 0
-        writer = RunWriter(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
-    trainer = Trainer(
-        config,
-        policy,
-        sampler,
-        groups,
-        inputs.tokenizer,
-        inputs.train_prompts,
-        inputs.eval_prompts,
-        checkpoints,
-        writer,
-        console,
-    )
+    completed_steps = state["step"] if state else 0
     if state:
-        trainer.completed_steps = state["step"]
-        console.say(f"continuing after step {state['step']}")
-    trainer.fit()
-    if writer:
-        writer.close()
+        console.say(f"continuing after step {completed_steps}")
+    writer = RunWriter.of_run(config, continued_after=completed_steps if state else None) if groups.is_main else None
+    parts = (policy, sampler, groups, inputs.tokenizer, inputs.train_prompts, inputs.eval_prompts)
+    try:
+        yield Trainer(config, *parts, checkpoints, writer, console, completed_steps=completed_steps)
+    finally:
+        if writer:
+            writer.close()
     groups.close()
 
 
@@ -118,7 +110,8 @@ def wants_transformer_engine(config: Config) -> bool:
     wanted, available = config.precision.transformer_engine, transformer_engine_available()
     if (wanted == "on" or config.precision.fp8 != "none") and not available:
         raise ConfigError(
-            "precision.transformer_engine=on or precision.fp8 needs a GPU and the package transformer_engine (pip install 'gspo_megatron[te]')"
+            "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install 'gspo_megatron[te]'); "
+            "set precision.transformer_engine=auto and precision.fp8=none to run without"
         )
     return available and wanted != "off"
 
@@ -130,22 +123,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(argv)
+    if options.world_size is not None and not (options.dry_run and options.world_size > 0):
+        parser.error("--world-size plans a --dry-run for 1 or more processes; a run has those that torchrun starts")
     # Megatron-Core warns about every optional package it does without; our own choices are printed by the run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(options.config, options.overrides)
-        lane = open_lane(config.precision.device, config.precision.dtype)
+        # A plan needs no device: that of a cluster is printed on a laptop.
+        lane = open_lane("cpu" if options.dry_run else config.precision.device, config.precision.dtype)
         console = Console(on=lane.rank == 0)
-        layout = check_config(config, (options.dry_run and options.world_size) or lane.world_size)
+        layout = check_config(config, options.world_size or lane.world_size)
         inputs = load_inputs(config)
+        if config.model.vocab_size != inputs.tokenizer.vocab_size:
+            console.say(
+                f"model.vocab_size={config.model.vocab_size} goes beyond the tokenizer's {inputs.tokenizer.vocab_size} ids; "
+                "one of the others counts as a token of a response, and as no text"
+            )
         if options.dry_run:
             console.say(to_yaml(config))
-            console.say(describe_plan(config, layout))
+            console.say(describe_plan(config, layout, with_reference=variant_of(config).kl_coef > 0))
             return 0
         for warning in config_warnings(config):
             console.warn(warning)
-        train(config, lane, inputs, console)
+        with open_trainer(config, lane, inputs, console) as trainer:
+            trainer.fit()
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

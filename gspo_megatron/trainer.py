@@ -28,7 +28,14 @@ from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
 from gspo_megatron.data.prompts import PromptOrder, PromptSource
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.metrics import RunWriter, merge, on_host, values
-from gspo_megatron.objective import LikelihoodObjective, PolicyObjective, Segments, group_advantages, resolve_variant
+from gspo_megatron.objective import (
+    LikelihoodObjective,
+    PolicyObjective,
+    Segments,
+    Variant,
+    group_advantages,
+    resolve_variant,
+)
 from gspo_megatron.rollout.rewards import Rewards
 from gspo_megatron.types import (
     LossTerms,
@@ -51,6 +58,19 @@ class Checkpoints(Protocol):
     def save(self, step: int, state: dict[str, Any]) -> None: ...
 
 
+def rewards_of(config: Config) -> Rewards:
+    """The rewards that the settings name. Raises ConfigError for a name or function that cannot be used."""
+    return Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+
+
+def variant_of(config: Config) -> Variant:
+    """The algorithm that the settings name, with their overrides. Raises ConfigError for one that makes no sense."""
+    a = config.algorithm
+    return resolve_variant(
+        a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
+    )
+
+
 class Trainer:
     """Warm start, steps, evaluations, checkpoints of one run. Every process of the run has one and calls `fit`."""
 
@@ -66,19 +86,19 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         writer: RunWriter | None = None,
         console: Console | None = None,
+        *,
+        completed_steps: int = 0,
     ) -> None:
+        """`completed_steps`: where a checkpoint left off; above 0 the warm start is behind the policy."""
         self.config, self.policy, self.sampler, self.ranks = config, policy, sampler, ranks
         self.tokenizer, self.train_prompts, self.eval_prompts = tokenizer, train_prompts, eval_prompts
         self.checkpoints, self.writer, self.console = checkpoints, writer, console or Console(on=False)
-        self.rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+        self.rewards, self.variant = rewards_of(config), variant_of(config)
         a = config.algorithm
-        self.variant = resolve_variant(
-            a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
-        )
         self.objective = PolicyObjective(self.variant, kl_estimator=a.kl_estimator, entropy_coef=a.entropy_coef)
         self.likelihood = LikelihoodObjective()
         self.order = PromptOrder(train_prompts.size, config.run.seed)
-        self.completed_steps = 0
+        self.completed_steps = completed_steps
         self.seconds: dict[str, float] = {}
 
     # ---------------------------------------------------------------------------------------------------- the run
@@ -118,7 +138,7 @@ class Trainer:
                 updates = [
                     self.policy.update(b, self.policy_loss, lr=self.learning_rate(self.policy.version)) for b in batches
                 ]
-                reduced = self.reduce(updates)
+                reduced = self.reduce([updates[0] | ratio_noise(updates[0]), *updates[1:]])
         return self.row(step, groups, sequences, reduced)
 
     # ----------------------------------------------------------------------------------------------------- stages
@@ -140,7 +160,8 @@ class Trainer:
         """Judges this rank's rollouts, on one process of each replica, and brings all replicas' together by rollout id."""
         if self.ranks.speaks_for_replica:
             for rollout in mine:
-                rollout.text = self.tokenizer.decode(rollout.tokens)
+                # model.vocab_size may exceed the tokenizer's, rounded up for speed: ids beyond it are no text.
+                rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
             self.rewards.score(mine)
         rollouts = sorted(self.ranks.gather(mine), key=lambda r: r.id)
         self.rewards.raise_errors(rollouts)
@@ -202,14 +223,15 @@ class Trainer:
             micro_batch.old_log_probs_R,
             micro_batch.advantages_S,
             Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device),
-            ref_log_probs_T=micro_batch.ref_log_probs_R,
+            ref_log_probs_T=micro_batch.ref_log_probs_R if self.variant.kl_coef > 0 else None,
             entropy_T=entropy_R,
             num_sequences=batch.num_sequences,
             num_tokens=batch.num_tokens,
         )
 
     def learning_rate(self, update: int) -> float:
-        """Linear warm-up, then constant, cosine or linear decay to min_lr at the run's last update."""
+        """Linear warm-up, then constant, or a cosine or linear decay that would reach min_lr with the update after the
+        run's last: a rate of 0 would waste an update."""
         o = self.config.optimizer
         if update < o.lr_warmup_updates:
             return o.lr * (update + 1) / o.lr_warmup_updates
@@ -269,8 +291,9 @@ class Trainer:
     ) -> dict[str, Any]:
         rollouts = [r for g in groups for r in g.rollouts]
         rewards = [r.reward for r in rollouts]
-        flat = [g for g in groups if len({round(r.reward, 6) for r in g.rollouts}) == 1]
-        if len(flat) == len(groups):
+        size = len(groups[0].rollouts)
+        flat = sum(not any(s.advantage for s in sequences[i : i + size]) for i in range(0, len(sequences), size))
+        if flat == len(groups):
             self.console.warn(
                 f"step {step}: all {len(groups)} groups have equal rewards (such as {rewards[0]:g}), so no advantage and no policy gradient; "
                 "easier or harder prompts, a larger rollout.group_size or a finer reward would give one"
@@ -288,7 +311,7 @@ class Trainer:
             "accuracy": statistics.fmean(self.rewards.accuracy(r) for r in rollouts),
             "response_length/mean": statistics.fmean(len(r.tokens) for r in rollouts),
             "truncated_fraction": statistics.fmean(r.truncated for r in rollouts),
-            "groups/zero_variance_fraction": len(flat) / len(groups),
+            "groups/zero_variance_fraction": flat / len(groups),
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds["step"],
         }
@@ -309,6 +332,15 @@ class Trainer:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
+    """max |ratio - 1| before anything was learned from the rollouts: what numerical noise alone moves, to be held against
+    the clip band. Empty off the last pipeline stage, which has no ratios."""
+    if "ratio/min" not in first_update:
+        return {}
+    low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
+    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1), reduction="max")}
 
 
 def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:

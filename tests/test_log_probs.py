@@ -26,8 +26,7 @@ HALF_UNIT_BF16 = torch.finfo(torch.bfloat16).eps / 2 + 1e-5
 @pytest.fixture(autouse=True)
 def odd_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that divide neither the rows nor the vocabulary of any test."""
-    monkeypatch.setattr(torch_backend, "ROW_BLOCK", 3)
-    monkeypatch.setattr(torch_backend, "COLUMN_BLOCK", 4)
+    monkeypatch.setattr(torch_backend, "CPU_BLOCK", (3, 4))
 
 
 @dataclass
@@ -148,7 +147,6 @@ def test_low_precision_inputs_give_float32_results(dtype: torch.dtype) -> None:
     """The oracle sees the same inputs in float64, so what is measured is the arithmetic, not the inputs' rounding."""
     case = make_case(TARGETS["mixed"], dtype)
     case.hidden_NH *= 8  # logits near 100, where bf16 numbers lie 0.5 apart
-    case.d_log_probs_N = case.d_log_probs_N.float()
     log_probs_N, entropy_N, d_hidden_NH, d_weight_VH = run(case, case.hidden_NH, case.weight_VH, with_entropy=True)
     wanted = case.oracle(1.0, True)
     assert log_probs_N.dtype == entropy_N.dtype == torch.float32
@@ -223,7 +221,7 @@ class Collectives(TorchDispatchMode):
 
 def check_every_layout(num_columns: int) -> list[Tensor]:
     """On every rank. Returns all float32 log-probs and entropies, to be compared bit by bit between the ranks."""
-    torch_backend.ROW_BLOCK, torch_backend.COLUMN_BLOCK = 3, 4
+    torch_backend.CPU_BLOCK = (3, 4)
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     shard = slice(rank * num_columns, (rank + 1) * num_columns)
     seen = []
@@ -313,3 +311,29 @@ def test_logits_of_one_shard() -> None:
     logits_NV = vocab_parallel_logits(case.hidden_NH, pad_columns(case.weight_VH, 20), vocab_size=VOCAB)
     assert logits_NV.dtype == torch.float32
     assert_near(logits_NV, case.hidden_NH.double() @ case.weight_VH.double().T, 1e-5)
+
+
+class Products(TorchDispatchMode):
+    """(dtypes of the factors, dtype of the result) of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.dtype, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.seen.add((args[0].dtype, args[1].dtype, out.dtype))
+        return out
+
+
+@pytest.mark.skipif("dtype" not in torch.ops.aten.mm.overloads(), reason="torch < 2.8 has no widening product")
+def test_accelerators_multiply_bf16_into_float32() -> None:
+    """The meta device takes the accelerator's branch and computes dtypes and shapes only."""
+    hidden_NH = torch.empty(4, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight_VH = torch.empty(VOCAB, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Products() as products:
+        log_probs_N, _ = linear_log_probs(hidden_NH, weight_VH, torch.tensor([1, IGNORED, 2, 3]))
+        log_probs_N.sum().backward()
+    assert products.seen == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert hidden_NH.grad is not None and hidden_NH.grad.dtype == torch.bfloat16

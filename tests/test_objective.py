@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from gspo_megatron.objective import VARIANTS, LikelihoodObjective, PolicyObjective, Segments, resolve_variant
 from gspo_megatron.types import ConfigError, Metric
@@ -240,6 +242,37 @@ def test_micro_batches_add_up(name, cut):
         packed = (x_R[tokens] for x_R in (new_R, old_R, ref_R, entropy_R))
         parts.append(call(*packed, advantages_S[chosen], LENGTHS[chosen], num_sequences=7, num_tokens=23))
         first += size
+    total = sum(part.loss for part in parts)
+    torch.testing.assert_close(total, whole.loss, **EXACT)
+    torch.testing.assert_close(gradients(total, new_R, entropy_R), gradients(whole.loss, new_R, entropy_R), **EXACT)
+    assert reduced([part.metrics for part in parts]) == pytest.approx(reduced([whole.metrics]), rel=1e-12)
+
+
+@dataclass(frozen=True)
+class PartOfSegments(Segments):
+    """Every other token of whole sequences, as a context-parallel rank has them: sums are those of all ranks."""
+
+    sum_S: Tensor
+
+    def sum(self, values_R: Tensor) -> Tensor:
+        return self.sum_S if values_R.requires_grad else self.sum_S.detach()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_segments_are_the_only_seam_of_context_parallelism(name):
+    new_R, old_R, ref_R, entropy_R, advantages_S = batch(name)
+    objective = PolicyObjective(VARIANTS[name], kl_coef=0.1, entropy_coef=0.1)
+    segments = Segments.from_lengths(LENGTHS)
+    whole = objective(new_R, old_R, advantages_S, segments, ref_log_probs_T=ref_R, entropy_T=entropy_R)
+    sum_S = segments.sum(new_R - old_R)
+    parts = []
+    for mine in (slice(0, None, 2), slice(1, None, 2)):
+        part = PartOfSegments(segments.lengths_S, segments.index_R[mine], 7, 23, sum_S)
+        parts.append(
+            objective(
+                new_R[mine], old_R[mine], advantages_S, part, ref_log_probs_T=ref_R[mine], entropy_T=entropy_R[mine]
+            )
+        )
     total = sum(part.loss for part in parts)
     torch.testing.assert_close(total, whole.loss, **EXACT)
     torch.testing.assert_close(gradients(total, new_R, entropy_R), gradients(whole.loss, new_R, entropy_R), **EXACT)

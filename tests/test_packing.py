@@ -5,13 +5,14 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
 from gspo_megatron.types import IGNORED, ConfigError, DataError, Sequence
 
 PAD = 99
+unhurried = settings(deadline=None)  # a busy machine is no failure
 LENGTHS = st.lists(st.integers(1, 60), max_size=60)
 
 
@@ -19,6 +20,7 @@ def loads(plan: list[list[list[int]]], lengths: list[int], cost: Callable[[int],
     return [sum(cost(lengths[i]) for micro_batch in rank for i in micro_batch) for rank in plan]
 
 
+@unhurried
 @given(LENGTHS, st.integers(1, 6), st.integers(60, 150))
 def test_every_sequence_once_in_bounds_with_equal_counts(lengths: list[int], dp_size: int, max_tokens: int) -> None:
     plan = plan_micro_batches(lengths, dp_size, max_tokens)
@@ -28,6 +30,7 @@ def test_every_sequence_once_in_bounds_with_equal_counts(lengths: list[int], dp_
     assert all(sum(lengths[i] for i in micro_batch) <= max_tokens for rank in plan for micro_batch in rank)
 
 
+@unhurried
 @given(LENGTHS.filter(bool), st.integers(1, 6), st.sampled_from([lambda n: n, lambda n: n * n + 7]))
 def test_ranks_differ_by_no_more_than_one_sequence(
     lengths: list[int], dp_size: int, cost: Callable[[int], int]
@@ -36,6 +39,7 @@ def test_ranks_differ_by_no_more_than_one_sequence(
     assert max(totals) - min(totals) <= max(map(cost, lengths))
 
 
+@unhurried
 @given(LENGTHS.filter(bool), st.integers(1, 4))
 def test_no_micro_batch_more_than_first_fit_needs(lengths: list[int], dp_size: int) -> None:
     """First fit leaves at most one micro-batch half empty, so a rank with k > 1 of them holds more than (k - 1) / 2."""
@@ -45,6 +49,7 @@ def test_no_micro_batch_more_than_first_fit_needs(lengths: list[int], dp_size: i
     assert all(total > (k - 1) * 30 for k, total in zip(needed, loads(plan, lengths), strict=True) if k > 1)
 
 
+@unhurried
 @given(LENGTHS, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_plan_knows_lengths_not_their_order(lengths: list[int], dp_size: int, random: Random) -> None:
     shuffled = random.sample(lengths, len(lengths))
@@ -117,6 +122,7 @@ def test_an_empty_micro_batch_is_all_padding(multiple_of: int) -> None:
     assert batch.advantages_S.shape == batch.old_log_probs_R.shape == (0,)
 
 
+@unhurried
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12), st.integers(1, 16))
 def test_the_targets_are_the_responses_and_each_stands_before_its_token(
     shapes: list[tuple[int, int]], multiple_of: int

@@ -30,12 +30,15 @@ def tool() -> ModuleType:
 def model(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"question": TEXT, "answer": f"{i} and {i}"}) + "\n" for i in range(20)))
+    corpus.write_text(
+        "".join(json.dumps({"question": TEXT, "answer": f"{i}: 2024 2024 2024"}) + "\n" for i in range(20))
+    )
     output = folder / "new" / "made.model"
     tool.main([str(corpus), "--fields", "question", "answer", "--output", str(output), "--vocab-size", "320"])
     return output
 
 
+@settings(deadline=None)
 @given(st.text(PRINTABLE))
 def test_characters_survive_the_way_to_ids_and_back(text: str) -> None:
     tokenizer = CharacterTokenizer()
@@ -83,7 +86,7 @@ def test_sentencepiece_learns_words_but_single_digits(model: Path) -> None:
     assert tokenizer.vocab_size == 320
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
     assert len(tokenizer.encode("dollars")) < len("dollars")
-    assert len(tokenizer.encode("421242")) == 6
+    assert len(tokenizer.encode("2024")) == 4
     assert len(tokenizer.encode("\n\n")) == 2
 
 

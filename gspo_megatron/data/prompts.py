@@ -15,9 +15,10 @@ from gspo_megatron.types import ConfigError, DataError, Prompt
 
 
 class PromptSource(Protocol):
-    """Prompts by index: `source[i].id == i` for 0 <= i < size. `dropped` counts those that were left out as too long."""
+    """Prompts by index: `source[i].id == i` for 0 <= i < size."""
 
     dropped: int
+    """Prompts left out because they are too long."""
 
     @property
     def size(self) -> int | None:

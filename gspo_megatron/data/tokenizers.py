@@ -107,9 +107,8 @@ class SentencePieceTokenizer:
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Errors: DataError for an id outside the vocabulary."""
-        special = (self.pad_id, self.eos_id)
-        return self._model.decode([token for token in _checked(ids, self.vocab_size) if token not in special])
+        """The text of `ids`; SentencePiece drops padding and EOS. Errors: DataError for an id it does not have."""
+        return self._model.decode(_checked(ids, self.vocab_size))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -1,9 +1,9 @@
 """The arithmetic of one vocabulary shard in plain torch, block by block.
 
-A block is ROW_BLOCK rows by COLUMN_BLOCK columns of the logits z = h W^T / temperature. It is made, used and dropped,
-and made again in the backward pass. With a = 4 bytes (8 for float64 inputs) an accumulator, the workspace stays below
+A block is R rows by C columns of the logits z = h W^T / temperature. It is made, used and dropped, and made again in
+the backward pass. With a = 4 bytes (8 for float64 inputs) an accumulator, the workspace stays below
 
-    a * (4 ROW_BLOCK COLUMN_BLOCK + (2 ROW_BLOCK + 3 COLUMN_BLOCK) H)   bytes,
+    a * (4 R C + (2 R + 3 C) H)   bytes,
 
 whatever the number of rows and the size of the vocabulary are.
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from gspo_megatron.log_probs.shards import merge
 
-ROW_BLOCK = 512
-COLUMN_BLOCK = 2048
+# (R, C). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs its kernel launches.
+CPU_BLOCK = (512, 1024)
+ACCELERATOR_BLOCK = (4096, 8192)
 
 
 def statistics(
@@ -32,9 +33,10 @@ def statistics(
     of_no_columns_K = [-torch.inf, -torch.inf, 0.0] if with_entropy else [-torch.inf, -torch.inf]
     stats_K = hidden_nH.new_tensor(of_no_columns_K, dtype=accumulator(hidden_nH))
     stats_Kn = stats_K[:, None].repeat(1, len(hidden_nH))
-    for rows in _slices(len(hidden_nH), ROW_BLOCK):
+    block_rows, block_columns = _block_shape(hidden_nH)
+    for rows in _slices(len(hidden_nH), block_rows):
         blocks = []
-        for part in _slices(len(weight_vH), COLUMN_BLOCK):
+        for part in _slices(len(weight_vH), block_columns):
             z_bc = _product(hidden_nH[rows], weight_vH[part].T).mul_(inverse_temperature)
             blocks.append(_block_statistics(z_bc, columns_n[rows] - part.start, with_entropy))
         if blocks:
@@ -63,10 +65,11 @@ def gradients(
     if entropy_and_gradient_n is not None:
         entropy_n, d_entropy_n = entropy_and_gradient_n
         per_row += [entropy_n, d_entropy_n * inverse_temperature]
-    for part in _slices(len(weight_vH), COLUMN_BLOCK):
+    block_rows, block_columns = _block_shape(hidden_nH)
+    for part in _slices(len(weight_vH), block_columns):
         weight_cH = weight_vH[part].to(_factor_dtype(weight_vH))
         d_weight_cH = torch.zeros_like(weight_cH, dtype=accumulator(weight_vH))
-        for rows in _slices(len(hidden_nH), ROW_BLOCK):
+        for rows in _slices(len(hidden_nH), block_rows):
             hidden_bH = hidden_nH[rows].to(weight_cH.dtype)
             z_bc = _product(hidden_bH, weight_cH.T).mul_(inverse_temperature)
             d_bc = _logit_gradients(z_bc, columns_n[rows] - part.start, *(x_n[rows] for x_n in per_row))
@@ -79,9 +82,9 @@ def gradients(
 
 def logits(hidden_nH: Tensor, weight_VpH: Tensor) -> Tensor:
     """z = h W^T of this shard, [n, Vp], in the accumulator's dtype."""
-    return torch.cat(
-        [_product(hidden_nH, weight_VpH[part].T) for part in _slices(len(weight_VpH), COLUMN_BLOCK)], dim=1
-    )
+    _, block_columns = _block_shape(hidden_nH)
+    parts = _slices(len(weight_VpH), block_columns)
+    return torch.cat([_product(hidden_nH, weight_VpH[part].T) for part in parts], dim=1)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -142,6 +145,10 @@ def _factor_dtype(x: Tensor) -> torch.dtype:
     older torch, has only products whose result is rounded to bf16, so there the factors are widened first."""
     can_widen = x.device.type != "cpu" and "dtype" in torch.ops.aten.mm.overloads()
     return x.dtype if can_widen else accumulator(x)
+
+
+def _block_shape(x: Tensor) -> tuple[int, int]:
+    return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -23,6 +23,11 @@ class PolicyObjective:
     The variant says what level, clip and aggregate are. KL and entropy are terms of each token, brought together by the
     same aggregate.
 
+    Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens as
+    the level has it (min and max of nothing are inf and -inf). As means over response tokens: clip_fraction (the clip
+    has taken the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of KL(old || policy),
+    whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy, where given.
+
     Args:
         variant: a row, from `resolve_variant`.
         kl_coef: weight of the KL term; the variant's own by default.
@@ -56,9 +61,9 @@ class PolicyObjective:
     ) -> LossTerms:
         """This micro-batch's share of the update's loss; the shares of all micro-batches and ranks add up to it.
 
-        Computed in float32, or in float64 when log_probs_T is. Of packed tokens only those of responses are passed, so
-        the arguments in T are [R]. Gradient flows to log_probs_T and entropy_T, and to nothing else. Without a token
-        the loss is 0, and has a gradient all the same (of no entries), so that every rank can call backward.
+        Computed in float32, or in float64 when log_probs_T is. Of the packed tokens only those of responses are passed:
+        arguments in T are [R]. Gradient flows to log_probs_T and entropy_T alone. Without a token the loss is 0, and
+        has a gradient all the same (of no entries), so that every rank can call backward.
 
         Args:
             log_probs_T, old_log_probs_T: under the policy, and under the one that it is to improve upon.
@@ -69,20 +74,11 @@ class PolicyObjective:
 
         Raises:
             ConfigError: a term has a weight, and what it needs is not given.
-
-        Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens
-        as the level has it (min and max of nothing are inf and -inf). As means over response tokens: clip_fraction (the
-        clip has taken the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of
-        KL(old || policy), whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy,
-        where given.
         """
         # Shapes that differ may broadcast, to numbers that look right.
-        for values_T in (log_probs_T, old_log_probs_T, ref_log_probs_T, entropy_T):
-            assert values_T is None or values_T.shape == segments.index_R.shape, (
-                values_T.shape,
-                segments.index_R.shape,
-            )
-        assert advantages_S.shape == segments.lengths_S.shape, (advantages_S.shape, segments.lengths_S.shape)
+        packed = [x_T for x_T in (log_probs_T, old_log_probs_T, ref_log_probs_T, entropy_T) if x_T is not None]
+        assert all(x_T.shape == segments.index_R.shape for x_T in packed), [x_T.shape for x_T in packed]
+        assert advantages_S.shape == segments.lengths_S.shape, advantages_S.shape
         variant, dtype = self.variant, torch.promote_types(log_probs_T.dtype, torch.float32)
         log_probs_R, old_log_probs_R = log_probs_T.to(dtype), old_log_probs_T.detach().to(dtype)
 

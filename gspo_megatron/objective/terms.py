@@ -75,10 +75,10 @@ def sequence_token_level(log_ratio_R: Tensor, segments: Segments) -> Tensor:
 class Level(NamedTuple):
     """`log_ratio(log_ratio_R, segments) -> [R]`; `unit`, "sequence" or "token", is what has one ratio of its own.
 
-    `widest_clip`: a clip range beyond it never acts. log s is, up to its sign, a mean of |y| token log-ratios, so it
-    stays within sigma / sqrt(|y|) of 0. An update that moves tokens by sigma = 0.1 is already a large one, and with the
-    shortest useful responses of about ten tokens 0.1 is three of its standard deviations. 0.2, the habit from token
-    ratios, lies beyond; the 3e-4 and 4e-4 of the paper and the 3e-2 and 4e-2 that suit ten tokens lie within.
+    `widest_clip`: a clip range beyond it hardly ever acts. log s is a mean of |y| token log-ratios; where these spread
+    by sigma, it spreads by sigma / sqrt(|y|). Updates that move tokens by sigma = 0.1 are already large, and then, with
+    responses as short as ten tokens, 0.1 is three standard deviations of log s. The 0.2 that is usual for token ratios
+    lies beyond; the 3e-4 and 4e-4 of the paper, and the 3e-2 and 4e-2 that suit ten tokens, lie within.
     """
 
     log_ratio: Callable[[Tensor, Segments], Tensor]

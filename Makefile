@@ -1,0 +1,64 @@
+# Two environments are built once and reused: .venv, and .venv-next with the next Megatron-Core. `make help` lists the targets.
+#
+#   PYTHON=python3.12    the interpreter the environments are made from (3.10 or newer; .venv-next: 3.11 or newer)
+#   TORCH=torch==2.11.0  another PyTorch than the pinned one, or TORCH=system: the one PYTHON has, such as an image's own
+#   ARGS="..."           more arguments for the command of a target
+#
+# After a change of PYTHON or TORCH, remove the environment first.
+
+PYTHON ?= python3
+TORCH ?= -r requirements/torch.txt
+ARGS ?=
+# The processes of a run share the cores; more threads in each would only fight for them.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-next demo test test-next check gpu clean
+
+help: ## This list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+venv: .venv/.installed ## Install the pinned packages into .venv
+
+venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
+
+demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
+	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
+
+test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
+test-next: .venv-next/.installed ## Run it with the next Megatron-Core
+test test-next:
+	$(<D)/bin/python -m pytest $(ARGS)
+
+check: .venv/.installed ## Lint, format and types: ruff and mypy
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+gpu: .venv/.installed ## Run the tests that need a CUDA device
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this torch sees no CUDA device"); \
+		print("Tests marked gpu, on", torch.cuda.get_device_name())'
+	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+clean: ## Remove caches and build output; the environments and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find gspo_megatron tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+ifeq ($(TORCH),system)
+VENV_FLAGS = --system-site-packages
+INSTALL_TORCH = python -c 'import torch'
+else
+INSTALL_TORCH = pip install $(TORCH)
+endif
+
+.venv/.installed: MEGATRON = -r requirements/megatron.txt
+.venv-next/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
+.venv/.installed: requirements/megatron.txt
+.venv-next/.installed: requirements/megatron-next.txt
+.venv/.installed .venv-next/.installed: setup.py requirements/torch.txt requirements/pins.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
+	$(@D)/bin/$(INSTALL_TORCH)
+	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)
+	$(@D)/bin/pip install -c requirements/pins.txt -e '.[dev,plot]'
+	touch $@

@@ -1,0 +1,35 @@
+"""Package metadata: what is needed. requirements/ holds the versions that are tested together."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.findall(r'^__version__ = "(.+)"$', Path("gspo_megatron/__init__.py").read_text(), re.MULTILINE)[0]
+
+setup(
+    name="gspo_megatron",
+    version=VERSION,
+    description="GSPO reinforcement learning for mixture-of-experts models on Megatron-Core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["gspo_megatron*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "megatron-core>=0.16.1",
+        "numpy",
+        "omegaconf>=2.3",
+        "psutil",
+        "rich",
+        "sentencepiece",
+        "tensorboard",
+        "torch>=2.6",
+    ],
+    extras_require={
+        # Compiled against the torch of the environment: install with --no-build-isolation, torch first.
+        "te": ["transformer-engine[pytorch]"],
+        "hf": ["datasets", "safetensors", "transformers"],
+        "plot": ["matplotlib"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+    },
+)

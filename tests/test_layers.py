@@ -1,0 +1,221 @@
+"""The rules of design and architecture that a reader of one file cannot see: who imports whom, and who names what.
+
+A rule is a function from (file, source text) to complaints; every rule is also shown a text that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "gspo_megatron"
+FILES = {path.relative_to(ROOT / PACKAGE).as_posix(): path for path in (ROOT / PACKAGE).rglob("*.py")}
+
+LAYERS = (
+    ("train", "evaluate", "score"),
+    ("trainer",),
+    ("mcore",),
+    ("objective", "log_probs", "data", "rollout"),
+    ("config", "metrics", "console", "plan", "device"),
+    ("types",),
+)
+"""Top to bottom. A unit is a folder, or a file directly in the package; those files share a folder, the package's."""
+
+HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}
+ENTRY_POINTS = LAYERS[0]
+FOLDERS = {file.split("/")[0] for file in FILES if "/" in file}
+
+LANE_WORDS = re.compile(r"(?<![a-z])(cuda|nccl|gloo|transformer_engine)(?![a-z])", re.IGNORECASE)
+SETTING = re.compile(r"\bprecision\.\w+(=\w+)?")
+"""A message may name a setting and its value: `precision.device=cuda`."""
+
+LANE_NAMES_ALLOWED = {
+    # What a user writes in the configuration, and what an entry point asks device/ about it.
+    "config.py": {"cuda", "transformer_engine"},
+    "train.py": {"transformer_engine", "transformer_engine_available", "wants_transformer_engine"},
+    # Names of Megatron-Core's own, which nothing else can be called.
+    "mcore/compat.py": {"is_cuda", "_set_cuda_rng_state"},
+    "mcore/groups.py": {"create_gloo_process_groups"},
+    "mcore/model.py": {"use_transformer_engine", "model_parallel_cuda_manual_seed"},
+    "mcore/optimizer.py": {"use_gloo_process_groups"},
+}
+
+
+def unit_of(file: str) -> str:
+    return file.split("/")[0].removesuffix(".py")
+
+
+def imports(file: str, source: str) -> Iterator[tuple[str, bool]]:
+    """(module, whether the import waits inside a function). `from a import b` is `a.b`, which may be a module."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    waiting = {id(node) for function in functions for node in ast.walk(function)}
+    folder = [PACKAGE, *file.split("/")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = [*folder[: len(folder) - node.level + 1], node.module] if node.level else [node.module]
+            names = [".".join([*filter(None, origin), alias.name]) for alias in node.names]
+        else:
+            continue
+        yield from ((name, id(node) in waiting) for name in names)
+
+
+def words(source: str) -> Iterator[str]:
+    """Names and text constants in code, without docstrings (a text that stands alone as a statement) and comments."""
+    tree = ast.parse(source)
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield SETTING.sub("", node.value)
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(word := getattr(node, field, None), str):
+                yield word
+
+
+# --- the rules ---
+
+
+def imports_only_lower_layers(file: str, source: str) -> list[str]:
+    """A file imports its own folder and lower layers. `gspo_megatron` itself holds the version, for everyone."""
+    unit = unit_of(file)
+    if file == "__init__.py":
+        return [f"imports {name}" for name, _ in imports(file, source) if name.startswith(PACKAGE)]
+    if unit not in HEIGHT:
+        return ["is in no layer; give it one in LAYERS"]
+    complaints = []
+    for name, _ in imports(file, source):
+        root, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if root != PACKAGE or other in ("", "__version__", unit):
+            continue
+        same_folder = HEIGHT.get(other) == HEIGHT[unit] and not {unit, other} & FOLDERS
+        if other not in HEIGHT:
+            complaints.append(f"imports {name}, which is in no layer")
+        elif HEIGHT[other] >= HEIGHT[unit] and not same_folder:
+            complaints.append(f"imports {name}, which is not below it")
+    return complaints
+
+
+def megatron_only_in_mcore(file: str, source: str) -> list[str]:
+    if unit_of(file) == "mcore":
+        return []
+    return [f"imports {name}" for name, _ in imports(file, source) if name.split(".")[0] == "megatron"]
+
+
+def mcore_only_inside_entry_points(file: str, source: str) -> list[str]:
+    """The lane has to be open before Megatron is imported, and the trainer runs without it."""
+    unit = unit_of(file)
+    if unit == "mcore":
+        return []
+    found = [(name, waits) for name, waits in imports(file, source) if name.startswith(f"{PACKAGE}.mcore")]
+    return [f"imports {name}, outside a function" for name, waits in found if not (unit in ENTRY_POINTS and waits)]
+
+
+def lane_named_only_in_device(file: str, source: str) -> list[str]:
+    if unit_of(file) == "device":
+        return []
+    allowed = LANE_NAMES_ALLOWED.get(file, set())
+    return [f"says {word!r}" for word in words(source) if LANE_WORDS.search(word) and word not in allowed]
+
+
+def no_global_statement(file: str, source: str) -> list[str]:
+    return [f"line {node.lineno}: global" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Global)]
+
+
+def environment_only_in_device_and_entry_points(file: str, source: str) -> list[str]:
+    if unit_of(file) in ("device", *ENTRY_POINTS):
+        return []
+    return [f"reads {word}" for word in words(source) if word.split(".")[-1] in ("environ", "environb", "getenv")]
+
+
+RULES = (
+    imports_only_lower_layers,
+    megatron_only_in_mcore,
+    mcore_only_inside_entry_points,
+    lane_named_only_in_device,
+    no_global_statement,
+    environment_only_in_device_and_entry_points,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_every_rule(rule: Callable[[str, str], list[str]]) -> None:
+    assert len(FILES) > 30
+    complaints = {file: rule(file, path.read_text()) for file, path in FILES.items()}
+    assert {file: found for file, found in complaints.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source"),
+    [
+        (imports_only_lower_layers, "types.py", "from gspo_megatron.config import Config"),
+        (imports_only_lower_layers, "config.py", "from gspo_megatron.device import Lane"),
+        (imports_only_lower_layers, "device/cpu.py", "import gspo_megatron.metrics"),
+        (imports_only_lower_layers, "objective/loss.py", "from gspo_megatron import data"),
+        (imports_only_lower_layers, "rollout/sampling.py", "def f():\n    from gspo_megatron.log_probs import linear"),
+        (imports_only_lower_layers, "data/packing.py", "from ..rollout.rewards import Rewards"),
+        (imports_only_lower_layers, "mcore/policy.py", "from gspo_megatron.trainer import Trainer"),
+        (imports_only_lower_layers, "trainer.py", "from gspo_megatron.train import load_inputs"),
+        (imports_only_lower_layers, "trainer.py", "from gspo_megatron.newcomer import x"),
+        (imports_only_lower_layers, "newcomer.py", "import json"),
+        (imports_only_lower_layers, "__init__.py", "from gspo_megatron.types import Prompt"),
+        (megatron_only_in_mcore, "trainer.py", "import megatron.core"),
+        (megatron_only_in_mcore, "train.py", "def f():\n    from megatron import core"),
+        (megatron_only_in_mcore, "device/cpu.py", "from megatron.core.optimizer import clip_grads"),
+        (mcore_only_inside_entry_points, "train.py", "from gspo_megatron.mcore import compat"),
+        (mcore_only_inside_entry_points, "train.py", "if True:\n    import gspo_megatron.mcore.policy"),
+        (mcore_only_inside_entry_points, "trainer.py", "def f():\n    from gspo_megatron.mcore import policy"),
+        (lane_named_only_in_device, "trainer.py", "torch.cuda.synchronize()"),
+        (lane_named_only_in_device, "log_probs/linear.py", "x.to('cuda:0')"),
+        (lane_named_only_in_device, "log_probs/linear.py", "if x.is_cuda: pass"),
+        (lane_named_only_in_device, "mcore/groups.py", "new_group(backend='nccl')"),
+        (lane_named_only_in_device, "mcore/model.py", "import transformer_engine.pytorch as te"),
+        (lane_named_only_in_device, "mcore/model.py", "from megatron.core.extensions import transformer_engine"),
+        (lane_named_only_in_device, "mcore/model.py", "f(use_gloo_process_groups=True)"),
+        (lane_named_only_in_device, "metrics.py", "name = 'CUDA'"),
+        (lane_named_only_in_device, "metrics.py", "def wait_for_cuda(): ..."),
+        (lane_named_only_in_device, "plan.py", "message = 'precision.device=cuda asks torch.cuda for a device'"),
+        (no_global_statement, "device/cpu.py", "def f():\n    global x\n    x = 1"),
+        (environment_only_in_device_and_entry_points, "config.py", "import os\nos.environ.get('HOME')"),
+        (environment_only_in_device_and_entry_points, "mcore/groups.py", "from os import getenv"),
+    ],
+)
+def test_every_rule_can_fail(rule: Callable[[str, str], list[str]], file: str, source: str) -> None:
+    assert rule(file, source)
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source"),
+    [
+        (imports_only_lower_layers, "plan.py", "from gspo_megatron.config import Config"),
+        (imports_only_lower_layers, "mcore/checkpoint.py", "from gspo_megatron import __version__"),
+        (imports_only_lower_layers, "objective/loss.py", "from .terms import lookup\nfrom gspo_megatron.types import Metric"),
+        (megatron_only_in_mcore, "trainer.py", "import gspo_megatron.metrics, megatronic"),
+        (mcore_only_inside_entry_points, "train.py", "def f():\n    from gspo_megatron.mcore import policy"),
+        (lane_named_only_in_device, "plan.py", '"""On cuda."""\nx = 1  # gloo\ny = "set precision.device=cuda, barracuda"'),
+        (lane_named_only_in_device, "mcore/compat.py", "if x.is_cuda: pass"),
+        (environment_only_in_device_and_entry_points, "train.py", "os.environ['RANK']"),
+    ],
+)
+def test_no_rule_complains_about_what_is_allowed(rule: Callable[[str, str], list[str]], file: str, source: str) -> None:
+    assert rule(file, source) == []
+
+
+def test_no_exception_outlives_its_need() -> None:
+    for file, allowed in LANE_NAMES_ALLOWED.items():
+        assert allowed <= set(words(FILES[file].read_text())), file
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = f"import sys, {PACKAGE}; print([m for m in ('torch', 'megatron', 'numpy', 'omegaconf') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
