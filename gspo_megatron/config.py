@@ -1,4 +1,5 @@
-"""One run's settings: typed sections, YAML over presets over defaults, `section.key=value` on top, every check up front.
+"""One run's settings: typed sections, YAML over presets over defaults, `section.key=value` on top, every check up
+front.
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
     check_config(config, world_size=8)                                            # before any process group exists
@@ -30,7 +31,8 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    """Qwen3-MoE architecture: RMSNorm, q/k norm, grouped-query attention, SwiGLU experts, RoPE, softmax-top-k router."""
+    """Qwen3-MoE architecture: RMSNorm, q/k norm, grouped-query attention, SwiGLU experts, RoPE, softmax-top-k
+    router."""
 
     preset: str = "tiny_moe"
     """A row of PRESETS; every other key of this section, where given, overrides it."""
@@ -51,7 +53,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     aux_loss_coef: float = 0.0
-    """Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the gradient depend on the layout."""
+    """Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the gradient depend on
+    the layout."""
 
 
 @dataclass
@@ -164,7 +167,8 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 100
     warm_start_steps: int = 0
-    """Supervised updates on the training prompts' solutions before the first step; for models that begin from nothing."""
+    """Supervised updates on the training prompts' solutions before the first step; for models that begin from
+    nothing."""
     warm_start_batch: int = 64
     warm_start_lr: float = 1e-3
     eval_every: int = 0
@@ -346,7 +350,7 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(_names(Config))})")
     for section, values in content.items():
-        _check_section(section)
+        _check_section(str(section))
         if not isinstance(values, dict):
             raise ConfigError(f"config section {section!r} must hold keys, got {values!r}")
     return content  # type: ignore[return-value]
@@ -374,7 +378,8 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
 
 
 def _meant(section: str, key: str, value: Any) -> Any:
-    """A value as YAML read it -> as its setting means it. Raises ConfigError for an unknown key, or no mapping for one."""
+    """A value as YAML read it -> as its setting means it. Raises ConfigError for an unknown key, or no mapping for
+    one."""
     if _declared_type(section, key).startswith("dict") and not isinstance(value, dict):
         raise ConfigError(f"{section}.{key} must hold names with values, got {value!r}")
     if isinstance(value, bool) and f"{section}.{key}" in CHOICES:
@@ -389,7 +394,8 @@ def _check_section(section: str) -> None:
 
 
 def _declared_type(section: str, key: str) -> str:
-    """The annotation of a setting, such as `str | None`. Raises ConfigError for an unknown key, with the nearest right one."""
+    """The annotation of a setting, such as `str | None`. Raises ConfigError for an unknown key, with the nearest
+    right one."""
     sections = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
     for setting in fields(sections[section]):
         if setting.name == key:
@@ -440,13 +446,17 @@ class Layout:
         return self.world_size // (self.etp * self.ep * self.pp)
 
     def __str__(self) -> str:
-        return f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
+        dense = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}"
+        return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
     """The layout of `world_size` processes. Raises ConfigError when the axes do not multiply into it."""
     p = config.parallel
-    for product, name in ((p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"), (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})")):
+    for product, name in (
+        (p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"),
+        (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})"),
+    ):
         if world_size % product:
             axes = name.format(p)
             raise ConfigError(
@@ -469,7 +479,9 @@ def check_config(config: Config, world_size: int) -> Layout:
 
 def _check_choice(key: str, value: Any) -> None:
     if value not in CHOICES[key]:
-        raise ConfigError(f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{_nearest(str(value), CHOICES[key])}")
+        raise ConfigError(
+            f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{_nearest(str(value), CHOICES[key])}"
+        )
 
 
 def _check_values(config: Config) -> None:
@@ -495,7 +507,9 @@ def _check_values(config: Config) -> None:
         raise ConfigError("reward.functions is empty; name at least one, such as {exact_match: 1.0}")
     for function, weight in config.reward.functions.items():
         if not isinstance(weight, float) or not math.isfinite(weight):
-            raise ConfigError(f"reward.functions.{function}={weight} must be a finite number, the weight of that reward")
+            raise ConfigError(
+                f"reward.functions.{function}={weight} must be a finite number, the weight of that reward"
+            )
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -503,11 +517,13 @@ def _check_model(m: ModelConfig) -> None:
         raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
     if m.experts_per_token == 1 and m.num_experts > 1:
         raise ConfigError(
-            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn nothing; use 2 or more"
+            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
+            "nothing; use 2 or more"
         )
     if m.num_attention_heads % m.num_query_groups:
         raise ConfigError(
-            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of model.num_query_groups={m.num_query_groups}"
+            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={m.num_query_groups}"
         )
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
@@ -517,7 +533,9 @@ def _check_layout(config: Config) -> None:
     m, p = config.model, config.parallel
     for axis, reason in (("cp", "context parallel"), ("vpp", "virtual pipeline")):
         if getattr(p, axis) != 1:
-            raise ConfigError(f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1")
+            raise ConfigError(
+                f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1"
+            )
     for value, name, axis in (
         (m.num_attention_heads, "model.num_attention_heads", "tp"),
         (m.num_query_groups, "model.num_query_groups", "tp"),
@@ -530,20 +548,26 @@ def _check_layout(config: Config) -> None:
             divisors = [d for d in range(1, value + 1) if value % d == 0]
             near = sorted(sorted(divisors, key=lambda d: (abs(d - size), d))[:2])
             raise ConfigError(
-                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to {' or '.join(map(str, near))}"
+                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to "
+                f"{' or '.join(map(str, near))}"
             )
     if p.token_dispatcher == "allgather" and p.pp > 1:
         raise ConfigError(
             "parallel.token_dispatcher=allgather cannot take the ragged micro-batches of a pipeline; use alltoall"
         )
-    if m.tie_embeddings and p.pp > 1 and config.precision.dtype == "fp64":
-        raise ConfigError("model.tie_embeddings with parallel.pp > 1 is not exact in fp64; untie them or set parallel.pp=1")
+    if m.tie_embeddings and p.pp > 1:
+        raise ConfigError(
+            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept equal; "
+            "set model.tie_embeddings=false or parallel.pp=1"
+        )
 
 
 def _check_precision(config: Config) -> None:
     precision = config.precision
     if precision.dtype == "fp64" and precision.device == "cuda":
-        raise ConfigError("precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu")
+        raise ConfigError(
+            "precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu"
+        )
     if precision.fp8 != "none":
         if precision.device == "cpu" or precision.transformer_engine == "off":
             raise ConfigError(
@@ -563,7 +587,8 @@ def _check_batches(config: Config) -> None:
         )
     if r.max_new_tokens >= m.max_sequence_length:
         raise ConfigError(
-            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in model.max_sequence_length={m.max_sequence_length}"
+            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length={m.max_sequence_length}"
         )
     if m.max_sequence_length > config.train.tokens_per_micro_batch:
         longest = config.train.tokens_per_micro_batch
@@ -573,7 +598,8 @@ def _check_batches(config: Config) -> None:
         )
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's log-probs are of the "
+            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
+            f"log-probs are of the "
             "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=recompute"
         )
 
@@ -583,16 +609,22 @@ def config_warnings(config: Config) -> list[str]:
     notes = []
     if config.rollout.group_size == 1:
         notes.append(
-            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; use 4 to 16"
+            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
+            "use 4 to 16"
         )
     if config.model.aux_loss_coef > 0:
         notes.append(
-            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per micro-batch, so the gradient depends on the layout"
+            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
+            f"micro-batch, so the gradient depends on the layout"
         )
     if config.algorithm.kl_estimator == "k1" and (config.algorithm.kl_coef or 0) > 0:
-        notes.append("algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3")
+        notes.append(
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
+        )
     if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
-        notes.append(f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")
+        notes.append(
+            f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
+        )
     return notes
 
 

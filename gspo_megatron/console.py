@@ -48,7 +48,8 @@ class Console:
         left = (time.perf_counter() - self._started) / done * (steps - row["step"])
         self.say(
             f"step {row['step']}/{steps}  reward {row['reward/mean']:.3f}  accuracy {row['accuracy']:.1%}  "
-            f"clip {row['clip_fraction']:.1%}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} left{held_out}"
+            f"clip {row['clip_fraction']:.1%}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} "
+            f"left{held_out}"
         )
 
     def summary(self) -> None:

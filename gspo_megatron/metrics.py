@@ -54,7 +54,9 @@ def on_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """total / weight for means (0 where nothing was weighed), the total otherwise."""
     return {
-        name: (float(m.total) / float(m.weight) if float(m.weight) else 0.0) if m.reduction == "mean" else float(m.total)
+        name: (float(m.total) / float(m.weight) if float(m.weight) else 0.0)
+        if m.reduction == "mean"
+        else float(m.total)
         for name, m in metrics.items()
     }
 
@@ -87,7 +89,8 @@ class RunWriter:
     def _move_rows_aside(self, first_step: int) -> None:
         if not self._path.exists():
             return
-        kept, replaced = [], []
+        kept: list[str] = []
+        replaced: list[str] = []
         for row in self._path.read_text().splitlines():
             (kept if _step_of(row) < first_step else replaced).append(row + "\n")
         if replaced:

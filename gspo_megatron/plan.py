@@ -54,7 +54,7 @@ def parameters_per_rank(m: ModelConfig, layout: Layout) -> tuple[int, int]:
     assert m.vocab_size is not None
     n, layers = count_parameters(m), m.num_layers // layout.pp
     shard = -(-m.vocab_size // layout.tp) * m.hidden_size
-    # The first and the last stage hold a vocabulary matrix each, tied ones a copy of the same; one stage holds both.
+    # The first and the last stage hold a vocabulary matrix each; one stage holds both.
     vocabularies = n.num_vocabularies if layout.pp == 1 else 1
     dense = vocabularies * shard + layers * (n.attention // layout.tp + n.replicated) + n.final_norm
     return dense, layers * (m.num_experts // layout.ep) * n.expert // layout.etp
@@ -79,9 +79,7 @@ def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> st
     )
 
 
-def _memory(
-    config: Config, layout: Layout, dense: int, experts: int, with_reference: bool
-) -> dict[str, float]:
+def _memory(config: Config, layout: Layout, dense: int, experts: int, with_reference: bool) -> dict[str, float]:
     """GiB by purpose."""
     m, width = config.model, _BYTES[config.precision.dtype]
     grad = 4 if config.precision.dtype == "bf16" else width
@@ -91,14 +89,20 @@ def _memory(
     tokens = config.train.tokens_per_micro_batch / layout.tp / layout.cp
     layers = m.num_layers // layout.pp
     # Inputs of each matmul of a layer, kept for its backward: hidden x 4, attention x 4, experts x 3 per chosen expert.
-    kept = m.hidden_size if config.parallel.recompute == "full" else (
-        4 * m.hidden_size
-        + 4 * m.num_attention_heads * m.head_dim
-        + m.experts_per_token * (m.hidden_size + 3 * m.expert_ffn_size)
+    kept = (
+        m.hidden_size
+        if config.parallel.recompute == "full"
+        else (
+            4 * m.hidden_size
+            + 4 * m.num_attention_heads * m.head_dim
+            + m.experts_per_token * (m.hidden_size + 3 * m.expert_ffn_size)
+        )
     )
     activations = tokens * kept * layers * layout.pp * width
     kv_heads = max(1, m.num_query_groups // layout.tp)
-    rollouts = min(config.rollout.max_batch, -(-config.rollout.prompts_per_step * config.rollout.group_size // layout.dp))
+    rollouts = min(
+        config.rollout.max_batch, -(-config.rollout.prompts_per_step * config.rollout.group_size // layout.dp)
+    )
     cache = 2 * rollouts * m.max_sequence_length * kv_heads * m.head_dim * layers * width
     reference = (dense + experts) * width if with_reference else 0
     sizes = {

@@ -46,7 +46,8 @@ def load_inputs(config: Config) -> Inputs:
         config.model.vocab_size = tokenizer.vocab_size
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, more than model.vocab_size={config.model.vocab_size}; "
+            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
+            f"model.vocab_size={config.model.vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size}, or null to take the tokenizer's"
         )
     d = config.data
@@ -72,7 +73,8 @@ def load_inputs(config: Config) -> Inputs:
 
 @contextmanager
 def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -> Iterator[Trainer]:
-    """The run's parts on this process, put together and, at the end, closed. Collective: every process of the run calls it.
+    """The run's parts on this process, put together and, at the end, closed. Collective: every process of the run
+    calls it.
 
     Raises CheckpointError when checkpoint.load names something that cannot be loaded.
     """
@@ -106,11 +108,13 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
 
 
 def wants_transformer_engine(config: Config) -> bool:
-    """Whether the model is built from Transformer Engine layers. Raises ConfigError when asked for and not importable."""
+    """Whether the model is built from Transformer Engine layers. Raises ConfigError when asked for and not
+    importable."""
     wanted, available = config.precision.transformer_engine, transformer_engine_available()
     if (wanted == "on" or config.precision.fp8 != "none") and not available:
         raise ConfigError(
-            "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install 'gspo_megatron[te]'); "
+            "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
+            "'gspo_megatron[te]'); "
             "set precision.transformer_engine=auto and precision.fp8=none to run without"
         )
     return available and wanted != "off"
@@ -119,7 +123,9 @@ def wants_transformer_engine(config: Config) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gspo_megatron.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", help="YAML file with sections as in gspo_megatron/config.py")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit"
+    )
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(argv)
@@ -137,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs = load_inputs(config)
         if config.model.vocab_size != inputs.tokenizer.vocab_size:
             console.say(
-                f"model.vocab_size={config.model.vocab_size} goes beyond the tokenizer's {inputs.tokenizer.vocab_size} ids; "
+                f"model.vocab_size={config.model.vocab_size} goes beyond the tokenizer's "
+                f"{inputs.tokenizer.vocab_size} ids; "
                 "one of the others counts as a token of a response, and as no text"
             )
         if options.dry_run:

@@ -14,7 +14,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -120,7 +121,9 @@ class Trainer:
                 row |= self.evaluate()
             self.completed_steps = step
             self.record(row)
-            if self.checkpoints and (last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0)):
+            if self.checkpoints and (
+                last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0)
+            ):
                 self.checkpoints.save(step, {"step": step, "policy_version": self.policy.version})
         self.console.summary()
 
@@ -146,18 +149,22 @@ class Trainer:
     def sample(self, step: int) -> list[RolloutGroup]:
         """group_size rollouts for each prompt of the step, with rewards, the same on every process."""
         r = self.config.rollout
-        first = self.config.train.warm_start_steps * self.config.train.warm_start_batch + (step - 1) * r.prompts_per_step
+        first = (
+            self.config.train.warm_start_steps * self.config.train.warm_start_batch + (step - 1) * r.prompts_per_step
+        )
         prompts = [self.train_prompts[self.order[first + i]] for i in range(r.prompts_per_step)]
         base = step * r.prompts_per_step * r.group_size
         wanted = [(p, base + i * r.group_size + j) for i, p in enumerate(prompts) for j in range(r.group_size)]
         mine = [wanted[i + j] for i in self.my_share(0, len(wanted), r.group_size) for j in range(r.group_size)]
         rollouts = self.gather_rollouts(self.sampler.generate([p for p, _ in mine], [i for _, i in mine]))
         return [
-            RolloutGroup(prompt, rollouts[i * r.group_size : (i + 1) * r.group_size]) for i, prompt in enumerate(prompts)
+            RolloutGroup(prompt, rollouts[i * r.group_size : (i + 1) * r.group_size])
+            for i, prompt in enumerate(prompts)
         ]
 
     def gather_rollouts(self, mine: list[Rollout]) -> list[Rollout]:
-        """Judges this rank's rollouts, on one process of each replica, and brings all replicas' together by rollout id."""
+        """Judges this rank's rollouts, on one process of each replica, and brings all replicas' together by rollout
+        id."""
         if self.ranks.speaks_for_replica:
             for rollout in mine:
                 # model.vocab_size may exceed the tokenizer's, rounded up for speed: ids beyond it are no text.
@@ -191,7 +198,9 @@ class Trainer:
         random.Random(f"{self.config.run.seed}:{step}").shuffle(order)
         share = len(order) // a.updates_per_rollout
         mini_batches = [order[i * share : (i + 1) * share] for i in range(a.updates_per_rollout)]
-        return [self.update_batch([sequences[g * size + j] for g in groups for j in range(size)]) for groups in mini_batches]
+        return [
+            self.update_batch([sequences[g * size + j] for g in groups for j in range(size)]) for groups in mini_batches
+        ]
 
     def update_batch(self, sequences: Seq[Sequence]) -> UpdateBatch:
         """This rank's micro-batches of one update, and the counts over all ranks that normalise its loss."""
@@ -205,13 +214,16 @@ class Trainer:
         return UpdateBatch(micro_batches, num_sequences=len(responses), num_tokens=sum(responses))
 
     def score(self, batches: Seq[UpdateBatch]) -> None:
-        """Old log-probs (unless the sampler's are used) and reference log-probs, in the micro-batches of the updates."""
+        """Old log-probs (unless the sampler's are used) and reference log-probs, in the micro-batches of the
+        updates."""
         micro_batches = [m for b in batches for m in b.micro_batches]
         if self.config.algorithm.old_log_probs == "recompute":
             for micro_batch, scored in zip(micro_batches, self.policy.log_probs(micro_batches), strict=True):
                 micro_batch.old_log_probs_R = scored
         if self.variant.kl_coef > 0:
-            for micro_batch, scored in zip(micro_batches, self.policy.log_probs(micro_batches, reference=True), strict=True):
+            for micro_batch, scored in zip(
+                micro_batches, self.policy.log_probs(micro_batches, reference=True), strict=True
+            ):
                 micro_batch.ref_log_probs_R = scored
 
     def policy_loss(
@@ -246,7 +258,9 @@ class Trainer:
         """Supervised updates on solutions, for a policy that begins from nothing: -sum log p(solution) / tokens."""
         t = self.config.train
 
-        def loss(log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch) -> LossTerms:
+        def loss(
+            log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
+        ) -> LossTerms:
             segments = Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device)
             return self.likelihood(log_probs_R, segments, num_tokens=batch.num_tokens)
 
@@ -268,7 +282,9 @@ class Trainer:
             assert self.eval_prompts.size is not None
             prompts = [self.eval_prompts[i] for i in range(min(self.config.data.eval_size, self.eval_prompts.size))]
             share = self.my_share(0, len(prompts), 1)
-            rollouts = self.gather_rollouts(self.sampler.generate([prompts[i] for i in share], list(share), greedy=True))
+            rollouts = self.gather_rollouts(
+                self.sampler.generate([prompts[i] for i in share], list(share), greedy=True)
+            )
         return {
             "eval/accuracy": statistics.fmean(self.rewards.accuracy(r) for r in rollouts),
             "eval/reward": statistics.fmean(r.reward for r in rollouts),
@@ -295,7 +311,8 @@ class Trainer:
         flat = sum(not any(s.advantage for s in sequences[i : i + size]) for i in range(0, len(sequences), size))
         if flat == len(groups):
             self.console.warn(
-                f"step {step}: all {len(groups)} groups have equal rewards (such as {rewards[0]:g}), so no advantage and no policy gradient; "
+                f"step {step}: all {len(groups)} groups have equal rewards (such as {rewards[0]:g}), so no advantage "
+                f"and no policy gradient; "
                 "easier or harder prompts, a larger rollout.group_size or a finer reward would give one"
             )
         tokens = sum(len(s.tokens) for s in sequences)
@@ -315,7 +332,10 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds["step"],
         }
-        row |= {f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts) for name in self.config.reward.functions}
+        row |= {
+            f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts)
+            for name in self.config.reward.functions
+        }
         if self.writer:
             kept = self.config.logging.rollouts_per_step
             shown = rollouts if kept < 0 else rollouts[:kept]
@@ -335,8 +355,8 @@ class Trainer:
 
 
 def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
-    """max |ratio - 1| before anything was learned from the rollouts: what numerical noise alone moves, to be held against
-    the clip band. Empty off the last pipeline stage, which has no ratios."""
+    """max |ratio - 1| before anything was learned from the rollouts: what numerical noise alone moves, to be held
+    against the clip band. Empty off the last pipeline stage, which has no ratios."""
     if "ratio/min" not in first_update:
         return {}
     low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
@@ -347,4 +367,10 @@ def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
     """One line of rollouts/step_*.jsonl."""
     row = asdict(rollout)
     prompt = row.pop("prompt")
-    return {"prompt_id": prompt["id"], "prompt": prompt["text"], "answer": prompt["answer"], **row, "advantage": sequence.advantage}
+    return {
+        "prompt_id": prompt["id"],
+        "prompt": prompt["text"],
+        "answer": prompt["answer"],
+        **row,
+        "advantage": sequence.advantage,
+    }

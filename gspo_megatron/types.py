@@ -8,8 +8,9 @@ Shape suffixes used in the whole package:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,7 +34,8 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to write."""
+    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to
+    write."""
 
     id: int
     text: str
@@ -107,8 +109,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -149,13 +151,15 @@ class Policy(Protocol):
     """Format of log-probs: float32, or float64 in a float64 run."""
 
     def begin(self, *, with_reference: bool) -> None:
-        """The first step of reinforcement learning starts here: version 0, and the reference is the policy as it is now."""
+        """The first step of reinforcement learning starts here: version 0, and the reference is the policy as it is
+        now."""
 
     def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
-        """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches, with `loss` and `grad_norm`."""
+        """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,
+        with `loss` and `grad_norm`."""
 
 
 class Sampler(Protocol):

@@ -69,7 +69,10 @@ def step(positions: list[int], rows: list[int], cache: KVCache) -> PackedTokens:
 
 def random_qkv(num_tokens: int, heads: int, kv_heads: int) -> list[Tensor]:
     shapes = [(num_tokens, n, D) for n in (heads, kv_heads, kv_heads)]
-    return [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    return [
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def test_rotation_is_a_complex_product() -> None:
@@ -98,7 +101,9 @@ def test_packed_is_a_loop_over_sequences(heads: int, kv_heads: int, lengths: lis
     expected = torch.cat([attention_of(q, k, v) for q, k, v in parts])
     torch.testing.assert_close(out, expected, **EXACT)
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 

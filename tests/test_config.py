@@ -219,6 +219,7 @@ def test_a_layout_that_the_world_cannot_hold(overrides: tuple[str, ...], world_s
         (("parallel.etp=3",), 3, ("model.expert_ffn_size=128", "parallel.etp=3", "set parallel.etp to 2 or 4")),
         (("parallel.cp=2",), 2, ("parallel.cp=2", "not supported yet", "set parallel.cp=1")),
         (("parallel.pp=2", "parallel.token_dispatcher=allgather"), 2, ("allgather", "pipeline", "use alltoall")),
+        (("parallel.pp=2", "model.tie_embeddings=true"), 2, ("parallel.pp=2", "set model.tie_embeddings=false")),
         (("model.experts_per_token=9",), 1, ("model.experts_per_token=9 exceeds model.num_experts=8",)),
         (("model.experts_per_token=1",), 1, ("model.experts_per_token=1", "use 2 or more")),
         (("model.num_query_groups=3",), 1, ("num_attention_heads=4 must be a multiple of model.num_query_groups=3",)),

@@ -198,10 +198,18 @@ def test_every_rule_can_fail(rule: Callable[[str, str], list[str]], file: str, s
     [
         (imports_only_lower_layers, "plan.py", "from gspo_megatron.config import Config"),
         (imports_only_lower_layers, "mcore/checkpoint.py", "from gspo_megatron import __version__"),
-        (imports_only_lower_layers, "objective/loss.py", "from .terms import lookup\nfrom gspo_megatron.types import Metric"),
+        (
+            imports_only_lower_layers,
+            "objective/loss.py",
+            "from .terms import lookup\nfrom gspo_megatron.types import Metric",
+        ),
         (megatron_only_in_mcore, "trainer.py", "import gspo_megatron.metrics, megatronic"),
         (mcore_only_inside_entry_points, "train.py", "def f():\n    from gspo_megatron.mcore import policy"),
-        (lane_named_only_in_device, "plan.py", '"""On cuda."""\nx = 1  # gloo\ny = "set precision.device=cuda, barracuda"'),
+        (
+            lane_named_only_in_device,
+            "plan.py",
+            '"""On cuda."""\nx = 1  # gloo\ny = "set precision.device=cuda, barracuda"',
+        ),
         (lane_named_only_in_device, "mcore/compat.py", "if x.is_cuda: pass"),
         (environment_only_in_device_and_entry_points, "train.py", "os.environ['RANK']"),
     ],

@@ -14,9 +14,24 @@ from gspo_megatron.metrics import RunWriter, merge, on_host, values
 from gspo_megatron.types import Metric
 
 PARTS = [
-    {"m": Metric(6.0, 3.0), "s": Metric(1.0, reduction="sum"), "lo": Metric(0.5, reduction="min"), "hi": Metric(0.5, reduction="max")},
-    {"m": Metric(0.0, 0.0), "s": Metric(0.0, reduction="sum"), "lo": Metric(math.inf, reduction="min"), "hi": Metric(-math.inf, reduction="max")},
-    {"m": Metric(-2.0, 1.0), "s": Metric(2.5, reduction="sum"), "lo": Metric(-0.25, reduction="min"), "hi": Metric(0.125, reduction="max")},
+    {
+        "m": Metric(6.0, 3.0),
+        "s": Metric(1.0, reduction="sum"),
+        "lo": Metric(0.5, reduction="min"),
+        "hi": Metric(0.5, reduction="max"),
+    },
+    {
+        "m": Metric(0.0, 0.0),
+        "s": Metric(0.0, reduction="sum"),
+        "lo": Metric(math.inf, reduction="min"),
+        "hi": Metric(-math.inf, reduction="max"),
+    },
+    {
+        "m": Metric(-2.0, 1.0),
+        "s": Metric(2.5, reduction="sum"),
+        "lo": Metric(-0.25, reduction="min"),
+        "hi": Metric(0.125, reduction="max"),
+    },
 ]
 """Three micro-batches; the second has no tokens."""
 
@@ -27,12 +42,12 @@ def as_tensors(part: dict[str, Metric]) -> dict[str, Metric]:
     return {name: Metric(torch.tensor(m.total), torch.tensor(m.weight), m.reduction) for name, m in part.items()}
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
-@pytest.mark.parametrize("tensors", itertools.product([False, True], repeat=3), ids=str)
-def test_every_reduction_of_numbers_and_tensors_in_any_order(order: tuple[int, ...], tensors: tuple[bool, ...]) -> None:
-    parts = [as_tensors(PARTS[i]) if tensors[i] else PARTS[i] for i in order]
-    assert values(merge(parts)) == REDUCED
-    assert values(on_host(merge(parts))) == REDUCED
+def test_every_reduction_of_numbers_and_tensors_in_any_order() -> None:
+    for order in itertools.permutations(range(3)):
+        for tensors in itertools.product([False, True], repeat=3):
+            parts = [as_tensors(PARTS[i]) if tensors[i] else PARTS[i] for i in order]
+            assert values(merge(parts)) == REDUCED, (order, tensors)
+            assert values(on_host(merge(parts))) == REDUCED, (order, tensors)
 
 
 @pytest.mark.parametrize("tensors", [False, True])
@@ -57,12 +72,6 @@ def test_a_mean_of_nothing_is_zero_and_names_may_differ() -> None:
 def test_a_name_has_one_reduction() -> None:
     with pytest.raises(AssertionError, match="metric x has two reductions"):
         merge([{"x": Metric(1.0)}, {"x": Metric(1.0, reduction="max")}])
-
-
-def test_weights_are_kept_in_double_precision() -> None:
-    """A float32 loss may be merged with host numbers; counts of tokens go beyond float32's 24 bits."""
-    many = Metric(float(2**30 + 1), float(2**30 + 1))
-    assert values(merge([{"x": many}, {"x": Metric(torch.tensor(0.0, dtype=torch.float64), 1.0)}]))["x"] < 1
 
 
 # --- the run directory ---

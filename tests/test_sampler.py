@@ -52,7 +52,12 @@ def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple
 
 
 def generate(
-    world_size: int, overrides: tuple[str, ...], prompts: list[Prompt], ids: list[int], owner: int | None = None, **how: Any
+    world_size: int,
+    overrides: tuple[str, ...],
+    prompts: list[Prompt],
+    ids: list[int],
+    owner: int | None = None,
+    **how: Any,
 ) -> list[Rollout]:
     """What this rank's sampler answers; with `owner`, the other data-parallel ranks bring no prompts."""
     policy, sampler = open_sampler(world_size, *overrides)
@@ -60,12 +65,16 @@ def generate(
     return sampler.generate([] if idle else prompts, [] if idle else ids, **how)
 
 
-def one_process(*overrides: str, prompts: list[Prompt] = PROMPTS, ids: list[int] | None = None, **how: Any) -> list[Rollout]:
+def one_process(
+    *overrides: str, prompts: list[Prompt] = PROMPTS, ids: list[int] | None = None, **how: Any
+) -> list[Rollout]:
     ids = ids if ids is not None else [100 + i for i in range(len(prompts))]
     return run_distributed(_generate_alone, 1, overrides, prompts, ids, how)[0]
 
 
-def _generate_alone(overrides: tuple[str, ...], prompts: list[Prompt], ids: list[int], how: dict[str, Any]) -> list[Rollout]:
+def _generate_alone(
+    overrides: tuple[str, ...], prompts: list[Prompt], ids: list[int], how: dict[str, Any]
+) -> list[Rollout]:
     return generate(1, overrides, prompts, ids, **how)
 
 
@@ -124,7 +133,9 @@ def test_log_probs_are_those_that_the_trainer_recomputes_on_two_processes(axes: 
 def test_frequencies_follow_the_log_probs() -> None:
     """2,000 first tokens of one prompt: every count is within 5 standard deviations of what its log-prob says."""
     n = 2000
-    drawn = one_process("rollout.max_new_tokens=1", f"rollout.max_batch={n}", prompts=[PROMPTS[0]] * n, ids=list(range(n)))
+    drawn = one_process(
+        "rollout.max_new_tokens=1", f"rollout.max_batch={n}", prompts=[PROMPTS[0]] * n, ids=list(range(n))
+    )
     counts = Counter(r.tokens[0] for r in drawn)
     probability = {r.tokens[0]: math.exp(r.log_probs[0]) for r in drawn}
     assert len(counts) > 5
@@ -203,7 +214,9 @@ def test_one_new_token(rollouts: list[Rollout]) -> None:
 def ends_at_once() -> tuple[list[int], list[Rollout]]:
     policy, sampler = open_sampler(1)
     favourite = sampler.generate(PROMPTS[:1], [0], greedy=True)[0].tokens[0]
-    return favourite, MegatronSampler(policy, eos_id=favourite, pad_id=PAD).generate(PROMPTS[:1] * 2, [0, 1], greedy=True)
+    return favourite, MegatronSampler(policy, eos_id=favourite, pad_id=PAD).generate(
+        PROMPTS[:1] * 2, [0, 1], greedy=True
+    )
 
 
 def test_eos_as_the_first_token() -> None:

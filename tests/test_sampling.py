@@ -41,7 +41,9 @@ def test_a_number_does_not_depend_on_the_batch_it_is_drawn_in() -> None:
     order = np.random.default_rng(0).permutation(1000)
     shuffled = uniforms(7, order // 20, order % 20)
     assert np.array_equal(shuffled, whole.ravel()[order])
-    assert np.array_equal(np.concatenate([uniforms(7, np.array([i // 20]), np.array([i % 20])) for i in order[:50]]), shuffled[:50])
+    assert np.array_equal(
+        np.concatenate([uniforms(7, np.array([i // 20]), np.array([i % 20])) for i in order[:50]]), shuffled[:50]
+    )
     assert uniforms(7, np.array([], dtype=np.int64), np.array([], dtype=np.int64)).shape == (0,)
 
 
@@ -181,7 +183,9 @@ def test_greedy_takes_the_likeliest_and_the_first_among_equals(temperature: floa
     logits_BV = torch.tensor([LOGITS, [1.0, 5.0, 5.0, -1.0, 5.0, 0.0, 0.0]], dtype=torch.float64)
     tokens_B, log_probs_B = next_tokens(logits_BV, torch.tensor([0.9, ALMOST_ONE], dtype=torch.float64), how)
     assert tokens_B.tolist() == [2, 1]
-    expected = [math.log(distribution(row, Decoding(temperature))[t]) for row, t in zip(logits_BV.tolist(), [2, 1], strict=True)]
+    expected = [
+        math.log(distribution(row, Decoding(temperature))[t]) for row, t in zip(logits_BV.tolist(), [2, 1], strict=True)
+    ]
     assert log_probs_B.tolist() == pytest.approx(expected)
 
 

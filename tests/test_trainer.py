@@ -27,11 +27,30 @@ from gspo_megatron.metrics import RunWriter
 from gspo_megatron.trainer import Trainer
 from gspo_megatron.types import IGNORED, ConfigError, DataError, Ranks
 
-KEYS_OF_A_STEP = (
-    "step policy_version loss grad_norm lr reward/mean reward/std ratio/mean ratio/min ratio/max clip_fraction kl/old "
-    "kl/ref entropy response_length/mean truncated_fraction groups/zero_variance_fraction tokens tokens_per_second "
-    "time/rollout_s time/update_s time/step_s"
-).split()
+KEYS_OF_A_STEP = [
+    "step",
+    "policy_version",
+    "loss",
+    "grad_norm",
+    "lr",
+    "reward/mean",
+    "reward/std",
+    "ratio/mean",
+    "ratio/min",
+    "ratio/max",
+    "clip_fraction",
+    "kl/old",
+    "kl/ref",
+    "entropy",
+    "response_length/mean",
+    "truncated_fraction",
+    "groups/zero_variance_fraction",
+    "tokens",
+    "tokens_per_second",
+    "time/rollout_s",
+    "time/update_s",
+    "time/step_s",
+]
 """What the documentation promises in every row of metrics.jsonl."""
 
 
@@ -221,7 +240,9 @@ def test_no_rollout_id_comes_twice_and_no_prompt_before_all_have_come() -> None:
     trainer, _ = run(
         "train.steps=5", "train.warm_start_steps=3", "train.warm_start_batch=8", train_prompts=Prompts(size=64)
     )
-    sampled = [(ids, prompts) for ids, prompts in zip(sampler_of(trainer).ids, sampler_of(trainer).prompts, strict=True)]
+    sampled = [
+        (ids, prompts) for ids, prompts in zip(sampler_of(trainer).ids, sampler_of(trainer).prompts, strict=True)
+    ]
     steps = [call for call in sampled if len(call[0]) == 32]
     ids = [i for ids, _ in steps for i in ids]
     assert len(set(ids)) == len(ids) == 5 * 32

@@ -1,6 +1,7 @@
 """Times the parts of an RL step of a config: rollout, log-probs, update. Prints tokens/s and peak memory, writes JSON.
 
-    torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml [--steps 10] [--output FILE] [section.key=value ...]
+    torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml [--steps 10] [--output FILE]
+    [section.key=value ...]
 
 The config's own warm start comes first (shorten it with train.warm_start_steps=N), then --warmup steps that are not
 counted. Nothing is saved. Medians over steps, from the main process's clock.

@@ -1,6 +1,6 @@
 """Plots a run's metrics.jsonl: reward terms, held-out accuracy, clip fraction, entropy and response length, over steps.
 
-    python tools/plot_run.py runs/demo --output runs/demo/plot.png          # needs the extra `plot`
+python tools/plot_run.py runs/demo --output runs/demo/plot.png          # needs the extra `plot`
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The lane a run drives in: which device, which collective backend, which number formats. Nothing else names them.
 
-    lane = open_lane(device="auto", dtype="bf16")      # before Megatron is imported
-    lane.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
+lane = open_lane(device="auto", dtype="bf16")      # before Megatron is imported
+lane.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
 """
 
 from __future__ import annotations

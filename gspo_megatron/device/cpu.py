@@ -1,7 +1,7 @@
 """What stands in for torch.cuda when Megatron-Core runs on the CPU. One entry a stand-in, with the place it serves.
 
-Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/test_cpu_lane.py looks each one up in the
-installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
+Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/test_cpu_lane.py looks each one up in
+the installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ _THE_STREAM = _Stream()
 
 
 def install() -> None:
-    """Puts the stand-ins in place, once. Compiled functions run eagerly: a compiler costs more than tiny models gain."""
+    """Puts the stand-ins in place, once. Compiled functions run eagerly: a compiler costs more than tiny models
+    gain."""
     if getattr(torch.cuda.current_device, "stands_in", False):
         return
     here = torch.device("cpu")

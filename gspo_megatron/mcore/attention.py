@@ -21,7 +21,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D], plus a scratch row.
+    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D], plus a scratch
+    row.
 
     The scratch row takes what padding tokens write.
     """
@@ -41,7 +42,8 @@ class KVCache:
 
 @dataclass
 class CacheWrite:
-    """Token `source[i]` of the pack becomes position `positions[i]` of cache row `rows[i]`; a token may fill many rows."""
+    """Token `source[i]` of the pack becomes position `positions[i]` of cache row `rows[i]`; a token may fill many
+    rows."""
 
     source: Tensor
     rows: Tensor
@@ -52,8 +54,8 @@ class CacheWrite:
 class PackedTokens(PackedSeqParams):
     """The tokens of one forward pass, as attention sees them. Built by `packed` or `decoding`."""
 
-    positions_T: Tensor | None = None
-    slots_T: Tensor | None = None
+    positions_T: Tensor = None  # type: ignore[assignment]  # fields behind Megatron's own need a default
+    slots_T: Tensor = None  # type: ignore[assignment]
     """Where each token stands in a [B, L] grid, flattened."""
     grid: tuple[int, int] = (0, 0)
     cos_TD: Tensor | None = None
@@ -88,9 +90,12 @@ def decoding(positions_T: Tensor, rows_T: Tensor, cache: KVCache) -> PackedToken
 
 
 class Rotary:
-    """RoPE angles: position p turns pair (i, i + D/2) by p * base^(-2i/D). arXiv 2104.09864, Eq. 15 (half-split pairs)."""
+    """RoPE angles: position p turns pair (i, i + D/2) by p * base^(-2i/D). arXiv 2104.09864, Eq. 15 (half-split
+    pairs)."""
 
-    def __init__(self, head_dim: int, base: float, num_positions: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, head_dim: int, base: float, num_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         inverse_D2 = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float64, device=device), inverse_D2)
@@ -146,7 +151,8 @@ class PackedAttention(torch.nn.Module):
 
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:
-    """Packed tokens spread over a [B, L] grid. A row's empty places lie behind its tokens, where causality hides them."""
+    """Packed tokens spread over a [B, L] grid. A row's empty places lie behind its tokens, where causality hides
+    them."""
     slots_T, (num_rows, length) = tokens.slots_T, tokens.grid
 
     def spread(x_THD: Tensor) -> Tensor:
@@ -171,9 +177,15 @@ def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, at: CacheWrite) -
     return out.flatten(1)
 
 
-def prompts_into_cache(lengths: Sequence[int], rows: Sequence[Sequence[int]], cache: KVCache, tokens: PackedTokens) -> None:
-    """Makes a forward over packed prompts fill the cache: prompt i, of `lengths[i]` tokens, goes to every row in `rows[i]`."""
-    source, to_row, to_position, start = [], [], [], 0
+def prompts_into_cache(
+    lengths: Sequence[int], rows: Sequence[Sequence[int]], cache: KVCache, tokens: PackedTokens
+) -> None:
+    """Makes a forward over packed prompts fill the cache: prompt i, of `lengths[i]` tokens, goes to every row in
+    `rows[i]`."""
+    source: list[int] = []
+    to_row: list[int] = []
+    to_position: list[int] = []
+    start = 0
     for length, targets in zip(lengths, rows, strict=True):
         for row in targets:
             source.extend(range(start, start + length))
@@ -182,4 +194,6 @@ def prompts_into_cache(lengths: Sequence[int], rows: Sequence[Sequence[int]], ca
         start += length
     device = tokens.positions_T.device
     tokens.cache = cache
-    tokens.write = CacheWrite(*(torch.tensor(x, dtype=torch.long, device=device) for x in (source, to_row, to_position)))
+    tokens.write = CacheWrite(
+        *(torch.tensor(x, dtype=torch.long, device=device) for x in (source, to_row, to_position))
+    )

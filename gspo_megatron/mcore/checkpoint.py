@@ -1,7 +1,7 @@
 """Checkpoints through megatron.core.dist_checkpointing: `step_000010/` directories and a `latest` pointer beside them.
 
-A checkpoint is written into `step_000010.tmp`, renamed when every rank is done, and only then named by `latest`, so a run
-that dies while saving leaves the checkpoint before as the newest.
+A checkpoint is written into `step_000010.tmp`, renamed when every rank is done, and only then named by `latest`, so a
+run that dies while saving leaves the checkpoint before as the newest.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.types import CheckpointError
 
-# Megatron's other sharding types need an optimizer that keeps its step count per parameter group (Transformer Engine's or
-# Apex's Adam); this one works with torch's AdamW too.
+# Megatron's other sharding types need an optimizer that keeps its step count per parameter group (Transformer
+# Engine's or Apex's Adam); this one works with torch's AdamW too.
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
@@ -35,7 +35,8 @@ class MegatronCheckpoints:
         self.is_main = policy.groups.is_main
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes weights, optimizer, reference and `state` (plain numbers and strings); drops all but the last `keep`."""
+        """Writes weights, optimizer, reference and `state` (plain numbers and strings); drops all but the last
+        `keep`."""
         final = self.directory / f"step_{step:06d}"
         partial = final.with_suffix(".tmp")
         if self.is_main:
@@ -66,14 +67,18 @@ class MegatronCheckpoints:
             return None
         if not (path / "run.json").is_file():
             known = ", ".join(str(p) for p in self._all()) or "none"
-            raise CheckpointError(f"checkpoint.load={which!r}: {path} holds no checkpoint; checkpoints of this run: {known}")
+            raise CheckpointError(
+                f"checkpoint.load={which!r}: {path} holds no checkpoint; checkpoints of this run: {known}"
+            )
         state = json.loads((path / "run.json").read_text())
         if state["has_reference"]:
             self.policy.freeze_reference()
         try:
             loaded = dist_checkpointing.load(self._sharded(loading=True), str(path))
         except Exception as error:  # Megatron raises many types; the user needs to know which checkpoint, and why
-            raise CheckpointError(f"{path} could not be loaded into this model ({type(error).__name__}: {error})") from error
+            raise CheckpointError(
+                f"{path} could not be loaded into this model ({type(error).__name__}: {error})"
+            ) from error
         self.policy.model.load_state_dict(loaded["model"])
         if self.policy.reference is not None:
             self.policy.reference.load_state_dict(loaded["reference"])

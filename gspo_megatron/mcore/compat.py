@@ -1,7 +1,8 @@
-"""What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches Megatron.
+"""What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches
+Megatron.
 
-Each entry of MENDS names the place it serves; tests/test_cpu_lane.py fails when the installed version no longer needs it.
-Stand-ins for torch.cuda itself are in device/cpu.py.
+Each entry of MENDS names the place it serves; tests/test_cpu_lane.py fails when the installed version no longer needs
+it. Stand-ins for torch.cuda itself are in device/cpu.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ VERSION: str = megatron.core.__version__
 
 
 def _te_general_gemm() -> None:
-    """0.16.1, transformer/moe/moe_utils.py:1192: the router reads a name that only a Transformer Engine import defines."""
+    """0.16.1, transformer/moe/moe_utils.py:1192: the router reads a name that only a Transformer Engine import
+    defines."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
 def _splits_on_cpu() -> None:
-    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py maybe_move_tensor_to_cpu: converts to NumPy only what was on a GPU,
-    but all_to_all_single takes split sizes as integers, never as tensors."""
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py maybe_move_tensor_to_cpu: converts to NumPy only what was on a
+    GPU, but all_to_all_single takes split sizes as integers, never as tensors."""
     move = moe_utils.maybe_move_tensor_to_cpu
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -37,8 +39,8 @@ def _splits_on_cpu() -> None:
 
 
 def _no_device_rng() -> None:
-    """0.16.1 and 0.19.2, tensor_parallel/random.py _set_cuda_rng_state: queues a callback for the day CUDA starts, which
-    on a CPU never comes; activation recompute would grow that queue at every layer."""
+    """0.16.1 and 0.19.2, tensor_parallel/random.py _set_cuda_rng_state: queues a callback for the day CUDA starts,
+    which on a CPU never comes; activation recompute would grow that queue at every layer."""
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
 
 
@@ -59,4 +61,4 @@ def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool
     if experts_have_own_groups:
         for name, parameter in model.named_parameters():
             if ".experts." in name:
-                parameter.allreduce = False
+                parameter.allreduce = False  # type: ignore[attr-defined]

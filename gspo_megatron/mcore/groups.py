@@ -33,7 +33,9 @@ class Groups:
         self.is_first_stage = self.pp_rank == 0
         self.is_last_stage = self.pp_rank == layout.pp - 1
         self.is_main = dist.get_rank() == 0
-        self.speaks_for_replica = self.is_last_stage and self.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+        self.speaks_for_replica = (
+            self.is_last_stage and self.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+        )
 
     @property
     def experts_have_own_groups(self) -> bool:

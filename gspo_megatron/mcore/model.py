@@ -24,8 +24,8 @@ from gspo_megatron.mcore.groups import Groups
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel ranks
-    that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
+    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel
+    ranks that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -50,7 +50,11 @@ class PolicyModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """[Vp, H]: this rank's rows of the output matrix (last pipeline stage only)."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -109,7 +113,9 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         "fp8_recipe": None if config.precision.fp8 == "none" else config.precision.fp8,
     }
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(**{k: v for k, v in settings.items() if k in known and not (k == "fp8_recipe" and v is None)})
+    return TransformerConfig(
+        **{k: v for k, v in settings.items() if k in known and not (k == "fp8_recipe" and v is None)}
+    )
 
 
 def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int) -> Any:
@@ -161,10 +167,14 @@ def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> Pol
 def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
     """The parameter's name in the whole model: layers and experts counted over all ranks."""
     name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
-    return re.sub(r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name)
+    return re.sub(
+        r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name
+    )
 
 
-def named_global_parameters(model: PolicyModel, m: ModelConfig, groups: Groups) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_global_parameters(
+    model: PolicyModel, m: ModelConfig, groups: Groups
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(name in the whole model, parameter) of this rank."""
     layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     expert_offset = groups.collection.ep.rank() * (m.num_experts // groups.layout.ep)
@@ -174,7 +184,8 @@ def named_global_parameters(model: PolicyModel, m: ModelConfig, groups: Groups) 
 
 @torch.no_grad()
 def initialize_weights(model: PolicyModel, m: ModelConfig, groups: Groups, seed: int) -> None:
-    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual); norms 1.
+    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual);
+    norms 1.
 
     Each parameter draws the whole model's values from a generator seeded by (seed, its global name) and keeps its
     tensor-parallel slice, so every layout starts from the same weights.
@@ -186,24 +197,31 @@ def initialize_weights(model: PolicyModel, m: ModelConfig, groups: Groups, seed:
         std = m.init_std / math.sqrt(2 * m.num_layers) if re.search(r"linear_(proj|fc2)\.weight", name) else m.init_std
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.copy_(_own_slice(name, parameter, groups, m, lambda shape: torch.randn(shape, generator=generator) * std))
+        group = groups.collection.expt_tp if ".experts." in name else groups.tp
+        whole = torch.randn(_whole_shape(name, parameter, m, group.size()), generator=generator) * std
+        parameter.copy_(_own_slice(whole, parameter, group.rank(), group.size()))
 
 
-def _own_slice(name: str, parameter: Tensor, groups: Groups, m: ModelConfig, draw: Any) -> Tensor:
-    """This rank's slice of the whole parameter, which `draw(shape)` makes."""
+def _is_sliced(parameter: Any, num_slices: int) -> bool:
+    return num_slices > 1 and getattr(parameter, "tensor_model_parallel", False)
+
+
+def _whole_shape(name: str, parameter: Any, m: ModelConfig, num_slices: int) -> list[int]:
+    """The parameter's shape in the whole model; a vocabulary matrix without its padding, whose size depends on tp."""
     shape = list(parameter.shape)
-    group = groups.collection.expt_tp if ".experts." in name else groups.tp
-    if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
-        full = draw(shape)
-        return full
-    dim, stride = parameter.partition_dim, parameter.partition_stride
-    shape[dim] *= group.size()
     if "word_embeddings" in name or "output_layer" in name:
-        # Drawn without the padding, whose size depends on tp; the padded rows stay 0.
-        assert m.vocab_size is not None
-        full = torch.zeros(shape)
-        full[: m.vocab_size] = draw([m.vocab_size, *shape[1:]])
-    else:
-        full = draw(shape)
-    pieces = full.chunk(group.size() * stride, dim=dim)
-    return torch.cat(list(pieces[group.rank() :: group.size()]), dim=dim)
+        return [m.vocab_size, *shape[1:]]
+    if _is_sliced(parameter, num_slices):
+        shape[parameter.partition_dim] *= num_slices
+    return shape
+
+
+def _own_slice(whole: Tensor, parameter: Any, index: int, num_slices: int) -> Tensor:
+    """This rank's slice. A matrix of stride 2 is [gate; up], of which every rank holds [own gate; own up]."""
+    if not _is_sliced(parameter, num_slices):
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    missing = parameter.size(dim) * num_slices - whole.size(dim)  # padding rows of a vocabulary matrix
+    padded = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])]) if missing else whole
+    pieces = padded.chunk(num_slices * stride, dim=dim)
+    return torch.cat(pieces[index::num_slices], dim=dim)

@@ -13,7 +13,8 @@ from gspo_megatron.mcore.model import PolicyModel
 
 
 def wrap_model(model: PolicyModel, lane: Lane, settings: OptimizerConfig) -> DistributedDataParallel:
-    """Gradient buffers (float32 under bf16), reduced over data-parallel ranks; on a GPU while the backward still runs."""
+    """Gradient buffers (float32 under bf16), reduced over data-parallel ranks; on a GPU while the backward still
+    runs."""
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(

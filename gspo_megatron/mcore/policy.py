@@ -53,7 +53,9 @@ class MegatronPolicy:
         micro_batches = [self._here(m) for m in micro_batches]
         scored = schedule.log_probs(model, self.groups, micro_batches, temperature=self.config.rollout.temperature)
         counts = [sum(m.response_lengths) for m in micro_batches]
-        joined = torch.cat(scored) if scored else torch.empty(sum(counts), dtype=self.score_dtype, device=self.lane.device)
+        joined = (
+            torch.cat(scored) if scored else torch.empty(sum(counts), dtype=self.score_dtype, device=self.lane.device)
+        )
         return list(self.groups.from_last_stage(joined).split(counts))
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
@@ -69,7 +71,8 @@ class MegatronPolicy:
         grad_norm = float(grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"gradient norm is {grad_norm} after policy version {self.version}; lower optimizer.lr or look at the rollouts of this step"
+                f"gradient norm is {grad_norm} after policy version {self.version}; lower optimizer.lr or look at "
+                f"the rollouts of this step"
             )
         self.version += 1
         return merge(per_micro_batch) | {"grad_norm": Metric(grad_norm)}

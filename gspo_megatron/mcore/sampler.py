@@ -79,9 +79,13 @@ class MegatronSampler:
         positions = [len(rollouts[row].prompt.tokens) + len(rollouts[row].tokens) - 1 for row in active] + [0] * padding
         rows = active + [cache.scratch_row] * padding
         step = decoding(self._tensor(positions), self._tensor(rows), cache)
-        return self._draw(self._tensor(tokens), step, self._tensor(range(len(active))), [rollouts[row] for row in active], how)
+        return self._draw(
+            self._tensor(tokens), step, self._tensor(range(len(active))), [rollouts[row] for row in active], how
+        )
 
-    def _draw(self, tokens_T: Tensor, step: PackedTokens, source: Tensor, rollouts: list[Rollout], how: Decoding) -> Tensor:
+    def _draw(
+        self, tokens_T: Tensor, step: PackedTokens, source: Tensor, rollouts: list[Rollout], how: Decoding
+    ) -> Tensor:
         """[2, B] float64: token and log-prob drawn for each rollout from the hidden state in row `source[b]`."""
         ids = np.array([r.id for r in rollouts], dtype=np.int64)
         at = np.array([len(r.tokens) for r in rollouts], dtype=np.int64)

@@ -1,14 +1,15 @@
 """Micro-batches through Megatron's pipeline schedules, and the one place where the loss is scaled.
 
-**The scale.** The objective returns a micro-batch's share l_m of the update's loss, already divided by the global number
-of sequences (or tokens), so that the gradient wanted is the plain sum over micro-batches and data-parallel ranks,
+**The scale.** The objective returns a micro-batch's share l_m of the update's loss, already divided by the global
+number of sequences (or tokens), so that the gradient wanted is the plain sum over micro-batches and data-parallel
+ranks,
     g = sum_{d, m} grad l_{d,m}.
 Megatron, given a loss function that returns (loss, metrics), computes instead
     g' = 1 / (dp * cp) * sum_{d, c} sum_m grad(cp / num_micro_batches * loss_{d,c,m}):
 forward_step_calc_loss multiplies by cp and divides by the number of micro-batches (pipeline_parallel/schedules.py), and
-DistributedDataParallel divides by the size of the data- and context-parallel group (distributed_data_parallel.py), experts
-included. With loss = l * num_micro_batches * dp both cancel and g' = g, however the batch was cut. Every rank of a group
-has the same number of micro-batches.
+DistributedDataParallel divides by the size of the data- and context-parallel group (distributed_data_parallel.py),
+experts included. With loss = l * num_micro_batches * dp both cancel and g' = g, however the batch was cut. Every rank
+of a group has the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ ModelInput = tuple[Tensor, PackedTokens]
 
 
 def train(model: Any, groups: Groups, batch: UpdateBatch, loss: Loss, *, temperature: float) -> list[dict[str, Metric]]:
-    """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage only."""
+    """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage
+    only."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
-        log_probs_R, entropy_R = response_log_probs(model.module, groups, micro_batch, hidden, temperature, with_entropy=True)
+        log_probs_R, entropy_R = response_log_probs(
+            model.module, groups, micro_batch, hidden, temperature, with_entropy=True
+        )
         terms = loss(log_probs_R, entropy_R, micro_batch, batch)
         return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach(), reduction="sum")}
 
@@ -60,7 +64,8 @@ def log_probs(model: Any, groups: Groups, micro_batches: Sequence[MicroBatch], *
 
 @torch.no_grad()
 def forward(model: Any, steps: Sequence[tuple[ModelInput, Callable[[Tensor], Any]]]) -> list[Any]:
-    """Runs each step's input through the pipeline and its function on the hidden states; results on the last stage only."""
+    """Runs each step's input through the pipeline and its function on the hidden states; results on the last stage
+    only."""
 
     def forward_step(remaining: Iterator[tuple[ModelInput, Callable[[Tensor], Any]]], model: Any) -> Any:
         inputs, use = next(remaining)
@@ -78,7 +83,13 @@ def model_input(micro_batch: MicroBatch) -> ModelInput:
 
 
 def response_log_probs(
-    module: PolicyModel, groups: Groups, micro_batch: MicroBatch, hidden: Tensor, temperature: float, *, with_entropy: bool
+    module: PolicyModel,
+    groups: Groups,
+    micro_batch: MicroBatch,
+    hidden: Tensor,
+    temperature: float,
+    *,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [R], entropy [R]) of the response tokens, from hidden states [T, 1, H] (or this rank's share of T)."""
     log_probs_T, entropy_T = linear_log_probs(

@@ -16,14 +16,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): every input bit moves every output bit."""
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): every input bit moves every
+    output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def uniforms(seed: int, rollout_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """u[b] in [0, 1), a pure function of (seed, rollout id, response position): the same on every layout and after a resume.
+    """u[b] in [0, 1), a pure function of (seed, rollout id, response position): the same on every layout and after a
+    resume.
 
     53 random bits a number, by chained SplitMix64 mixing of the three integers.
     """
@@ -46,9 +48,9 @@ class Decoding:
 def next_tokens(logits_BV: Tensor, uniforms_B: Tensor, how: Decoding) -> tuple[Tensor, Tensor]:
     """(tokens [B] int64, log-probs [B] float64) by inverting the cumulative distribution at u.
 
-    The log-prob is the natural logarithm of the probability with which the token was drawn: after temperature, top-k and
-    top-p (renormalised). Greedy takes the most likely token, the lowest id among equals, and reports its log-prob under
-    softmax(logits / temperature).
+    The log-prob is the natural logarithm of the probability with which the token was drawn: after temperature, top-k
+    and top-p (renormalised). Greedy takes the most likely token, the lowest id among equals, and reports its log-prob
+    under softmax(logits / temperature).
     """
     # In float64 throughout: a float32 log_softmax over 152k ids is off by 8e-5, a quarter of GSPO's clip band.
     log_probs_BV = torch.log_softmax(logits_BV.double() / how.temperature, dim=-1)

@@ -1,0 +1,131 @@
+"""A run that stops and continues is the run that never stopped: through the command, on two processes that share experts.
+
+Every start of the command is a fresh pair of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from distributed import run_distributed
+
+import gspo_megatron.mcore.checkpoint  # noqa: F401  (loaded here once, and forked into every rank)
+from gspo_megatron.train import main
+
+CONFIG = """
+run: {seed: 3}
+model: {num_layers: 2, hidden_size: 16, num_attention_heads: 2, num_query_groups: 2, head_dim: 8, num_experts: 4,
+        expert_ffn_size: 16, max_sequence_length: 16, init_std: 0.2}
+precision: {device: cpu, dtype: fp32}
+data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 4}, eval_size: 8,
+       tokenizer: "characters:0123456789>"}
+rollout: {prompts_per_step: 4, group_size: 4, max_new_tokens: 4}
+algorithm: {clip_low: 1.0e-2, clip_high: 1.0e-2, kl_coef: 0.05, updates_per_rollout: 2}
+optimizer: {lr: 3.0e-3, weight_decay: 0.1, lr_warmup_updates: 6}
+train: {steps: 4, warm_start_steps: 5, eval_every: 2, tokens_per_micro_batch: 64}
+checkpoint: {save_every: 2}
+logging: {tensorboard: false, rollouts_per_step: -1}
+"""
+MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
+
+
+def command(port: int, world_size: int, config: str, overrides: tuple[str, ...]) -> tuple[int, str]:
+    """The command as torchrun starts it, on this rank: (exit status, what it printed as an error)."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+        status = main(["--config", config, *overrides])
+    return status, errors.getvalue()
+
+
+def start(run: Path, *overrides: str, world_size: int = 2) -> list[tuple[int, str]]:
+    run.mkdir(exist_ok=True)
+    config = run.parent / "config.yaml"
+    config.write_text(CONFIG)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    axes = (f"run.dir={run}", f"parallel.ep={world_size}")
+    return run_distributed(command, world_size, port, world_size, str(config), (*axes, *overrides), timeout_s=120)
+
+
+def train(run: Path, *overrides: str, world_size: int = 2) -> None:
+    for status, errors in start(run, *overrides, world_size=world_size):
+        assert status == 0, errors
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED_BY_THE_CLOCK)} for row in rows]
+
+
+def rollouts(run: Path) -> list[str]:
+    return [path.read_text() for path in sorted((run / "rollouts").iterdir())]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without a stop."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(run, "checkpoint.load=latest")
+    return run
+
+
+def test_without_a_checkpoint_latest_is_a_fresh_start(whole: Path) -> None:
+    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
+    assert checkpoints(whole) == ["latest", "step_000002", "step_000004"]
+    assert (whole / "checkpoints" / "latest").read_text() == "step_000004\n"
+    state = json.loads((whole / "checkpoints" / "step_000002" / "run.json").read_text())
+    assert (state["step"], state["policy_version"], state["has_reference"]) == (2, 4, True)
+
+
+def test_two_steps_and_two_more_are_four(whole: Path, tmp_path: Path) -> None:
+    """Bit for bit: the optimizer's moments, the learning rate's place, the reference and the order of prompts come back."""
+    run = tmp_path / "run"
+    train(run, "train.steps=2")
+    assert rows(run) == rows(whole)[:3]
+    train(run, "checkpoint.load=latest")
+    assert rows(run) == rows(whole) and rollouts(run) == rollouts(whole)
+    assert rows(whole)[4]["kl/ref"] > 0 and rows(whole)[4]["reward/std"] > 0
+    assert not (run / "metrics.replaced.jsonl").exists()
+
+
+def test_an_earlier_checkpoint_by_its_path(whole: Path, tmp_path: Path) -> None:
+    """Rows past it are moved aside and written anew. What is saved from there on is kept, though the checkpoints of the
+    run's former future bear higher numbers."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    train(run, f"checkpoint.load={run}/checkpoints/step_000002", "train.steps=3", "checkpoint.keep=1")
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows(run, "metrics.replaced.jsonl")] == [3, 4]
+    same = rows(whole)[3]
+    assert {k: v for k, v in rows(run)[3].items() if k in same} == same
+    assert (run / "checkpoints" / "latest").read_text() == "step_000003\n"
+    assert (run / "checkpoints" / "step_000003" / "run.json").is_file()
+    assert "step_000002" not in checkpoints(run)
+
+
+def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
+    """Exit status 2, the place and the reason, before a file of the run is touched."""
+    run = tmp_path / "run"
+    for status, errors in start(run, f"checkpoint.load={tmp_path}/nothing"):
+        assert status == 2 and f"CheckpointError: checkpoint.load='{tmp_path}/nothing'" in errors
+    assert list(run.iterdir()) == []
+    for status, errors in start(run, f"checkpoint.load={whole}/checkpoints/step_000004", "model.hidden_size=24"):
+        assert status == 2 and "CheckpointError" in errors and "step_000004 could not be loaded into this model" in errors
