@@ -557,8 +557,8 @@ def _check_layout(config: Config) -> None:
         )
     if m.tie_embeddings and p.pp > 1:
         raise ConfigError(
-            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept equal; "
-            "set model.tie_embeddings=false or parallel.pp=1"
+            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept "
+            "equal; set model.tie_embeddings=false or parallel.pp=1"
         )
 
 

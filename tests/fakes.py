@@ -1,7 +1,7 @@
 """A policy, a sampler and ranks that the trainer can drive without Megatron and without processes.
 
-The policy is a table of next-token logits by the token before: a real distribution with a real gradient, small enough to
-learn in a second. The exercise is one it can solve: a capital letter, to be answered by its small letter.
+The policy is a table of next-token logits by the token before: a real distribution with a real gradient, small enough
+to learn in a second. The exercise is one that it can solve: a capital letter, to be answered by its small letter.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Replica:
 
 
 class TablePolicy:
-    """`Policy` of types.py: log pi(token | token before) = log_softmax(logits[before]), float64, plain gradient descent.
+    """`Policy` of types.py: log pi(token | token before) = log_softmax(logits[before]), in float64, plain SGD.
 
     `calls` lists what was asked of it, in order; the sampler writes its own calls into the same list. `losses` are this
     rank's shares, one an update.

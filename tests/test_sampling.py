@@ -134,6 +134,7 @@ WAYS = [
     Decoding(top_p=0.05),
     Decoding(top_p=0.6),
     Decoding(top_p=0.95),
+    Decoding(top_k=3, top_p=0.8),
     Decoding(temperature=1.5, top_k=5, top_p=0.8),
 ]
 
@@ -190,10 +191,10 @@ def test_greedy_takes_the_likeliest_and_the_first_among_equals(temperature: floa
 
 
 def test_equal_logits_are_cut_from_the_high_ids() -> None:
-    shares, _ = draw([1.0] * 8, 800, Decoding(top_k=3))
-    assert shares.tolist() == pytest.approx([1 / 3] * 3 + [0] * 5, abs=2e-3)
-    shares, _ = draw([1.0] * 8, 800, Decoding(top_p=0.5))
-    assert shares.tolist() == pytest.approx([1 / 4] * 4 + [0] * 4, abs=2e-3)
+    size = 4096
+    for how, kept in ((Decoding(top_k=3), 3), (Decoding(top_p=0.25), size // 4)):
+        tokens_B, _ = next_tokens(torch.ones(48, size), spread_uniforms(48), how)
+        assert tokens_B.tolist() == [int(u * kept) for u in spread_uniforms(48).tolist()], how
 
 
 @pytest.mark.parametrize("u", [0.0, 2**-53, 0.5, ALMOST_ONE])

@@ -1,4 +1,4 @@
-"""The loop on its own: a table policy with a true gradient, replicas that are threads, no Megatron, no process group."""
+"""The loop by itself: a table policy with a true gradient, replicas that are threads, no Megatron, no processes."""
 
 from __future__ import annotations
 
@@ -250,8 +250,7 @@ def test_no_rollout_id_comes_twice_and_no_prompt_before_all_have_come() -> None:
     assert set(of_steps.values()) == {4}
     of_warm_start = Counter(trainer.order[k] for k in range(24))
     assert sorted([*of_steps, *of_warm_start]) == list(range(64))
-    taught = [b for b in policy_of(trainer).batches[:3]]
-    assert [b.num_sequences for b in taught] == [8, 8, 8]
+    assert [b.num_sequences for b in policy_of(trainer).batches[:3]] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("dp_size", [2, 3])
@@ -369,7 +368,7 @@ def test_the_warm_start_learns_the_solutions() -> None:
             losses.append(loss)
 
     settings = ("train.warm_start_steps=60", "train.warm_start_lr=20", "train.steps=0")
-    trainer, rows = run(*settings, console=Listener())
+    _, rows = run(*settings, console=Listener())
     before = trainer_of(config_of(*settings))
     table_VV = policy_of(before).logits_VV.log_softmax(dim=-1)
     prompts = [before.train_prompts[before.order[k]] for k in range(before.config.train.warm_start_batch)]
