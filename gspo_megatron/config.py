@@ -1,25 +1,22 @@
-"""One run's settings: typed sections, YAML over presets over defaults, `section.key=value` on top, every check up
-front.
+"""One run's settings: typed sections, YAML over presets over defaults, `section.key=value` on top.
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
-    check_config(config, world_size=8)                                            # before any process group exists
 
-A value that would be ignored is an error; a value that works but is unusual is a warning (`config_warnings`).
+The rules between settings, which need the number of processes, are in checks.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_megatron.types import ConfigError
+from gspo_megatron.types import ConfigError, did_you_mean
 
 
 @dataclass
@@ -122,8 +119,9 @@ class RolloutConfig:
 
 @dataclass
 class RewardConfig:
-    functions: dict[str, float] = field(default_factory=lambda: {"exact_match": 1.0})
-    """Weights by name: a row of REWARDS, or `package.module:function` (prompt=, response=, answer= -> number)."""
+    functions: dict[str, float] = field(default_factory=dict)
+    """Weights by name: a row of REWARDS, or `package.module:function` (prompt=, response=, answer= -> number). Empty:
+    the generated task's own reward, or exact_match for a file."""
     accuracy: str | None = None
     """The function whose value 1 counts as correct in eval/accuracy. None: the first one."""
     on_error: str = "stop"
@@ -320,9 +318,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         keys[key] = value if name is None else {**keys.get(key, {}), name: value}
 
     schema = OmegaConf.structured(Config)
-    if "functions" in asked.get("reward", {}):
-        # OmegaConf would merge the names asked for into the default's.
-        schema.reward.functions = {}
     try:
         preset = OmegaConf.merge(schema, asked).model.preset
         _check_choice("model.preset", preset)
@@ -330,7 +325,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
-    _check_values(config)
+    check_values(config)
     return config
 
 
@@ -342,7 +337,7 @@ def to_yaml(config: Config) -> str:
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(str(path), siblings)}")
+        raise ConfigError(f"config file {str(path)!r} does not exist{did_you_mean(str(path), siblings)}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own message carries line and column
@@ -389,7 +384,7 @@ def _meant(section: str, key: str, value: Any) -> Any:
 
 def _check_section(section: str) -> None:
     if section not in _names(Config):
-        near = _nearest(str(section), _names(Config)) or "."
+        near = did_you_mean(str(section), _names(Config)) or "."
         raise ConfigError(f"unknown config section {section!r}{near} Sections: {', '.join(_names(Config))}")
 
 
@@ -402,17 +397,12 @@ def _declared_type(section: str, key: str) -> str:
             return str(setting.type)
     elsewhere = [f"{s}.{key}" for s, t in sections.items() if key in _names(t)]
     keys = _names(sections[section])
-    near = f"; did you mean {elsewhere[0]!r}?" if elsewhere else _nearest(str(key), keys) or "."
+    near = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(str(key), keys) or "."
     raise ConfigError(f"unknown config key '{section}.{key}'{near} Keys of {section}: {', '.join(keys)}")
 
 
 def _names(dataclass_type: type) -> list[str]:
     return [f.name for f in fields(dataclass_type)]
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -424,67 +414,15 @@ def _value(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks each parallel axis has. dp and edp follow from the world size."""
-
-    world_size: int
-    tp: int
-    pp: int
-    cp: int
-    ep: int
-    etp: int
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel replicas of the dense layers."""
-        return self.world_size // (self.tp * self.pp * self.cp)
-
-    @property
-    def edp(self) -> int:
-        """Data-parallel replicas of the experts."""
-        return self.world_size // (self.etp * self.ep * self.pp)
-
-    def __str__(self) -> str:
-        dense = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}"
-        return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
-
-
-def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of `world_size` processes. Raises ConfigError when the axes do not multiply into it."""
-    p = config.parallel
-    for product, name in (
-        (p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"),
-        (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})"),
-    ):
-        if world_size % product:
-            axes = name.format(p)
-            raise ConfigError(
-                f"{axes} = {product} does not divide the {world_size} processes; start a multiple of {product} "
-                f"(torchrun --nproc_per_node) or make the axes multiply into a divisor of {world_size}"
-            )
-    return Layout(world_size, p.tp, p.pp, p.cp, p.ep, p.etp)
-
-
-def check_config(config: Config, world_size: int) -> Layout:
-    """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
-    _check_values(config)
-    layout = layout_of(config, world_size)
-    _check_model(config.model)
-    _check_layout(config)
-    _check_precision(config)
-    _check_batches(config)
-    return layout
-
-
 def _check_choice(key: str, value: Any) -> None:
     if value not in CHOICES[key]:
         raise ConfigError(
-            f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{_nearest(str(value), CHOICES[key])}"
+            f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{did_you_mean(str(value), CHOICES[key])}"
         )
 
 
-def _check_values(config: Config) -> None:
+def check_values(config: Config) -> None:
+    """Every value by itself: choices, ranges, finite numbers. Raises ConfigError."""
     for key in CHOICES:
         _check_choice(key, _value(config, key))
     for section in fields(Config):
@@ -503,135 +441,8 @@ def _check_values(config: Config) -> None:
             raise ConfigError(f"{key}={_value(config, key)} must be at least 0 and below 1")
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be at most 1 (1 switches it off)")
-    if not config.reward.functions:
-        raise ConfigError("reward.functions is empty; name at least one, such as {exact_match: 1.0}")
     for function, weight in config.reward.functions.items():
         if not isinstance(weight, float) or not math.isfinite(weight):
             raise ConfigError(
                 f"reward.functions.{function}={weight} must be a finite number, the weight of that reward"
             )
-
-
-def _check_model(m: ModelConfig) -> None:
-    if m.experts_per_token > m.num_experts:
-        raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
-    if m.experts_per_token == 1 and m.num_experts > 1:
-        raise ConfigError(
-            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
-            "nothing; use 2 or more"
-        )
-    if m.num_attention_heads % m.num_query_groups:
-        raise ConfigError(
-            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of "
-            f"model.num_query_groups={m.num_query_groups}"
-        )
-    if m.head_dim % 2:
-        raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
-
-
-def _check_layout(config: Config) -> None:
-    m, p = config.model, config.parallel
-    for axis, reason in (("cp", "context parallel"), ("vpp", "virtual pipeline")):
-        if getattr(p, axis) != 1:
-            raise ConfigError(
-                f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1"
-            )
-    for value, name, axis in (
-        (m.num_attention_heads, "model.num_attention_heads", "tp"),
-        (m.num_query_groups, "model.num_query_groups", "tp"),
-        (m.num_layers, "model.num_layers", "pp"),
-        (m.num_experts, "model.num_experts", "ep"),
-        (m.expert_ffn_size, "model.expert_ffn_size", "etp"),
-    ):
-        size = getattr(p, axis)
-        if value % size:
-            divisors = [d for d in range(1, value + 1) if value % d == 0]
-            near = sorted(sorted(divisors, key=lambda d: (abs(d - size), d))[:2])
-            raise ConfigError(
-                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to "
-                f"{' or '.join(map(str, near))}"
-            )
-    if p.token_dispatcher == "allgather" and p.pp > 1:
-        raise ConfigError(
-            "parallel.token_dispatcher=allgather cannot take the ragged micro-batches of a pipeline; use alltoall"
-        )
-    if m.tie_embeddings and p.pp > 1:
-        raise ConfigError(
-            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept "
-            "equal; set model.tie_embeddings=false or parallel.pp=1"
-        )
-
-
-def _check_precision(config: Config) -> None:
-    precision = config.precision
-    if precision.dtype == "fp64" and precision.device == "cuda":
-        raise ConfigError(
-            "precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu"
-        )
-    if precision.fp8 != "none":
-        if precision.device == "cpu" or precision.transformer_engine == "off":
-            raise ConfigError(
-                f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
-                "or precision.device=cuda and precision.transformer_engine=auto"
-            )
-        if precision.dtype != "bf16":
-            raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
-
-
-def _check_batches(config: Config) -> None:
-    r, a, m = config.rollout, config.algorithm, config.model
-    if r.prompts_per_step % a.updates_per_rollout:
-        raise ConfigError(
-            f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
-            f"{a.updates_per_rollout}; every mini-batch holds whole groups"
-        )
-    if r.max_new_tokens >= m.max_sequence_length:
-        raise ConfigError(
-            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
-            f"model.max_sequence_length={m.max_sequence_length}"
-        )
-    if m.max_sequence_length > config.train.tokens_per_micro_batch:
-        longest = config.train.tokens_per_micro_batch
-        raise ConfigError(
-            f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
-            f"sequence would fit in no micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
-        )
-    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
-        raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            f"log-probs are of the "
-            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=recompute"
-        )
-
-
-def config_warnings(config: Config) -> list[str]:
-    """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
-    notes = []
-    if config.rollout.group_size == 1:
-        notes.append(
-            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
-            "use 4 to 16"
-        )
-    if config.model.aux_loss_coef > 0:
-        notes.append(
-            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
-            f"micro-batch, so the gradient depends on the layout"
-        )
-    if config.algorithm.kl_estimator == "k1" and (config.algorithm.kl_coef or 0) > 0:
-        notes.append(
-            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
-        )
-    if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
-        notes.append(
-            f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
-        )
-    return notes
-
-
-def prompt_limit(config: Config) -> int:
-    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
-    room = config.model.max_sequence_length - config.rollout.max_new_tokens
-    return min(room, config.data.max_prompt_tokens or room)
-
-
-assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config))

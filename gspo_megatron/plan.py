@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_megatron.config import Config, Layout, ModelConfig
+from gspo_megatron.checks import Layout
+from gspo_megatron.config import Config, ModelConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 _GIB = 2**30

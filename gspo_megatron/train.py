@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gspo_megatron.config import Config, check_config, config_warnings, load_config, prompt_limit, to_yaml
+from gspo_megatron.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.config import Config, load_config, to_yaml
 from gspo_megatron.console import Console
 from gspo_megatron.data.prompts import PromptSource, load_prompts
+from gspo_megatron.data.tasks import find_task
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.device import Lane, open_lane, transformer_engine_available
 from gspo_megatron.metrics import RunWriter
@@ -40,6 +42,10 @@ def load_inputs(config: Config) -> Inputs:
     """Tokenizer and prompts; settles model.vocab_size. Raises DataError or ConfigError."""
     # The trainer makes its own; a name that is wrong ends the run here, before any process group exists.
     variant_of(config)
+    if not config.reward.functions:
+        kind, _, name = config.data.train.partition(":")
+        judge = find_task(name, **config.data.task).reward if kind == "task" else "exact_match"
+        config.reward.functions = {judge: 1.0}
     rewards_of(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.vocab_size is None:
@@ -147,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{inputs.tokenizer.vocab_size} ids; "
                 "one of the others counts as a token of a response, and as no text"
             )
+        for name, source in (("train", inputs.train_prompts), ("eval", inputs.eval_prompts)):
+            if source.dropped:
+                console.warn(f"data.{name}: {source.dropped} prompts longer than {prompt_limit(config)} tokens dropped")
         if options.dry_run:
             console.say(to_yaml(config))
             console.say(describe_plan(config, layout, with_reference=variant_of(config).kl_coef > 0))

@@ -121,11 +121,14 @@ class Trainer:
                 row |= self.evaluate()
             self.completed_steps = step
             self.record(row)
-            if self.checkpoints and (
-                last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0)
-            ):
-                self.checkpoints.save(step, {"step": step, "policy_version": self.policy.version})
+            if last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
+                self.save()
         self.console.summary()
+
+    def save(self) -> None:
+        state = {"step": self.completed_steps, "policy_version": self.policy.version}
+        if self.checkpoints:
+            self.checkpoints.save(self.completed_steps, state)
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration of the algorithm; returns its row of metrics."""
@@ -194,8 +197,9 @@ class Trainer:
     def pack(self, sequences: Seq[Sequence], step: int) -> list[UpdateBatch]:
         """Mini-batches of whole groups, shuffled by (seed, step), each packed for this data-parallel rank."""
         a, size = self.config.algorithm, self.config.rollout.group_size
-        order = list(range(len(sequences) // size))
-        random.Random(f"{self.config.run.seed}:{step}").shuffle(order)
+        draws = random.Random(f"{self.config.run.seed}:{step}")
+        # Sorted by draws: of Python's generator only random() is promised to stay the same over versions.
+        order = [g for _, g in sorted((draws.random(), g) for g in range(len(sequences) // size))]
         share = len(order) // a.updates_per_rollout
         mini_batches = [order[i * share : (i + 1) * share] for i in range(a.updates_per_rollout)]
         return [

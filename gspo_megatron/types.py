@@ -8,9 +8,10 @@ Shape suffixes used in the whole package:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,12 @@ class DataError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another model."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the x of `names` nearest to `name`, or nothing when none is near."""
+    near = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @dataclass(frozen=True)

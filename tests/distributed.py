@@ -57,7 +57,12 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 writer.close()
                 processes.append(process)
                 readers.append(reader)
-            return _collect(readers, time.monotonic() + timeout_s + 10)
+            results = _collect(readers, time.monotonic() + timeout_s + 10)
+            for process in processes:
+                # Left to itself a rank ends what it started, such as the helper process of Megatron's checkpoint
+                # writer.
+                process.join(10)
+            return results
         finally:
             for process in processes:
                 process.kill()

@@ -43,7 +43,8 @@ SETTINGS = (
 
 
 def config_of(*overrides: str) -> Config:
-    return load_config(None, [*SETTINGS, *overrides])
+    judged = any(override.startswith("reward.functions") for override in overrides)
+    return load_config(None, [*SETTINGS, *([] if judged else ["reward.functions.exact_match=1"]), *overrides])
 
 
 class Prompts:

@@ -108,8 +108,8 @@ def test_packed_is_a_loop_over_sequences(heads: int, kv_heads: int, lengths: lis
 
 
 def test_decoding_from_the_cache_is_the_whole_sequence() -> None:
-    """Two prompts of 3 and 1 tokens go to rows [0, 2] and [1]; each row continues with tokens of its own, and rows end at
-    different times. Every token's output is that of attention over the row's whole sequence."""
+    """Two prompts of 3 and 1 tokens go to rows [0, 2] and [1]; each row continues with tokens of its own, and rows
+    end at different times. Every token's output is that of attention over the row's whole sequence."""
     heads, kv_heads, prompts, rows_of_prompt, final = 4, 2, [3, 1], [[0, 2], [1]], [6, 4, 8]
     prompt_of_row = [0, 1, 0]
     whole = [random_qkv(20, heads, kv_heads)]

@@ -1,4 +1,5 @@
-"""A run that stops and continues is the run that never stopped: through the command, on two processes that share experts.
+"""A run that stops and continues is the run that never stopped: through the command, on two processes that share
+experts.
 
 Every start of the command is a fresh pair of processes.
 """
@@ -96,7 +97,8 @@ def test_without_a_checkpoint_latest_is_a_fresh_start(whole: Path) -> None:
 
 
 def test_two_steps_and_two_more_are_four(whole: Path, tmp_path: Path) -> None:
-    """Bit for bit: the optimizer's moments, the learning rate's place, the reference and the order of prompts come back."""
+    """Bit for bit: the optimizer's moments, the learning rate's place, the reference and the order of prompts come
+    back."""
     run = tmp_path / "run"
     train(run, "train.steps=2")
     assert rows(run) == rows(whole)[:3]
@@ -128,4 +130,6 @@ def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
         assert status == 2 and f"CheckpointError: checkpoint.load='{tmp_path}/nothing'" in errors
     assert list(run.iterdir()) == []
     for status, errors in start(run, f"checkpoint.load={whole}/checkpoints/step_000004", "model.hidden_size=24"):
-        assert status == 2 and "CheckpointError" in errors and "step_000004 could not be loaded into this model" in errors
+        assert (
+            status == 2 and "CheckpointError" in errors and "step_000004 could not be loaded into this model" in errors
+        )

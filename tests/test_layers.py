@@ -23,7 +23,7 @@ LAYERS = (
     ("trainer",),
     ("mcore",),
     ("objective", "log_probs", "data", "rollout"),
-    ("config", "metrics", "console", "plan", "device"),
+    ("config", "checks", "metrics", "console", "plan", "device"),
     ("types",),
 )
 """Top to bottom. A unit is a folder, or a file directly in the package; those files share a folder, the package's."""
@@ -39,6 +39,7 @@ SETTING = re.compile(r"\bprecision\.\w+(=\w+)?")
 LANE_NAMES_ALLOWED = {
     # What a user writes in the configuration, and what an entry point asks device/ about it.
     "config.py": {"cuda", "transformer_engine"},
+    "checks.py": {"cuda", "transformer_engine"},
     "train.py": {"transformer_engine", "transformer_engine_available", "wants_transformer_engine"},
     # Names of Megatron-Core's own, which nothing else can be called.
     "mcore/compat.py": {"is_cuda", "_set_cuda_rng_state"},

@@ -1,4 +1,5 @@
-"""The promise of the package: the same rollouts, rewards and metrics on every parallel layout, through the real command.
+"""The promise of the package: the same rollouts, rewards and metrics on every parallel layout, through the real
+command.
 
 In float64 a layout may change rounding of 1e-16, and whatever Adam makes of it; more is a mistake.
 """

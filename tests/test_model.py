@@ -11,7 +11,8 @@ import torch
 from distributed import run_distributed
 from torch import Tensor
 
-from gspo_megatron.config import check_config, layout_of, load_config
+from gspo_megatron.checks import check_config, layout_of
+from gspo_megatron.config import load_config
 from gspo_megatron.device import open_lane
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import packed
@@ -104,7 +105,8 @@ def test_presets(preset: str, parameters: int | None, layers: int) -> None:
 
 
 def slices(world_size: int, overrides: tuple[str, ...]) -> dict[str, tuple[int, int | None, int, Tensor]]:
-    """name in the whole model -> (rank in its tensor-parallel group, split dimension or None, stride, this rank's slice)."""
+    """name in the whole model -> (rank in its tensor-parallel group, split dimension or None, stride, this rank's
+    slice)."""
     config, _, groups, model = build(world_size, *overrides)
     found = {}
     for name, p in named_global_parameters(model, config.model, groups):
@@ -129,7 +131,8 @@ def whole(ranks: list[dict[str, tuple[int, int | None, int, Tensor]]]) -> dict[s
         if dim is None:
             joined[name] = first
             continue
-        # With stride 2 (gate and up of an expert in one matrix) a rank holds its part of the first half, then of the second.
+        # With stride 2 (gate and up of an expert in one matrix) a rank holds its part of the first half, then of the
+        # second.
         pieces = [parts[place][2].chunk(stride, dim) for place in sorted(parts)]
         joined[name] = torch.cat([piece[k] for k in range(stride) for piece in pieces], dim)
     return joined
@@ -185,7 +188,8 @@ def test_weights_have_the_spread_that_was_asked_for() -> None:
     assert residual == 2 * (1 + 4)
 
 
-# ------------------------------------------------------------------------------------------------------ forward, backward
+# ------------------------------------------------------------------------------------------------------ forward,
+# backward
 
 
 def forward_and_backward(dtype: str, overrides: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:

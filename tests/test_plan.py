@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from gspo_megatron.config import Config, Layout, check_config, load_config
+from gspo_megatron.checks import Layout, check_config
+from gspo_megatron.config import Config, load_config
 from gspo_megatron.plan import count_parameters, describe_plan, parameters_per_rank
 
 FIT = "train.tokens_per_micro_batch=32768"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from distributed import run_distributed
 
-from gspo_megatron.config import check_config, load_config
+from gspo_megatron.checks import check_config
+from gspo_megatron.config import load_config
 from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
 from gspo_megatron.device import open_lane
 from gspo_megatron.mcore import compat
@@ -118,7 +119,8 @@ def sampled_and_recomputed(world_size: int, dtype: str, overrides: tuple[str, ..
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5), ("bf16", 0.1)])
 def test_log_probs_are_those_that_the_trainer_recomputes(dtype: str, tolerance: float) -> None:
-    """One token at a time from the cache, or whole sequences packed: the same numbers, to the precision of the format."""
+    """One token at a time from the cache, or whole sequences packed: the same numbers, to the precision of the
+    format."""
     [(sampled, recomputed)] = run_distributed(sampled_and_recomputed, 1, 1, dtype, ())
     assert len(sampled) > 100
     assert sampled == pytest.approx(recomputed, rel=0, abs=tolerance)

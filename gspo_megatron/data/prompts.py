@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from gspo_megatron.data.tasks import Example, Task, did_you_mean, eval_examples, find_task, train_example
+from gspo_megatron.data.tasks import Example, Task, eval_examples, find_task, train_example
 from gspo_megatron.data.tokenizers import Tokenizer
-from gspo_megatron.types import ConfigError, DataError, Prompt
+from gspo_megatron.types import ConfigError, DataError, Prompt, did_you_mean
 
 
 class PromptSource(Protocol):

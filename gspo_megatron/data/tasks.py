@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from random import Random
 from typing import Any, NamedTuple
 
-from gspo_megatron.types import ConfigError, DataError
+from gspo_megatron.types import ConfigError, DataError, did_you_mean
 
 PARAMETERS = ("min_length", "max_length")
 """What a run may set of a task."""
@@ -157,12 +156,6 @@ def eval_examples(task: Task, seed: int, size: int) -> list[Example]:
                 f"held-out prompts, {size} were asked for; lower data.eval_size or raise data.task.max_length"
             )
     return list(examples.values())
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the x of `names` nearest to `name`, or nothing when none is near."""
-    near = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _random(task: Task, seed: int, stream: str) -> Random:

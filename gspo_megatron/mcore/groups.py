@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from gspo_megatron.config import Layout
+from gspo_megatron.checks import Layout
 
 
 class Groups:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gspo_megatron.objective.segments import Segments
-from gspo_megatron.types import ConfigError
+from gspo_megatron.types import ConfigError, did_you_mean
 
 Row = TypeVar("Row")
 
@@ -31,8 +30,7 @@ MAX_LOG_RATIO = 20.0
 def lookup(table: Mapping[str, Row], name: str, what: str) -> Row:
     """table[name], or ConfigError with the nearest right name."""
     if name not in table:
-        nearest = get_close_matches(name.lower(), table, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{what} {name!r} is unknown; did you mean {nearest!r}? Known: {', '.join(table)}")
+        raise ConfigError(f"{what} {name!r} is unknown{did_you_mean(name.lower(), table)}; known: {', '.join(table)}")
     return table[name]
 
 

@@ -8,11 +8,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
-from gspo_megatron.types import ConfigError, DataError, Rollout
+from gspo_megatron.types import ConfigError, DataError, Rollout, did_you_mean
 
 RewardFunction = Callable[..., float]
 """Called as f(prompt=, response=, answer=), all text; returns a finite number."""
@@ -144,9 +143,8 @@ def find_reward(name: str) -> RewardFunction:
         return REWARDS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        near = get_close_matches(name, REWARDS, n=1)
         raise ConfigError(
-            f"unknown reward {name!r}{f'; did you mean {near[0]!r}?' if near else ''}; there are {', '.join(REWARDS)}, "
+            f"unknown reward {name!r}{did_you_mean(name, REWARDS)}; there are {', '.join(REWARDS)}, "
             "and your own as 'module:function', called with prompt=, response=, answer="
         )
     try:

@@ -1,0 +1,197 @@
+"""The rules between settings: what a layout needs of a model, a precision of a device, a batch of its parts.
+
+`check_config` is called with the number of processes, before any process group exists. A value that would be ignored is an error; one that works but is unusual is a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gspo_megatron.config import Config, ModelConfig, OptimizerConfig, check_values
+from gspo_megatron.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each parallel axis has. dp and edp follow from the world size."""
+
+    world_size: int
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    etp: int
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the dense layers."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel replicas of the experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def __str__(self) -> str:
+        dense = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}"
+        return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout of `world_size` processes. Raises ConfigError when the axes do not multiply into it."""
+    p = config.parallel
+    for product, name in (
+        (p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"),
+        (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})"),
+    ):
+        if world_size % product:
+            axes = name.format(p)
+            raise ConfigError(
+                f"{axes} = {product} does not divide the {world_size} processes; start a multiple of {product} "
+                f"(torchrun --nproc_per_node) or make the axes multiply into a divisor of {world_size}"
+            )
+    return Layout(world_size, p.tp, p.pp, p.cp, p.ep, p.etp)
+
+
+def check_config(config: Config, world_size: int) -> Layout:
+    """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
+    check_values(config)
+    layout = layout_of(config, world_size)
+    _check_model(config.model)
+    _check_layout(config)
+    _check_precision(config)
+    _check_optimizer(config.optimizer)
+    _check_batches(config)
+    return layout
+
+
+def _check_model(m: ModelConfig) -> None:
+    if m.experts_per_token > m.num_experts:
+        raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
+    if m.experts_per_token == 1 and m.num_experts > 1:
+        raise ConfigError(
+            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
+            "nothing; use 2 or more"
+        )
+    if m.num_attention_heads % m.num_query_groups:
+        raise ConfigError(
+            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={m.num_query_groups}"
+        )
+    if m.head_dim % 2:
+        raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
+
+
+def _check_layout(config: Config) -> None:
+    m, p = config.model, config.parallel
+    for axis, reason in (("cp", "context parallel"), ("vpp", "virtual pipeline")):
+        if getattr(p, axis) != 1:
+            raise ConfigError(
+                f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1"
+            )
+    for value, name, axis in (
+        (m.num_attention_heads, "model.num_attention_heads", "tp"),
+        (m.num_query_groups, "model.num_query_groups", "tp"),
+        (m.num_layers, "model.num_layers", "pp"),
+        (m.num_experts, "model.num_experts", "ep"),
+        (m.expert_ffn_size, "model.expert_ffn_size", "etp"),
+    ):
+        size = getattr(p, axis)
+        if value % size:
+            divisors = [d for d in range(1, value + 1) if value % d == 0]
+            near = sorted(sorted(divisors, key=lambda d: (abs(d - size), d))[:2])
+            raise ConfigError(
+                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to "
+                f"{' or '.join(map(str, near))}"
+            )
+    if p.token_dispatcher == "allgather" and p.pp > 1:
+        raise ConfigError(
+            "parallel.token_dispatcher=allgather cannot take the ragged micro-batches of a pipeline; use alltoall"
+        )
+    if m.tie_embeddings and p.pp > 1:
+        raise ConfigError(
+            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept "
+            "equal; set model.tie_embeddings=false or parallel.pp=1"
+        )
+
+
+def _check_precision(config: Config) -> None:
+    precision = config.precision
+    if precision.dtype == "fp64" and precision.device == "cuda":
+        raise ConfigError(
+            "precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu"
+        )
+    if precision.fp8 != "none":
+        if precision.device == "cpu" or precision.transformer_engine == "off":
+            raise ConfigError(
+                f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
+                "or precision.device=cuda and precision.transformer_engine=auto"
+            )
+        if precision.dtype != "bf16":
+            raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
+
+
+def _check_optimizer(o: OptimizerConfig) -> None:
+    if o.min_lr > 0 and o.lr_decay == "constant":
+        raise ConfigError(
+            f"optimizer.min_lr={o.min_lr} has no effect with optimizer.lr_decay=constant; set min_lr=0, or lr_decay to "
+            "cosine or linear"
+        )
+    if o.min_lr > o.lr:
+        raise ConfigError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.lr={o.lr}; the decay goes from lr to min_lr")
+
+
+def _check_batches(config: Config) -> None:
+    r, a, m = config.rollout, config.algorithm, config.model
+    if r.prompts_per_step % a.updates_per_rollout:
+        raise ConfigError(
+            f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
+            f"{a.updates_per_rollout}; every mini-batch holds whole groups"
+        )
+    if r.max_new_tokens >= m.max_sequence_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length={m.max_sequence_length}"
+        )
+    if m.max_sequence_length > config.train.tokens_per_micro_batch:
+        longest = config.train.tokens_per_micro_batch
+        raise ConfigError(
+            f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
+            f"sequence would fit in no micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+        raise ConfigError(
+            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
+            f"log-probs are of the "
+            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=recompute"
+        )
+
+
+def config_warnings(config: Config) -> list[str]:
+    """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
+    notes = []
+    if config.rollout.group_size == 1:
+        notes.append(
+            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
+            "use 4 to 16"
+        )
+    if config.model.aux_loss_coef > 0:
+        notes.append(
+            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
+            f"micro-batch, so the gradient depends on the layout"
+        )
+    if config.algorithm.kl_estimator == "k1" and (config.algorithm.kl_coef or 0) > 0:
+        notes.append(
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
+        )
+    if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
+        notes.append(
+            f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
+        )
+    return notes
+
+
+def prompt_limit(config: Config) -> int:
+    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
+    room = config.model.max_sequence_length - config.rollout.max_new_tokens
+    return min(room, config.data.max_prompt_tokens or room)
