@@ -1,6 +1,7 @@
 """The rules between settings: what a layout needs of a model, a precision of a device, a batch of its parts.
 
-`check_config` is called with the number of processes, before any process group exists. A value that would be ignored is an error; one that works but is unusual is a warning.
+`check_config` is called with the number of processes, before any process group exists. A value that would be ignored
+is an error; one that works but is unusual is a warning.
 """
 
 from __future__ import annotations
