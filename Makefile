@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12    the interpreter the environments are made from (3.10 or newer; .venv-next: 3.11 or newer)
 #   TORCH=torch==2.11.0  another PyTorch than the pinned one, or TORCH=system: the one PYTHON has, such as an image's own
+#   GSM8K=data/gsm8k     the folder with train.jsonl and test.jsonl of GSM8K, for `make gsm8k`
 #   ARGS="..."           more arguments for the command of a target
 #
 # After a change of PYTHON or TORCH, remove the environment first.
@@ -9,12 +10,13 @@
 PYTHON ?= python3
 TORCH ?= -r requirements/torch.txt
 ARGS ?=
+GSM8K ?= data/gsm8k
 # The processes of a run share the cores; more threads in each would only fight for them.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next check gpu clean
+.PHONY: help venv venv-next demo gsm8k bench test test-next check gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -25,6 +27,17 @@ venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .v
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
+
+gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenizer, warm start, GSPO, plot; minutes
+	.venv/bin/python tools/train_tokenizer.py $(GSM8K)/train.jsonl --fields question answer --vocab-size 2048 \
+		--output runs/gsm8k/tokenizer.model
+	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/gsm8k_tiny.yaml \
+		data.train=$(GSM8K)/train.jsonl data.eval=$(GSM8K)/test.jsonl $(ARGS)
+	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.6M-parameter MoE"
+
+bench: .venv/.installed ## Time a step of the demo, and the memory of log-probs at a vocabulary of 151,936
+	.venv/bin/torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml --output docs/runs/bench_step.json
+	.venv/bin/python tools/bench_log_probs_memory.py --output docs/runs/bench_log_probs_memory.json
 
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
 test-next: .venv-next/.installed ## Run it with the next Megatron-Core

@@ -192,6 +192,12 @@ def config_warnings(config: Config) -> list[str]:
     return notes
 
 
+def token_multiple(config: Config) -> int:
+    """Packed tokens of a forward come in multiples of this: sequence parallel gives every tensor-parallel rank as many,
+    and Transformer Engine's fp8 matmuls take 16 rows at a time."""
+    return config.parallel.tp * (1 if config.precision.fp8 == "none" else 16)
+
+
 def prompt_limit(config: Config) -> int:
     """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
     room = config.model.max_sequence_length - config.rollout.max_new_tokens

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gspo_megatron.checks import token_multiple
 from gspo_megatron.config import Config
 from gspo_megatron.console import Console
 from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
@@ -211,7 +212,7 @@ class Trainer:
         lengths = [len(s.tokens) for s in sequences]
         plan = plan_micro_batches(lengths, self.ranks.dp_size, self.config.train.tokens_per_micro_batch)
         micro_batches = [
-            build_micro_batch(sequences, index, pad_id=self.tokenizer.pad_id, multiple_of=self.config.parallel.tp)
+            build_micro_batch(sequences, index, pad_id=self.tokenizer.pad_id, multiple_of=token_multiple(self.config))
             for index in plan[self.ranks.dp_rank]
         ]
         responses = [s.response_length for s in sequences if s.response_length]

@@ -26,13 +26,14 @@ CONFIG = """
 run: {seed: 3}
 model: {num_layers: 2, hidden_size: 16, num_attention_heads: 2, num_query_groups: 2, head_dim: 8, num_experts: 4,
         expert_ffn_size: 16, max_sequence_length: 16, init_std: 0.2}
+parallel: {ep: 2}
 precision: {device: cpu, dtype: fp32}
-data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 4}, eval_size: 8,
+data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 2}, eval_size: 8,
        tokenizer: "characters:0123456789>"}
 rollout: {prompts_per_step: 4, group_size: 4, max_new_tokens: 4}
 algorithm: {clip_low: 1.0e-2, clip_high: 1.0e-2, kl_coef: 0.05, updates_per_rollout: 2}
 optimizer: {lr: 3.0e-3, weight_decay: 0.1, lr_warmup_updates: 6}
-train: {steps: 4, warm_start_steps: 5, eval_every: 2, tokens_per_micro_batch: 64}
+train: {steps: 4, warm_start_steps: 30, warm_start_lr: 1.0e-2, eval_every: 2, tokens_per_micro_batch: 64}
 checkpoint: {save_every: 2}
 logging: {tensorboard: false, rollouts_per_step: -1}
 """
@@ -58,8 +59,8 @@ def start(run: Path, *overrides: str, world_size: int = 2) -> list[tuple[int, st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    axes = (f"run.dir={run}", f"parallel.ep={world_size}")
-    return run_distributed(command, world_size, port, world_size, str(config), (*axes, *overrides), timeout_s=120)
+    overrides = (f"run.dir={run}", *overrides)
+    return run_distributed(command, world_size, port, world_size, str(config), overrides, timeout_s=120)
 
 
 def train(run: Path, *overrides: str, world_size: int = 2) -> None:
@@ -121,6 +122,24 @@ def test_an_earlier_checkpoint_by_its_path(whole: Path, tmp_path: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text() == "step_000003\n"
     assert (run / "checkpoints" / "step_000003" / "run.json").is_file()
     assert "step_000002" not in checkpoints(run)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, ("precision.dtype=bf16", "parallel.tp=2", "parallel.ep=1")),
+        (2, ("precision.dtype=fp64", "parallel.pp=2", "parallel.ep=1")),
+        (1, ("precision.dtype=bf16", "optimizer.distributed=false", "parallel.ep=1")),
+    ],
+)
+def test_other_formats_layouts_and_optimizers(world_size: int, settings: tuple[str, ...], tmp_path: Path) -> None:
+    """The second step, done again from the checkpoint of the first, is the same step."""
+    run = tmp_path / "run"
+    train(run, "train.steps=2", "checkpoint.save_every=1", *settings, world_size=world_size)
+    once = rows(run)
+    train(run, "train.steps=2", f"checkpoint.load={run}/checkpoints/step_000001", *settings, world_size=world_size)
+    assert rows(run) == once and once[2]["grad_norm"] > 0
+    assert rows(run, "metrics.replaced.jsonl") == once[2:]
 
 
 def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_megatron import __version__
 from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.optimizer import allocate_adam_state, restore_step_counts
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.types import CheckpointError
 
@@ -41,7 +44,6 @@ class MegatronCheckpoints:
         partial = final.with_suffix(".tmp")
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(self._sharded(loading=False), str(partial), validate_access_integrity=False)
@@ -49,9 +51,12 @@ class MegatronCheckpoints:
             about = {**state, "has_reference": self.policy.reference is not None}
             versions = {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__}
             (partial / "run.json").write_text(json.dumps({**about, "versions": versions}))
+            shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             self._point_to(final)
-            for old in self._all()[: -self.keep]:
+            # A run continued from an early checkpoint leaves those of its former future alone, until it gets there.
+            saved_before = [p for p in self._all() if p.name <= final.name]
+            for old in saved_before[: -self.keep]:
                 shutil.rmtree(old)
         dist.barrier()
 
@@ -73,17 +78,17 @@ class MegatronCheckpoints:
         state = json.loads((path / "run.json").read_text())
         if state["has_reference"]:
             self.policy.freeze_reference()
+        allocate_adam_state(self.policy.optimizer)
         try:
             loaded = dist_checkpointing.load(self._sharded(loading=True), str(path))
-        except Exception as error:  # Megatron raises many types; the user needs to know which checkpoint, and why
-            raise CheckpointError(
-                f"{path} could not be loaded into this model ({type(error).__name__}: {error})"
-            ) from error
+        except (Exception, CheckpointException) as error:  # of many types; the user needs to know where, and why
+            raise CheckpointError(f"{path} could not be loaded into this model ({_reason(error)})") from error
         self.policy.model.load_state_dict(loaded["model"])
         if self.policy.reference is not None:
             self.policy.reference.load_state_dict(loaded["reference"])
         with self.policy.lane.optimizer_scope(), torch.no_grad():
             self.policy.optimizer.load_state_dict(loaded["optimizer"])
+        restore_step_counts(self.policy.optimizer)
         self.policy.version = state["policy_version"]
         return state
 
@@ -93,7 +98,8 @@ class MegatronCheckpoints:
             optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
         state: ShardedStateDict = {"model": model, "optimizer": optimizer}
         if self.policy.reference is not None:
-            state["reference"] = self.policy.reference.sharded_state_dict(prefix="reference.", metadata=METADATA)
+            state["reference"] = self.policy.reference.sharded_state_dict(metadata=METADATA)
+            add_prefix_for_sharding(state["reference"], "reference.")
         return state
 
     def _all(self) -> list[Path]:
@@ -108,3 +114,10 @@ class MegatronCheckpoints:
         fresh = self.directory / "latest.tmp"
         fresh.write_text(checkpoint.name + "\n")
         os.replace(fresh, self.directory / "latest")
+
+
+def _reason(error: BaseException) -> str:
+    """Type and message; of what the first rank that failed met, where torch wrapped it with everybody's traceback."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"

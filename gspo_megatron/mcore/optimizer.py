@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from torch import Tensor
 
 from gspo_megatron.config import OptimizerConfig
 from gspo_megatron.device import Lane
@@ -51,6 +55,38 @@ def build_optimizer(ddp: DistributedDataParallel, lane: Lane, settings: Optimize
             [ddp],
             use_gloo_process_groups=False,
         )
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """The moments and step counts that torch's Adam makes at its first step, for a checkpoint to be loaded into.
+
+    Megatron's distributed optimizer reads the step count before it loads one (distrib_optimizer.py state_dict, in
+    0.16.1 and 0.19.2). Adams of other packages count steps per group, and are left alone.
+    """
+    for _, parameter, state in _torch_adam_states(optimizer):
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def restore_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its step count, after a checkpoint was loaded.
+
+    Megatron's distributed optimizer loads the count into the parameter groups, and hands all parameters one tensor,
+    which keeps its old value, and which torch's Adam would increment once for each of them (distrib_optimizer.py
+    load_state_dict and _set_main_param_and_optimizer_states, in 0.16.1 and 0.19.2).
+    """
+    for group, _, state in _torch_adam_states(optimizer):
+        state["step"] = torch.tensor(float(group.get("step", state["step"])))
+
+
+def _torch_adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
+    """(group, parameter, its state) where the optimizer inside is torch's."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield group, parameter, part.optimizer.state[parameter]
 
 
 def _distributed(lane: Lane, settings: OptimizerConfig) -> bool:

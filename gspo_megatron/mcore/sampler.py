@@ -13,6 +13,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from gspo_megatron.checks import token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.attention import KVCache, PackedTokens, decoding, packed, prompts_into_cache
@@ -28,6 +29,7 @@ class MegatronSampler:
         self.policy, self.groups, self.device = policy, policy.groups, policy.lane.device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.eos_id, self.pad_id = eos_id, pad_id
+        self.multiple = token_multiple(policy.config)
 
     def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
         """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none."""
@@ -59,7 +61,7 @@ class MegatronSampler:
         for row, prompt in enumerate(prompts):
             distinct.setdefault(prompt.tokens, []).append(row)
         lengths = [len(tokens) for tokens in distinct]
-        padding = -sum(lengths) % self._multiple or (self._multiple if not lengths else 0)
+        padding = -sum(lengths) % self.multiple or (self.multiple if not lengths else 0)
         lengths_with_padding = lengths + ([padding] if padding else [])
         flat = [t for tokens in distinct for t in tokens] + [self.pad_id] * padding
         positions = [p for length in lengths_with_padding for p in range(length)]
@@ -74,7 +76,7 @@ class MegatronSampler:
 
     def _decode(self, cache: KVCache, rollouts: list[Rollout], active: list[int], how: Decoding) -> Tensor:
         """Feeds each active rollout's newest token and draws the next one."""
-        padding = -len(active) % self._multiple or (self._multiple if not active else 0)
+        padding = -len(active) % self.multiple or (self.multiple if not active else 0)
         tokens = [rollouts[row].tokens[-1] for row in active] + [self.pad_id] * padding
         positions = [len(rollouts[row].prompt.tokens) + len(rollouts[row].tokens) - 1 for row in active] + [0] * padding
         rows = active + [cache.scratch_row] * padding
@@ -120,11 +122,6 @@ class MegatronSampler:
             if rollout.truncated:
                 going_on.append(row)
         return going_on
-
-    @property
-    def _multiple(self) -> int:
-        """Sequence parallel splits the tokens of a forward over the tensor-parallel ranks."""
-        return self.groups.layout.tp
 
     def _tensor(self, values: Sequence[int] | np.ndarray | range) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
