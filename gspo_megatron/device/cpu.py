@@ -18,6 +18,8 @@ STAND_INS: dict[str, tuple[str, str]] = {
     # name of the stand-in: (file below megatron/core, text that needs it)
     "torch.cuda.current_device": ("tensor_parallel/mappings.py", "device=torch.cuda.current_device()"),
     "torch.cuda.Stream": ("transformer/moe/token_dispatcher.py", "torch.cuda.Stream()"),
+    "torch.cuda.current_stream": ("transformer/moe/token_dispatcher.py", "torch.cuda.current_stream() != "),
+    "torch.cuda.stream": ("transformer/moe/token_dispatcher.py", "with torch.cuda.stream(self.cuda_dtoh_stream)"),
     "torch.cuda.synchronize": ("pipeline_parallel/p2p_communication.py", "torch.cuda.synchronize()"),
     "torch.cuda.random.get_rng_state": ("tensor_parallel/random.py", "torch.cuda.random.get_rng_state(device=device)"),
     "torch.zeros": ("pipeline_parallel/schedules.py", 'torch.zeros([], dtype=torch.int, device="cuda")'),

@@ -82,7 +82,10 @@ class MegatronCheckpoints:
         try:
             loaded = dist_checkpointing.load(self._sharded(loading=True), str(path))
         except (Exception, CheckpointException) as error:  # of many types; the user needs to know where, and why
-            raise CheckpointError(f"{path} could not be loaded into this model ({_reason(error)})") from error
+            raise CheckpointError(
+                f"{path} could not be loaded ({_reason(error)}); it needs the model and the layout it was saved from, "
+                "up to the number of data-parallel ranks"
+            ) from error
         self.policy.model.load_state_dict(loaded["model"])
         if self.policy.reference is not None:
             self.policy.reference.load_state_dict(loaded["reference"])
@@ -117,7 +120,7 @@ class MegatronCheckpoints:
 
 
 def _reason(error: BaseException) -> str:
-    """Type and message; of what the first rank that failed met, where torch wrapped it with everybody's traceback."""
+    """Type and message, cut short; of what the first rank that failed met, where torch wrapped all ranks' errors."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {str(error)[:300]}"

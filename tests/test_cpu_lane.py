@@ -1,0 +1,217 @@
+"""What stands in for torch.cuda, and what is mended in Megatron-Core: each entry is still needed, and does no harm.
+
+A test here that fails with a new Megatron-Core or torch says that an entry can go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import pytest
+import torch
+from distributed import run_distributed
+
+from gspo_megatron.checks import check_config
+from gspo_megatron.config import load_config
+from gspo_megatron.data.packing import build_micro_batch
+from gspo_megatron.device import Lane, cpu, open_lane
+from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.types import ConfigError, LossTerms, Sequence, UpdateBatch
+
+SMALL = (
+    "model.num_layers=2",
+    "model.hidden_size=16",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.head_dim=8",
+    "model.num_experts=4",
+    "model.expert_ffn_size=12",
+    "model.vocab_size=13",
+    "model.max_sequence_length=24",
+    "precision.device=cpu",
+    "parallel.recompute=full",
+)
+IN_016 = compat.VERSION.startswith("0.16.")
+
+
+def resolved(name: str) -> tuple[Any, str]:
+    """(owner, attribute) of a dotted name that begins with torch."""
+    owner: Any = torch
+    *path, attribute = name.split(".")[1:]
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, attribute
+
+
+def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
+    """Trains once on this rank, without one of the stand-ins or mends; returns what went wrong, or nothing."""
+    own = getattr(*resolved(without)) if without and without.startswith("torch.") else None
+    lane = open_lane("cpu", "fp32")
+    if own is not None:
+        setattr(*resolved(without), own)
+    if without == "tensors_named_as_on_device":
+        Lane.optimizer_scope = lambda self: nullcontext()
+    config = load_config(None, [*SMALL, *axes])
+    groups = Groups(check_config(config, world_size))
+    for mend in compat.MENDS_EVERYWHERE + compat.MENDS_ON_CPU:
+        if mend.__name__ != without:
+            mend()
+    sequences = [Sequence([3, 4, 5, 6, 7, 8], 2), Sequence([7, 8, 9, 10], 1)]
+    micro_batches = [build_micro_batch(sequences, [i], pad_id=0, multiple_of=config.parallel.tp) for i in range(2)]
+    callbacks = len(torch.cuda._queued_calls)
+    try:
+        policy = MegatronPolicy(config, groups, lane, use_te=False)
+        policy.update(UpdateBatch(micro_batches, 2, 7), lambda x, *_: LossTerms(-x.sum() / 7, {}), lr=1e-3)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if len(torch.cuda._queued_calls) > callbacks:
+        return "callbacks for the day CUDA starts were queued"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("without", "what_happens"),
+    [
+        ("nothing", ""),
+        ("torch.cuda.current_device", "AssertionError: Torch not compiled with CUDA"),
+        ("torch.cuda.Stream", "RuntimeError: torch.cuda.Stream requires CUDA"),
+        ("torch.cuda.current_stream", "AssertionError: Torch not compiled with CUDA"),
+        ("torch.cuda.random.get_rng_state", "AssertionError: Torch not compiled with CUDA"),
+        ("torch.zeros", "AssertionError: Torch not compiled with CUDA"),
+        ("torch.tensor", "AssertionError: Torch not compiled with CUDA"),
+        ("tensors_named_as_on_device", "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor"),
+        # Only 0.16.1 needs this one.
+        ("_te_general_gemm", "NameError: name 'te_general_gemm' is not defined" if IN_016 else ""),
+        ("_no_device_rng", "callbacks for the day CUDA starts were queued"),
+    ],
+)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch fails elsewhere, or not at all")
+def test_training_fails_without(without: str, what_happens: str) -> None:
+    [error] = run_distributed(one_update, 1, without)
+    assert error.startswith(what_happens) and bool(error) == bool(what_happens)
+
+
+@pytest.mark.parametrize(
+    ("without", "axis", "what_happens"),
+    [
+        ("torch.cuda.synchronize", "parallel.pp=2", "AssertionError: Torch not compiled with CUDA"),
+        ("_splits_on_cpu", "parallel.ep=2", "TypeError: all_to_all_single(): incompatible function arguments"),
+    ],
+)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch fails elsewhere, or not at all")
+def test_training_on_two_processes_fails_without(without: str, axis: str, what_happens: str) -> None:
+    assert all(error.startswith(what_happens) for error in run_distributed(_one_of_two, 2, without, axis))
+
+
+def _one_of_two(without: str, axis: str) -> str:
+    return one_update(without, axis, world_size=2)
+
+
+def marks_by_megatron() -> set[bool]:
+    """`allreduce` of the experts' weights as Megatron-Core itself sets it, on TP 2 with EP 1 and ETP 1."""
+    compat.mark_expert_parameters = lambda model, experts_have_own_groups: None
+    config = load_config(None, [*SMALL, "parallel.tp=2"])
+    lane = open_lane("cpu", "fp32")
+    groups = Groups(check_config(config, 2))
+    compat.mend(on_cpu=True)
+    model = MegatronPolicy(config, groups, lane, use_te=False).model
+    assert groups.experts_have_own_groups
+    return {p.allreduce for name, p in model.named_parameters() if ".experts." in name}
+
+
+def test_expert_parameters_are_marked_wrongly_by_016_alone() -> None:
+    """compat.mark_expert_parameters: True means that the gradient would be reduced over the dense layers' ranks. What
+    comes of the mend is seen in test_layouts.py, tp2."""
+    assert run_distributed(marks_by_megatron, 2) == [{IN_016}] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- the stand-ins
+
+
+@pytest.mark.parametrize("name", cpu.STAND_INS)
+def test_megatron_still_has_the_place(name: str) -> None:
+    file, text = cpu.STAND_INS[name]
+    assert text in (Path(megatron.core.__file__).parent / file).read_text()
+
+
+def installed() -> tuple[set[str], dict[str, Any]]:
+    """The names in torch that stand in, after two installations; and what they do."""
+    own_type = torch.Tensor.type
+    cpu.install()
+    first = torch.zeros
+    cpu.install()
+    again = torch.zeros
+    places = {"torch": torch, "torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random}
+    names = {
+        f"{p}.{n}" for p, owner in places.items() for n, x in vars(owner).items() if getattr(x, "stands_in", 0) is True
+    }
+    with cpu.tensors_named_as_on_device():
+        types = [torch.zeros(1, dtype=d).type() for d in (torch.float32, torch.bfloat16, torch.float64)]
+        cast = torch.zeros(1).type(torch.int64).dtype
+    with pytest.raises(ConfigError), cpu.tensors_named_as_on_device():
+        raise ConfigError("inside")
+    return names, {
+        "one layer": again is first,
+        "zeros": torch.zeros(2, device="cuda").device.type,
+        "tensor": torch.tensor([1.0], dtype=torch.float64, device="cuda"),
+        "elsewhere": torch.zeros(2, device="meta").device.type,
+        "here": torch.empty(1, device=torch.cuda.current_device()).device.type,
+        "types": types,
+        "cast": cast,
+        "type restored": torch.Tensor.type is own_type and torch.zeros(1).type() == "torch.FloatTensor",
+        "compiled": torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(1)).item(),
+    }
+
+
+def test_install() -> None:
+    """Twice is once; every stand-in has its entry; what was meant for a GPU lands on the CPU, and only that."""
+    [(names, seen)] = run_distributed(installed, 1)
+    assert names == set(cpu.STAND_INS) - {"torch.Tensor.type"}
+    assert seen["one layer"] is True
+    assert (seen["zeros"], seen["elsewhere"], seen["here"]) == ("cpu", "meta", "cpu")
+    assert torch.equal(seen["tensor"], torch.tensor([1.0], dtype=torch.float64))
+    # float64 answers as float32: Megatron's optimizers know no float64, and what they do with float32 is to leave it.
+    assert seen["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.FloatTensor"]
+    assert seen["cast"] == torch.int64 and seen["type restored"] is True
+    assert seen["compiled"] == 0, "functions for the compiler run eagerly"
+
+
+# ------------------------------------------------------------------------------------------------------ the other lane
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_cuda_lane_trains(dtype: str, tmp_path: Path) -> None:
+    """Nothing stands in, and a step of a tiny model runs on the GPU; in a process of its own."""
+    root = Path(__file__).parents[1]
+    settings = [
+        "precision.device=cuda",
+        f"precision.dtype={dtype}",
+        f"run.dir={tmp_path}",
+        "model.max_sequence_length=32",
+        "data.eval_size=16",
+        "rollout.prompts_per_step=4",
+        "train.steps=1",
+        "logging.tensorboard=false",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "gspo_megatron.train", *settings],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nccl" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and rows[1]["ratio/min"] > 0
