@@ -62,8 +62,9 @@ class PackedTokens(PackedSeqParams):
     sin_TD: Tensor | None = None
     cache: KVCache | None = None
     write: CacheWrite | None = None
-    decoding: bool = False
-    """True: one new token a row, attending to the row's cache. False: sequences attend within themselves."""
+    seen_BL: Tensor | None = None
+    """Decoding, one new token a row: the positions of its row that it attends to. None: sequences attend within
+    themselves."""
 
 
 def packed(positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedTokens:
@@ -84,9 +85,10 @@ def packed(positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedTo
 
 def decoding(positions_T: Tensor, rows_T: Tensor, cache: KVCache) -> PackedTokens:
     """One new token for each row in `rows_T`, at `positions_T` of that row."""
-    source = torch.arange(rows_T.numel(), device=rows_T.device)
-    write = CacheWrite(source, rows_T, positions_T)
-    return PackedTokens(qkv_format="thd", positions_T=positions_T, cache=cache, write=write, decoding=True)
+    write = CacheWrite(torch.arange(rows_T.numel(), device=rows_T.device), rows_T, positions_T)
+    # Here, once a forward: on a device the longest position is a value to wait for.
+    seen_BL = torch.arange(int(positions_T.max()) + 1, device=rows_T.device) <= positions_T[:, None]
+    return PackedTokens(qkv_format="thd", positions_T=positions_T, cache=cache, write=write, seen_BL=seen_BL)
 
 
 class Rotary:
@@ -145,8 +147,8 @@ class PackedAttention(torch.nn.Module):
             w = tokens.write
             keys[w.rows, :, w.positions] = key[w.source]
             values[w.rows, :, w.positions] = value[w.source]
-            if tokens.decoding:
-                return _attend_cache(query, keys, values, w)
+            if tokens.seen_BL is not None:
+                return _attend_cache(query, keys, values, w.rows, tokens.seen_BL)
         return _attend_packed(query, key, value, tokens)
 
 
@@ -163,15 +165,14 @@ def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedToke
     return out.transpose(1, 2).reshape(num_rows * length, -1).index_select(0, slots_T)
 
 
-def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, at: CacheWrite) -> Tensor:
-    """One query a row against positions 0 to its own of the row's cache."""
-    length = int(at.positions.max()) + 1
-    seen = torch.arange(length, device=query.device) <= at.positions[:, None]
+def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen_BL: Tensor) -> Tensor:
+    """One query for each of `rows`, [B, Q, D], against the positions of that cache row that it may see."""
+    length = seen_BL.size(1)
     out = F.scaled_dot_product_attention(
         query.unsqueeze(2),
-        keys[at.rows, :, :length],
-        values[at.rows, :, :length],
-        attn_mask=seen[:, None, None, :],
+        keys[rows, :, :length],
+        values[rows, :, :length],
+        attn_mask=seen_BL[:, None, None, :],
         enable_gqa=True,
     )
     return out.flatten(1)
