@@ -6,21 +6,12 @@ Every start of the command is a fresh pair of processes.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch.distributed as dist
-from distributed import run_distributed
-
-import gspo_megatron.mcore.checkpoint  # noqa: F401  (loaded here once, and forked into every rank)
-from gspo_megatron.train import main
+from commands import forked, metrics, rollouts
 
 CONFIG = """
 run: {seed: 3}
@@ -37,44 +28,18 @@ train: {steps: 4, warm_start_steps: 30, warm_start_lr: 1.0e-2, eval_every: 2, to
 checkpoint: {save_every: 2}
 logging: {tensorboard: false, rollouts_per_step: -1}
 """
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
 
 
-def command(port: int, world_size: int, config: str, overrides: tuple[str, ...]) -> tuple[int, str]:
-    """The command as torchrun starts it, on this rank: (exit status, what it printed as an error)."""
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-        status = main(["--config", config, *overrides])
-    return status, errors.getvalue()
-
-
-def start(run: Path, *overrides: str, world_size: int = 2) -> list[tuple[int, str]]:
+def start(run: Path, *overrides: str, num_processes: int = 2) -> list[tuple[int, str]]:
     run.mkdir(exist_ok=True)
     config = run.parent / "config.yaml"
     config.write_text(CONFIG)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    overrides = (f"run.dir={run}", *overrides)
-    return run_distributed(command, world_size, port, world_size, str(config), overrides, timeout_s=120)
+    return forked(num_processes, ["--config", str(config), f"run.dir={run}", *overrides])
 
 
-def train(run: Path, *overrides: str, world_size: int = 2) -> None:
-    for status, errors in start(run, *overrides, world_size=world_size):
+def train(run: Path, *overrides: str, num_processes: int = 2) -> None:
+    for status, errors in start(run, *overrides, num_processes=num_processes):
         assert status == 0, errors
-
-
-def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURED_BY_THE_CLOCK)} for row in rows]
-
-
-def rollouts(run: Path) -> list[str]:
-    return [path.read_text() for path in sorted((run / "rollouts").iterdir())]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -90,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_a_checkpoint_latest_is_a_fresh_start(whole: Path) -> None:
-    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in metrics(whole)] == [0, 1, 2, 3, 4]
     assert checkpoints(whole) == ["latest", "step_000002", "step_000004"]
     assert (whole / "checkpoints" / "latest").read_text() == "step_000004\n"
     state = json.loads((whole / "checkpoints" / "step_000002" / "run.json").read_text())
@@ -102,10 +67,10 @@ def test_two_steps_and_two_more_are_four(whole: Path, tmp_path: Path) -> None:
     back."""
     run = tmp_path / "run"
     train(run, "train.steps=2")
-    assert rows(run) == rows(whole)[:3]
+    assert metrics(run) == metrics(whole)[:3]
     train(run, "checkpoint.load=latest")
-    assert rows(run) == rows(whole) and rollouts(run) == rollouts(whole)
-    assert rows(whole)[4]["kl/ref"] > 0 and rows(whole)[4]["reward/std"] > 0
+    assert metrics(run) == metrics(whole) and rollouts(run) == rollouts(whole)
+    assert metrics(whole)[4]["kl/ref"] > 0 and metrics(whole)[4]["reward/std"] > 0
     assert not (run / "metrics.replaced.jsonl").exists()
 
 
@@ -115,39 +80,41 @@ def test_an_earlier_checkpoint_by_its_path(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     train(run, f"checkpoint.load={run}/checkpoints/step_000002", "train.steps=3", "checkpoint.keep=1")
-    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
-    assert [row["step"] for row in rows(run, "metrics.replaced.jsonl")] == [3, 4]
-    same = rows(whole)[3]
-    assert {k: v for k, v in rows(run)[3].items() if k in same} == same
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 3]
+    assert [row["step"] for row in metrics(run, "metrics.replaced.jsonl")] == [3, 4]
+    same = metrics(whole)[3]
+    assert {k: v for k, v in metrics(run)[3].items() if k in same} == same
     assert (run / "checkpoints" / "latest").read_text() == "step_000003\n"
     assert (run / "checkpoints" / "step_000003" / "run.json").is_file()
     assert "step_000002" not in checkpoints(run)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "settings"),
+    ("num_processes", "settings"),
     [
         (2, ("precision.dtype=bf16", "parallel.tp=2", "parallel.ep=1")),
         (2, ("precision.dtype=fp64", "parallel.pp=2", "parallel.ep=1")),
         (1, ("precision.dtype=bf16", "optimizer.distributed=false", "parallel.ep=1")),
     ],
 )
-def test_other_formats_layouts_and_optimizers(world_size: int, settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_other_formats_layouts_and_optimizers(num_processes: int, settings: tuple[str, ...], tmp_path: Path) -> None:
     """The second step, done again from the checkpoint of the first, is the same step."""
     run = tmp_path / "run"
-    train(run, "train.steps=2", "checkpoint.save_every=1", *settings, world_size=world_size)
-    once = rows(run)
-    train(run, "train.steps=2", f"checkpoint.load={run}/checkpoints/step_000001", *settings, world_size=world_size)
-    assert rows(run) == once and once[2]["grad_norm"] > 0
-    assert rows(run, "metrics.replaced.jsonl") == once[2:]
+    train(run, "train.steps=2", "checkpoint.save_every=1", *settings, num_processes=num_processes)
+    once = metrics(run)
+    train(
+        run, "train.steps=2", f"checkpoint.load={run}/checkpoints/step_000001", *settings, num_processes=num_processes
+    )
+    assert metrics(run) == once and once[2]["grad_norm"] > 0
+    assert metrics(run, "metrics.replaced.jsonl") == once[2:]
 
 
 def test_another_number_of_data_parallel_ranks(tmp_path: Path) -> None:
     """The distributed optimizer's shards are cut anew. What differs is the rounding of sums over ranks."""
     run = tmp_path / "run"
-    train(run, "train.steps=2", "checkpoint.save_every=1", "parallel.ep=1", world_size=2)
-    train(run, f"checkpoint.load={run}/checkpoints/step_000001", "train.steps=2", "parallel.ep=1", world_size=1)
-    assert rows(run)[2] == pytest.approx(rows(run, "metrics.replaced.jsonl")[0], rel=1e-5, abs=1e-5)
+    train(run, "train.steps=2", "checkpoint.save_every=1", "parallel.ep=1", num_processes=2)
+    train(run, f"checkpoint.load={run}/checkpoints/step_000001", "train.steps=2", "parallel.ep=1", num_processes=1)
+    assert metrics(run)[2] == pytest.approx(metrics(run, "metrics.replaced.jsonl")[0], rel=1e-5, abs=1e-5)
 
 
 def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
@@ -158,6 +125,6 @@ def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
     saved = f"{whole}/checkpoints/step_000004"
     for status, errors in start(run, f"checkpoint.load={saved}", "model.hidden_size=24"):
         assert status == 2 and f"CheckpointError: {saved} could not be loaded" in errors and "shape mismatch" in errors
-    [(status, errors)] = start(run, f"checkpoint.load={saved}", "parallel.ep=1", world_size=1)
+    [(status, errors)] = start(run, f"checkpoint.load={saved}", "parallel.ep=1", num_processes=1)
     assert status == 2 and f"CheckpointError: {saved} could not be loaded" in errors and "layout" in errors
     assert list(run.iterdir()) == []
