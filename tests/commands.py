@@ -46,6 +46,8 @@ def forked(num_processes: int, arguments: Sequence[str], timeout_s: float = 120)
 
 def _rank(port: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
     rank = str(dist.get_rank())
+    # Nobody hangs up while another rank is still connecting.
+    dist.barrier()
     dist.destroy_process_group()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world_size)}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

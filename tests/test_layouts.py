@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     # The experts' tokens are split over the tensor-parallel ranks, the experts are not: the layout that Megatron-Core
     # 0.16.1 trains wrongly by itself (compat.mark_expert_parameters).
     "tp2": (2, {"tp": 2}),
+    "tp2_etp2": (2, {"tp": 2, "etp": 2}),
     "pp2": (2, {"pp": 2}),
     "tp2_pp2_ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
 }

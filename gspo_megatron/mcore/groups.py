@@ -63,5 +63,7 @@ class Groups:
         return bool(answer.item())
 
     def close(self) -> None:
+        """Ends the groups, when every process is done: nobody hangs up on a rank that still talks."""
+        dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
