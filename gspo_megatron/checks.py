@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_megatron.config import Config, ModelConfig, OptimizerConfig, check_values
+from gspo_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, check_values
 from gspo_megatron.types import ConfigError
 
 
@@ -62,6 +62,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_layout(config)
     _check_precision(config)
     _check_optimizer(config.optimizer)
+    _check_data(config.data)
     _check_batches(config)
     return layout
 
@@ -105,9 +106,11 @@ def _check_layout(config: Config) -> None:
                 f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to "
                 f"{' or '.join(map(str, near))}"
             )
-    if p.token_dispatcher == "allgather" and p.pp > 1:
+    if p.token_dispatcher == "allgather" and (p.pp > 1 or p.ep > 1):
         raise ConfigError(
-            "parallel.token_dispatcher=allgather cannot take the ragged micro-batches of a pipeline; use alltoall"
+            "parallel.token_dispatcher=allgather needs micro-batches of one length on all ranks that share experts "
+            "or a "
+            "pipeline, and packed ones are ragged; use alltoall"
         )
     if m.tie_embeddings and p.pp > 1:
         raise ConfigError(
@@ -130,6 +133,17 @@ def _check_precision(config: Config) -> None:
             )
         if precision.dtype != "bf16":
             raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
+
+
+def _check_data(d: DataConfig) -> None:
+    kinds = {spec.startswith("task:") for spec in (d.train, d.eval)}
+    if d.task and kinds == {False}:
+        raise ConfigError(f"data.task={d.task} has no effect: neither data.train nor data.eval is a generated task")
+    for key in ("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"):
+        if kinds == {True} and getattr(d, key) != getattr(DataConfig(), key):
+            raise ConfigError(
+                f"data.{key}={getattr(d, key)!r} has no effect on generated tasks; leave it out, or name a JSONL file"
+            )
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:
@@ -168,7 +182,7 @@ def _check_batches(config: Config) -> None:
         )
 
 
-def config_warnings(config: Config) -> list[str]:
+def config_warnings(config: Config, *, kl_coef: float) -> list[str]:
     """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
     notes = []
     if config.rollout.group_size == 1:
@@ -181,11 +195,11 @@ def config_warnings(config: Config) -> list[str]:
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
             f"micro-batch, so the gradient depends on the layout"
         )
-    if config.algorithm.kl_estimator == "k1" and (config.algorithm.kl_coef or 0) > 0:
+    if config.algorithm.kl_estimator == "k1" and kl_coef > 0:
         notes.append(
             "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
         )
-    if config.algorithm.kl_coef == 0 and config.algorithm.kl_estimator != "k3":
+    if kl_coef == 0 and config.algorithm.kl_estimator != "k3":
         notes.append(
             f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
         )

@@ -165,8 +165,8 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 100
     warm_start_steps: int = 0
-    """Supervised updates on the training prompts' solutions before the first step; for models that begin from
-    nothing."""
+    """Supervised updates on the training prompts' solutions before the first step; for models that begin from nothing.
+    They fit the distribution that is sampled, softmax(z / rollout.temperature)."""
     warm_start_batch: int = 64
     warm_start_lr: float = 1e-3
     eval_every: int = 0

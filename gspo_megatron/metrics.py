@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ class RunWriter:
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
+        if continued_after is None:
+            # What an earlier run left here must not pass for this one's: not its rollouts, nor its newest checkpoint.
+            for old in (run_dir / "rollouts", run_dir / "checkpoints" / "latest"):
+                aside = old.with_name(old.name + ".replaced")
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                if old.exists():
+                    os.replace(old, aside)
         first_step = 0 if continued_after is None else continued_after + 1
         return cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
 

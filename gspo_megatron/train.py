@@ -91,7 +91,7 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
     from gspo_megatron.mcore.policy import MegatronPolicy
     from gspo_megatron.mcore.sampler import MegatronSampler
 
-    use_te = wants_transformer_engine(config)
+    use_te = wants_transformer_engine(config, lane)
     lane.start_processes(config.parallel.timeout_s)
     groups = Groups(check_config(config, lane.world_size))
     compat.mend(lane.on_cpu)
@@ -101,6 +101,11 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
     checkpoints = MegatronCheckpoints(policy, Path(config.run.dir) / "checkpoints", keep=config.checkpoint.keep)
     state = checkpoints.load(config.checkpoint.load)
     completed_steps = state["step"] if state else 0
+    if state and variant_of(config).kl_coef > 0 and policy.reference is None:
+        raise CheckpointError(
+            f"checkpoint.load={config.checkpoint.load}: that run had no reference policy, so algorithm.kl_coef above 0 "
+            "has nothing to hold against; set algorithm.kl_coef=0, or start anew with checkpoint.load=none"
+        )
     if state:
         console.say(f"continuing after step {completed_steps}")
     writer = RunWriter.of_run(config, continued_after=completed_steps if state else None) if groups.is_main else None
@@ -113,17 +118,24 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
     groups.close()
 
 
-def wants_transformer_engine(config: Config) -> bool:
-    """Whether the model is built from Transformer Engine layers. Raises ConfigError when asked for and not
-    importable."""
-    wanted, available = config.precision.transformer_engine, transformer_engine_available()
+def wants_transformer_engine(config: Config, lane: Lane) -> bool:
+    """Whether the model is built from Transformer Engine layers, which need a GPU. Raises ConfigError when they are
+    asked for and cannot be had, or have not been shown right for the layout."""
+    wanted = config.precision.transformer_engine
+    available = not lane.on_cpu and transformer_engine_available()
     if (wanted == "on" or config.precision.fp8 != "none") and not available:
         raise ConfigError(
             "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
-            "'gspo_megatron[te]'); "
-            "set precision.transformer_engine=auto and precision.fp8=none to run without"
+            "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"
         )
-    return available and wanted != "off"
+    use = available and wanted != "off"
+    if use and config.parallel.etp > 1:
+        # Its grouped experts do not mark how they are sliced, so initial weights would repeat on every slice.
+        raise ConfigError(
+            f"parallel.etp={config.parallel.etp} is not supported with Transformer Engine layers yet; set "
+            "parallel.etp=1, or precision.transformer_engine=off"
+        )
+    return use
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, source in (("train", inputs.train_prompts), ("eval", inputs.eval_prompts)):
             if source.dropped:
                 console.warn(f"data.{name}: {source.dropped} prompts longer than {prompt_limit(config)} tokens dropped")
+        for warning in config_warnings(config, kl_coef=variant_of(config).kl_coef):
+            console.warn(warning)
         if options.dry_run:
             console.say(to_yaml(config))
             console.say(describe_plan(config, layout, with_reference=variant_of(config).kl_coef > 0))
             return 0
-        for warning in config_warnings(config):
-            console.warn(warning)
         with open_trainer(config, lane, inputs, console) as trainer:
             trainer.fit()
     except USER_ERRORS as error:

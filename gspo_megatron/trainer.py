@@ -40,6 +40,7 @@ from gspo_megatron.objective import (
 )
 from gspo_megatron.rollout.rewards import Rewards
 from gspo_megatron.types import (
+    DataError,
     LossTerms,
     Metric,
     MicroBatch,
@@ -253,7 +254,7 @@ class Trainer:
         if update < o.lr_warmup_updates:
             return o.lr * (update + 1) / o.lr_warmup_updates
         total = self.config.train.steps * self.config.algorithm.updates_per_rollout
-        progress = (update - o.lr_warmup_updates) / max(1, total - o.lr_warmup_updates)
+        progress = min(1.0, (update - o.lr_warmup_updates) / max(1, total - o.lr_warmup_updates))
         left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[o.lr_decay]
         return o.min_lr + (o.lr - o.min_lr) * left if o.lr_decay != "constant" else o.lr
 
@@ -269,15 +270,27 @@ class Trainer:
             segments = Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device)
             return self.likelihood(log_probs_R, segments, num_tokens=batch.num_tokens)
 
+        cut = 0
         for i in range(t.warm_start_steps):
             first = i * t.warm_start_batch
             prompts = [self.train_prompts[self.order[first + j]] for j in range(t.warm_start_batch)]
-            batch = self.update_batch([self.solved(p) for p in prompts])
+            sequences = [self.solved(p) for p in prompts]
+            cut += sum(s.tokens[-1] != self.tokenizer.eos_id for s in sequences)
+            batch = self.update_batch(sequences)
             reduced = self.reduce([self.policy.update(batch, loss, lr=t.warm_start_lr)])
             self.console.warm_start(i + 1, t.warm_start_steps, reduced["loss"])
+        if cut:
+            self.console.warn(
+                f"warm start: {cut} of {t.warm_start_steps * t.warm_start_batch} solutions were cut at "
+                f"model.max_sequence_length={self.config.model.max_sequence_length}, so they taught no end"
+            )
 
     def solved(self, prompt: Prompt) -> Sequence:
-        solution = [*self.tokenizer.encode(prompt.solution), self.tokenizer.eos_id]
+        """The prompt with its solution and EOS, cut where the context ends."""
+        try:
+            solution = [*self.tokenizer.encode(prompt.solution), self.tokenizer.eos_id]
+        except DataError as error:
+            raise DataError(f"the solution of prompt {prompt.id} ({prompt.text[:60]!r}): {error}") from error
         limit = self.config.model.max_sequence_length - len(prompt.tokens)
         return Sequence([*prompt.tokens, *solution[:limit]], len(prompt.tokens))
 

@@ -127,4 +127,10 @@ def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
         assert status == 2 and f"CheckpointError: {saved} could not be loaded" in errors and "shape mismatch" in errors
     [(status, errors)] = start(run, f"checkpoint.load={saved}", "parallel.ep=1", num_processes=1)
     assert status == 2 and f"CheckpointError: {saved} could not be loaded" in errors and "layout" in errors
+    without_reference = tmp_path / "step_000004"
+    shutil.copytree(saved, without_reference)
+    state = json.loads((without_reference / "run.json").read_text())
+    (without_reference / "run.json").write_text(json.dumps({**state, "has_reference": False}))
+    for status, errors in start(run, f"checkpoint.load={without_reference}"):
+        assert status == 2 and "that run had no reference policy" in errors and "set algorithm.kl_coef=0" in errors
     assert list(run.iterdir()) == []

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import gspo_megatron.train
 from gspo_megatron.config import load_config
 from gspo_megatron.data.tokenizers import load_tokenizer
-from gspo_megatron.device import transformer_engine_available
+from gspo_megatron.device import Lane, open_lane
 from gspo_megatron.plan import count_parameters
 from gspo_megatron.train import main, wants_transformer_engine
 from gspo_megatron.types import ConfigError
@@ -189,10 +191,23 @@ def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         assert stopped.value.code == 2
 
 
-@pytest.mark.skipif(transformer_engine_available(), reason="Transformer Engine is here")
-def test_transformer_engine_that_is_not_there() -> None:
-    assert not wants_transformer_engine(load_config(None))
-    assert not wants_transformer_engine(load_config(None, ["precision.transformer_engine=off"]))
-    for overrides in (["precision.transformer_engine=on"], ["precision.fp8=blockwise", "precision.dtype=bf16"]):
-        with pytest.raises(ConfigError, match=r"needs a GPU and Transformer Engine .*set precision.transformer_engine"):
-            wants_transformer_engine(load_config(None, overrides))
+def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
+    here, there = open_lane("cpu", "fp32"), Lane(torch.device("cuda", 0), "nccl", torch.float32, 1, 0)
+    for installed in (False, True):
+        monkeypatch.setattr(gspo_megatron.train, "transformer_engine_available", lambda installed=installed: installed)
+        assert not wants_transformer_engine(load_config(None), here)
+        assert wants_transformer_engine(load_config(None), there) == installed
+        assert not wants_transformer_engine(load_config(None, ["precision.transformer_engine=off"]), there)
+        for overrides in (["precision.transformer_engine=on"], ["precision.fp8=blockwise", "precision.dtype=bf16"]):
+            with pytest.raises(ConfigError, match=r"needs a GPU .* set precision.transformer_engine"):
+                wants_transformer_engine(load_config(None, overrides), here)
+    with pytest.raises(ConfigError, match=r"parallel.etp=2 .* set parallel.etp=1"):
+        wants_transformer_engine(load_config(None, ["parallel.etp=2"]), there)
+
+
+def test_the_plan_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text().replace("\\\n", " ")
+    (command,) = (line for line in readme.splitlines() if "--dry-run --world-size" in line)
+    assert main(command.split("gspo_megatron.train")[1].split()) == 0
+    assert "64 processes = tp 4 x pp 1 x cp 1 x dp 16; experts: ep 8" in capsys.readouterr().out

@@ -136,6 +136,20 @@ def test_a_run_writes_its_settings_and_opens_where_it_continues(tmp_path: Path) 
     assert steps_in(first.run_dir / "metrics.jsonl") == [0, 1]
 
 
+def test_a_fresh_start_does_not_inherit(tmp_path: Path) -> None:
+    """`latest` of an earlier run in the same directory must not be what a crash of this one continues from."""
+    config = load_config(None, [f"run.dir={tmp_path}", "logging.tensorboard=false"])
+    for step in (7, 8):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / "latest").write_text(f"step_{step:06d}")
+        RunWriter.of_run(config, continued_after=step).rollouts(step, [])
+        RunWriter.of_run(config, continued_after=None)
+        assert not (tmp_path / "checkpoints" / "latest").exists()
+        assert (tmp_path / "checkpoints" / "latest.replaced").read_text() == f"step_{step:06d}"
+        assert list((tmp_path / "rollouts").iterdir()) == []
+        assert [p.name for p in (tmp_path / "rollouts.replaced").iterdir()] == [f"step_{step:06d}.jsonl"]
+
+
 def test_rollouts_go_to_a_file_a_step(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, tensorboard=False, first_step=1)
     writer.rollouts(12, [{"text": "na\u00efve\n#### 7"}, {"text": ""}])

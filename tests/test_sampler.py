@@ -172,6 +172,8 @@ def test_greedy_takes_the_most_likely_token() -> None:
 def test_batches_and_company_do_not_matter(rollouts: list[Rollout]) -> None:
     """Decoded two at a time, or in another order and beside other prompts, every rollout stays what it is."""
     assert_same(one_process("rollout.max_batch=2"), rollouts)
+    # Prefill in two forwards: all prompts together have 16 tokens.
+    assert_same(one_process("model.max_sequence_length=13", "train.tokens_per_micro_batch=13"), rollouts)
     order = [4, 0, 3, 1, 2]
     shuffled = one_process(prompts=[PROMPTS[i] for i in order], ids=[100 + i for i in order])
     assert_same(sorted(shuffled, key=lambda r: r.id), rollouts)

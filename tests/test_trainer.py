@@ -348,6 +348,8 @@ def test_the_learning_rate(decay: str, halfway: float, last: float) -> None:
     assert [trainer.learning_rate(k) for k in range(5)] == pytest.approx([1.25, 2.5, 3.75, 5, 5])
     assert trainer.learning_rate(14) == pytest.approx(halfway)
     assert trainer.learning_rate(23) == pytest.approx(last)
+    # A continued run with fewer updates a step may be past its end: no rate below the last one.
+    assert trainer.learning_rate(40) == pytest.approx(5 if decay == "constant" else trainer.config.optimizer.min_lr)
     rates = [trainer.learning_rate(k) for k in range(4, 24)]
     assert rates == sorted(rates, reverse=True)
     assert min(rates) >= 1

@@ -239,6 +239,9 @@ def _fill(template: str, prompt_field: str, record: dict[str, Any], place: str) 
 
 def _encode(tokenizer: Tokenizer, text: str, place: str) -> list[int]:
     try:
-        return tokenizer.encode(text)
+        tokens = tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
+    if not tokens:
+        raise DataError(f"{place}: the prompt {text[:60]!r} has no tokens; expected some for the response to follow")
+    return tokens

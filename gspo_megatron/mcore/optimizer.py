@@ -25,7 +25,8 @@ def wrap_model(model: PolicyModel, lane: Lane, settings: OptimizerConfig) -> Dis
             grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
             use_distributed_optimizer=_distributed(lane, settings),
             overlap_grad_reduce=not lane.on_cpu,
-            check_for_nan_in_grad=False,  # goes through a CUDA-only state machine; the trainer checks the norm instead
+            # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
+            check_for_nan_in_grad=False,
         ),
         model,
     )

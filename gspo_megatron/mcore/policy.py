@@ -61,7 +61,9 @@ class MegatronPolicy:
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
         """See `Policy.update`. Raises FloatingPointError when the gradient norm is not finite."""
         for group in self.optimizer.param_groups:
+            # Megatron's own scheduler, unused here, is what would apply these factors; norms have wd_mult 0.
             group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)

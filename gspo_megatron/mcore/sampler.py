@@ -56,23 +56,42 @@ class MegatronSampler:
         return rollouts
 
     def _prefill(self, prompts: Sequence[Prompt], cache: KVCache, rollouts: list[Rollout], how: Decoding) -> Tensor:
-        """Fills the cache from each distinct prompt once and draws every rollout's first token."""
+        """Fills the cache from each distinct prompt once and draws every rollout's first token, in forwards of at most
+        train.tokens_per_micro_batch tokens (or one prompt)."""
         distinct: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             distinct.setdefault(prompt.tokens, []).append(row)
-        lengths = [len(tokens) for tokens in distinct]
+        packs: list[dict[tuple[int, ...], list[int]]] = []
+        room = 0
+        for tokens, rows in distinct.items():
+            if len(tokens) > room:
+                packs.append({})
+                room = self.policy.config.train.tokens_per_micro_batch
+            packs[-1][tokens] = rows
+            room -= len(tokens)
+        drawn = torch.empty(2, len(prompts), dtype=torch.float64, device=self.device)
+        while self.groups.any_rank(bool(packs), self.device):
+            pack = packs.pop(0) if packs else {}
+            rows = [row for rows in pack.values() for row in rows]
+            drawn[:, rows] = self._prefill_pack(pack, cache, [rollouts[row] for row in rows], how)
+        return drawn
+
+    def _prefill_pack(
+        self, rows_of: dict[tuple[int, ...], list[int]], cache: KVCache, rollouts: list[Rollout], how: Decoding
+    ) -> Tensor:
+        """One forward over packed prompts, of which each fills the cache rows `rows_of[prompt]`; draws for `rollouts`,
+        which stand in the order of those rows."""
+        lengths = [len(tokens) for tokens in rows_of]
         padding = -sum(lengths) % self.multiple or (self.multiple if not lengths else 0)
         lengths_with_padding = lengths + ([padding] if padding else [])
-        flat = [t for tokens in distinct for t in tokens] + [self.pad_id] * padding
+        flat = [t for tokens in rows_of for t in tokens] + [self.pad_id] * padding
         positions = [p for length in lengths_with_padding for p in range(length)]
         borders = self._tensor(np.cumsum([0, *lengths_with_padding]))
-        tokens = packed(self._tensor(positions), borders, max(lengths_with_padding))
-        prompts_into_cache(lengths, list(distinct.values()), cache, tokens)
+        step = packed(self._tensor(positions), borders, max(lengths_with_padding))
+        prompts_into_cache(lengths, list(rows_of.values()), cache, step)
         last_rows = np.cumsum(lengths) - 1
-        source = np.empty(len(prompts), dtype=np.int64)
-        for row, rows in zip(last_rows, distinct.values(), strict=True):
-            source[rows] = row
-        return self._draw(self._tensor(flat), tokens, self._tensor(source), rollouts, how)
+        source = np.repeat(last_rows, [len(rows) for rows in rows_of.values()]) if lengths else last_rows
+        return self._draw(self._tensor(flat), step, self._tensor(source), rollouts, how)
 
     def _decode(self, cache: KVCache, rollouts: list[Rollout], active: list[int], how: Decoding) -> Tensor:
         """Feeds each active rollout's newest token and draws the next one."""
