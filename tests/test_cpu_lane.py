@@ -17,6 +17,7 @@ import megatron.core
 import pytest
 import torch
 from distributed import run_distributed
+from small import SMALL
 
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import load_config
@@ -27,17 +28,9 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.types import ConfigError, LossTerms, Sequence, UpdateBatch
 
-SMALL = (
-    "model.num_layers=2",
-    "model.hidden_size=16",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=2",
-    "model.head_dim=8",
-    "model.num_experts=4",
-    "model.expert_ffn_size=12",
-    "model.vocab_size=13",
+SETTINGS = (
+    *SMALL,
     "model.max_sequence_length=24",
-    "precision.device=cpu",
     "parallel.recompute=full",
 )
 IN_016 = compat.VERSION.startswith("0.16.")
@@ -60,7 +53,7 @@ def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
         setattr(*resolved(without), own)
     if without == "tensors_named_as_on_device":
         Lane.optimizer_scope = lambda self: nullcontext()
-    config = load_config(None, [*SMALL, *axes])
+    config = load_config(None, [*SETTINGS, *axes])
     groups = Groups(check_config(config, world_size))
     for mend in compat.MENDS_EVERYWHERE + compat.MENDS_ON_CPU:
         if mend.__name__ != without:
@@ -119,7 +112,7 @@ def _one_of_two(without: str, axis: str) -> str:
 def marks_by_megatron() -> set[bool]:
     """`allreduce` of the experts' weights as Megatron-Core itself sets it, on TP 2 with EP 1 and ETP 1."""
     compat.mark_expert_parameters = lambda model, experts_have_own_groups: None
-    config = load_config(None, [*SMALL, "parallel.tp=2"])
+    config = load_config(None, [*SETTINGS, "parallel.tp=2"])
     lane = open_lane("cpu", "fp32")
     groups = Groups(check_config(config, 2))
     compat.mend(on_cpu=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
+from small import SMALL
 from torch import Tensor
 
 from gspo_megatron.checks import check_config, layout_of
@@ -27,25 +28,17 @@ from gspo_megatron.mcore.model import (
 )
 from gspo_megatron.plan import count_parameters, parameters_per_rank
 
-SMALL = (
-    "model.num_layers=2",
-    "model.hidden_size=16",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=2",
-    "model.head_dim=8",
-    "model.num_experts=4",
-    "model.expert_ffn_size=12",
-    "model.vocab_size=13",
+SETTINGS = (
+    *SMALL,
     "model.max_sequence_length=32",
     "model.init_std=0.2",
-    "precision.device=cpu",
 )
 LENGTHS = [5, 1, 4]
 
 
 def build(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple[Any, Any, Any, Any]:
     """(config, lane, groups, model) of this rank."""
-    config = load_config(None, [*SMALL, f"precision.dtype={dtype}", *overrides])
+    config = load_config(None, [*SETTINGS, f"precision.dtype={dtype}", *overrides])
     lane = open_lane("cpu", dtype)
     groups = Groups(check_config(config, world_size))
     compat.mend(on_cpu=True)
@@ -75,7 +68,7 @@ def parameters_of(overrides: tuple[str, ...]) -> int:
     ],
 )
 def test_the_plan_counts_the_parameters_of_the_real_model(overrides: tuple[str, ...]) -> None:
-    m = load_config(None, [*SMALL, *overrides]).model
+    m = load_config(None, [*SETTINGS, *overrides]).model
     assert run_distributed(parameters_of, 1, overrides) == [count_parameters(m).total(m.num_layers, m.num_experts)]
 
 
@@ -155,7 +148,7 @@ def one() -> dict[str, Tensor]:
 )
 def test_weights_do_not_depend_on_the_layout(axes: tuple[str, ...], one: dict[str, Tensor]) -> None:
     ranks = run_distributed(slices, 2, 2, axes)
-    config = load_config(None, [*SMALL, *axes])
+    config = load_config(None, [*SETTINGS, *axes])
     assert sizes(ranks[-1]) == parameters_per_rank(config.model, layout_of(config, 2))
     assert sum(sizes(ranks[0])) <= sum(sizes(ranks[-1]))
     many = whole(ranks)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
+from small import SMALL
 
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import load_config
@@ -23,18 +24,10 @@ from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.types import Prompt, Rollout, Sequence
 
 VOCAB_SIZE, PAD, EOS = 13, 0, 1
-SMALL = (
-    "model.num_layers=2",
-    "model.hidden_size=16",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=2",
-    "model.head_dim=8",
-    "model.num_experts=4",
-    "model.expert_ffn_size=12",
-    f"model.vocab_size={VOCAB_SIZE}",
+SETTINGS = (
+    *SMALL,
     "model.max_sequence_length=24",
     "model.init_std=0.4",
-    "precision.device=cpu",
     "rollout.temperature=0.8",
     "rollout.max_new_tokens=6",
 )
@@ -44,7 +37,7 @@ PROMPTS = [
 
 
 def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple[MegatronPolicy, MegatronSampler]:
-    config = load_config(None, [*SMALL, f"precision.dtype={dtype}", *overrides])
+    config = load_config(None, [*SETTINGS, f"precision.dtype={dtype}", *overrides])
     lane = open_lane("cpu", dtype)
     groups = Groups(check_config(config, world_size))
     compat.mend(on_cpu=True)

@@ -47,11 +47,6 @@ class Lane:
         """Around building and stepping Megatron's optimizers, which ask tensors for the names of device types."""
         return cpu.tensors_named_as_on_device() if self.on_cpu else nullcontext()
 
-    def synchronize(self) -> None:
-        """Waits for the device, so that a clock read afterwards counts the work queued before."""
-        if not self.on_cpu:
-            torch.cuda.synchronize()
-
     def peak_memory_gib(self) -> float:
         """Largest memory so far in GiB: allocated on the device, or resident in this process on the CPU."""
         return cpu.peak_resident_gib() if self.on_cpu else torch.cuda.max_memory_allocated() / 2**30

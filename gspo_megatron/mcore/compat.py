@@ -1,8 +1,8 @@
 """What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches
 Megatron.
 
-Each entry of MENDS names the place it serves; tests/test_cpu_lane.py fails when the installed version no longer needs
-it. Stand-ins for torch.cuda itself are in device/cpu.py.
+Each entry of MENDS_EVERYWHERE and MENDS_ON_CPU names the place it serves; tests/test_cpu_lane.py fails when the
+installed version no longer needs it. Stand-ins for torch.cuda itself are in device/cpu.py.
 """
 
 from __future__ import annotations
