@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo gsm8k bench test test-next check gpu clean
+.PHONY: help venv venv-next demo gsm8k bench grid test test-next check gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 bench: .venv/.installed ## Time a step of the demo, and the memory of log-probs at a vocabulary of 151,936
 	.venv/bin/torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml --output docs/runs/bench_step.json
 	.venv/bin/python tools/bench_log_probs_memory.py --output docs/runs/bench_log_probs_memory.json
+
+grid: .venv/.installed ## Compare every layout of up to 8 processes with one process; half an hour
+	.venv/bin/python -W ignore tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md $(ARGS)
 
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
 test-next: .venv-next/.installed ## Run it with the next Megatron-Core

@@ -6,61 +6,17 @@ is an error; one that works but is unusual is a warning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gspo_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, check_values
+from gspo_megatron.layout import Layout, layout_of
 from gspo_megatron.types import ConfigError
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks each parallel axis has. dp and edp follow from the world size."""
-
-    world_size: int
-    tp: int
-    pp: int
-    cp: int
-    ep: int
-    etp: int
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel replicas of the dense layers."""
-        return self.world_size // (self.tp * self.pp * self.cp)
-
-    @property
-    def edp(self) -> int:
-        """Data-parallel replicas of the experts."""
-        return self.world_size // (self.etp * self.ep * self.pp)
-
-    def __str__(self) -> str:
-        dense = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {self.dp}"
-        return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
-
-
-def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of `world_size` processes. Raises ConfigError when the axes do not multiply into it."""
-    p = config.parallel
-    for product, name in (
-        (p.tp * p.pp * p.cp, "tp({0.tp}) * pp({0.pp}) * cp({0.cp})"),
-        (p.etp * p.ep * p.pp, "etp({0.etp}) * ep({0.ep}) * pp({0.pp})"),
-    ):
-        if world_size % product:
-            axes = name.format(p)
-            raise ConfigError(
-                f"{axes} = {product} does not divide the {world_size} processes; start a multiple of {product} "
-                f"(torchrun --nproc_per_node) or make the axes multiply into a divisor of {world_size}"
-            )
-    return Layout(world_size, p.tp, p.pp, p.cp, p.ep, p.etp)
 
 
 def check_config(config: Config, world_size: int) -> Layout:
     """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
     check_values(config)
-    layout = layout_of(config, world_size)
     _check_model(config.model)
-    _check_layout(config)
     _check_precision(config)
+    layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
     _check_data(config.data)
     _check_batches(config)
@@ -82,41 +38,6 @@ def _check_model(m: ModelConfig) -> None:
         )
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
-
-
-def _check_layout(config: Config) -> None:
-    m, p = config.model, config.parallel
-    for axis, reason in (("cp", "context parallel"), ("vpp", "virtual pipeline")):
-        if getattr(p, axis) != 1:
-            raise ConfigError(
-                f"parallel.{axis}={getattr(p, axis)}: {reason} is not supported yet; set parallel.{axis}=1"
-            )
-    for value, name, axis in (
-        (m.num_attention_heads, "model.num_attention_heads", "tp"),
-        (m.num_query_groups, "model.num_query_groups", "tp"),
-        (m.num_layers, "model.num_layers", "pp"),
-        (m.num_experts, "model.num_experts", "ep"),
-        (m.expert_ffn_size, "model.expert_ffn_size", "etp"),
-    ):
-        size = getattr(p, axis)
-        if value % size:
-            divisors = [d for d in range(1, value + 1) if value % d == 0]
-            near = sorted(sorted(divisors, key=lambda d: (abs(d - size), d))[:2])
-            raise ConfigError(
-                f"{name}={value} is not divisible by parallel.{axis}={size}; set parallel.{axis} to "
-                f"{' or '.join(map(str, near))}"
-            )
-    if p.token_dispatcher == "allgather" and (p.pp > 1 or p.ep > 1):
-        raise ConfigError(
-            "parallel.token_dispatcher=allgather needs micro-batches of one length on all ranks that share experts "
-            "or a "
-            "pipeline, and packed ones are ragged; use alltoall"
-        )
-    if m.tie_embeddings and p.pp > 1:
-        raise ConfigError(
-            f"model.tie_embeddings with parallel.pp={p.pp}: the copies on the first and the last stage are not kept "
-            "equal; set model.tie_embeddings=false or parallel.pp=1"
-        )
 
 
 def _check_precision(config: Config) -> None:
@@ -204,12 +125,6 @@ def config_warnings(config: Config, *, kl_coef: float) -> list[str]:
             f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
         )
     return notes
-
-
-def token_multiple(config: Config) -> int:
-    """Packed tokens of a forward come in multiples of this: sequence parallel gives every tensor-parallel rank as many,
-    and Transformer Engine's fp8 matmuls take 16 rows at a time."""
-    return config.parallel.tp * (1 if config.precision.fp8 == "none" else 16)
 
 
 def prompt_limit(config: Config) -> int:

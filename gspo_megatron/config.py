@@ -56,15 +56,24 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
+    """Sizes of the parallel axes; data parallel takes what is left of the processes."""
+
     tp: int = 1
+    """Tensor parallel, with sequence parallel."""
     pp: int = 1
+    """Pipeline stages."""
     vpp: int = 1
+    """Virtual stages on each pipeline rank (Megatron's interleaved schedule)."""
     cp: int = 1
+    """Context parallel: ranks that share the tokens of every sequence."""
     ep: int = 1
+    """Expert parallel: ranks that share the experts of a layer."""
     etp: int = 1
+    """Tensor parallel inside an expert."""
     token_dispatcher: str = "alltoall"
+    """How tokens reach their experts: `alltoall`, or `allgather`, which pads micro-batches to one length."""
     recompute: str = "none"
-    """`full` recomputes every layer in the backward pass."""
+    """`selective` recomputes the attention core in the backward pass, `full` every layer."""
     timeout_s: float = 600.0
     """How long a collective may wait for a rank."""
 
@@ -241,7 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": tuple(PRESETS),
     "parallel.token_dispatcher": ("alltoall", "allgather"),
-    "parallel.recompute": ("none", "full"),
+    "parallel.recompute": ("none", "selective", "full"),
     "precision.device": ("auto", "cpu", "cuda"),
     "precision.dtype": ("fp32", "bf16", "fp64"),
     "precision.fp8": ("none", "tensorwise", "blockwise", "delayed"),

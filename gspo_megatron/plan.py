@@ -1,11 +1,12 @@
-"""What a layout means for one GPU, from the settings alone: parameters and memory. Printed by --dry-run."""
+"""What a model and a layout mean, from the settings alone: parameters, work, and memory (which --dry-run prints)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from gspo_megatron.checks import Layout
 from gspo_megatron.config import Config, ModelConfig
+from gspo_megatron.layout import Layout
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 _GIB = 2**30
@@ -48,6 +49,20 @@ def count_parameters(m: ModelConfig) -> ParameterCount:
         expert=3 * m.hidden_size * m.expert_ffn_size,
         final_norm=m.hidden_size,
     )
+
+
+def sequence_cost(m: ModelConfig) -> Callable[[int], float]:
+    """cost(L) = 2 L W + 4 L (L + 1) / 2 * num_layers * heads * head_dim: forward FLOPs of a sequence of L tokens.
+
+    Matrix products only, two FLOPs a multiply-add. W are the weights that a token is multiplied with: attention's
+    projections, the router and the chosen experts of every layer, and the vocabulary once, since looking an embedding
+    up is free. In attention token t meets t keys, then t values. Every token is taken for one of the response: a prompt
+    token in fact skips the vocabulary. The backward pass is twice as much of everything, so ratios hold for both.
+    """
+    n = count_parameters(m)
+    router, query = m.hidden_size * m.num_experts, m.num_attention_heads * m.head_dim
+    weights = n.vocabulary + m.num_layers * (n.attention + router + m.experts_per_token * n.expert)
+    return lambda length: float(2 * length * weights + 2 * length * (length + 1) * m.num_layers * query)
 
 
 def parameters_per_rank(m: ModelConfig, layout: Layout) -> tuple[int, int]:

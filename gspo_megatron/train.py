@@ -120,7 +120,7 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
 
 def wants_transformer_engine(config: Config, lane: Lane) -> bool:
     """Whether the model is built from Transformer Engine layers, which need a GPU. Raises ConfigError when they are
-    asked for and cannot be had, or have not been shown right for the layout."""
+    asked for and cannot be had."""
     wanted = config.precision.transformer_engine
     available = not lane.on_cpu and transformer_engine_available()
     if (wanted == "on" or config.precision.fp8 != "none") and not available:
@@ -128,14 +128,7 @@ def wants_transformer_engine(config: Config, lane: Lane) -> bool:
             "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
             "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"
         )
-    use = available and wanted != "off"
-    if use and config.parallel.etp > 1:
-        # Its grouped experts do not mark how they are sliced, so initial weights would repeat on every slice.
-        raise ConfigError(
-            f"parallel.etp={config.parallel.etp} is not supported with Transformer Engine layers yet; set "
-            "parallel.etp=1, or precision.transformer_engine=off"
-        )
-    return use
+    return available and wanted != "off"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,12 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.checks import token_multiple
 from gspo_megatron.config import Config
 from gspo_megatron.console import Console
-from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
+from gspo_megatron.data.packing import pack
 from gspo_megatron.data.prompts import PromptOrder, PromptSource
 from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.layout import packing_rules
 from gspo_megatron.metrics import RunWriter, merge, on_host, values
 from gspo_megatron.objective import (
     LikelihoodObjective,
@@ -38,6 +38,7 @@ from gspo_megatron.objective import (
     group_advantages,
     resolve_variant,
 )
+from gspo_megatron.plan import sequence_cost
 from gspo_megatron.rollout.rewards import Rewards
 from gspo_megatron.types import (
     DataError,
@@ -168,9 +169,9 @@ class Trainer:
         ]
 
     def gather_rollouts(self, mine: list[Rollout]) -> list[Rollout]:
-        """Judges this rank's rollouts, on one process of each replica, and brings all replicas' together by rollout
+        """Judges this rank's rollouts, on the processes that speak, and brings all of them together by rollout
         id."""
-        if self.ranks.speaks_for_replica:
+        if self.ranks.speaks:
             for rollout in mine:
                 # model.vocab_size may exceed the tokenizer's, rounded up for speed: ids beyond it are no text.
                 rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
@@ -210,12 +211,17 @@ class Trainer:
 
     def update_batch(self, sequences: Seq[Sequence]) -> UpdateBatch:
         """This rank's micro-batches of one update, and the counts over all ranks that normalise its loss."""
-        lengths = [len(s.tokens) for s in sequences]
-        plan = plan_micro_batches(lengths, self.ranks.dp_size, self.config.train.tokens_per_micro_batch)
-        micro_batches = [
-            build_micro_batch(sequences, index, pad_id=self.tokenizer.pad_id, multiple_of=token_multiple(self.config))
-            for index in plan[self.ranks.dp_rank]
-        ]
+        micro_batches = pack(
+            sequences,
+            pad_id=self.tokenizer.pad_id,
+            max_tokens=self.config.train.tokens_per_micro_batch,
+            rules=packing_rules(self.config),
+            cost=sequence_cost(self.config.model),
+            dp_rank=self.ranks.dp_rank,
+            dp_size=self.ranks.dp_size,
+            cp_rank=self.ranks.cp_rank,
+            cp_size=self.ranks.cp_size,
+        )
         responses = [s.response_length for s in sequences if s.response_length]
         return UpdateBatch(micro_batches, num_sequences=len(responses), num_tokens=sum(responses))
 
@@ -240,11 +246,19 @@ class Trainer:
             log_probs_R,
             micro_batch.old_log_probs_R,
             micro_batch.advantages_S,
-            Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device),
+            self.segments(micro_batch),
             ref_log_probs_T=micro_batch.ref_log_probs_R if self.variant.kl_coef > 0 else None,
             entropy_T=entropy_R,
             num_sequences=batch.num_sequences,
             num_tokens=batch.num_tokens,
+        )
+
+    def segments(self, micro_batch: MicroBatch) -> Segments:
+        return Segments.from_lengths(
+            micro_batch.response_lengths,
+            index_R=micro_batch.sequence_R,
+            over_ranks=self.ranks.sum_over_parts if self.ranks.cp_size > 1 else None,
+            device=micro_batch.sequence_R.device,
         )
 
     def learning_rate(self, update: int) -> float:
@@ -267,8 +281,7 @@ class Trainer:
         def loss(
             log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
         ) -> LossTerms:
-            segments = Segments.from_lengths(micro_batch.response_lengths, device=log_probs_R.device)
-            return self.likelihood(log_probs_R, segments, num_tokens=batch.num_tokens)
+            return self.likelihood(log_probs_R, self.segments(micro_batch), num_tokens=batch.num_tokens)
 
         cut = 0
         for i in range(t.warm_start_steps):
@@ -312,8 +325,11 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- measurement
 
     def my_share(self, start: int, stop: int, stride: int) -> range:
-        """Every dp_size-th item of range(start, stop, stride), beginning with this rank's."""
-        return range(start + self.ranks.dp_rank * stride, stop, self.ranks.dp_size * stride)
+        """What this rank samples: every n-th item of range(start, stop, stride), where n counts data-parallel and
+        context-parallel ranks, since all of them hold the whole of a response then."""
+        ranks = self.ranks
+        rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
+        return range(start + rank * stride, stop, count * stride)
 
     def reduce(self, updates: Seq[dict[str, Metric]]) -> dict[str, float]:
         """Metrics of several updates over all ranks; `loss` is the mean over the updates."""

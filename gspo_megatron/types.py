@@ -94,13 +94,34 @@ class Sequence:
         return len(self.tokens) - self.prompt_length
 
 
+@dataclass(frozen=True)
+class PackingRules:
+    """What a parallel layout asks of micro-batches (`checks.packing_rules` tells which of it this run needs).
+
+    Attributes:
+        sequence_multiple: every sequence is padded to a multiple of so many tokens.
+        token_multiple: so is a micro-batch as a whole, before context parallel divides it.
+        count_multiple: every rank's number of micro-batches is a multiple of this.
+        same_tokens: the k-th micro-batches of all data-parallel ranks have as many tokens.
+    """
+
+    sequence_multiple: int = 1
+    token_multiple: int = 1
+    count_multiple: int = 1
+    same_tokens: bool = False
+
+
 @dataclass
 class MicroBatch:
-    """Sequences packed one behind the other, as one forward pass of this data-parallel rank sees them.
+    """Sequences packed one behind the other, as one forward pass of this rank sees them.
 
-    The last entries of `tokens_T` may be padding; it forms segments of its own in `cu_seqlens`, behind the S sequences.
-    Row t predicts token t + 1: `targets_T[t]` is that token's id where it belongs to a response, IGNORED elsewhere.
-    `index` names the sequences (positions in the list the micro-batches were cut from).
+    Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
+    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is that token's id where it belongs to a
+    response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a predicted token belongs to. `index`
+    names the sequences (positions in the list the micro-batches were cut from).
+
+    Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
+    tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `response_lengths` stay those of whole sequences.
     """
 
     tokens_T: Tensor
@@ -109,6 +130,7 @@ class MicroBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     response_lengths: list[int]
+    sequence_R: Tensor
     index: list[int]
     advantages_S: Tensor
     old_log_probs_R: Tensor | None = None
@@ -181,10 +203,16 @@ class Ranks(Protocol):
 
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
+    """Context parallel: the ranks that share the tokens of one data-parallel rank's sequences."""
     is_main: bool
     """True on the one process that writes files and prints."""
-    speaks_for_replica: bool
-    """True on one process of each data-parallel replica, on the pipeline stage that has the loss."""
+    speaks: bool
+    """True on one process for each (dp_rank, cp_rank), on the pipeline stage that has the loss."""
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates what the replicas' speakers hold, in data-parallel order; every process gets the same result."""
+        """Concatenates what the speakers hold, in the order of their ranks; every process gets the same result."""
+
+    def sum_over_parts(self, partial_S: Tensor) -> Tensor:
+        """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""

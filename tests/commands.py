@@ -10,15 +10,13 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from distributed import run_distributed
+from local_ranks import run_distributed
 
 import gspo_megatron.mcore.checkpoint
 import gspo_megatron.mcore.sampler  # noqa: F401  (both for the forked ranks)
@@ -38,19 +36,10 @@ def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 18
 
 def forked(num_processes: int, arguments: Sequence[str], timeout_s: float = 120) -> list[tuple[int, str]]:
     """(exit status, what it printed as an error) of every rank's command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return run_distributed(_rank, num_processes, port, num_processes, list(arguments), timeout_s=timeout_s)
+    return run_distributed(_rank, num_processes, list(arguments), timeout_s=timeout_s, like_torchrun=True)
 
 
-def _rank(port: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
-    rank = str(dist.get_rank())
-    # Nobody hangs up while another rank is still connecting.
-    dist.barrier()
-    dist.destroy_process_group()
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world_size)}
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
         status = main(arguments)
     return status, errors.getvalue()

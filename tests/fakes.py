@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 
 TOKENIZER = CharacterTokenizer("ABab")
 SETTINGS = (
+    f"model.vocab_size={TOKENIZER.vocab_size}",
     "precision.device=cpu",
     "model.max_sequence_length=8",
     "rollout.max_new_tokens=3",
@@ -66,10 +67,13 @@ class Prompts:
 class OneRank:
     """The `Ranks` of a single process."""
 
-    dp_rank, dp_size, is_main, speaks_for_replica = 0, 1, True, True
+    dp_rank, dp_size, cp_rank, cp_size, is_main, speaks = 0, 1, 0, 1, True, True
 
     def gather(self, mine: list[Any]) -> list[Any]:
         return list(mine)
+
+    def sum_over_parts(self, partial_S: Tensor) -> Tensor:
+        return partial_S
 
 
 class Replicas:
@@ -110,13 +114,16 @@ class Replicas:
 
 
 class _Replica:
-    speaks_for_replica = True
+    cp_rank, cp_size, speaks = 0, 1, True
 
     def __init__(self, replicas: Replicas, rank: int, size: int) -> None:
         self._replicas, self.dp_rank, self.dp_size, self.is_main = replicas, rank, size, rank == 0
 
     def gather(self, mine: list[Any]) -> list[Any]:
         return self._replicas.gather(self.dp_rank, mine)
+
+    def sum_over_parts(self, partial_S: Tensor) -> Tensor:
+        return partial_S
 
 
 class TablePolicy:

@@ -56,6 +56,24 @@ def policy_loss(name: str, new, old, advantages, low: float, high: float):
     return -objective / (num_tokens if name == "dapo" else num_sequences)
 
 
+def value_and_gradient(name: str, log_ratios: list[list[float]], advantages: list[float], low: float, high: float):
+    """`policy_loss`, and its gradient by the log-prob of each token, derived by hand: plain numbers, of any size. A
+    ratio beyond e^20 has the value and the slope that it has there."""
+    num_sequences, num_tokens = sum(map(bool, log_ratios)), sum(map(len, log_ratios))
+    loss, gradient = 0.0, []
+    for y, advantage in zip(log_ratios, advantages, strict=True):
+        for x in y:
+            total = math.fsum(y)
+            log_s = {"gspo": total / len(y), "gspo_token": total / len(y), "gspo_sum": total}.get(name, x)
+            s = math.exp(min(log_s, 20.0))
+            held = s > 1 + high if advantage > 0 else s < 1 - low and advantage < 0
+            share = 1 / num_tokens if name == "dapo" else 1 / len(y) / num_sequences
+            loss -= share * clipped_term(s, advantage, low, high)
+            # A token moves log s by 1 / |y| in each of |y| terms, in gspo_sum by 1, in the others by 1 in its own term.
+            gradient.append(0.0 if held else -share * s * advantage * (len(y) if name == "gspo_sum" else 1))
+    return loss, gradient
+
+
 def aggregated(name: str, per_token: list[list]):
     """A per-token quantity, averaged as the algorithm averages its terms."""
     kept = [values for values in per_token if len(values)]

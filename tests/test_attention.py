@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from local_ranks import run_distributed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from gspo_megatron.data.packing import zigzag
+from gspo_megatron.device import open_lane
 from gspo_megatron.mcore.attention import (
     KVCache,
     PackedAttention,
@@ -105,6 +109,35 @@ def test_packed_is_a_loop_over_sequences(heads: int, kv_heads: int, lengths: lis
         torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def part_of_attention(lengths: list[int], heads: int, kv_heads: int, upstream: Tensor) -> list[Tensor]:
+    """This rank's part of the output, and of the gradients of query, key and value."""
+    open_lane("cpu", "fp64")
+    group = dist.group.WORLD
+    held = zigzag(lengths, dist.get_rank(), dist.get_world_size())
+    positions = torch.cat([torch.arange(n) for n in lengths])[held]
+    tokens = packed(positions, torch.tensor([0, *lengths]).cumsum(0), max(lengths), group)
+    rotary().prepare(tokens)
+    inputs = [x[held].requires_grad_() for x in random_qkv(sum(lengths), heads, kv_heads)]
+    out = layer()(*inputs, packed_seq_params=tokens)
+    return [held, out.detach(), *torch.autograd.grad(out, inputs, upstream[held])]
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(2, [8, 4, 12]), (3, [6, 18]), (4, [8, 8, 32, 16])])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
+def test_the_parts_of_context_parallel_make_the_whole(size: int, lengths: list[int], heads: int, kv_heads: int) -> None:
+    """Values and gradients, each rank with two chunks of every sequence."""
+    inputs = [x.requires_grad_() for x in random_qkv(sum(lengths), heads, kv_heads)]
+    expected = torch.cat([attention_of(*qkv) for qkv in zip(*(x.split(lengths) for x in inputs), strict=True)])
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    expected_gradients = torch.autograd.grad(expected, inputs, upstream)
+    ranks = run_distributed(part_of_attention, size, lengths, heads, kv_heads, upstream)
+    assert torch.cat([held for held, *_ in ranks]).sort().values.tolist() == list(range(sum(lengths)))
+    for held, out, *gradients in ranks:
+        torch.testing.assert_close(out, expected.detach()[held], **EXACT)
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(ours, theirs[held], **EXACT)
 
 
 def test_decoding_from_the_cache_is_the_whole_sequence() -> None:

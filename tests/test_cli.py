@@ -202,8 +202,6 @@ def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None
         for overrides in (["precision.transformer_engine=on"], ["precision.fp8=blockwise", "precision.dtype=bf16"]):
             with pytest.raises(ConfigError, match=r"needs a GPU .* set precision.transformer_engine"):
                 wants_transformer_engine(load_config(None, overrides), here)
-    with pytest.raises(ConfigError, match=r"parallel.etp=2 .* set parallel.etp=1"):
-        wants_transformer_engine(load_config(None, ["parallel.etp=2"]), there)
 
 
 def test_the_plan_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import fields
+import itertools
+import math
+import time
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from gspo_megatron.config import (
     load_config,
     to_yaml,
 )
-from gspo_megatron.types import ConfigError
+from gspo_megatron.layout import Layout, nearest_layouts, packing_rules, token_multiple
+from gspo_megatron.types import ConfigError, PackingRules
 
 WHOLE_CLUSTER = ("model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768")
 
@@ -181,78 +185,231 @@ def test_the_tables_of_rules_name_real_settings() -> None:
         assert {f"model.{key}" for key in keys} <= settings, preset
 
 
-# --- checks between settings ---
+# --- layouts ---
 
 
 def test_the_layout_follows_from_the_axes_and_the_world() -> None:
-    layout = check_config(load_config(None, [*WHOLE_CLUSTER, "parallel.tp=4", "parallel.pp=2", "parallel.ep=8"]), 64)
+    axes = ["parallel.tp=4", "parallel.pp=2", "parallel.ep=8"]
+    layout = check_config(load_config(None, [*WHOLE_CLUSTER, *axes]), 64)
     assert (layout.dp, layout.edp) == (8, 4)
     assert str(layout) == "tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4"
+    more = ["parallel.vpp=3", "parallel.cp=2", "parallel.etp=2", "parallel.token_dispatcher=allgather"]
+    layout = check_config(load_config(None, [*WHOLE_CLUSTER, *axes, *more]), 64)
+    assert str(layout) == "tp 4 x pp 2 (vpp 3) x cp 2 x dp 4; experts: ep 8 x etp 2 x edp 2"
+
+
+FP8 = ("precision.fp8=blockwise", "precision.dtype=bf16")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world_size", "message"),
-    [
-        (("parallel.tp=4", "parallel.pp=2"), 12, "tp(4) * pp(2) * cp(1) = 8 does not divide the 12 processes"),
-        (("parallel.ep=8",), 4, "etp(1) * ep(8) * pp(1) = 8 does not divide the 4 processes"),
-        (("parallel.tp=4", "parallel.ep=3", "parallel.pp=2"), 8, "etp(1) * ep(3) * pp(2) = 6 does not divide the 8"),
-    ],
-)
-def test_a_layout_that_the_world_cannot_hold(overrides: tuple[str, ...], world_size: int, message: str) -> None:
-    assert message in refusal(*overrides, world_size=world_size)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "world_size", "parts"),
+    ("overrides", "world_size", "complaint", "nearest"),
     [
         (
             ("parallel.tp=3",),
-            3,
-            ("model.num_attention_heads=4", "not divisible by parallel.tp=3", "set parallel.tp to 2 or 4"),
+            6,
+            "model.num_attention_heads=4 is not divisible by tp(3)",
+            "parallel.tp=2, or parallel.tp=1",
         ),
-        (("parallel.tp=4",), 4, ("model.num_query_groups=2", "parallel.tp=4", "set parallel.tp to 1 or 2")),
-        (("parallel.pp=3",), 3, ("model.num_layers=4", "parallel.pp=3", "set parallel.pp to 2 or 4")),
-        (("parallel.ep=6",), 6, ("model.num_experts=8", "parallel.ep=6", "set parallel.ep to 4 or 8")),
-        (("parallel.etp=3",), 3, ("model.expert_ffn_size=128", "parallel.etp=3", "set parallel.etp to 2 or 4")),
-        (("parallel.cp=2",), 2, ("parallel.cp=2", "not supported yet", "set parallel.cp=1")),
-        (("parallel.pp=2", "parallel.token_dispatcher=allgather"), 2, ("allgather", "pipeline", "use alltoall")),
-        (("parallel.ep=2", "parallel.token_dispatcher=allgather"), 2, ("allgather", "share experts", "use alltoall")),
-        (("data.overlong=drop",), 1, ("data.overlong='drop' has no effect on generated tasks",)),
-        (("data.train=a.jsonl", "data.eval=b.jsonl", "data.task.max_length=5"), 1, ("data.task=", "has no effect")),
-        (("optimizer.min_lr=1e-7",), 1, ("optimizer.min_lr=1e-07 has no effect with optimizer.lr_decay=constant",)),
-        (("optimizer.min_lr=1", "optimizer.lr_decay=linear"), 1, ("optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06",)),
-        (("parallel.pp=2", "model.tie_embeddings=true"), 2, ("parallel.pp=2", "set model.tie_embeddings=false")),
-        (("model.experts_per_token=9",), 1, ("model.experts_per_token=9 exceeds model.num_experts=8",)),
-        (("model.experts_per_token=1",), 1, ("model.experts_per_token=1", "use 2 or more")),
-        (("model.num_query_groups=3",), 1, ("num_attention_heads=4 must be a multiple of model.num_query_groups=3",)),
-        (("model.head_dim=15",), 1, ("model.head_dim=15 must be even",)),
-        (("precision.dtype=fp64", "precision.device=cuda"), 1, ("fp64", "use fp32 or bf16, or precision.device=cpu")),
+        (
+            ("parallel.tp=4",),
+            4,
+            "model.num_query_groups=2 is not divisible by tp(4)",
+            "parallel.tp=2, or parallel.tp=1",
+        ),
+        (
+            ("parallel.pp=3",),
+            12,
+            "model.num_layers=4 is not divisible by pp(3) * vpp(1) = 3",
+            "parallel.pp=4, or parallel.pp=2, or parallel.pp=1",
+        ),
+        (
+            ("parallel.pp=2", "parallel.vpp=4"),
+            4,
+            "model.num_layers=4 is not divisible by pp(2) * vpp(4) = 8",
+            "parallel.vpp=2, or parallel.vpp=1",
+        ),
+        (
+            ("parallel.vpp=2",),
+            2,
+            "parallel.vpp=2 cuts the stages of a pipeline, and parallel.pp=1 has none",
+            "parallel.vpp=1, or parallel.pp=2",
+        ),
+        (
+            ("parallel.ep=6",),
+            12,
+            "model.num_experts=8 is not divisible by ep(6)",
+            "parallel.ep=4, or parallel.ep=2, or parallel.ep=1",
+        ),
+        (
+            ("parallel.etp=3", "parallel.ep=2"),
+            6,
+            "model.expert_ffn_size=128 is not divisible by etp(3)",
+            "parallel.etp=1, or parallel.ep=1 parallel.etp=2",
+        ),
+        (
+            ("parallel.cp=4", "model.max_sequence_length=204"),
+            4,
+            "parallel.cp=4 cuts every sequence into 2 * cp equal chunks, and model.max_sequence_length=204 is not "
+            "divisible by 8; set it to 200 or 208",
+            "parallel.cp=2, or parallel.cp=1",
+        ),
+        (
+            ("parallel.pp=2", "model.tie_embeddings=true"),
+            2,
+            "model.tie_embeddings with parallel.pp=2: the copies on the first and the last stage are not kept equal; "
+            "set model.tie_embeddings=false",
+            "parallel.pp=1",
+        ),
+        (
+            ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2"),
+            12,
+            "tp(2) * pp(2) * cp(2) = 8 does not divide the 12 processes; start a multiple of 8, such as 8 or 16",
+            "parallel.cp=1, or parallel.pp=1, or parallel.tp=1",
+        ),
+        (
+            ("parallel.ep=8",),
+            4,
+            "etp(1) * ep(8) * pp(1) = 8 does not divide the 4 processes; start a multiple of 8, such as 8",
+            "parallel.ep=4, or parallel.ep=2, or parallel.ep=1",
+        ),
+        (
+            ("parallel.cp=3", "parallel.ep=4", "model.max_sequence_length=252"),
+            8,
+            "tp(1) * pp(1) * cp(3) = 3 does not divide the 8 processes; start a multiple of 12, such as 12",
+            "parallel.cp=2, or parallel.cp=1",
+        ),
+        (
+            (*FP8, "parallel.etp=4", "model.expert_ffn_size=96"),
+            8,
+            "model.expert_ffn_size=96 is not divisible by 16 * etp(4) = 64 (matmuls in precision.fp8 take 16 columns "
+            "at a time)",
+            "parallel.etp=2, or parallel.etp=1",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_with_the_nearest_that_do(
+    overrides: tuple[str, ...], world_size: int, complaint: str, nearest: str
+) -> None:
+    message = refusal(*overrides, world_size=world_size)
+    assert message == f"{complaint}; nearest layouts that work on WORLD_SIZE={world_size}: {nearest}"
+    for settings in nearest.split(", or "):  # what is printed can be pasted
+        check_config(load_config(None, [*overrides, *settings.split()]), world_size)
+
+
+def test_a_model_that_no_layout_suits() -> None:
+    message = refusal(*FP8, "model.hidden_size=40", world_size=4)
+    assert message.startswith("model.hidden_size=40 is not divisible by 16 (matmuls in precision.fp8")
+    assert message.endswith("; no layout works for this model with precision.fp8=blockwise")
+
+
+@pytest.mark.parametrize("world_size", [1, 6, 8])
+@pytest.mark.parametrize("asked", [(3, 1, 1, 1, 3, 1), (4, 2, 3, 1, 1, 5), (1, 1, 4, 8, 1, 1), (2, 3, 1, 2, 16, 2)])
+def test_the_nearest_layouts_are_those_of_an_exhaustive_search(asked: tuple[int, ...], world_size: int) -> None:
+    def works(sizes: tuple[int, ...]) -> bool:
+        tp, pp, vpp, cp, ep, etp = sizes
+        return (
+            world_size % (tp * pp * cp) == world_size % (etp * ep * pp) == 0
+            and 6 % tp == 12 % (pp * vpp) == 12 % ep == 128 % etp == 0
+            and (vpp == 1 or pp > 1)
+            and (cp == 1 or 252 % (2 * cp) == 0)
+        )
+
+    def distance(sizes: tuple[int, ...]) -> float:
+        return sum(abs(math.log2(size / wanted)) for size, wanted in zip(sizes, asked, strict=True))
+
+    def has_a_needless_change(sizes: tuple[int, ...]) -> bool:
+        put_back = {(*sizes[:i], wanted, *sizes[i + 1 :]) for i, wanted in enumerate(asked)} - {sizes}
+        return any(map(works, put_back))
+
+    of_world, of_layers = range(1, world_size + 1), range(1, 13)
+    every = itertools.product(of_world, of_world, of_layers, of_world, of_world, of_world)
+    working = sorted((distance(sizes), sizes) for sizes in every if works(sizes))
+    distances = [d for d, sizes in working if d <= working[0][0] + 2 + 1e-9 and not has_a_needless_change(sizes)]
+    config = load_config(
+        None,
+        [
+            "model.num_layers=12",
+            "model.num_attention_heads=6",
+            "model.num_query_groups=6",
+            "model.num_experts=12",
+            "model.max_sequence_length=252",
+        ],
+    )
+    found = [astuple(layout)[1:] for layout in nearest_layouts(config, Layout(world_size, *asked))]
+    assert [distance(sizes) for sizes in found] == pytest.approx(distances[:3])
+    assert len(set(found)) == len(found) and not any(has_a_needless_change(sizes) for sizes in found)
+    assert {sizes for _, sizes in working}.issuperset(found)
+
+
+def test_the_search_takes_no_time_on_a_large_cluster() -> None:
+    config = load_config(None, [*WHOLE_CLUSTER, "parallel.tp=8", "parallel.pp=3", "parallel.cp=8", "parallel.ep=48"])
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=4096: parallel.tp=4 parallel.pp=4 parallel.ep=64, or"):
+        check_config(config, 4096)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rules", "sampler_multiple"),
+    [
+        ((), PackingRules(), 1),
+        (("parallel.tp=2",), PackingRules(token_multiple=2), 2),
+        (("parallel.cp=2",), PackingRules(sequence_multiple=4, token_multiple=4), 1),
+        (("parallel.cp=3", "parallel.tp=4"), PackingRules(sequence_multiple=6, token_multiple=12), 4),
+        (("parallel.cp=3", "parallel.tp=5"), PackingRules(sequence_multiple=6, token_multiple=30), 5),
+        ((*FP8, "parallel.tp=2", "parallel.cp=2"), PackingRules(sequence_multiple=4, token_multiple=64), 32),
+        (("parallel.pp=4", "parallel.vpp=2"), PackingRules(count_multiple=4), 1),
+        (("parallel.pp=4",), PackingRules(), 1),
+        (("parallel.token_dispatcher=allgather",), PackingRules(), 1),
+        (("parallel.token_dispatcher=allgather", "parallel.ep=2"), PackingRules(same_tokens=True), 1),
+        (("parallel.token_dispatcher=allgather", "parallel.etp=2"), PackingRules(same_tokens=True), 1),
+        (("parallel.ep=2", "parallel.etp=2"), PackingRules(), 1),
+    ],
+)
+def test_what_a_layout_asks_of_micro_batches(
+    overrides: tuple[str, ...], rules: PackingRules, sampler_multiple: int
+) -> None:
+    config = load_config(None, overrides)
+    assert packing_rules(config) == rules
+    assert token_multiple(config) == sampler_multiple
+
+
+# --- checks between settings ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("data.overlong=drop",), ("data.overlong='drop' has no effect on generated tasks",)),
+        (("data.train=a.jsonl", "data.eval=b.jsonl", "data.task.max_length=5"), ("data.task=", "has no effect")),
+        (("optimizer.min_lr=1e-7",), ("optimizer.min_lr=1e-07 has no effect with optimizer.lr_decay=constant",)),
+        (("optimizer.min_lr=1", "optimizer.lr_decay=linear"), ("optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06",)),
+        (("model.experts_per_token=9",), ("model.experts_per_token=9 exceeds model.num_experts=8",)),
+        (("model.experts_per_token=1",), ("model.experts_per_token=1", "use 2 or more")),
+        (("model.num_query_groups=3",), ("num_attention_heads=4 must be a multiple of model.num_query_groups=3",)),
+        (("model.head_dim=15",), ("model.head_dim=15 must be even",)),
+        (("precision.dtype=fp64", "precision.device=cuda"), ("fp64", "use fp32 or bf16, or precision.device=cpu")),
         (
             ("precision.fp8=blockwise", "precision.dtype=bf16", "precision.transformer_engine=off"),
-            1,
             ("precision.fp8=blockwise needs Transformer Engine", "set precision.fp8=none"),
         ),
-        (("precision.fp8=delayed", "precision.device=cpu"), 1, ("precision.fp8=delayed needs Transformer Engine",)),
-        (("precision.fp8=delayed",), 1, ("precision.fp8=delayed needs precision.dtype=bf16, got fp32",)),
-        (("rollout.prompts_per_step=30",), 1, ("rollout.prompts_per_step=30", "updates_per_rollout=4")),
-        (("rollout.max_new_tokens=256",), 1, ("rollout.max_new_tokens=256", "model.max_sequence_length=256")),
+        (("precision.fp8=delayed", "precision.device=cpu"), ("precision.fp8=delayed needs Transformer Engine",)),
+        (("precision.fp8=delayed",), ("precision.fp8=delayed needs precision.dtype=bf16, got fp32",)),
+        (("rollout.prompts_per_step=30",), ("rollout.prompts_per_step=30", "updates_per_rollout=4")),
+        (("rollout.max_new_tokens=256",), ("rollout.max_new_tokens=256", "model.max_sequence_length=256")),
         (
             ("train.tokens_per_micro_batch=200",),
-            1,
             ("model.max_sequence_length=256", "raise train.tokens_per_micro_batch to 256"),
         ),
         (
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9"),
-            1,
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=recompute"),
         ),
-        (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), 1, ("rollout.top_k=5",)),
+        (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), ("rollout.top_k=5",)),
     ],
 )
-def test_settings_that_contradict_each_other(
-    overrides: tuple[str, ...], world_size: int, parts: tuple[str, ...]
-) -> None:
-    message = refusal(*overrides, world_size=world_size)
+def test_settings_that_contradict_each_other(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    message = refusal(*overrides)
     assert all(part in message for part in parts), message
 
 

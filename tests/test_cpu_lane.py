@@ -1,4 +1,5 @@
-"""What stands in for torch.cuda, and what is mended in Megatron-Core: each entry is still needed, and does no harm.
+"""What stands in for torch.cuda and NCCL, and what is mended in Megatron-Core: each entry is still needed, and does no
+harm.
 
 A test here that fails with a new Megatron-Core or torch says that an entry can go.
 """
@@ -16,13 +17,16 @@ from typing import Any
 import megatron.core
 import pytest
 import torch
-from distributed import run_distributed
+import torch.distributed as dist
+from local_ranks import run_distributed
+from megatron.core.tensor_parallel import mappings
 from small import SMALL
 
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import load_config
 from gspo_megatron.data.packing import build_micro_batch
 from gspo_megatron.device import Lane, cpu, open_lane
+from gspo_megatron.layout import packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
@@ -59,7 +63,7 @@ def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
         if mend.__name__ != without:
             mend()
     sequences = [Sequence([3, 4, 5, 6, 7, 8], 2), Sequence([7, 8, 9, 10], 1)]
-    micro_batches = [build_micro_batch(sequences, [i], pad_id=0, multiple_of=config.parallel.tp) for i in range(2)]
+    micro_batches = [build_micro_batch(sequences, [i], pad_id=0, rules=packing_rules(config)) for i in range(2)]
     callbacks = len(torch.cuda._queued_calls)
     try:
         policy = MegatronPolicy(config, groups, lane, use_te=False)
@@ -116,7 +120,7 @@ def marks_by_megatron() -> set[bool]:
     lane = open_lane("cpu", "fp32")
     groups = Groups(check_config(config, 2))
     compat.mend(on_cpu=True)
-    model = MegatronPolicy(config, groups, lane, use_te=False).model
+    [model] = MegatronPolicy(config, groups, lane, use_te=False).model
     assert groups.experts_have_own_groups
     return {p.allreduce for name, p in model.named_parameters() if ".experts." in name}
 
@@ -143,7 +147,12 @@ def installed() -> tuple[set[str], dict[str, Any]]:
     first = torch.zeros
     cpu.install()
     again = torch.zeros
-    places = {"torch": torch, "torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random}
+    places = {
+        "torch": torch,
+        "torch.cuda": torch.cuda,
+        "torch.cuda.random": torch.cuda.random,
+        "torch.distributed": dist,
+    }
     names = {
         f"{p}.{n}" for p, owner in places.items() for n, x in vars(owner).items() if getattr(x, "stands_in", 0) is True
     }
@@ -176,6 +185,57 @@ def test_install() -> None:
     assert seen["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.FloatTensor"]
     assert seen["cast"] == torch.int64 and seen["type restored"] is True
     assert seen["compiled"] == 0, "functions for the compiler run eagerly"
+
+
+def rows_of(rank: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Whole numbers, so that sums are exact in any order."""
+    return torch.randint(-50, 50, (num_rows, 3), generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def uneven(sizes: list[int], dtype: torch.dtype, stands_in: bool) -> tuple[Any, Any]:
+    """What Megatron-Core's gather and reduce-scatter over the ranks of an expert give where rank r holds sizes[r]
+    rows; the message of an error in the place of the first."""
+    own = dist.all_gather
+    cpu.install()
+    if not stands_in:
+        dist.all_gather = own
+    rank, group = dist.get_rank(), dist.group.WORLD
+    try:
+        gathered = mappings._gather_along_first_dim(rows_of(rank, sizes[rank], dtype), group, sizes)
+    except RuntimeError as error:
+        gathered = str(error)
+    return gathered, mappings._reduce_scatter_along_first_dim(rows_of(rank, sum(sizes), dtype), group, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[2, 5], [0, 3], [4, 1, 0], [2, 0, 2], [3, 3], [0, 0]], ids=str)
+def test_ranks_of_an_expert_exchange_uneven_numbers_of_rows(sizes: list[int], dtype: torch.dtype) -> None:
+    ranks = range(len(sizes))
+    whole = torch.cat([rows_of(rank, sizes[rank], dtype) for rank in ranks])
+    sums = sum(rows_of(rank, sum(sizes), dtype) for rank in ranks).split(sizes)
+    for rank, (gathered, reduced) in enumerate(run_distributed(uneven, len(sizes), sizes, dtype, True)):
+        assert torch.equal(gathered, whole)
+        assert torch.equal(reduced, sums[rank])
+
+
+def test_gloo_refuses_to_gather_uneven_numbers_of_rows_but_not_to_reduce_and_scatter_them() -> None:
+    sizes = [4, 1, 0]
+    sums = sum(rows_of(rank, 5, torch.float64) for rank in range(3)).split(sizes)
+    for rank, (error, reduced) in enumerate(run_distributed(uneven, 3, sizes, torch.float64, False)):
+        assert "allgather: invalid tensor size" in error
+        assert torch.equal(reduced, sums[rank])
+
+
+def gathered_later() -> list[float]:
+    cpu.install()
+    parts = [torch.empty(()) for _ in range(2)]
+    dist.all_gather(parts, torch.tensor(1.0 + dist.get_rank()), async_op=True).wait()
+    return [part.item() for part in parts]
+
+
+def test_equal_shapes_are_gathered_as_ever() -> None:
+    """Also those without a first dimension, and asynchronously: torch's own function does it."""
+    assert run_distributed(gathered_later, 2) == [[1.0, 2.0]] * 2
 
 
 # ------------------------------------------------------------------------------------------------------ the other lane

@@ -16,7 +16,8 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_moe_fp64.txt"
 
 def ten_steps(folder: Path) -> list[tuple[int, float, float, float]]:
     """(step, loss, grad_norm, mean reward), in float64 on one process."""
-    run = train(folder, 1, "precision.dtype=fp64", "train.steps=10", "train.eval_every=0")
+    settings = ("model.num_layers=2", "train.steps=10", "train.eval_every=0")
+    run = train(folder, 1, "precision.dtype=fp64", *settings)
     return [(row["step"], row["loss"], row["grad_norm"], row["reward/mean"]) for row in metrics(run)[1:]]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_distributed
+from local_ranks import run_distributed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

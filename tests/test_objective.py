@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from gspo_megatron.objective import VARIANTS, LikelihoodObjective, PolicyObjective, Segments, resolve_variant
 from gspo_megatron.types import ConfigError, Metric
@@ -248,37 +244,6 @@ def test_micro_batches_add_up(name, cut):
     assert reduced([part.metrics for part in parts]) == pytest.approx(reduced([whole.metrics]), rel=1e-12)
 
 
-@dataclass(frozen=True)
-class PartOfSegments(Segments):
-    """Every other token of whole sequences, as a context-parallel rank has them: sums are those of all ranks."""
-
-    sum_S: Tensor
-
-    def sum(self, values_R: Tensor) -> Tensor:
-        return self.sum_S if values_R.requires_grad else self.sum_S.detach()
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_segments_are_the_only_seam_of_context_parallelism(name):
-    new_R, old_R, ref_R, entropy_R, advantages_S = batch(name)
-    objective = PolicyObjective(VARIANTS[name], kl_coef=0.1, entropy_coef=0.1)
-    segments = Segments.from_lengths(LENGTHS)
-    whole = objective(new_R, old_R, advantages_S, segments, ref_log_probs_T=ref_R, entropy_T=entropy_R)
-    sum_S = segments.sum(new_R - old_R)
-    parts = []
-    for mine in (slice(0, None, 2), slice(1, None, 2)):
-        part = PartOfSegments(segments.lengths_S, segments.index_R[mine], 7, 23, sum_S)
-        parts.append(
-            objective(
-                new_R[mine], old_R[mine], advantages_S, part, ref_log_probs_T=ref_R[mine], entropy_T=entropy_R[mine]
-            )
-        )
-    total = sum(part.loss for part in parts)
-    torch.testing.assert_close(total, whole.loss, **EXACT)
-    torch.testing.assert_close(gradients(total, new_R, entropy_R), gradients(whole.loss, new_R, entropy_R), **EXACT)
-    assert reduced([part.metrics for part in parts]) == pytest.approx(reduced([whole.metrics]), rel=1e-12)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_empty_responses_count_nowhere(name):
     new_R, old_R, _, _, advantages_S = batch(name)
@@ -386,37 +351,6 @@ def test_half_precision_is_raised_and_what_is_only_measured_cannot_spoil_the_los
     )
     assert loss.dtype == torch.float32 and loss.item() == -1
     assert gradients(loss, new_R)[0].tolist() == [-0.5, -0.5]
-
-
-sequences = st.lists(
-    st.tuples(st.lists(st.floats(-4, 4), max_size=4), st.floats(-3, 3)), min_size=1, max_size=5
-).filter(lambda drawn: any(log_ratio for log_ratio, _ in drawn))
-
-
-@pytest.mark.parametrize("name", ROWS)
-@settings(max_examples=40, deadline=None)
-@given(drawn=sequences, order=st.randoms(use_true_random=False), runaway=st.sampled_from([0.0, 1e3, -1e3]))
-def test_any_batch_in_any_order(name, drawn, order, runaway):
-    def run(drawn, offset=0.0):
-        lengths = [len(log_ratio) for log_ratio, _ in drawn]
-        new_R = torch.tensor(
-            [x + offset for log_ratio, _ in drawn for x in log_ratio], dtype=torch.float64
-        ).requires_grad_()
-        advantages_S = torch.tensor([advantage for _, advantage in drawn], dtype=torch.float64)
-        objective = PolicyObjective(VARIANTS[name], kl_coef=0.0)
-        loss, _ = objective(new_R, torch.zeros_like(new_R), advantages_S, Segments.from_lengths(lengths))
-        return loss, new_R, lengths, advantages_S.tolist()
-
-    loss, new_R, lengths, advantages = run(drawn)
-    new, row = new_R.split(lengths), VARIANTS[name]
-    expected = oracles.policy_loss(name, new, [0 * y for y in new], advantages, row.clip_low, row.clip_high)
-    torch.testing.assert_close(loss, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
-
-    shuffled = order.sample(drawn, len(drawn))
-    torch.testing.assert_close(run(shuffled)[0], loss, rtol=1e-9, atol=1e-12)
-
-    loss, new_R, _, _ = run(drawn, runaway)
-    assert torch.isfinite(loss) and torch.isfinite(gradients(loss, new_R)[0]).all()
 
 
 # --- what is refused, and what is warned of ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributed import run_distributed
+from local_ranks import run_distributed
 from test_sampler import open_sampler
 from torch import Tensor
 
@@ -14,7 +14,8 @@ def decayed(distributed: bool) -> dict[str, tuple[int, bool]]:
     """name -> (dimensions, whether it shrank), after one update without a gradient at weight decay 0.5 and rate 0.1."""
     settings = ("optimizer.weight_decay=0.5", f"optimizer.distributed={str(distributed).lower()}")
     policy, _ = open_sampler(1, *settings, dtype="fp32")
-    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    [model] = policy.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def no_loss(log_probs_R: Tensor, entropy_R: Tensor | None, m: MicroBatch, batch: UpdateBatch) -> LossTerms:
         return LossTerms((log_probs_R * 0).sum(), {})
@@ -23,7 +24,7 @@ def decayed(distributed: bool) -> dict[str, tuple[int, bool]]:
     policy.update(batch, no_loss, lr=0.1)
     return {
         name: (p.dim(), bool((p.detach() - 0.95 * before[name]).abs().max() < 1e-6))
-        for name, p in policy.model.named_parameters()
+        for name, p in model.named_parameters()
     }
 
 

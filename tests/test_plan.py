@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from gspo_megatron.checks import Layout, check_config
-from gspo_megatron.config import Config, load_config
-from gspo_megatron.plan import count_parameters, describe_plan, parameters_per_rank
+from gspo_megatron.checks import check_config
+from gspo_megatron.config import Config, ModelConfig, load_config
+from gspo_megatron.layout import Layout
+from gspo_megatron.plan import count_parameters, describe_plan, parameters_per_rank, sequence_cost
 
 FIT = "train.tokens_per_micro_batch=32768"
 SMALL = (
@@ -90,3 +93,46 @@ def test_what_a_setting_does_to_the_estimate(overrides: tuple[str, ...], name: s
         assert after[name] < factor * before[name]
     else:
         assert after[name] == pytest.approx(factor * before[name], rel=0.01)
+
+
+def forward_flops(m: ModelConfig, length: int) -> int:
+    """Of every matrix product of a forward pass written out, as PyTorch counts them; attention token by token."""
+    assert m.vocab_size is not None
+    width = m.head_dim
+    query, kv = m.num_attention_heads * width, m.num_query_groups * width
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns)
+
+    x = torch.zeros(length, m.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(m.num_layers):
+            q, k, v = x @ weight(m.hidden_size, query), x @ weight(m.hidden_size, kv), x @ weight(m.hidden_size, kv)
+            for head in range(m.num_attention_heads):
+                group = head * m.num_query_groups // m.num_attention_heads
+                mine, shared = (slice(i * width, (i + 1) * width) for i in (head, group))
+                for t in range(length):
+                    scores = q[t : t + 1, mine] @ k[: t + 1, shared].T
+                    scores @ v[: t + 1, shared]
+            q @ weight(query, m.hidden_size)
+            x @ weight(m.hidden_size, m.num_experts)
+            for _ in range(m.experts_per_token):
+                gate, up = x @ weight(m.hidden_size, m.expert_ffn_size), x @ weight(m.hidden_size, m.expert_ffn_size)
+                (gate * up) @ weight(m.expert_ffn_size, m.hidden_size)
+        x @ weight(m.hidden_size, m.vocab_size)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("overrides", [(), ("model.tie_embeddings=true", "model.experts_per_token=3")])
+def test_the_cost_of_a_sequence_is_its_forward_flops(length: int, overrides: tuple[str, ...]) -> None:
+    m = load_config(None, [*SMALL, *overrides]).model
+    assert sequence_cost(m)(length) == forward_flops(m, length)
+
+
+def test_long_sequences_cost_more_than_their_tokens() -> None:
+    """Twice the tokens: twice the weights' work, and nearly four times the attention's."""
+    cost = sequence_cost(load_config(None, ["model.preset=qwen3_30b_a3b", FIT]).model)
+    growth = [cost(2 * length) / cost(length) for length in (1, 1000, 10_000, 100_000, 10_000_000)]
+    assert growth == sorted(growth) and growth[0] > 2 and growth[-1] == pytest.approx(4, rel=1e-2)
+    assert growth[1] == pytest.approx(2, rel=0.1)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
+from local_ranks import run_distributed
 from small import SMALL
 
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import load_config
-from gspo_megatron.data.packing import build_micro_batch, plan_micro_batches
+from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_lane
+from gspo_megatron.layout import packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import packed
 from gspo_megatron.mcore.groups import Groups
@@ -100,13 +101,10 @@ def sampled_and_recomputed(world_size: int, dtype: str, overrides: tuple[str, ..
     policy, sampler = open_sampler(world_size, *overrides, dtype=dtype)
     drawn = sampler.generate(PROMPTS * 8, range(40))
     sequences = [Sequence([*r.prompt.tokens, *r.tokens], len(r.prompt.tokens)) for r in drawn]
-    plan = plan_micro_batches([len(s.tokens) for s in sequences], 1, 64)[0]
-    tp = policy.config.parallel.tp
-    scored = policy.log_probs([build_micro_batch(sequences, index, pad_id=PAD, multiple_of=tp) for index in plan])
+    micro_batches = pack(sequences, pad_id=PAD, max_tokens=64, rules=packing_rules(policy.config))
     recomputed = {}
-    for index, log_probs in zip(plan, scored, strict=True):
-        parts = log_probs.split([sequences[i].response_length for i in index])
-        recomputed.update({i: part.tolist() for i, part in zip(index, parts, strict=True)})
+    for m, log_probs in zip(micro_batches, policy.log_probs(micro_batches), strict=True):
+        recomputed.update(zip(m.index, (part.tolist() for part in log_probs.split(m.response_lengths)), strict=True))
     return [x for r in drawn for x in r.log_probs], [x for i in range(len(drawn)) for x in recomputed[i]]
 
 
@@ -119,7 +117,15 @@ def test_log_probs_are_those_that_the_trainer_recomputes(dtype: str, tolerance: 
     assert sampled == pytest.approx(recomputed, rel=0, abs=tolerance)
 
 
-@pytest.mark.parametrize("axes", [("parallel.tp=2",), ("parallel.pp=2",)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("parallel.tp=2",),
+        ("parallel.pp=2",),
+        ("parallel.pp=2", "parallel.vpp=2", "model.num_layers=4"),
+        ("parallel.ep=2", "parallel.token_dispatcher=allgather"),
+    ],
+)
 def test_log_probs_are_those_that_the_trainer_recomputes_on_two_processes(axes: tuple[str, ...]) -> None:
     for sampled, recomputed in run_distributed(sampled_and_recomputed, 2, 2, "fp64", axes):
         assert sampled == pytest.approx(recomputed, rel=0, abs=1e-12)
@@ -141,7 +147,7 @@ def test_frequencies_follow_the_log_probs() -> None:
 def greedy_by_hand(prompts: list[Prompt]) -> tuple[list[Rollout], list[list[int]]]:
     """The sampler's greedy responses, and those of a loop that runs the whole sequence again for every token."""
     policy, sampler = open_sampler(1)
-    model, by_hand = policy.model, []
+    [model], by_hand = policy.model, []
     with torch.no_grad():
         for prompt in prompts:
             tokens: list[int] = []

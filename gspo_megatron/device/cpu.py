@@ -1,4 +1,5 @@
-"""What stands in for torch.cuda when Megatron-Core runs on the CPU. One entry a stand-in, with the place it serves.
+"""What stands in for torch.cuda and NCCL when Megatron-Core runs on the CPU. One entry a stand-in, with the place it
+serves.
 
 Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/test_cpu_lane.py looks each one up in
 the installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
@@ -13,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 STAND_INS: dict[str, tuple[str, str]] = {
     # name of the stand-in: (file below megatron/core, text that needs it)
@@ -24,6 +26,10 @@ STAND_INS: dict[str, tuple[str, str]] = {
     "torch.cuda.random.get_rng_state": ("tensor_parallel/random.py", "torch.cuda.random.get_rng_state(device=device)"),
     "torch.zeros": ("pipeline_parallel/schedules.py", 'torch.zeros([], dtype=torch.int, device="cuda")'),
     "torch.tensor": ("optimizer/clip_grads.py", "torch.tensor([float(total_norm)], dtype=torch.float, device='cuda')"),
+    "torch.distributed.all_gather": (
+        "tensor_parallel/mappings.py",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+    ),
     "torch.Tensor.type": ("optimizer/distrib_optimizer.py", "model_param.type() == 'torch.cuda.FloatTensor'"),
 }
 
@@ -65,6 +71,7 @@ def install() -> None:
     _stand_in(torch.cuda.random, "get_rng_state", lambda device=None: torch.empty(0, dtype=torch.uint8))
     for factory in ("zeros", "tensor"):
         _stand_in(torch, factory, _placed_here(getattr(torch, factory)))
+    _stand_in(dist, "all_gather", _of_any_lengths(dist.all_gather))
     torch.compiler.set_stance("force_eager")
 
 
@@ -81,6 +88,27 @@ def _placed_here(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         return factory(*args, **kwargs)
 
     return place
+
+
+def _of_any_lengths(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """all_gather for tensors whose first dimensions differ between ranks, which NCCL takes and gloo refuses: padded to
+    the longest. Equal ones go to torch's own."""
+
+    @functools.wraps(all_gather)
+    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len({part.shape for part in tensor_list}) == 1:
+            return all_gather(tensor_list, tensor, *args, **kwargs)
+        longest = max(part.size(0) for part in tensor_list)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: tensor.size(0)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        work = all_gather(gathered, padded, *args, **kwargs)
+        assert work is None, "an asynchronous gather would not be complete yet"
+        for part, rows in zip(tensor_list, gathered, strict=True):
+            part.copy_(rows[: part.size(0)])
+        return None
+
+    return gather
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Megatron's own local attention refuses packed sequences; this core replaces it in the layer spec. `PackedTokens` travels
 down the model in the place of Megatron's `packed_seq_params`, so no layer in between knows about it.
 
-Shapes: T packed tokens, B sequences (rows), L positions, Q query heads, K key/value heads of this tensor-parallel rank,
-D head dimension.
+Shapes: T packed tokens (under context parallel those of this rank's part), B sequences (rows), L positions, Q query
+heads, K key/value heads of this tensor-parallel rank, D head dimension.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from gspo_megatron.mcore.context import Part, part_of, whole
 
 
 class KVCache:
@@ -56,8 +60,10 @@ class PackedTokens(PackedSeqParams):
 
     positions_T: Tensor = None  # type: ignore[assignment]  # fields behind Megatron's own need a default
     slots_T: Tensor = None  # type: ignore[assignment]
-    """Where each token stands in a [B, L] grid, flattened."""
+    """Where each token of the whole pack stands in a [B, L] grid, flattened."""
     grid: tuple[int, int] = (0, 0)
+    part: Part | None = None
+    """Context parallel: how this rank's tokens fit into the whole pack. None: they are the whole pack."""
     cos_TD: Tensor | None = None
     sin_TD: Tensor | None = None
     cache: KVCache | None = None
@@ -67,10 +73,16 @@ class PackedTokens(PackedSeqParams):
     themselves."""
 
 
-def packed(positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedTokens:
-    """Whole sequences, one behind the other; `cu_seqlens` [B + 1] are their borders."""
-    num_rows = cu_seqlens.numel() - 1
-    starts_T = torch.repeat_interleave(torch.arange(num_rows, device=positions_T.device), cu_seqlens.diff())
+def packed(
+    positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, context: ProcessGroup | None = None
+) -> PackedTokens:
+    """Whole sequences, one behind the other; `cu_seqlens` [B + 1] are their borders. With `context`, the group of the
+    context-parallel ranks, `positions_T` are those of this rank's part."""
+    size = 1 if context is None else context.size()
+    num_rows, num_tokens = cu_seqlens.numel() - 1, positions_T.numel() * size
+    rows = torch.arange(num_rows, device=positions_T.device)
+    row_T = torch.repeat_interleave(rows, cu_seqlens.diff(), output_size=num_tokens)
+    inside_T = torch.arange(num_tokens, device=positions_T.device) - cu_seqlens[row_T]
     return PackedTokens(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -78,8 +90,9 @@ def packed(positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedTo
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         positions_T=positions_T,
-        slots_T=starts_T * max_seqlen + positions_T,
+        slots_T=row_T * max_seqlen + inside_T,
         grid=(num_rows, max_seqlen),
+        part=None if size == 1 or context is None else part_of(cu_seqlens, max_seqlen, num_tokens, context),
     )
 
 
@@ -120,15 +133,19 @@ def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention of the local spec: [T, Q, D] queries, [T, K, D] keys and values in, [T, Q * D] out.
+    """Core attention: [T, Q, D] queries, [T, K, D] keys and values in, [T, Q * D] out.
 
-    softmax(q k^T / sqrt(D)) v over the same sequence's earlier tokens. Context parallel will exchange keys and values
-    here, between `rotate` and the attention; nothing else in the model needs to know.
+    softmax(q k^T / sqrt(D)) v over the same sequence's earlier tokens. `fused`, where given, is the core attention that
+    does this for whole packs (Transformer Engine's, whose context parallel splits sequences as ours); keys and values
+    in a cache are always ours.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, fused: ModuleSpec | type | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.layer_number = layer_number
+        self.fused = fused and build_module(fused, config=config, layer_number=layer_number, **kwargs)
 
     def forward(
         self,
@@ -138,7 +155,7 @@ class PackedAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         *,
         packed_seq_params: PackedTokens,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         tokens = packed_seq_params
         query, key = rotate(query, tokens), rotate(key, tokens)
@@ -149,20 +166,50 @@ class PackedAttention(torch.nn.Module):
             values[w.rows, :, w.positions] = value[w.source]
             if tokens.seen_BL is not None:
                 return _attend_cache(query, keys, values, w.rows, tokens.seen_BL)
+        elif self.fused is not None:
+            return self.fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
+        if tokens.part is not None:
+            return _attend_part(query, key, value, tokens, tokens.part)
         return _attend_packed(query, key, value, tokens)
 
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:
     """Packed tokens spread over a [B, L] grid. A row's empty places lie behind its tokens, where causality hides
     them."""
-    slots_T, (num_rows, length) = tokens.slots_T, tokens.grid
+    query, key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return _collect(out, tokens.slots_T)
 
-    def spread(x_THD: Tensor) -> Tensor:
-        grid = x_THD.new_zeros(num_rows * length, *x_THD.shape[1:]).index_copy(0, slots_T, x_THD)
-        return grid.view(num_rows, length, *x_THD.shape[1:]).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2).reshape(num_rows * length, -1).index_select(0, slots_T)
+def _attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part) -> Tensor:
+    """The same where this rank holds two chunks of every sequence: keys and values of all ranks are gathered (as in
+    2407.21783 Section 3.3.2; grouped queries make them few), and each chunk of queries meets the keys up to its end."""
+    both = whole(torch.cat([key, value], dim=-1), part)
+    key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in both.chunk(2, dim=-1))
+    out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
+    for chunk in part.chunks:
+        num_queries, num_keys = chunk.seen.shape[-2:]
+        rows = F.scaled_dot_product_attention(
+            _spread(query[chunk.tokens], chunk.slots, (tokens.grid[0], num_queries)),
+            key[:, :, :num_keys],
+            value[:, :, :num_keys],
+            attn_mask=chunk.seen,
+            enable_gqa=True,
+        )
+        out = out.index_copy(0, chunk.tokens, _collect(rows, chunk.slots))
+    return out
+
+
+def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[T, H, D] -> [B, H, L, D], zeros where no token stands."""
+    num_rows, length = grid
+    spread = x_THD.new_zeros(num_rows * length, *x_THD.shape[1:]).index_copy(0, slots_T, x_THD)
+    return spread.view(num_rows, length, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
+    """[B, H, L, D] -> [T, H * D]."""
+    return x_BHLD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, slots_T)
 
 
 def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen_BL: Tensor) -> Tensor:

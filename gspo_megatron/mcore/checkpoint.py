@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_megatron import __version__
 from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import allocate_adam_state, restore_step_counts
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.types import CheckpointError
@@ -86,9 +87,9 @@ class MegatronCheckpoints:
                 f"{path} could not be loaded ({_reason(error)}); it needs the model and the layout it was saved from, "
                 "up to the number of data-parallel ranks"
             ) from error
-        self.policy.model.load_state_dict(loaded["model"])
-        if self.policy.reference is not None:
-            self.policy.reference.load_state_dict(loaded["reference"])
+        for name, chunks in self._models().items():
+            for i, chunk in enumerate(chunks):
+                chunk.load_state_dict(loaded[f"{name}{i}"])
         with self.policy.lane.optimizer_scope(), torch.no_grad():
             self.policy.optimizer.load_state_dict(loaded["optimizer"])
         restore_step_counts(self.policy.optimizer)
@@ -96,14 +97,21 @@ class MegatronCheckpoints:
         return state
 
     def _sharded(self, *, loading: bool) -> ShardedStateDict:
-        model = self.policy.model.sharded_state_dict(metadata=METADATA)
+        state: ShardedStateDict = {}
+        for name, chunks in self._models().items():
+            for i, chunk in enumerate(chunks):
+                state[f"{name}{i}"] = chunk.sharded_state_dict(metadata=METADATA)
+                if name == "reference":
+                    add_prefix_for_sharding(state[f"{name}{i}"], "reference.")
+        own = {key: part for key, part in state.items() if key.startswith("model")}
         with self.policy.lane.optimizer_scope():
-            optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
-        state: ShardedStateDict = {"model": model, "optimizer": optimizer}
-        if self.policy.reference is not None:
-            state["reference"] = self.policy.reference.sharded_state_dict(metadata=METADATA)
-            add_prefix_for_sharding(state["reference"], "reference.")
+            state["optimizer"] = self.policy.optimizer.sharded_state_dict(own, is_loading=loading, metadata=METADATA)
         return state
+
+    def _models(self) -> dict[str, list[PolicyModel]]:
+        """The policy's chunks on this rank and, where there is one, the reference's."""
+        reference = {} if self.policy.reference is None else {"reference": self.policy.reference}
+        return {"model": self.policy.model, **reference}
 
     def _all(self) -> list[Path]:
         """Oldest first."""

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from gspo_megatron.checks import Layout
+from gspo_megatron.layout import Layout
+from gspo_megatron.mcore.context import SumOverRanks
 
 
 class Groups:
@@ -19,6 +20,7 @@ class Groups:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.etp,
@@ -26,16 +28,14 @@ class Groups:
         )
         self.layout = layout
         self.collection = ProcessGroupCollection.use_mpu_process_groups()
-        self.tp, self.pp = self.collection.tp, self.collection.pp
-        self.tp_rank, self.pp_rank = self.tp.rank(), self.pp.rank()
+        self.tp, self.pp, self.cp = self.collection.tp, self.collection.pp, self.collection.cp
+        self.tp_rank, self.pp_rank, self.cp_rank = self.tp.rank(), self.pp.rank(), self.cp.rank()
         self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.dp_size = layout.dp
+        self.dp_size, self.cp_size = layout.dp, layout.cp
         self.is_first_stage = self.pp_rank == 0
         self.is_last_stage = self.pp_rank == layout.pp - 1
         self.is_main = dist.get_rank() == 0
-        self.speaks_for_replica = (
-            self.is_last_stage and self.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
-        )
+        self.speaks = self.is_last_stage and self.tp_rank == 0
 
     @property
     def experts_have_own_groups(self) -> bool:
@@ -43,9 +43,9 @@ class Groups:
         return (self.layout.ep, self.layout.etp) != (1, self.layout.tp)
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates the speakers' lists in data-parallel order, on every process. Items are pickled."""
+        """Concatenates the speakers' lists in the order of their ranks, on every process. Items are pickled."""
         heard: list[list[Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(heard, mine if self.speaks_for_replica else [])
+        dist.all_gather_object(heard, mine if self.speaks else [])
         return [item for part in heard if part for item in part]
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -54,13 +54,17 @@ class Groups:
             dist.broadcast(tensor, src=dist.get_global_rank(self.pp, self.layout.pp - 1), group=self.pp)
         return tensor
 
-    def any_rank(self, flag: bool, device: torch.device) -> bool:
-        """True on every process when `flag` is true on one."""
+    def sum_over_parts(self, partial_S: torch.Tensor) -> torch.Tensor:
+        """See `Ranks.sum_over_parts`."""
+        return partial_S if self.cp_size == 1 else SumOverRanks.apply(partial_S, self.cp)
+
+    def most(self, counts: list[int], device: torch.device) -> list[int]:
+        """The largest of all processes' numbers, one by one."""
         if dist.get_world_size() == 1:
-            return flag
-        answer = torch.tensor([int(flag)], device=device)
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-        return bool(answer.item())
+            return counts
+        largest = torch.tensor(counts, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def close(self) -> None:
         """Ends the groups, when every process is done: nobody hangs up on a rank that still talks."""

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from gspo_megatron.config import Config, ModelConfig
+from gspo_megatron.config import Config
 from gspo_megatron.device import Lane
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import PackedAttention, PackedTokens, Rotary
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -57,11 +55,6 @@ class PolicyModel(GPTModel):
         )
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Smallest multiple of tp that holds the vocabulary; the rows added are excluded from every softmax."""
-    return math.ceil(vocab_size / tp) * tp
-
-
 def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerConfig:
     """Megatron's settings for this run. Fields that one of the supported versions lacks are left out."""
     m, p = config.model, config.parallel
@@ -91,11 +84,15 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         "moe_grouped_gemm": use_te,
         "tensor_model_parallel_size": p.tp,
         "pipeline_model_parallel_size": p.pp,
+        "virtual_pipeline_model_parallel_size": p.vpp if p.vpp > 1 else None,
         "context_parallel_size": p.cp,
         "expert_model_parallel_size": p.ep,
         "expert_tensor_parallel_size": p.etp,
         "sequence_parallel": p.tp > 1,
-        "variable_seq_lengths": p.pp > 1,  # micro-batches of a pipeline differ in length
+        # Of two stages each is before and behind the other. Only where forward and backward travel apart, as here, can
+        # they tell which of two messages is which.
+        "overlap_p2p_comm": p.vpp > 1,
+        "batch_p2p_comm": p.vpp == 1,
         "params_dtype": lane.dtype,
         "pipeline_dtype": lane.dtype,
         "bf16": lane.dtype == torch.bfloat16,
@@ -105,25 +102,32 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
-        "recompute_granularity": "full" if p.recompute == "full" else None,
+        "recompute_granularity": None if p.recompute == "none" else p.recompute,
         "recompute_method": "uniform" if p.recompute == "full" else None,
         "recompute_num_layers": 1 if p.recompute == "full" else None,
-        "deallocate_pipeline_outputs": True,
+        # A message that overlaps with computation is read from memory until it has left; on a device, the queue of the
+        # work keeps that memory, on the CPU nothing would.
+        "deallocate_pipeline_outputs": not lane.on_cpu,
         "fp8": None if config.precision.fp8 == "none" else "hybrid",
         "fp8_recipe": None if config.precision.fp8 == "none" else config.precision.fp8,
     }
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(
+    transformer = TransformerConfig(
         **{k: v for k, v in settings.items() if k in known and not (k == "fp8_recipe" and v is None)}
     )
+    # The micro-batches of a pipeline differ in length. Set afterwards: with the allgather dispatcher the constructor
+    # refuses it: that one needs equal lengths among the ranks that share experts, which packing_rules sees to.
+    transformer.variable_seq_lengths = p.pp > 1
+    return transformer
 
 
-def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int) -> Any:
+def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int, chunk: int | None) -> Any:
     """Megatron's block spec with this package's attention core and, in the local spec, its norm."""
-    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, pp_rank=pp_rank)
+    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, pp_rank=pp_rank, vp_stage=chunk)
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedAttention
+        fused = attention.core_attention if use_te else None
+        attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": fused})
         if not use_te:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -134,94 +138,38 @@ def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int) -> An
     return block
 
 
-def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> PolicyModel:
-    """The part of the model that this rank holds, on its device, with weights that depend on run.seed alone."""
+def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> list[PolicyModel]:
+    """The parts of the model that this rank holds, on its device, with weights that depend on run.seed alone: one part,
+    or parallel.vpp of them, in the order in which a token passes them."""
     if lane.on_cpu:
         # No layer draws random numbers on this lane; the tracker only has to answer.
         mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     else:
         mcore_random.model_parallel_cuda_manual_seed(config.run.seed)
-    m = config.model
+    m, num_chunks = config.model, config.parallel.vpp
     assert m.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
     transformer = transformer_config(config, lane, use_te)
-    model = PolicyModel(
-        transformer,
-        layer_spec(transformer, use_te, groups.pp_rank),
-        vocab_size=padded_vocab_size(m.vocab_size, config.parallel.tp),
-        max_sequence_length=m.max_sequence_length,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        share_embeddings_and_output_weights=m.tie_embeddings,
-        pg_collection=groups.collection,
-        true_vocab_size=m.vocab_size,
-        rotary=Rotary(m.head_dim, m.rope_base, m.max_sequence_length, lane.device, lane.dtype),
-    )
-    if lane.dtype == torch.float64:
-        model.double()
-    model.to(lane.device)
-    compat.mark_expert_parameters(model, groups.experts_have_own_groups)
-    initialize_weights(model, m, groups, config.run.seed)
-    return model
-
-
-def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
-    """The parameter's name in the whole model: layers and experts counted over all ranks."""
-    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
-    return re.sub(
-        r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name
-    )
-
-
-def named_global_parameters(
-    model: PolicyModel, m: ModelConfig, groups: Groups
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name in the whole model, parameter) of this rank."""
-    layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    expert_offset = groups.collection.ep.rank() * (m.num_experts // groups.layout.ep)
-    for name, parameter in model.named_parameters():
-        yield global_name(name, layer_offset, expert_offset), parameter
-
-
-@torch.no_grad()
-def initialize_weights(model: PolicyModel, m: ModelConfig, groups: Groups, seed: int) -> None:
-    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual);
-    norms 1.
-
-    Each parameter draws the whole model's values from a generator seeded by (seed, its global name) and keeps its
-    tensor-parallel slice, so every layout starts from the same weights.
-    """
-    for name, parameter in named_global_parameters(model, m, groups):
-        if parameter.dim() < 2:
-            parameter.fill_(1.0)
-            continue
-        std = m.init_std / math.sqrt(2 * m.num_layers) if re.search(r"linear_(proj|fc2)\.weight", name) else m.init_std
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        group = groups.collection.expt_tp if ".experts." in name else groups.tp
-        whole = torch.randn(_whole_shape(name, parameter, m, group.size()), generator=generator) * std
-        parameter.copy_(_own_slice(whole, parameter, group.rank(), group.size()))
-
-
-def _is_sliced(parameter: Any, num_slices: int) -> bool:
-    return num_slices > 1 and getattr(parameter, "tensor_model_parallel", False)
-
-
-def _whole_shape(name: str, parameter: Any, m: ModelConfig, num_slices: int) -> list[int]:
-    """The parameter's shape in the whole model; a vocabulary matrix without its padding, whose size depends on tp."""
-    shape = list(parameter.shape)
-    if "word_embeddings" in name or "output_layer" in name:
-        return [m.vocab_size, *shape[1:]]
-    if _is_sliced(parameter, num_slices):
-        shape[parameter.partition_dim] *= num_slices
-    return shape
-
-
-def _own_slice(whole: Tensor, parameter: Any, index: int, num_slices: int) -> Tensor:
-    """This rank's slice. A matrix of stride 2 is [gate; up], of which every rank holds [own gate; own up]."""
-    if not _is_sliced(parameter, num_slices):
-        return whole
-    dim, stride = parameter.partition_dim, parameter.partition_stride
-    missing = parameter.size(dim) * num_slices - whole.size(dim)  # padding rows of a vocabulary matrix
-    padded = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])]) if missing else whole
-    pieces = padded.chunk(num_slices * stride, dim=dim)
-    return torch.cat(pieces[index::num_slices], dim=dim)
+    rotary = Rotary(m.head_dim, m.rope_base, m.max_sequence_length, lane.device, lane.dtype)
+    chunks = []
+    for i in range(num_chunks):
+        number = i if num_chunks > 1 else None
+        model = PolicyModel(
+            transformer,
+            layer_spec(transformer, use_te, groups.pp_rank, number),
+            vocab_size=padded_vocab_size(m.vocab_size, config.parallel.tp),
+            max_sequence_length=m.max_sequence_length,
+            pre_process=groups.is_first_stage and i == 0,
+            post_process=groups.is_last_stage and i == num_chunks - 1,
+            share_embeddings_and_output_weights=m.tie_embeddings,
+            pg_collection=groups.collection,
+            vp_stage=number,
+            true_vocab_size=m.vocab_size,
+            rotary=rotary,
+        )
+        if lane.dtype == torch.float64:
+            model.double()
+        model.to(lane.device)
+        compat.mark_expert_parameters(model, groups.experts_have_own_groups)
+        initialize_weights(model, m, groups, config.run.seed)
+        chunks.append(model)
+    return chunks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +16,33 @@ from gspo_megatron.device import Lane
 from gspo_megatron.mcore.model import PolicyModel
 
 
-def wrap_model(model: PolicyModel, lane: Lane, settings: OptimizerConfig) -> DistributedDataParallel:
+def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerConfig) -> list[DistributedDataParallel]:
     """Gradient buffers (float32 under bf16), reduced over data-parallel ranks; on a GPU while the backward still
     runs."""
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
-            use_distributed_optimizer=_distributed(lane, settings),
-            overlap_grad_reduce=not lane.on_cpu,
-            # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
-            check_for_nan_in_grad=False,
-        ),
-        model,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
+                use_distributed_optimizer=_distributed(lane, settings),
+                overlap_grad_reduce=not lane.on_cpu,
+                # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
+                check_for_nan_in_grad=False,
+            ),
+            chunk,
+            # The gradients of later chunks are ready first, and small: one bucket each.
+            disable_bucketing=i > 0,
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    config = chunks[0].config  # one for all chunks
+    config.finalize_model_grads_func = finalize_model_grads
     if not lane.on_cpu:
-        model.config.no_sync_func = ddp.no_sync
-    return ddp
+        config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
 
 
-def build_optimizer(ddp: DistributedDataParallel, lane: Lane, settings: OptimizerConfig) -> MegatronOptimizer:
+def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings: OptimizerConfig) -> MegatronOptimizer:
     """AdamW over this rank's shard of parameters, gradient norm clipped over all ranks."""
     with lane.optimizer_scope():
         return get_megatron_optimizer(
@@ -53,7 +59,7 @@ def build_optimizer(ddp: DistributedDataParallel, lane: Lane, settings: Optimize
                 params_dtype=torch.bfloat16 if lane.dtype == torch.bfloat16 else torch.float32,
                 use_distributed_optimizer=_distributed(lane, settings),
             ),
-            [ddp],
+            chunks,
             use_gloo_process_groups=False,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wrap_model
+from gspo_megatron.mcore.parameters import Place, named_parameters
 from gspo_megatron.metrics import merge
 from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
 
@@ -23,15 +24,12 @@ class MegatronPolicy:
 
     def __init__(self, config: Config, groups: Groups, lane: Lane, use_te: bool) -> None:
         self.config, self.groups, self.lane, self.use_te = config, groups, lane, use_te
-        self.ddp = wrap_model(build_model(config, groups, lane, use_te), lane, config.optimizer)
-        self.optimizer = build_optimizer(self.ddp, lane, config.optimizer)
-        self.reference: PolicyModel | None = None
+        self.model = build_model(config, groups, lane, use_te)
+        self.chunks = wrap_model(self.model, lane, config.optimizer)
+        self.optimizer = build_optimizer(self.chunks, lane, config.optimizer)
+        self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if lane.dtype == torch.float64 else torch.float32
-
-    @property
-    def model(self) -> PolicyModel:
-        return self.ddp.module
 
     def begin(self, *, with_reference: bool) -> None:
         """See `Policy.begin`."""
@@ -42,17 +40,18 @@ class MegatronPolicy:
     def freeze_reference(self) -> None:
         """Keeps a copy of the policy as it is now, to be scored by `log_probs(reference=True)`."""
         self.reference = build_model(self.config, self.groups, self.lane, self.use_te)
-        self.reference.load_state_dict(self.model.state_dict())
-        self.reference.requires_grad_(False).eval()
+        for frozen, chunk in zip(self.reference, self.model, strict=True):
+            frozen.load_state_dict(chunk.state_dict())
+            frozen.requires_grad_(False).eval()
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """See `Policy.log_probs`. Raises RuntimeError when a reference is asked for before `freeze_reference`."""
-        if reference and self.reference is None:
+        chunks = self.reference if reference else self.chunks
+        if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
-        model = self.reference if reference else self.ddp
         micro_batches = [self._here(m) for m in micro_batches]
-        scored = schedule.log_probs(model, self.groups, micro_batches, temperature=self.config.rollout.temperature)
-        counts = [sum(m.response_lengths) for m in micro_batches]
+        scored = schedule.log_probs(chunks, self.groups, micro_batches, temperature=self.config.rollout.temperature)
+        counts = [len(m.sequence_R) for m in micro_batches]
         joined = (
             torch.cat(scored) if scored else torch.empty(sum(counts), dtype=self.score_dtype, device=self.lane.device)
         )
@@ -64,10 +63,12 @@ class MegatronPolicy:
             # Megatron's own scheduler, unused here, is what would apply these factors; norms have wd_mult 0.
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
-        per_micro_batch = schedule.train(self.ddp, self.groups, here, loss, temperature=self.config.rollout.temperature)
+        temperature = self.config.rollout.temperature
+        per_micro_batch = schedule.train(self.chunks, self.groups, here, loss, temperature=temperature)
         with self.lane.optimizer_scope():
             _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm)
@@ -78,6 +79,13 @@ class MegatronPolicy:
             )
         self.version += 1
         return merge(per_micro_batch) | {"grad_norm": Metric(grad_norm)}
+
+    def gradients(self) -> Iterator[tuple[Place, Tensor]]:
+        """The last update's gradients of this rank's parameters, reduced over all ranks. Complete where
+        optimizer.distributed is off, and not clipped where the norm was within optimizer.clip_grad."""
+        for chunk in self.model:
+            for place, parameter in named_parameters(chunk, self.config.model, self.groups):
+                yield place, parameter.main_grad
 
     def _here(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.to(self.lane.device)

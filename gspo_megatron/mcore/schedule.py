@@ -29,43 +29,49 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
 
 ModelInput = tuple[Tensor, PackedTokens]
+Chunks = Sequence[Any]
+"""This rank's parts of the model, wrapped for training or bare."""
 
 
-def train(model: Any, groups: Groups, batch: UpdateBatch, loss: Loss, *, temperature: float) -> list[dict[str, Metric]]:
+def train(
+    chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, *, temperature: float
+) -> list[dict[str, Metric]]:
     """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage
     only."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
         log_probs_R, entropy_R = response_log_probs(
-            model.module, groups, micro_batch, hidden, temperature, with_entropy=True
+            _bare(chunks[-1]), groups, micro_batch, hidden, temperature, with_entropy=True
         )
         terms = loss(log_probs_R, entropy_R, micro_batch, batch)
         return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach(), reduction="sum")}
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(micro_batches)
-        return model(*model_input(micro_batch)), partial(micro_batch_loss, micro_batch)
+        return model(*model_input(micro_batch, groups)), partial(micro_batch_loss, micro_batch)
 
-    return _run(forward_step, model, batch.micro_batches, forward_only=False)
+    return _run(forward_step, chunks, batch.micro_batches, forward_only=False)
 
 
 @torch.no_grad()
-def log_probs(model: Any, groups: Groups, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+def log_probs(
+    chunks: Chunks, groups: Groups, micro_batches: Sequence[MicroBatch], *, temperature: float
+) -> list[Tensor]:
     """Log-probs of every micro-batch's response tokens, [R] each, without gradient; empty list off the last stage."""
-    module = getattr(model, "module", model)
+    module = _bare(chunks[-1])
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
         return response_log_probs(module, groups, micro_batch, hidden, temperature, with_entropy=False)[0]
 
-    steps = [(model_input(m), partial(score, m)) for m in micro_batches]
-    return forward(model, steps)
+    steps = [(model_input(m, groups), partial(score, m)) for m in micro_batches]
+    return forward(chunks, steps)
 
 
 @torch.no_grad()
-def forward(model: Any, steps: Sequence[tuple[ModelInput, Callable[[Tensor], Any]]]) -> list[Any]:
+def forward(chunks: Chunks, steps: Sequence[tuple[ModelInput, Callable[[Tensor], Any]]]) -> list[Any]:
     """Runs each step's input through the pipeline and its function on the hidden states; results on the last stage
-    only."""
+    only. With a virtual pipeline the number of steps is a multiple of the pipeline's stages."""
 
     def forward_step(remaining: Iterator[tuple[ModelInput, Callable[[Tensor], Any]]], model: Any) -> Any:
         inputs, use = next(remaining)
@@ -75,11 +81,12 @@ def forward(model: Any, steps: Sequence[tuple[ModelInput, Callable[[Tensor], Any
 
         return model(*inputs), non_loss
 
-    return _run(forward_step, model, steps, forward_only=True)
+    return _run(forward_step, chunks, steps, forward_only=True)
 
 
-def model_input(micro_batch: MicroBatch) -> ModelInput:
-    return micro_batch.tokens_T, packed(micro_batch.positions_T, micro_batch.cu_seqlens, micro_batch.max_seqlen)
+def model_input(micro_batch: MicroBatch, groups: Groups) -> ModelInput:
+    m = micro_batch
+    return m.tokens_T, packed(m.positions_T, m.cu_seqlens, m.max_seqlen, groups.cp)
 
 
 def response_log_probs(
@@ -106,11 +113,15 @@ def response_log_probs(
     return log_probs_T[scored], None if entropy_T is None else entropy_T[scored]
 
 
-def _run(forward_step: Callable[..., Any], model: Any, items: Sequence[Any], *, forward_only: bool) -> list[Any]:
+def _bare(chunk: Any) -> PolicyModel:
+    return chunk if isinstance(chunk, PolicyModel) else chunk.module
+
+
+def _run(forward_step: Callable[..., Any], chunks: Chunks, items: Sequence[Any], *, forward_only: bool) -> list[Any]:
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(items),
-        model=model,
+        data_iterator=[iter(items) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(items),
         seq_length=1,  # micro-batches are ragged; stages exchange their lengths (variable_seq_lengths)
         micro_batch_size=1,

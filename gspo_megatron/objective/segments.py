@@ -1,15 +1,16 @@
 """Sums and means over packed sequences.
 
-All that a sequence-level ratio needs to know about where one response ends and the next begins is in this class. So
-context parallelism, which spreads the tokens of one sequence over ranks, has one thing to re-implement: `sum` gains an
-all-reduce (with its backward). The lengths, and with them `share_R` and the counts, stay those of whole sequences.
+All that a sequence-level ratio needs to know about where one response ends and the next begins is in this class, and so
+is all that context parallelism changes: it spreads the tokens of one sequence over ranks, and each rank's partial sums,
+[S] numbers, are added up by a function that is handed in. The lengths, and with them `share_R` and the counts, stay
+those of whole sequences; the shares of the loss that the ranks compute add up to the whole.
 
     R  response tokens of all sequences, packed one behind the other      S  sequences
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,21 +26,32 @@ class Segments:
     tokens, and GSPO looks at the fourth decimal of their mean. No method waits for the device.
 
     Attributes:
-        lengths_S: tokens of each sequence, int64; zero is allowed.
-        index_R: the sequence of each token, int64.
+        lengths_S: tokens of each sequence on all ranks, int64; zero is allowed.
+        index_R: the sequence of each of this rank's tokens, int64.
         num_sequences: sequences with at least one token. The empty ones take part in nothing.
         num_tokens: the sum of the lengths.
+        over_ranks: sums [S] partial sums over the ranks that share the sequences, forward and backward. None: one rank
+            holds them whole.
     """
 
     lengths_S: Tensor
     index_R: Tensor
     num_sequences: int
     num_tokens: int
+    over_ranks: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | None = None) -> Segments:
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        *,
+        index_R: Tensor | None = None,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | None = None,
+    ) -> Segments:
         """Segments of the given lengths, in order, on `device` (that of `lengths` by default; a list's is the CPU).
 
+        `index_R` where this rank holds but some of the tokens, with `over_ranks`; without, all of them in order.
         A list is free; a tensor on an accelerator costs one wait, since the packed size must be known on the host.
         """
         if isinstance(lengths, Tensor):
@@ -48,8 +60,9 @@ class Segments:
         assert all(length >= 0 for length in lengths), f"negative length in {lengths}"
         num_tokens = sum(lengths)
         lengths_S = torch.tensor(lengths, dtype=torch.int64, device=device)
-        index_R = torch.repeat_interleave(lengths_S, output_size=num_tokens)
-        return cls(lengths_S, index_R, sum(length > 0 for length in lengths), num_tokens)
+        if index_R is None:
+            index_R = torch.repeat_interleave(lengths_S, output_size=num_tokens)
+        return cls(lengths_S, index_R, sum(length > 0 for length in lengths), num_tokens, over_ranks)
 
     @cached_property
     def share_R(self) -> Tensor:
@@ -59,7 +72,8 @@ class Segments:
     def sum(self, values_R: Tensor) -> Tensor:
         """sum_t values_t of each sequence: [R] -> [S]. An empty sequence sums to 0."""
         sums_S = torch.zeros(self.lengths_S.shape, dtype=torch.float64, device=values_R.device)
-        return sums_S.index_add(0, self.index_R, values_R.double()).to(values_R.dtype)
+        sums_S = sums_S.index_add(0, self.index_R, values_R.double())
+        return (sums_S if self.over_ranks is None else self.over_ranks(sums_S)).to(values_R.dtype)
 
     def mean(self, values_R: Tensor) -> Tensor:
         """(1 / |y|) sum_t values_t of each sequence: [R] -> [S]. An empty sequence has mean 0."""

@@ -1,4 +1,4 @@
-"""Runs a function on several processes of this machine, as ranks of one gloo group.
+"""Runs a function on several processes of this machine, as ranks of one gloo group, or as torchrun would start them.
 
 def worker(scale):                      # at module level: the processes find it by its name
     x = scale * torch.ones(1)
@@ -6,12 +6,17 @@ def worker(scale):                      # at module level: the processes find it
     return x
 
 first, second = run_distributed(worker, 2, 3.0)
+
+The processes are forked from one that has everything imported: a fork takes milliseconds and shares its memory, so 64
+ranks fit where 64 interpreters would not.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -34,25 +39,28 @@ class RankError(RuntimeError):
     """A rank raised (its traceback is in the message), died, or did not finish in time."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, like_torchrun: bool = False
+) -> list[Any]:
     """fn(*args) on each of `world_size` ranks; returns what the ranks returned, in rank order.
 
-    The default process group exists when fn starts. A collective that waits longer than `timeout_s` raises in its rank;
-    a rank that is stuck elsewhere is killed soon after. No process outlives the call. fn, its arguments and its results
-    are pickled.
+    The default process group exists when fn starts; with `like_torchrun` only the environment variables do, for fn to
+    make it. A collective that waits longer than `timeout_s` raises in its rank; a rank that is stuck elsewhere is
+    killed soon after. No process outlives the call. fn, its arguments and its results are pickled.
     """
     # What the ranks would import one by one: assert_close and dispatch modes load the two torch modules at their first
     # use, the tests in hand have loaded the rest. The server reads the list when it starts, at the first call.
     in_hand = [name for name in sys.modules if name.startswith(("gspo_megatron", "megatron.core"))]
     _context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", *in_hand])
     with tempfile.TemporaryDirectory() as folder:
-        processes, readers = [], []
+        store = None if like_torchrun else Path(folder, "store")
+        processes, readers, port = [], [], _free_port()
         try:
             for rank in range(world_size):
                 reader, writer = _context.Pipe(duplex=False)
-                process = _context.Process(
-                    target=_run_rank, args=(fn, args, rank, world_size, Path(folder, "store"), timeout_s, writer)
-                )
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+                environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                process = _context.Process(target=_run_rank, args=(fn, args, environment, store, timeout_s, writer))
                 process.start()
                 writer.close()
                 processes.append(process)
@@ -69,21 +77,28 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.join()
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _run_rank(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    store: Path,
+    environment: dict[str, Any],
+    store: Path | None,
     timeout_s: float,
     out: Connection,
 ) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
-        )
+        if store is None:
+            os.environ.update({name: str(value) for name, value in environment.items()})
+        else:
+            rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+            place = {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
+            dist.init_process_group("gloo", **place, timeout=timedelta(seconds=timeout_s))
         report = (True, fn(*args))
         if dist.is_initialized():
             # Nobody leaves while another rank still reads from its sockets.

@@ -1,0 +1,104 @@
+"""Each parameter's name and place in the whole model: for weights that depend on run.seed alone, and for comparing
+gradients between layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.config import ModelConfig
+from gspo_megatron.mcore.groups import Groups
+
+SLICED: dict[str, tuple[int, int]] = {
+    # part of a parameter's name: (dimension that tensor parallel cuts, matrices that lie one behind the other in it)
+    "word_embeddings.weight": (0, 1),
+    "output_layer.weight": (0, 1),
+    "linear_qkv.weight": (0, 1),
+    "linear_proj.weight": (1, 1),
+    "linear_fc1.weight": (0, 2),  # gate and up: every rank holds its part of both
+    "linear_fc2.weight": (1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's tensor lies in the whole model: slice `index` of `count` along `dim`, with `stride` matrices in
+    it. A tensor that is not sliced is slice 0 of 1."""
+
+    name: str
+    dim: int = 0
+    stride: int = 1
+    index: int = 0
+    count: int = 1
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This slice of the whole tensor, whose `dim` is divisible by stride * count."""
+        return torch.cat(whole.chunk(self.stride * self.count, self.dim)[self.index :: self.count], self.dim)
+
+    def join(self, slices: Sequence[Tensor]) -> Tensor:
+        """The whole tensor from its `count` slices: the inverse of `cut`."""
+        cut = [piece.chunk(self.stride, self.dim) for piece in slices]
+        return torch.cat([pieces[i] for i in range(self.stride) for pieces in cut], self.dim)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Smallest multiple of tp that holds the vocabulary; the rows added are excluded from every softmax."""
+    return math.ceil(vocab_size / tp) * tp
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for the matrices with a row for each token id, padding included."""
+    return "word_embeddings" in name or "output_layer" in name
+
+
+def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
+    """The parameter's name in the whole model: layers and experts counted over all ranks."""
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
+    return re.sub(
+        r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name
+    )
+
+
+def named_parameters(model: Any, m: ModelConfig, groups: Groups) -> Iterator[tuple[Place, Any]]:
+    """(place in the whole model, parameter) of one model chunk of this rank."""
+    layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    expert_offset = groups.collection.ep.rank() * (m.num_experts // groups.layout.ep)
+    for local_name, parameter in model.named_parameters():
+        name = global_name(local_name, layer_offset, expert_offset)
+        group = groups.collection.expt_tp if ".experts." in name else groups.tp
+        how = next((how for part, how in SLICED.items() if part in name), None)
+        yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: Any, m: ModelConfig, groups: Groups, seed: int) -> None:
+    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual);
+    norms 1.
+
+    Each parameter draws the whole model's values from a generator seeded by (seed, its name) and keeps its slice, so
+    every layout starts from the same weights.
+    """
+    for place, parameter in named_parameters(model, m, groups):
+        if parameter.dim() < 2:
+            parameter.fill_(1.0)
+            continue
+        adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
+        std = m.init_std / math.sqrt(2 * m.num_layers) if adds_to_residual else m.init_std
+        shape = list(parameter.shape)
+        shape[place.dim] *= place.count
+        vocabulary = is_vocabulary(place.name)
+        # The vocabulary without its padding, whose size depends on tp.
+        drawn = [m.vocab_size, *shape[1:]] if vocabulary else shape
+        digest = hashlib.sha256(f"{seed}:{place.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        whole = torch.randn(drawn, generator=generator) * std
+        if vocabulary:
+            whole = torch.cat([whole, whole.new_zeros(shape[0] - whole.size(0), *shape[1:])])
+        parameter.copy_(place.cut(whole))
