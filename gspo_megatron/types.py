@@ -151,6 +151,17 @@ class UpdateBatch:
     num_tokens: int
 
 
+class Position(NamedTuple):
+    """How far a run has come. Positions are ordered in time."""
+
+    warm_start: int
+    """Completed updates of the warm start."""
+    steps: int
+    """Completed RL steps."""
+    updates: int
+    """Completed updates of the step under way; 0 between steps."""
+
+
 class Metric(NamedTuple):
     """A quantity on its way to one number: `mean` is the sum of totals over the sum of weights, over all ranks and
     micro-batches; `sum`, `min` and `max` take the totals alone. Totals may be tensors still on the device."""

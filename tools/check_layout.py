@@ -282,7 +282,8 @@ def shrunk(config: Config, layouts: Sequence[Asked]) -> list[str]:
 
 def task_instead() -> list[str]:
     """Overrides that put a task of short prompts in the place of the run's own data, tokenizer and rewards."""
-    task = DataConfig(tokenizer="characters:0123456789>", task={"min_length": 2, "max_length": 12}, eval_size=4)
+    name, sizes = "task:sort_digits", {"min_length": 2, "max_length": 12}
+    task = DataConfig(train=name, eval=name, tokenizer="characters:0123456789>", task=sizes, eval_size=4)
     return [
         f"{section}.{key}={'null' if value is None else value}"
         for section, settings in (("data", task), ("reward", RewardConfig()))

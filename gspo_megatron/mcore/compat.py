@@ -8,14 +8,14 @@ installed version no longer needs it. Stand-ins for torch.cuda itself are in dev
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
-import megatron.core
 import torch
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-VERSION: str = megatron.core.__version__
+VERSION = version("megatron-core")
 
 
 def _te_general_gemm() -> None:
