@@ -33,6 +33,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class StopAsked(Exception):
+    """The run is to save and end. Raised at a safe point, on all processes together."""
+
+
+class GuardError(RuntimeError):
+    """A guard stopped the run: a number that is not finite, replicas that differ. Says what was found, and where."""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the x of `names` nearest to `name`, or nothing when none is near."""
     near = get_close_matches(name, list(names), n=1, cutoff=0.5)
@@ -116,9 +124,9 @@ class MicroBatch:
     """Sequences packed one behind the other, as one forward pass of this rank sees them.
 
     Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
-    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is that token's id where it belongs to a
-    response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a predicted token belongs to. `index`
-    names the sequences (positions in the list the micro-batches were cut from).
+    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is that
+    token's id where it belongs to a response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a
+    predicted token belongs to. `index` names the sequences (positions in the list the micro-batches were cut from).
 
     Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
     tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `response_lengths` stay those of whole sequences.
@@ -221,6 +229,9 @@ class Ranks(Protocol):
     """True on the one process that writes files and prints."""
     speaks: bool
     """True on one process for each (dp_rank, cp_rank), on the pipeline stage that has the loss."""
+
+    def agree(self, flag: bool) -> bool:
+        """True on every process when `flag` is true on one."""
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """Concatenates what the speakers hold, in the order of their ranks; every process gets the same result."""
