@@ -6,7 +6,7 @@ is an error; one that works but is unusual is a warning.
 
 from __future__ import annotations
 
-from gspo_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, check_values
+from gspo_megatron.config import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig, check_values
 from gspo_megatron.layout import Layout, layout_of
 from gspo_megatron.types import ConfigError
 
@@ -18,6 +18,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_precision(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
+    _check_guards(config.guards)
     _check_data(config.data)
     _check_batches(config)
     return layout
@@ -75,6 +76,18 @@ def _check_optimizer(o: OptimizerConfig) -> None:
         )
     if o.min_lr > o.lr:
         raise ConfigError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.lr={o.lr}; the decay goes from lr to min_lr")
+
+
+def _check_guards(g: GuardConfig) -> None:
+    if g.grad_norm_spike and g.grad_norm_spike <= 1:
+        raise ConfigError(
+            f"guards.grad_norm_spike={g.grad_norm_spike} would refuse ordinary updates; set it above 1, such as 10, or "
+            "to 0 for no such rule"
+        )
+    if not g.grad_norm_spike and g.on_spike != GuardConfig().on_spike:
+        raise ConfigError(
+            f"guards.on_spike={g.on_spike} has no effect with guards.grad_norm_spike=0; set that above 1, such as 10"
+        )
 
 
 def _check_batches(config: Config) -> None:

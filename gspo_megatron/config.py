@@ -188,8 +188,34 @@ class CheckpointConfig:
     save_every: int = 0
     """0: after the last step only."""
     keep: int = 2
+    """The newest ones that stay."""
+    keep_every: int = 0
+    """Every so many steps one that stays for good. 0: none."""
     load: str = "none"
-    """`latest` (of run.dir; a fresh start when there is none), a path, or `none`."""
+    """`latest` (the newest whole one of run.dir; a fresh start when there is none), a path, or `none`."""
+    asynchronous: bool = True
+    """Training goes on while the files are written."""
+    exit_after_s: float = 0.0
+    """Save and exit with status 75 so many seconds after the start. 0: never."""
+    grace_s: float = 600.0
+    """After SIGTERM or SIGUSR1, print all stacks and give up when so many seconds were not enough to save."""
+
+
+@dataclass
+class GuardConfig:
+    """Checks while running. `stop` ends the run with status 70, `skip` leaves the update out; either way its rollouts
+    are written to guards/."""
+
+    on_nonfinite: str = "stop"
+    """A loss or a gradient that is not finite: stop or skip. A log-prob that is not, ahead of the updates, always
+    stops."""
+    grad_norm_spike: float = 0.0
+    """A gradient norm is a spike above so many times the median of the last 20 updates. 0: none is."""
+    on_spike: str = "skip"
+    ratio_noise: float = 0.0
+    """Stop when a ratio of a step's first update is farther from 1 than this. 0: off."""
+    check_replicas_every: int = 0
+    """Steps between two checks that all copies of a parameter are equal. 0: off."""
 
 
 @dataclass
@@ -212,6 +238,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -261,6 +288,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
     "algorithm.old_log_probs": ("recompute", "rollout"),
     "optimizer.lr_decay": ("constant", "cosine", "linear"),
+    "guards.on_nonfinite": ("stop", "skip"),
+    "guards.on_spike": ("stop", "skip"),
 }
 
 MINIMA: dict[str, float] = {
@@ -294,7 +323,11 @@ MINIMA: dict[str, float] = {
     "train.eval_every": 0,
     "train.tokens_per_micro_batch": 1,
     "checkpoint.save_every": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.exit_after_s": 0,
     "checkpoint.keep": 1,
+    "guards.ratio_noise": 0,
+    "guards.check_replicas_every": 0,
     "logging.rollouts_per_step": -1,
 }
 
@@ -308,6 +341,7 @@ POSITIVE = (
     "optimizer.adam_eps",
     "train.warm_start_lr",
     "parallel.timeout_s",
+    "checkpoint.grace_s",
 )
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import operator
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,21 +65,17 @@ class RunWriter:
     """The run directory's metrics.jsonl, rollouts/ and TensorBoard files. Only the main process has one."""
 
     @classmethod
-    def of_run(cls, config: Config, *, continued_after: int | None) -> RunWriter:
-        """Opens config.run.dir, writes the resolved config.yaml into it. `continued_after`: the step of the checkpoint
-        this process loaded; rows behind it, from a run that went further, are moved aside. None: a fresh start."""
+    def of_run(cls, config: Config, *, first_step: int, fresh: bool) -> RunWriter:
+        """Opens config.run.dir, writes the resolved config.yaml into it. Rows of `first_step` and later, from a run
+        that went further, are moved aside; `fresh`: so is everything that an earlier run left."""
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
-        if continued_after is None:
-            # What an earlier run left here must not pass for this one's: not its rollouts, nor its newest checkpoint.
-            for old in (run_dir / "rollouts", run_dir / "checkpoints" / "latest"):
-                aside = old.with_name(old.name + ".replaced")
-                if aside.is_dir():
-                    shutil.rmtree(aside)
-                if old.exists():
-                    os.replace(old, aside)
-        first_step = 0 if continued_after is None else continued_after + 1
+        if fresh:
+            # It must not pass for this run's: neither its rollouts, nor its newest checkpoint.
+            for old in (run_dir / "rollouts", run_dir / "guards", run_dir / "checkpoints"):
+                if old.exists() and any(old.iterdir()):
+                    _move_aside(old)
         return cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
@@ -122,13 +117,31 @@ class RunWriter:
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """rollouts/step_000001.jsonl, one object a rollout."""
-        with (self.run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        _write_json_lines(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rows)
+
+    def offenders(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """guards/NAME.jsonl: what a guard objected to. A number that is not finite is written as Python does, NaN or
+        Infinity."""
+        (self.run_dir / "guards").mkdir(exist_ok=True)
+        _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _move_aside(path: Path) -> None:
+    """To `NAME.replaced_1`, or the next number that is free: nothing is lost."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.replaced_{number}")).exists():
+        number += 1
+    os.replace(path, aside)
 
 
 def _step_of(row: str) -> float:

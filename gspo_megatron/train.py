@@ -1,18 +1,21 @@
 """Trains a policy: `torchrun ... -m gspo_megatron.train --config FILE [section.key=value ...] [--dry-run]`.
 
 The composition root: settings are read and checked, then device, process groups, policy and sampler are made and handed
-to the trainer. Without torchrun the same command runs on one process. Exit status 2: settings or data cannot work.
+to the trainer. Without torchrun the same command runs on one process. Exit status: 0 done; 2 settings, data or a
+checkpoint cannot work; 70 a guard stopped the run; 75 stopped as asked, everything saved: start again to continue.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.checks import check_config, config_warnings, prompt_limit
 from gspo_megatron.config import Config, load_config, to_yaml
@@ -21,10 +24,13 @@ from gspo_megatron.data.prompts import PromptSource, load_prompts
 from gspo_megatron.data.tasks import find_task
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.device import Lane, open_lane, transformer_engine_available
+from gspo_megatron.interrupt import REFUSED, STOPPED, STOPPED_BY_GUARD, Interrupt
+from gspo_megatron.lookout import Lookout
 from gspo_megatron.metrics import RunWriter
 from gspo_megatron.plan import describe_plan
+from gspo_megatron.store import CheckpointStore, RunLock
 from gspo_megatron.trainer import Trainer, rewards_of, variant_of
-from gspo_megatron.types import CheckpointError, ConfigError, DataError
+from gspo_megatron.types import CheckpointError, ConfigError, DataError, GuardError, Position, StopAsked
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 
@@ -78,9 +84,11 @@ def load_inputs(config: Config) -> Inputs:
 
 
 @contextmanager
-def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -> Iterator[Trainer]:
+def open_trainer(
+    config: Config, lane: Lane, inputs: Inputs, console: Console, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Trainer]:
     """The run's parts on this process, put together and, at the end, closed. Collective: every process of the run
-    calls it.
+    calls it. `stop` is asked at safe points.
 
     Raises CheckpointError when checkpoint.load names something that cannot be loaded.
     """
@@ -93,29 +101,60 @@ def open_trainer(config: Config, lane: Lane, inputs: Inputs, console: Console) -
 
     use_te = wants_transformer_engine(config, lane)
     lane.start_processes(config.parallel.timeout_s)
-    groups = Groups(check_config(config, lane.world_size))
-    compat.mend(lane.on_cpu)
-    console.say(f"{groups.layout} on {lane.describe()}, Megatron-Core {compat.VERSION}")
-    policy = MegatronPolicy(config, groups, lane, use_te)
-    sampler = MegatronSampler(policy, eos_id=inputs.tokenizer.eos_id, pad_id=inputs.tokenizer.pad_id)
-    checkpoints = MegatronCheckpoints(policy, Path(config.run.dir) / "checkpoints", keep=config.checkpoint.keep)
-    state = checkpoints.load(config.checkpoint.load)
-    completed_steps = state["step"] if state else 0
-    if state and variant_of(config).kl_coef > 0 and policy.reference is None:
+    with Lookout(lane.notes(), lane.rank, lane.world_size, timeout_s=config.parallel.timeout_s) as lookout:
+        groups = Groups(check_config(config, lane.world_size), lane.device)
+        compat.mend(lane.on_cpu)
+        console.say(f"{groups.layout} on {lane.describe()}, Megatron-Core {compat.VERSION}")
+        policy = MegatronPolicy(config, groups, lane, use_te)
+        sampler = MegatronSampler(policy, eos_id=inputs.tokenizer.eos_id, pad_id=inputs.tokenizer.pad_id, stop=stop)
+        c = config.checkpoint
+        store = CheckpointStore(Path(config.run.dir) / "checkpoints", keep=c.keep, keep_every=c.keep_every)
+        checkpoints = MegatronCheckpoints(policy, store, console.warn)
+        state = checkpoints.load(c.load)
+        if state and state["began"] and variant_of(config).kl_coef > 0 and policy.reference is None:
+            raise CheckpointError(
+                f"checkpoint.load={c.load}: that run had no reference policy, so algorithm.kl_coef above 0 has nothing "
+                "to hold against; set algorithm.kl_coef=0, or start anew with checkpoint.load=none"
+            )
+        first_step = state["position"][1] + 1 if state and state["began"] else 0
+        if state:
+            console.say(f"continuing after {describe(Position(*state['position']))}")
+        writer = RunWriter.of_run(config, first_step=first_step, fresh=not state) if groups.is_main else None
+        parts = (policy, sampler, groups, inputs.tokenizer, inputs.train_prompts, inputs.eval_prompts)
+        try:
+            yield Trainer(config, *parts, checkpoints, writer, console, state=state, stop=stop, note=lookout.note)
+        finally:
+            if writer:
+                writer.close()
+        groups.close()
+
+
+def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
+    """`optimizer.lr: 0.001, was 0.003` for every setting that decides the run's future and is not what it was.
+
+    Raises CheckpointError where a step under way was begun with settings that cut its rollouts otherwise.
+    """
+    changed = []
+    for section, was in state["config"].items():
+        now = asdict(getattr(config, section))
+        if section not in ("run", "parallel", "checkpoint", "logging"):
+            changed += [f"{section}.{k}: {now[k]!r}, was {was[k]!r}" for k in now if k in was and was[k] != now[k]]
+    if state["config"]["run"]["seed"] != config.run.seed:
+        changed.append(f"run.seed: {config.run.seed}, was {state['config']['run']['seed']}")
+    cuts = ("run.seed", "rollout.group_size", "rollout.prompts_per_step", "algorithm.updates_per_rollout")
+    if state["step"] and (wrong := [text for text in changed if text.startswith(cuts)]):
         raise CheckpointError(
-            f"checkpoint.load={config.checkpoint.load}: that run had no reference policy, so algorithm.kl_coef above 0 "
-            "has nothing to hold against; set algorithm.kl_coef=0, or start anew with checkpoint.load=none"
+            f"this checkpoint is inside a step that was begun with other settings ({'; '.join(wrong)}); put them back "
+            "until the next step is saved, or load an earlier checkpoint"
         )
-    if state:
-        console.say(f"continuing after step {completed_steps}")
-    writer = RunWriter.of_run(config, continued_after=completed_steps if state else None) if groups.is_main else None
-    parts = (policy, sampler, groups, inputs.tokenizer, inputs.train_prompts, inputs.eval_prompts)
-    try:
-        yield Trainer(config, *parts, checkpoints, writer, console, completed_steps=completed_steps)
-    finally:
-        if writer:
-            writer.close()
-    groups.close()
+    return changed
+
+
+def describe(position: Position) -> str:
+    """`step 12 and 2 updates of the next`."""
+    if not position.steps and not position.updates:
+        return f"{position.warm_start} updates of the warm start"
+    return f"step {position.steps}" + (f" and {position.updates} updates of the next" if position.updates else "")
 
 
 def wants_transformer_engine(config: Config, lane: Lane) -> bool:
@@ -167,13 +206,47 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(to_yaml(config))
             console.say(describe_plan(config, layout, with_reference=variant_of(config).kl_coef > 0))
             return 0
-        with open_trainer(config, lane, inputs, console) as trainer:
-            trainer.fit()
+        return train(config, lane, inputs, console)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
+
+
+def train(config: Config, lane: Lane, inputs: Inputs, console: Console) -> int:
+    """Runs until the end, or until asked to stop; returns the exit status."""
+    if lane.restarts and config.checkpoint.load == "none":
+        console.say("restarted by torchrun: continuing from the newest checkpoint of this run")
+        config.checkpoint.load = "latest"
+    c = config.checkpoint
+    lock = RunLock(Path(config.run.dir)) if lane.rank == 0 else nullcontext()
+    with lock, Interrupt(exit_after_s=c.exit_after_s, grace_s=c.grace_s) as interrupt:
+        if isinstance(lock, RunLock) and lock.warning:
+            console.warn(lock.warning)
+        try:
+            with open_trainer(config, lane, inputs, console, interrupt) as trainer:
+                try:
+                    trainer.fit()
+                except StopAsked:
+                    reason = interrupt.reason or "another process was asked to"
+                    console.say(
+                        f"stopped after {describe(trainer.position)} ({reason}); checkpoint.load=latest continues"
+                    )
+                    return STOPPED
+        except GuardError as error:
+            print(f"GuardError: {error}", file=sys.stderr)
+            return STOPPED_BY_GUARD
     return 0
 
 
+def leave_status(status: int) -> None:
+    """Writes the exit status where a batch script asked for it, unless another process has: torchrun exits with 1
+    whatever its processes exit with."""
+    if path := os.environ.get("GSPO_STATUS_FILE"):
+        with suppress(FileExistsError), Path(path).open("x") as file:
+            file.write(f"{status}\n")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave_status(status)
+    sys.exit(status)

@@ -14,10 +14,11 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from gspo_megatron.console import Console
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.prompts import PromptOrder, PromptSource
 from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.guards import Guards, checked_tokens, rows_of
 from gspo_megatron.layout import packing_rules
 from gspo_megatron.metrics import RunWriter, merge, on_host, values
 from gspo_megatron.objective import (
@@ -40,18 +42,22 @@ from gspo_megatron.objective import (
 )
 from gspo_megatron.plan import sequence_cost
 from gspo_megatron.rollout.rewards import Rewards
+from gspo_megatron.steps import StepUnderWay, rollout_row
 from gspo_megatron.types import (
     DataError,
+    GuardError,
     LossTerms,
     Metric,
     MicroBatch,
     Policy,
+    Position,
     Prompt,
     Ranks,
     Rollout,
     RolloutGroup,
     Sampler,
     Sequence,
+    StopAsked,
     UpdateBatch,
 )
 
@@ -59,7 +65,11 @@ from gspo_megatron.types import (
 class Checkpoints(Protocol):
     """Where a run is kept. All ranks call it together."""
 
-    def save(self, step: int, state: dict[str, Any]) -> None: ...
+    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
+        """Keeps the policy and `state` (JSON); without `wait` the files may still be written when it returns."""
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes a save that is still being written; without `wait`, if it is ready for that."""
 
 
 def rewards_of(config: Config) -> Rewards:
@@ -91,9 +101,12 @@ class Trainer:
         writer: RunWriter | None = None,
         console: Console | None = None,
         *,
-        completed_steps: int = 0,
+        state: dict[str, Any] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        note: Callable[[str], None] = lambda where: None,
     ) -> None:
-        """`completed_steps`: where a checkpoint left off; above 0 the warm start is behind the policy."""
+        """`state`: what `Checkpoints.save` was given, where the run continues. `stop` is asked at safe points. `note`
+        is told where in the run this process is."""
         self.config, self.policy, self.sampler, self.ranks = config, policy, sampler, ranks
         self.tokenizer, self.train_prompts, self.eval_prompts = tokenizer, train_prompts, eval_prompts
         self.checkpoints, self.writer, self.console = checkpoints, writer, console or Console(on=False)
@@ -102,53 +115,131 @@ class Trainer:
         self.objective = PolicyObjective(self.variant, kl_estimator=a.kl_estimator, entropy_coef=a.entropy_coef)
         self.likelihood = LikelihoodObjective()
         self.order = PromptOrder(train_prompts.size, config.run.seed)
-        self.completed_steps = completed_steps
+        self.stop, self.note = stop, note
+        self.guards = Guards(config, ranks, writer, self.console.warn, state and state["guards"])
         self.seconds: dict[str, float] = {}
+        # The position in the run, and what belongs to it.
+        self.warm_updates, self.completed_steps, self.under_way = 0, 0, None
+        self.began = False
+        """Whether the first step has begun: the reference is frozen and row 0 is written."""
+        if state is not None:
+            self.warm_updates, self.completed_steps, _ = state["position"]
+            self.began = state["began"]
+            if state["step"] is not None:
+                self.under_way = StepUnderWay.of_state(state["step"], ranks, policy.score_dtype)
+                self.pack(self.under_way)
+        self.saved = None if state is None else self.position
 
     # ---------------------------------------------------------------------------------------------------- the run
 
     def fit(self) -> None:
-        """Trains until train.steps are completed, from wherever `completed_steps` stands."""
-        config = self.config
+        """Trains until train.steps are completed, from wherever the run stands. Raises StopAsked when `stop` said so;
+        the run is saved then."""
         for warning in self.variant.warnings():
             self.console.warn(warning)
-        if self.completed_steps == 0:
-            self.warm_start()
-            self.policy.begin(with_reference=self.variant.kl_coef > 0)
-            self.record({"step": 0, "policy_version": self.policy.version, **self.evaluate()})
-        while self.completed_steps < config.train.steps:
-            step = self.completed_steps + 1
-            row = self.step(step)
-            last = step == config.train.steps
-            if last or (config.train.eval_every and step % config.train.eval_every == 0):
-                row |= self.evaluate()
-            self.completed_steps = step
-            self.record(row)
-            if last or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
-                self.save()
+        try:
+            self.run()
+        except StopAsked:
+            self.save(wait=True)
+            raise
+        except GuardError:
+            if self.checkpoints:
+                self.checkpoints.finish()
+            raise
+        self.save(wait=True)
         self.console.summary()
 
-    def save(self) -> None:
-        state = {"step": self.completed_steps, "policy_version": self.policy.version}
-        if self.checkpoints:
-            self.checkpoints.save(self.completed_steps, state)
+    def run(self) -> None:
+        config = self.config
+        if not self.began:
+            self.warm_start()
+            self.policy.begin(with_reference=self.variant.kl_coef > 0)
+            self.guards.begin()
+            self.record({"step": 0, "policy_version": self.policy.version, **self.evaluate()})
+            self.began = True
+        while self.completed_steps < config.train.steps:
+            self.safe_point()
+            step = self.completed_steps + 1
+            row = self.step(step)
+            self.guards.check_replicas(step, self.policy)
+            if step == config.train.steps or (config.train.eval_every and step % config.train.eval_every == 0):
+                row |= self.evaluate()
+            self.completed_steps, self.under_way = step, None
+            self.record(row)
+            if config.checkpoint.save_every and step % config.checkpoint.save_every == 0:
+                self.save(wait=not config.checkpoint.asynchronous)
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One iteration of the algorithm; returns its row of metrics."""
-        self.seconds = {}
+    @property
+    def position(self) -> Position:
+        return Position(self.warm_updates, self.completed_steps, len(self.under_way.updates) if self.under_way else 0)
+
+    def safe_point(self) -> None:
+        """Completes a save in the background; raises StopAsked on all processes when one has been asked to stop."""
+        if self.checkpoints:
+            self.checkpoints.finish(wait=False)
+        if self.ranks.agree(self.stop()):
+            raise StopAsked
+
+    def save(self, *, wait: bool) -> None:
+        """Keeps the run as it stands, unless that is kept already."""
+        if self.checkpoints is None:
+            return
+        if self.position != self.saved:
+            self.note(f"saving after {self.completed_steps} steps")
+            state = {
+                "position": list(self.position),
+                "policy_version": self.policy.version,
+                "began": self.began,
+                "config": asdict(self.config),
+                "guards": self.guards.state(),
+                "step": self.under_way.state(self.ranks) if self.under_way and self.under_way.updates else None,
+            }
+            self.checkpoints.save(self.position, state, wait=wait)
+            self.saved = self.position
+        if wait:
+            self.checkpoints.finish()
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One iteration of the algorithm, from wherever it stands; returns its row of metrics."""
+        self.seconds = {"rollout": 0.0, "log_probs": 0.0}
         with self.timed("step"):
-            with self.timed("rollout"):
-                groups = self.sample(step)
-            sequences = self.sequences(groups)
-            batches = self.pack(sequences, step)
-            with self.timed("log_probs"):
-                self.score(batches)
+            if self.under_way is None or self.under_way.number != number:
+                self.under_way = self.begin_step(number)
+            step = self.under_way
             with self.timed("update"):
-                updates = [
-                    self.policy.update(b, self.policy_loss, lr=self.learning_rate(self.policy.version)) for b in batches
-                ]
-                reduced = self.reduce([updates[0] | ratio_noise(updates[0]), *updates[1:]])
-        return self.row(step, groups, sequences, reduced)
+                for batch in step.batches[len(step.updates) :]:
+                    if step.updates:
+                        self.safe_point()
+                    step.updates.append(self.update(step, batch))
+                reduced = self.reduce([step.updates[0] | ratio_noise(step.updates[0]), *step.updates[1:]])
+        self.guards.check_ratio_noise(number, reduced["ratio/first_update_noise"])
+        return self.row(step, reduced)
+
+    def update(self, step: StepUnderWay, batch: UpdateBatch) -> dict[str, Metric]:
+        """The next update of the step, unless a guard objects; returns this rank's metrics."""
+        number = len(step.updates) + 1
+        self.note(where := f"step {step.number}, update {number}")
+        lr = self.learning_rate(self.policy.version)
+        metrics = self.policy.update(batch, self.policy_loss, lr=lr, accept=self.guards.accept)
+
+        def rows() -> list[dict[str, Any]]:
+            step.bring_home(self.ranks)
+            return rows_of(step, step.mini_batches[number - 1])
+
+        return metrics | self.guards.verdict(where, f"step_{step.number:06d}_update_{number:03d}", rows)
+
+    def begin_step(self, number: int) -> StepUnderWay:
+        """What comes ahead of a step's first update."""
+        self.note(f"step {number}, sampling")
+        with self.timed("rollout"):
+            groups = self.sample(number)
+        step = StepUnderWay(number, groups, self.sequences(groups))
+        self.pack(step)
+        self.note(f"step {number}, scoring")
+        with self.timed("log_probs"):
+            self.score(step.batches)
+        self.guards.check_log_probs(step)
+        return step
 
     # ----------------------------------------------------------------------------------------------------- stages
 
@@ -159,6 +250,8 @@ class Trainer:
             self.config.train.warm_start_steps * self.config.train.warm_start_batch + (step - 1) * r.prompts_per_step
         )
         prompts = [self.train_prompts[self.order[first + i]] for i in range(r.prompts_per_step)]
+        for prompt in prompts:
+            self.tokens(prompt)
         base = step * r.prompts_per_step * r.group_size
         wanted = [(p, base + i * r.group_size + j) for i, p in enumerate(prompts) for j in range(r.group_size)]
         mine = [wanted[i + j] for i in self.my_share(0, len(wanted), r.group_size) for j in range(r.group_size)]
@@ -189,7 +282,7 @@ class Trainer:
         from_sampler = self.config.algorithm.old_log_probs == "rollout"
         return [
             Sequence(
-                [*r.prompt.tokens, *r.tokens],
+                self.tokens(r.prompt, r.tokens),
                 len(r.prompt.tokens),
                 advantage,
                 old_log_probs=torch.tensor(r.log_probs, dtype=self.policy.score_dtype) if from_sampler else None,
@@ -197,17 +290,17 @@ class Trainer:
             for r, advantage in zip(rollouts, advantages, strict=True)
         ]
 
-    def pack(self, sequences: Seq[Sequence], step: int) -> list[UpdateBatch]:
-        """Mini-batches of whole groups, shuffled by (seed, step), each packed for this data-parallel rank."""
+    def pack(self, step: StepUnderWay) -> None:
+        """Mini-batches of whole groups, shuffled by (seed, step), each packed for this rank."""
         a, size = self.config.algorithm, self.config.rollout.group_size
-        draws = random.Random(f"{self.config.run.seed}:{step}")
+        draws = random.Random(f"{self.config.run.seed}:{step.number}")
         # Sorted by draws: of Python's generator only random() is promised to stay the same over versions.
-        order = [g for _, g in sorted((draws.random(), g) for g in range(len(sequences) // size))]
+        order = [g for _, g in sorted((draws.random(), g) for g in range(len(step.groups)))]
         share = len(order) // a.updates_per_rollout
-        mini_batches = [order[i * share : (i + 1) * share] for i in range(a.updates_per_rollout)]
-        return [
-            self.update_batch([sequences[g * size + j] for g in groups for j in range(size)]) for groups in mini_batches
-        ]
+        for i in range(a.updates_per_rollout):
+            groups = order[i * share : (i + 1) * share]
+            step.mini_batches.append([step.sequences[g * size + j] for g in groups for j in range(size)])
+        step.batches = [self.update_batch(sequences) for sequences in step.mini_batches]
 
     def update_batch(self, sequences: Seq[Sequence]) -> UpdateBatch:
         """This rank's micro-batches of one update, and the counts over all ranks that normalise its loss."""
@@ -284,13 +377,18 @@ class Trainer:
             return self.likelihood(log_probs_R, self.segments(micro_batch), num_tokens=batch.num_tokens)
 
         cut = 0
-        for i in range(t.warm_start_steps):
+        while (i := self.warm_updates) < t.warm_start_steps:
+            self.safe_point()
             first = i * t.warm_start_batch
             prompts = [self.train_prompts[self.order[first + j]] for j in range(t.warm_start_batch)]
             sequences = [self.solved(p) for p in prompts]
             cut += sum(s.tokens[-1] != self.tokenizer.eos_id for s in sequences)
             batch = self.update_batch(sequences)
-            reduced = self.reduce([self.policy.update(batch, loss, lr=t.warm_start_lr)])
+            self.note(where := f"warm start, update {i + 1}")
+            metrics = self.policy.update(batch, loss, lr=t.warm_start_lr, accept=self.guards.accept)
+            self.guards.verdict(where, f"warm_start_{i + 1:06d}", partial(map, asdict, prompts))
+            reduced = self.reduce([metrics])
+            self.warm_updates += 1
             self.console.warm_start(i + 1, t.warm_start_steps, reduced["loss"])
         if cut:
             self.console.warn(
@@ -305,13 +403,21 @@ class Trainer:
         except DataError as error:
             raise DataError(f"the solution of prompt {prompt.id} ({prompt.text[:60]!r}): {error}") from error
         limit = self.config.model.max_sequence_length - len(prompt.tokens)
-        return Sequence([*prompt.tokens, *solution[:limit]], len(prompt.tokens))
+        return Sequence(self.tokens(prompt, solution[:limit]), len(prompt.tokens))
+
+    def tokens(self, prompt: Prompt, response: Seq[int] = ()) -> list[int]:
+        """Prompt and response, about to reach the embedding. Raises DataError for an id that it does not have."""
+        assert self.config.model.vocab_size is not None
+        return checked_tokens(prompt, response, self.config.model.vocab_size)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy accuracy and mean reward on the held-out prompts."""
+        self.note(f"the evaluation of policy version {self.policy.version}")
         with self.timed("eval"):
             assert self.eval_prompts.size is not None
             prompts = [self.eval_prompts[i] for i in range(min(self.config.data.eval_size, self.eval_prompts.size))]
+            for prompt in prompts:
+                self.tokens(prompt)
             share = self.my_share(0, len(prompts), 1)
             rollouts = self.gather_rollouts(
                 self.sampler.generate([prompts[i] for i in share], list(share), greedy=True)
@@ -336,44 +442,22 @@ class Trainer:
         reduced = values(merge(self.ranks.gather([on_host(merge(updates))])))
         return reduced | {"loss": reduced["loss"] / len(updates)}
 
-    def row(
-        self, step: int, groups: Seq[RolloutGroup], sequences: Seq[Sequence], reduced: dict[str, float]
-    ) -> dict[str, Any]:
-        rollouts = [r for g in groups for r in g.rollouts]
-        rewards = [r.reward for r in rollouts]
-        size = len(groups[0].rollouts)
-        flat = sum(not any(s.advantage for s in sequences[i : i + size]) for i in range(0, len(sequences), size))
-        if flat == len(groups):
+    def row(self, step: StepUnderWay, reduced: dict[str, float]) -> dict[str, Any]:
+        """The step's line of metrics.jsonl; its rollouts are written on the way."""
+        row = step.row(reduced, self.rewards.accuracy)
+        if row["groups/zero_variance_fraction"] == 1:
             self.console.warn(
-                f"step {step}: all {len(groups)} groups have equal rewards (such as {rewards[0]:g}), so no advantage "
-                f"and no policy gradient; "
-                "easier or harder prompts, a larger rollout.group_size or a finer reward would give one"
+                f"step {step.number}: all {len(step.groups)} groups have equal rewards (such as "
+                f"{step.rollouts[0].reward:g}), so no advantage and no policy gradient; easier or harder prompts, a "
+                "larger rollout.group_size or a finer reward would give one"
             )
-        tokens = sum(len(s.tokens) for s in sequences)
-        row = {
-            "step": step,
-            "policy_version": self.policy.version,
-            **reduced,
-            "kl/ref": reduced.get("kl/ref"),
-            "lr": self.learning_rate(self.policy.version - 1),
-            "reward/mean": statistics.fmean(rewards),
-            "reward/std": statistics.pstdev(rewards),
-            "reward/errors": sum(bool(r.reward_error) for r in rollouts),
-            "accuracy": statistics.fmean(self.rewards.accuracy(r) for r in rollouts),
-            "response_length/mean": statistics.fmean(len(r.tokens) for r in rollouts),
-            "truncated_fraction": statistics.fmean(r.truncated for r in rollouts),
-            "groups/zero_variance_fraction": flat / len(groups),
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.seconds["step"],
-        }
-        row |= {
-            f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts)
-            for name in self.config.reward.functions
-        }
         if self.writer:
             kept = self.config.logging.rollouts_per_step
-            shown = rollouts if kept < 0 else rollouts[:kept]
-            self.writer.rollouts(step, [rollout_row(r, s) for r, s in zip(shown, sequences, strict=False)])
+            shown = step.rollouts if kept < 0 else step.rollouts[:kept]
+            rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
+            self.writer.rollouts(step.number, rows)
+        row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
+        row |= {"tokens_per_second": row["tokens"] / self.seconds["step"]}
         return row | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
     def record(self, row: dict[str, Any]) -> None:
@@ -395,16 +479,3 @@ def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
         return {}
     low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
     return {"ratio/first_update_noise": Metric(max(1 - low, high - 1), reduction="max")}
-
-
-def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
-    """One line of rollouts/step_*.jsonl."""
-    row = asdict(rollout)
-    prompt = row.pop("prompt")
-    return {
-        "prompt_id": prompt["id"],
-        "prompt": prompt["text"],
-        "answer": prompt["answer"],
-        **row,
-        "advantage": sequence.advantage,
-    }

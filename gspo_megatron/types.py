@@ -124,8 +124,8 @@ class MicroBatch:
     """Sequences packed one behind the other, as one forward pass of this rank sees them.
 
     Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
-    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is that
-    token's id where it belongs to a response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a
+    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is
+    that token's id where it belongs to a response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a
     predicted token belongs to. `index` names the sequences (positions in the list the micro-batches were cut from).
 
     Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
@@ -189,6 +189,9 @@ class LossTerms(NamedTuple):
 Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
 """(log_probs_R, entropy_R or None, micro_batch, its update) -> LossTerms."""
 
+Accept = Callable[[float, bool], bool]
+"""(gradient norm, whether the loss is finite on all ranks) -> whether to make the update."""
+
 
 class Policy(Protocol):
     """The model under training, behind whatever parallelism it uses. All ranks call every method together."""
@@ -205,9 +208,17 @@ class Policy(Protocol):
     def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
 
-    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,
-        with `loss` and `grad_norm`."""
+        with `loss` and, on the ranks of one replica, `grad_norm`.
+
+        `accept` is asked ahead of the optimizer, on every rank about the same two values (a norm that is not finite
+        comes as inf). Where it answers no, weights and optimizer stay as they are, to the last bit; `version` grows all
+        the same. None: every update is made."""
+
+    def differing_replicas(self) -> list[str]:
+        """One text for each parameter that is not the same on all ranks that hold it, as `NAME on ranks 0, 1 | 2`: the
+        ranks that agree together. The same on every rank. It reads all weights once."""
 
 
 class Sampler(Protocol):

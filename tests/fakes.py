@@ -6,6 +6,8 @@ to learn in a second. The exercise is one that it can solve: a capital letter, t
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from random import Random
@@ -21,7 +23,7 @@ from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.metrics import merge
 from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.trainer import Trainer
-from gspo_megatron.types import IGNORED, Loss, Metric, MicroBatch, Prompt, Ranks, Rollout, UpdateBatch
+from gspo_megatron.types import IGNORED, Accept, Loss, Metric, MicroBatch, Position, Prompt, Ranks, Rollout, UpdateBatch
 
 Result = TypeVar("Result")
 
@@ -75,6 +77,9 @@ class OneRank:
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         return partial_S
 
+    def agree(self, flag: bool) -> bool:
+        return flag
+
 
 class Replicas:
     """`Ranks` of `size` data-parallel replicas in as many threads, which meet in `gather`."""
@@ -125,6 +130,9 @@ class _Replica:
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         return partial_S
 
+    def agree(self, flag: bool) -> bool:
+        return any(self.gather([flag]))
+
 
 class TablePolicy:
     """`Policy` of types.py: log pi(token | token before) = log_softmax(logits[before]), in float64, plain SGD.
@@ -156,7 +164,7 @@ class TablePolicy:
         assert table_VV is not None
         return [_responses(table_VV, m)[0] for m in micro_batches]
 
-    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         self.calls.append(f"update, lr {lr:g}")
         self.batches.append(batch)
         table_VV = self.logits_VV.clone().requires_grad_()
@@ -166,10 +174,17 @@ class TablePolicy:
             terms.loss.backward()
             metrics.append(terms.metrics | {"loss": Metric(terms.loss.detach(), reduction="sum")})
         gradient_VV = sum(self.ranks.gather([table_VV.grad]))
-        self.logits_VV = self.logits_VV - lr * gradient_VV
+        norm = float(gradient_VV.norm())
+        finite = all(self.ranks.gather([all(math.isfinite(m["loss"].total) for m in metrics)]))
+        if accept is None or accept(norm if math.isfinite(norm) else math.inf, finite):
+            self.logits_VV = self.logits_VV - lr * gradient_VV
         self.version += 1
         self.losses.append(sum(float(m["loss"].total) for m in metrics))
-        return merge(metrics) | {"grad_norm": Metric(gradient_VV.norm())}
+        return merge(metrics) | ({"grad_norm": Metric(norm)} if self.ranks.dp_rank == 0 else {})
+
+    def differing_replicas(self) -> list[str]:
+        tables = self.ranks.gather([self.logits_VV])
+        return [f"logits on ranks 0 | {i}" for i, table_VV in enumerate(tables) if not torch.equal(table_VV, tables[0])]
 
 
 def _responses(logits_VV: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -219,13 +234,16 @@ class Notebook(Console):
 
 
 class Shelf:
-    """`Checkpoints` of trainer.py that only remembers which were saved."""
+    """`Checkpoints` of trainer.py that only remembers which were saved, as JSON has them."""
 
     def __init__(self) -> None:
-        self.saved: list[tuple[int, dict[str, Any]]] = []
+        self.saved: list[tuple[Position, dict[str, Any]]] = []
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        self.saved.append((step, state))
+    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
+        self.saved.append((position, json.loads(json.dumps(state))))
+
+    def finish(self, *, wait: bool = True) -> None:
+        pass
 
 
 def trainer_of(config: Config, ranks: Ranks | None = None, policy: TablePolicy | None = None, **parts: Any) -> Trainer:

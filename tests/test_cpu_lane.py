@@ -58,7 +58,7 @@ def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
     if without == "tensors_named_as_on_device":
         Lane.optimizer_scope = lambda self: nullcontext()
     config = load_config(None, [*SETTINGS, *axes])
-    groups = Groups(check_config(config, world_size))
+    groups = Groups(check_config(config, world_size), lane.device)
     for mend in compat.MENDS_EVERYWHERE + compat.MENDS_ON_CPU:
         if mend.__name__ != without:
             mend()
@@ -118,7 +118,7 @@ def marks_by_megatron() -> set[bool]:
     compat.mark_expert_parameters = lambda model, experts_have_own_groups: None
     config = load_config(None, [*SETTINGS, "parallel.tp=2"])
     lane = open_lane("cpu", "fp32")
-    groups = Groups(check_config(config, 2))
+    groups = Groups(check_config(config, 2), lane.device)
     compat.mend(on_cpu=True)
     [model] = MegatronPolicy(config, groups, lane, use_te=False).model
     assert groups.experts_have_own_groups

@@ -23,7 +23,10 @@ LAYERS = (
     ("trainer",),
     ("mcore",),
     ("objective", "log_probs", "data", "rollout"),
-    ("config", "layout", "checks", "metrics", "console", "plan", "device"),
+    (
+        *("config", "layout", "checks", "plan", "metrics", "console", "steps", "store"),
+        *("guards", "interrupt", "lookout", "device"),
+    ),
     ("types",),
 )
 """Top to bottom. A unit is a folder, or a file directly in the package; those files share a folder, the package's."""

@@ -128,26 +128,27 @@ def test_rows_moved_aside_add_up_over_restarts(tmp_path: Path) -> None:
 
 def test_a_run_writes_its_settings_and_opens_where_it_continues(tmp_path: Path) -> None:
     config = load_config(None, [f"run.dir={tmp_path / 'deep' / 'run'}", "logging.tensorboard=false", "run.seed=5"])
-    first = RunWriter.of_run(config, continued_after=None)
+    first = RunWriter.of_run(config, first_step=0, fresh=True)
     for step in range(4):
         first.metrics({"step": step})
     assert load_config(first.run_dir / "config.yaml") == config
-    RunWriter.of_run(config, continued_after=1)
+    RunWriter.of_run(config, first_step=2, fresh=False)
     assert steps_in(first.run_dir / "metrics.jsonl") == [0, 1]
 
 
-def test_a_fresh_start_does_not_inherit(tmp_path: Path) -> None:
-    """`latest` of an earlier run in the same directory must not be what a crash of this one continues from."""
+def test_a_fresh_start_does_not_inherit_and_deletes_nothing(tmp_path: Path) -> None:
+    """A checkpoint of an earlier run in the same directory must not be what a crash of this one continues from."""
     config = load_config(None, [f"run.dir={tmp_path}", "logging.tensorboard=false"])
-    for step in (7, 8):
+    for number, step in enumerate((7, 8), 1):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / "latest").write_text(f"step_{step:06d}")
-        RunWriter.of_run(config, continued_after=step).rollouts(step, [])
-        RunWriter.of_run(config, continued_after=None)
-        assert not (tmp_path / "checkpoints" / "latest").exists()
-        assert (tmp_path / "checkpoints" / "latest.replaced").read_text() == f"step_{step:06d}"
+        RunWriter.of_run(config, first_step=step, fresh=False).rollouts(step, [])
+        RunWriter.of_run(config, first_step=0, fresh=True)
+        assert not (tmp_path / "checkpoints").exists()
+        assert (tmp_path / f"checkpoints.replaced_{number}" / "latest").read_text() == f"step_{step:06d}"
         assert list((tmp_path / "rollouts").iterdir()) == []
-        assert [p.name for p in (tmp_path / "rollouts.replaced").iterdir()] == [f"step_{step:06d}.jsonl"]
+        moved = [p.name for p in (tmp_path / f"rollouts.replaced_{number}").iterdir()]
+        assert moved == [f"step_{step:06d}.jsonl"]
 
 
 def test_rollouts_go_to_a_file_a_step(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def build(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple[Any, A
     """(config, lane, groups, the chunks of the model) of this rank."""
     config = load_config(None, [*SETTINGS, f"precision.dtype={dtype}", *overrides])
     lane = open_lane("cpu", dtype)
-    groups = Groups(check_config(config, world_size))
+    groups = Groups(check_config(config, world_size), lane.device)
     compat.mend(on_cpu=True)
     return config, lane, groups, build_model(config, groups, lane, use_te=False)
 

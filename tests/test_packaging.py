@@ -144,9 +144,12 @@ def start_slurm_script(folder: Path, *arguments: str, **environment: str) -> lis
     """What examples/slurm/train.sbatch hands to srun, one word a line, in a job of two nodes with 16 cores each."""
     (folder / "srun").write_text(FAKE_SRUN)
     (folder / "srun").chmod(0o755)
-    job = {"SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "16"}
+    job = {"SLURM_JOB_NAME": "gspo", "SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "16"}
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    return run("bash", "examples/slurm/train.sbatch", *arguments, **{"PATH": path, **job, **environment}).splitlines()
+    said = run("bash", "examples/slurm/train.sbatch", *arguments, **{"PATH": path, **job, **environment})
+    *words, verdict = said.splitlines()
+    assert verdict == "gspo-1234567: exit status 0, not requeued"
+    return words
 
 
 def option(words: list[str], name: str) -> str:

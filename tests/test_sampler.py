@@ -40,7 +40,7 @@ PROMPTS = [
 def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple[MegatronPolicy, MegatronSampler]:
     config = load_config(None, [*SETTINGS, f"precision.dtype={dtype}", *overrides])
     lane = open_lane("cpu", dtype)
-    groups = Groups(check_config(config, world_size))
+    groups = Groups(check_config(config, world_size), lane.device)
     compat.mend(on_cpu=True)
     policy = MegatronPolicy(config, groups, lane, use_te=False)
     return policy, MegatronSampler(policy, eos_id=EOS, pad_id=PAD)

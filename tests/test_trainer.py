@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -24,8 +25,19 @@ from fakes import (
 )
 
 from gspo_megatron.metrics import RunWriter
+from gspo_megatron.steps import StepUnderWay
 from gspo_megatron.trainer import Trainer
-from gspo_megatron.types import IGNORED, ConfigError, DataError, Ranks
+from gspo_megatron.types import (
+    IGNORED,
+    ConfigError,
+    DataError,
+    Position,
+    Ranks,
+    RolloutGroup,
+    Sequence,
+    StopAsked,
+    UpdateBatch,
+)
 
 KEYS_OF_A_STEP = [
     "step",
@@ -145,7 +157,8 @@ def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
         assert set(KEYS_OF_A_STEP) <= set(row), set(KEYS_OF_A_STEP) - set(row)
         assert all(math.isfinite(row[key]) for key in KEYS_OF_A_STEP if key != "kl/ref")
         assert row["kl/ref"] is None
-    assert shelf.saved == [(step, {"step": step, "policy_version": 2 * step}) for step in (2, 4, 5)]
+    assert [position for position, _ in shelf.saved] == [(0, step, 0) for step in (2, 4, 5)]
+    assert [state["policy_version"] for _, state in shelf.saved] == [4, 8, 10]
 
     samples = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
     assert len(samples) == config.logging.rollouts_per_step
@@ -290,6 +303,13 @@ def test_a_replica_without_anything_to_do_takes_part() -> None:
         assert policy_of(trainer).calls == policy_of(alone).calls
 
 
+def batches_of(trainer: Trainer, sequences: list[Sequence], number: int) -> list[UpdateBatch]:
+    groups = [RolloutGroup(trainer.train_prompts[0], [])] * (len(sequences) // trainer.config.rollout.group_size)
+    step = StepUnderWay(number, groups, sequences)
+    trainer.pack(step)
+    return step.batches
+
+
 @pytest.mark.parametrize("dp_size", [1, 3])
 def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -> None:
     config = config_of("algorithm.updates_per_rollout=4")
@@ -298,10 +318,10 @@ def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -
     for i, sequence in enumerate(sequences):
         sequence.advantage = float(i)  # to be recognised by
     trainers = [trainer_of(config, ranks) for ranks in Replicas(dp_size).ranks]
-    packed = [trainer.pack(sequences, step=1) for trainer in trainers]
+    packed = [batches_of(trainer, sequences, 1) for trainer in trainers]
 
     seen: list[float] = []
-    for update, reference in enumerate(alone.pack(sequences, step=1)):
+    for update, reference in enumerate(batches_of(alone, sequences, 1)):
         batches = [of_rank[update] for of_rank in packed]
         members = sorted(a for b in batches for m in b.micro_batches for a in m.advantages_S.tolist())
         assert members == sorted(a for m in reference.micro_batches for a in m.advantages_S.tolist())
@@ -324,7 +344,7 @@ def test_mini_batches_are_shuffled_anew_in_every_step() -> None:
         sequence.advantage = float(i)
 
     def first_groups(step: int) -> set[int]:
-        batch = trainer.pack(sequences, step)[0]
+        batch = batches_of(trainer, sequences, step)[0]
         return {int(a) // 4 for m in batch.micro_batches for a in m.advantages_S.tolist()}
 
     assert first_groups(1) == first_groups(1)
@@ -393,22 +413,85 @@ def test_a_solution_is_cut_at_the_context() -> None:
     assert whole.tokens[2:] == [*long[:5], TOKENIZER.eos_id]
 
 
-def test_a_continued_run_goes_on_as_if_it_had_never_stopped() -> None:
-    settings = ("train.steps=4", "train.warm_start_steps=2", "optimizer.lr_decay=cosine", "algorithm.kl_coef=0.1")
-    whole, rows = run(*settings)
-    writer, policy = Rows(), TablePolicy(OneRank())
-    first = trainer_of(config_of(*settings), policy=policy, writer=writer)
-    first.config.train.steps = 2
-    first.learning_rate = whole.learning_rate  # type: ignore[method-assign]  # that of the run it is a part of
-    first.fit()
-    policy.calls.clear()
-    trainer_of(config_of(*settings), policy=policy, writer=writer, completed_steps=2).fit()
-    assert policy.calls[0] == "sample"
-    assert not any(call.startswith("begin") for call in policy.calls)
-    assert [row["step"] for row in writer.rows] == [0, 1, 2, 3, 4]
-    for row, same in zip(without_times(rows)[3:], without_times(writer.rows)[3:], strict=True):
-        assert row == same
-    assert torch.equal(policy.logits_VV, policy_of(whole).logits_VV)
+def continued(settings: tuple[str, ...], stops: list[int], ranks: Ranks) -> tuple[TablePolicy, Rows, list[Position]]:
+    """A run that is told to stop when it asks for the n-th time, for each n of `stops`, and then continued. Its policy
+    is kept in memory, all else goes through JSON."""
+    policy, writer, state, positions = TablePolicy(ranks), Rows(), None, []
+    for n in [*stops, 0]:
+        asked, shelf = itertools.count(1), Shelf()
+        parts = {"writer": writer, "checkpoints": shelf, "state": state}
+        trainer = trainer_of(
+            config_of(*settings), ranks, policy, **parts, stop=lambda asked=asked, n=n: next(asked) == n
+        )
+        if n == 0:
+            trainer.fit()
+            return policy, writer, positions
+        with pytest.raises(StopAsked):
+            trainer.fit()
+        if shelf.saved:  # nothing, when it was stopped where it had been continued
+            _, state = shelf.saved[-1]
+        positions.append(trainer.position)
+    raise AssertionError
+
+
+WITH_EVERYTHING = (
+    "train.steps=3",
+    "train.warm_start_steps=2",
+    "optimizer.lr_decay=cosine",
+    "algorithm.kl_coef=0.1",
+    "algorithm.updates_per_rollout=4",
+    "train.eval_every=2",
+)
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_a_run_that_is_stopped_anywhere_goes_on_as_if_it_had_not(dp_size: int) -> None:
+    """Asked to stop at each of its safe points in turn: between warm-start updates, steps, updates of a step."""
+    whole, rows = run(*WITH_EVERYTHING)
+    [(expected, _), *_] = Replicas(dp_size).run(lambda ranks: (policy_of(run(*WITH_EVERYTHING, ranks=ranks)[0]), 0))
+    seen = set()
+    for n in range(1, 15):
+        runs = Replicas(dp_size).run(lambda ranks, n=n: continued(WITH_EVERYTHING, [n], ranks))
+        for policy, writer, positions in runs:
+            seen.update(positions)
+            assert torch.equal(policy.logits_VV, expected.logits_VV), positions
+            for row, same in zip(without_times(rows), without_times(writer.rows), strict=True):
+                assert same == (row if dp_size == 1 else pytest.approx(row, abs=1e-11)), positions
+    assert {(0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 0, 3), (2, 1, 0), (2, 1, 2), (2, 2, 1)} <= seen
+    assert policy_of(whole).version == 12
+
+
+def test_a_run_may_be_stopped_again_and_again() -> None:
+    _, rows = run(*WITH_EVERYTHING)
+    _, writer, positions = continued(WITH_EVERYTHING, [2, 3, 1, 2, 2, 4], OneRank())
+    assert positions == sorted(positions) and len(positions) == 6
+    assert without_times(writer.rows) == without_times(rows)
+
+
+def test_a_step_under_way_goes_on_with_other_ranks() -> None:
+    """Stopped after two of four updates on three replicas, continued on one and on two."""
+    _, rows = run(*WITH_EVERYTHING)
+
+    def stopped(ranks: Ranks) -> tuple[dict[str, Any], TablePolicy, Rows]:
+        policy, writer, shelf, asked = TablePolicy(ranks), Rows(), Shelf(), itertools.count(1)
+        parts = {"writer": writer, "checkpoints": shelf, "stop": lambda: next(asked) == 9}
+        with pytest.raises(StopAsked):
+            trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, **parts).fit()
+        return shelf.saved[-1][1], policy, writer
+
+    (state, before, written), *_ = Replicas(3).run(stopped)
+    assert state["position"] == [2, 1, 2] and len(state["step"]["updates"]) == 3
+
+    def go_on(ranks: Ranks) -> Rows:
+        policy, writer = TablePolicy(ranks), Rows()
+        policy.logits_VV, policy.reference_VV, policy.version = before.logits_VV, before.reference_VV, before.version
+        trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, writer=writer, state=state).fit()
+        return writer
+
+    for size in (1, 2):
+        for writer in Replicas(size).run(go_on):
+            for row, same in zip(without_times(rows), without_times([*written.rows, *writer.rows]), strict=True):
+                assert same == pytest.approx(row, abs=1e-11)
 
 
 # --- what goes wrong ---
@@ -486,7 +569,8 @@ def test_ids_beyond_the_tokenizer_are_tokens_but_no_text() -> None:
     """A vocabulary rounded up: the policy draws what the tokenizer does not know."""
     policy = TablePolicy(OneRank(), vocab_size=TOKENIZER.vocab_size + 6)
     writer = Rows()
-    trainer_of(config_of("logging.rollouts_per_step=-1"), policy=policy, writer=writer).fit()
+    config = config_of("logging.rollouts_per_step=-1", f"model.vocab_size={TOKENIZER.vocab_size + 6}")
+    trainer_of(config, policy=policy, writer=writer).fit()
     samples = [s for step in writer.samples.values() for s in step]
     unknown = [s for s in samples if max(s["tokens"]) >= TOKENIZER.vocab_size]
     assert len(unknown) > 10

@@ -41,7 +41,7 @@ def updates(variant: str, ways: list[tuple[list[int], int, PackingRules]]) -> li
     """One update from the same weights for each (order of the sequences, tokens per micro-batch, packing rules)."""
     config = load_config(None, [*SMALL, "precision.dtype=fp64", "model.init_std=0.3", "optimizer.clip_grad=1e9"])
     lane = open_lane("cpu", "fp64")
-    groups = Groups(check_config(config, 1))
+    groups = Groups(check_config(config, 1), lane.device)
     compat.mend(on_cpu=True)
     policy = MegatronPolicy(config, groups, lane, use_te=False)
     objective = PolicyObjective(resolve_variant(variant, kl_coef=0.05), entropy_coef=0.01)

@@ -37,6 +37,7 @@ from gspo_megatron.config import Config, DataConfig, RewardConfig, load_config
 from gspo_megatron.console import Console
 from gspo_megatron.device import open_lane
 from gspo_megatron.plan import count_parameters
+from gspo_megatron.steps import StepUnderWay
 from gspo_megatron.train import load_inputs, open_trainer
 from gspo_megatron.trainer import Trainer
 from gspo_megatron.types import ConfigError, DataError
@@ -159,7 +160,9 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
         sequence.old_log_probs = own + torch.tensor([shift + draw.gauss(0, clip) for _ in own]).to(own)
         if with_reference:
             sequence.ref_log_probs = own + torch.tensor([draw.gauss(0, 0.3) for _ in own]).to(own)
-    batch = trainer.pack(sequences, 1)[0]
+    step = StepUnderWay(1, groups, sequences)
+    trainer.pack(step)
+    [batch] = step.batches
     scored = trainer.policy.log_probs(batch.micro_batches)
     metrics = trainer.reduce([trainer.policy.update(batch, trainer.policy_loss, lr=trainer.config.optimizer.lr)])
     # Each context-parallel rank has scored its own part of the sequences.

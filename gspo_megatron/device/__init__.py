@@ -6,17 +6,22 @@ lane.start_processes(timeout_s=600)                # torchrun's environment, or 
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
+import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 
 from gspo_megatron.device import cpu
 from gspo_megatron.types import ConfigError
 
+TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -29,6 +34,8 @@ class Lane:
     dtype: torch.dtype
     world_size: int
     rank: int
+    restarts: int = 0
+    """How often torchrun has started this process's group anew (--max-restarts)."""
 
     @property
     def on_cpu(self) -> bool:
@@ -38,10 +45,42 @@ class Lane:
         """Joins torch.distributed: through torchrun's environment, or alone when this process was started by hand."""
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(self.backend, timeout=timeout)
+            store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+            # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+            store = torch.distributed.PrefixStore(f"attempt_{self.restarts}", store)
         else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, world_size = torch.distributed.HashStore(), 0, 1
+        torch.distributed.init_process_group(
+            self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+
+    def notes(self) -> torch.distributed.Store:
+        """A store that every process reaches, through a connection that nothing else waits for. After
+        `start_processes`."""
+        if "RANK" not in os.environ:
+            return torch.distributed.HashStore()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        return torch.distributed.PrefixStore(f"notes_{self.restarts}", store)
+
+    def random_state(self) -> dict[str, Any]:
+        """The state of every random number generator of this process, as JSON. Nothing here draws from them: they are
+        for rewards of the user's own."""
+        version, numbers, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        states = {"torch": torch.get_rng_state()} | ({} if self.on_cpu else {"device": torch.cuda.get_rng_state()})
+        packed = {key: base64.b64encode(state.numpy().tobytes()).decode() for key, state in states.items()}
+        return {"python": [version, list(numbers), gauss], "numpy": [name, np.asarray(keys).tolist(), *rest], **packed}
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `random_state` returned."""
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        for key, put_back in (("torch", torch.set_rng_state), ("device", torch.cuda.set_rng_state)):
+            if key in state and not (key == "device" and self.on_cpu):
+                put_back(torch.frombuffer(bytearray(base64.b64decode(state[key])), dtype=torch.uint8))
 
     def optimizer_scope(self) -> AbstractContextManager[None]:
         """Around building and stepping Megatron's optimizers, which ask tensors for the names of device types."""
@@ -61,12 +100,12 @@ def open_lane(device: str, dtype: str) -> Lane:
 
     Raises ConfigError when `device` is "cuda" and there is none, or fp64 is asked of a GPU.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    started = [int(os.environ.get(name, default)) for name, default in TORCHRUN.items()]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         cpu.install()
-        return Lane(torch.device("cpu"), "gloo", DTYPES[dtype], world_size, rank)
+        return Lane(torch.device("cpu"), "gloo", DTYPES[dtype], *started)
     if not torch.cuda.is_available():
         raise ConfigError("precision.device=cuda but torch sees no GPU; set precision.device=cpu or auto")
     if dtype == "fp64":
@@ -75,7 +114,7 @@ def open_lane(device: str, dtype: str) -> Lane:
     torch.cuda.set_device(local_rank)
     # Sequence parallel overlaps communication with matmuls only when kernels start in the order they were queued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return Lane(torch.device("cuda", local_rank), "nccl", DTYPES[dtype], world_size, rank)
+    return Lane(torch.device("cuda", local_rank), "nccl", DTYPES[dtype], *started)
 
 
 def transformer_engine_available() -> bool:

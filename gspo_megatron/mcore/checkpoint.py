@@ -1,134 +1,272 @@
-"""Checkpoints through megatron.core.dist_checkpointing: `step_000010/` directories and a `latest` pointer beside them.
+"""What a checkpoint holds: the policy and Adam's moments, the frozen reference, and the trainer's own state.
 
-A checkpoint is written into `step_000010.tmp`, renamed when every rank is done, and only then named by `latest`, so a
-run that dies while saving leaves the checkpoint before as the newest.
+    rank_00000.safetensors ...   a file for each process, with its pieces (see pieces.py), by global names:
+                                 policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME
+    run.json                     numbers and text: Adam's step count, the random generators of every process, what the
+                                 model is, versions, the trainer's state
+
+Names and pieces are those of the whole model, so a checkpoint does not know the layout, the optimizer (distributed or
+not) or the layer spec it came from. The directory belongs to store.py.
+
+Megatron-Core's own dist_checkpointing is not used: it unpickles what it loads (torch/distributed/checkpoint/
+filesystem.py read_metadata, default_planner.py load_bytes), cuts the distributed optimizer's state by its buffers or
+gathers all of it on one rank, and 0.16.1 cannot read what 0.19.2 writes.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor
 
 from gspo_megatron import __version__
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.model import PolicyModel
-from gspo_megatron.mcore.optimizer import allocate_adam_state, restore_step_counts
+from gspo_megatron.mcore.optimizer import adam_shards, get_step_count, is_distributed, set_step_count
+from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
+from gspo_megatron.mcore.pieces import Piece, PieceFiles, write_pieces
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.types import CheckpointError
+from gspo_megatron.store import CheckpointStore
+from gspo_megatron.types import CheckpointError, Position
 
-# Megatron's other sharding types need an optimizer that keeps its step count per parameter group (Transformer
-# Engine's or Apex's Adam); this one works with torch's AdamW too.
-METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+SAME_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "num_experts",
+    "expert_ffn_size",
+    "vocab_size",
+    "tie_embeddings",
+)
+"""Settings of the model that decide which tensors there are, how large, and what their rows and columns mean."""
+
+Result = TypeVar("Result")
+Keyed = tuple[str, Piece, Tensor]
+"""A key of a checkpoint file, the piece, its elements."""
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept from one save to the next: memory in use for the first time is
+    slow."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, tensors: Sequence[Keyed]) -> list[Keyed]:
+        """The same with copies, which hold until the next call."""
+        return [(key, piece, self._copy(key, elements)) for key, piece, elements in tensors]
+
+    def _copy(self, key: str, elements: Tensor) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = torch.empty_like(elements, device="cpu", pin_memory=self._pinned)
+        return self._kept[key].copy_(elements)
+
+
+@dataclass
+class Saving:
+    """A save under way: first every process writes its file, then the main one completes the checkpoint."""
+
+    directory: Path
+    work: Future[Any]
+    completing: bool = False
 
 
 class MegatronCheckpoints:
-    """The checkpoints of one run directory (`Checkpoints` of trainer.py). Collective: all ranks call it together."""
+    """The checkpoints of one run (`Checkpoints` of trainer.py). Collective: all ranks call every method together."""
 
-    def __init__(self, policy: MegatronPolicy, directory: Path, keep: int) -> None:
-        self.policy, self.directory, self.keep = policy, directory, keep
-        self.is_main = policy.groups.is_main
+    def __init__(self, policy: MegatronPolicy, store: CheckpointStore, warn: Callable[[str], None]) -> None:
+        """`warn` is told what is wrong with checkpoints that are passed over when one is loaded."""
+        self.policy, self.groups, self.store, self.warn = policy, policy.groups, store, warn
+        self.settings = policy.config.model
+        self._host = HostCopies(pinned=not policy.lane.on_cpu)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Saving | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes weights, optimizer, reference and `state` (plain numbers and strings); drops all but the last
-        `keep`."""
-        final = self.directory / f"step_{step:06d}"
-        partial = final.with_suffix(".tmp")
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(self._sharded(loading=False), str(partial), validate_access_integrity=False)
-        if self.is_main:
-            about = {**state, "has_reference": self.policy.reference is not None}
-            versions = {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__}
-            (partial / "run.json").write_text(json.dumps({**about, "versions": versions}))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            self._point_to(final)
-            # A run continued from an early checkpoint leaves those of its former future alone, until it gets there.
-            saved_before = [p for p in self._all() if p.name <= final.name]
-            for old in saved_before[: -self.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
+        """Keeps the policy, the optimizer, the reference and `state` (JSON).
+
+        With `wait`, the checkpoint is complete on return. Otherwise it is a copy in host memory, which a thread writes:
+        it is complete after `finish`, and a failure is raised there. Raises CheckpointError, on all ranks.
+        """
+        self.finish()
+        tensors = list(self._to_write())
+        num_bytes = sum(self._from_all(sum(elements.nbytes for _, _, elements in tensors)))
+        directory = self._on_main(lambda: self.store.begin(position, num_bytes))
+        about = {
+            "state": state,
+            "policy_version": self.policy.version,
+            "adam_step": get_step_count(self.policy.optimizer),
+            "has_reference": self.policy.reference is not None,
+            "random": self._from_all(self.policy.lane.random_state()),
+            "num_files": dist.get_world_size(),
+            "model": self._model(),
+            "versions": {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__},
+        }
+        if not wait:
+            tensors = self._host.of(tensors)
+        self._saving = Saving(directory, self._writer.submit(self._write, directory, about, tensors))
+        if wait:
+            self.finish()
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes a save under way. Without `wait`, as far as that can be done at once; worth calling now and then.
+
+        Raises CheckpointError, on all ranks, when it failed on one of them.
+        """
+        while saving := self._saving:
+            if not wait and self.groups.agree(not saving.work.done()):
+                return
+            self._saving = None
+            self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
+            if not saving.completing:
+                commit = partial(self.store.commit, saving.directory) if self.groups.is_main else lambda: None
+                self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
+
+    def _write(self, directory: Path, about: dict[str, Any], tensors: Sequence[Keyed]) -> None:
+        write_pieces(directory / _file_name(dist.get_rank()), tensors)
+        if self.groups.is_main:
+            (directory / "run.json").write_text(json.dumps(about))
+
+    def _to_write(self) -> Iterator[Keyed]:
+        """Every element of every tensor, on one rank each."""
+        shards = adam_shards(self.policy.optimizer, self.policy.model)
+        replicated = not is_distributed(self.policy.lane, self.policy.config.optimizer)
+        for name, whole, parameter in self._pieces(self.policy.model):
+            shard = shards.get(parameter)
+            if shard is None or self._is_copy(whole):
+                continue
+            piece = self._share(whole) if replicated else replace(whole, start=shard.start, end=shard.end)
+            inside = slice(piece.start - shard.start, piece.end - shard.start)
+            if piece.start < piece.end:
+                yield f"policy.{name}", piece, shard.main[inside]
+                yield f"exp_avg.{name}", piece, shard.exp_avg[inside]
+                yield f"exp_avg_sq.{name}", piece, shard.exp_avg_sq[inside]
+        for name, whole, parameter in self._pieces(self.policy.reference or []):
+            piece = self._share(whole)
+            if piece.start < piece.end and not self._is_copy(whole):
+                yield f"reference.{name}", piece, parameter.detach().view(-1)[piece.start : piece.end]
+
+    def _share(self, whole: Piece) -> Piece:
+        """The part of a slice that this one of its data-parallel replicas writes."""
+        groups = self.groups.collection
+        group = groups.expt_dp if ".experts." in whole.place.name else groups.dp_cp
+        start, end = (whole.end * i // group.size() for i in (group.rank(), group.rank() + 1))
+        return replace(whole, start=start, end=end)
+
+    def _is_copy(self, whole: Piece) -> bool:
+        """Whether another tensor-parallel rank writes it: a dense parameter that is not sliced."""
+        return whole.place.count == 1 and ".experts." not in whole.place.name and self.groups.tp_rank > 0
+
+    # ------------------------------------------------------------------------------------------------------ loading
 
     def load(self, which: str) -> dict[str, Any] | None:
         """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it.
 
-        Raises CheckpointError when a path holds no checkpoint, or one that does not fit this model.
+        The layout, the optimizer's cut and the number format may be others than those it was saved from. Raises
+        CheckpointError when the one that is meant is damaged, or of another model.
         """
-        if which == "none":
-            return None
-        path = self._latest() if which == "latest" else Path(which)
+        path, problems = self._on_main(lambda: self.store.open(which))
+        for problem in problems:
+            self.warn(problem)
         if path is None:
             return None
-        if not (path / "run.json").is_file():
-            known = ", ".join(str(p) for p in self._all()) or "none"
-            raise CheckpointError(
-                f"checkpoint.load={which!r}: {path} holds no checkpoint; checkpoints of this run: {known}"
-            )
-        state = json.loads((path / "run.json").read_text())
-        if state["has_reference"]:
+        about = self._on_main(lambda: _read_json(path / "run.json"))
+        self._check_model(path, about["model"])
+        if about["has_reference"]:
             self.policy.freeze_reference()
-        allocate_adam_state(self.policy.optimizer)
+        failure = None
         try:
-            loaded = dist_checkpointing.load(self._sharded(loading=True), str(path))
-        except (Exception, CheckpointException) as error:  # of many types; the user needs to know where, and why
-            raise CheckpointError(
-                f"{path} could not be loaded ({_reason(error)}); it needs the model and the layout it was saved from, "
-                "up to the number of data-parallel ranks"
-            ) from error
-        for name, chunks in self._models().items():
-            for i, chunk in enumerate(chunks):
-                chunk.load_state_dict(loaded[f"{name}{i}"])
-        with self.policy.lane.optimizer_scope(), torch.no_grad():
-            self.policy.optimizer.load_state_dict(loaded["optimizer"])
-        restore_step_counts(self.policy.optimizer)
-        self.policy.version = state["policy_version"]
-        return state
+            self._read(PieceFiles([path / _file_name(rank) for rank in range(about["num_files"])]))
+        except CheckpointError as error:
+            failure = error
+        self._fail_together(f"{path} could not be loaded", failure)
+        set_step_count(self.policy.optimizer, about["adam_step"])
+        if len(about["random"]) == dist.get_world_size():
+            self.policy.lane.set_random_state(about["random"][dist.get_rank()])
+        self.policy.version = about["policy_version"]
+        return about["state"]
 
-    def _sharded(self, *, loading: bool) -> ShardedStateDict:
-        state: ShardedStateDict = {}
-        for name, chunks in self._models().items():
-            for i, chunk in enumerate(chunks):
-                state[f"{name}{i}"] = chunk.sharded_state_dict(metadata=METADATA)
-                if name == "reference":
-                    add_prefix_for_sharding(state[f"{name}{i}"], "reference.")
-        own = {key: part for key, part in state.items() if key.startswith("model")}
-        with self.policy.lane.optimizer_scope():
-            state["optimizer"] = self.policy.optimizer.sharded_state_dict(own, is_loading=loading, metadata=METADATA)
-        return state
+    @torch.no_grad()
+    def _read(self, files: PieceFiles) -> None:
+        shards = adam_shards(self.policy.optimizer, self.policy.model)
+        for name, whole, parameter in self._pieces(self.policy.model):
+            files.read(f"policy.{name}", whole, parameter.view(-1))
+            if shard := shards.get(parameter):
+                part = replace(whole, start=shard.start, end=shard.end)
+                files.read(f"policy.{name}", part, shard.main)
+                files.read(f"exp_avg.{name}", part, shard.exp_avg)
+                files.read(f"exp_avg_sq.{name}", part, shard.exp_avg_sq)
+        for name, whole, parameter in self._pieces(self.policy.reference or []):
+            files.read(f"reference.{name}", whole, parameter.view(-1))
 
-    def _models(self) -> dict[str, list[PolicyModel]]:
-        """The policy's chunks on this rank and, where there is one, the reference's."""
-        reference = {} if self.policy.reference is None else {"reference": self.policy.reference}
-        return {"model": self.policy.model, **reference}
+    def _check_model(self, path: Path, saved: dict[str, Any]) -> None:
+        wrong = ", ".join(
+            f"model.{key}={saved[key]}, not {own}" for key, own in self._model().items() if saved[key] != own
+        )
+        if wrong:
+            raise CheckpointError(f"{path} is of another model, with {wrong}")
 
-    def _all(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(p for p in self.directory.glob("step_*") if p.suffix != ".tmp")
+    # ------------------------------------------------------------------------------------------------------- both
 
-    def _latest(self) -> Path | None:
-        pointer = self.directory / "latest"
-        return self.directory / pointer.read_text().strip() if pointer.is_file() else None
+    def _pieces(self, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Piece, Tensor]]:
+        """(name in the checkpoint, all of this rank's slice as a piece, parameter)."""
+        for chunk in chunks:
+            for place, parameter in named_parameters(chunk, self.settings, self.groups):
+                num_rows = self.settings.vocab_size if is_vocabulary(place.name) else None
+                yield place.name, Piece.of(place, parameter, num_rows), parameter
 
-    def _point_to(self, checkpoint: Path) -> None:
-        fresh = self.directory / "latest.tmp"
-        fresh.write_text(checkpoint.name + "\n")
-        os.replace(fresh, self.directory / "latest")
+    def _model(self) -> dict[str, Any]:
+        return {key: getattr(self.settings, key) for key in SAME_MODEL}
+
+    def _on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main process, on all. So with a CheckpointError that it raises."""
+        outcome: list[Any] = [None]
+        if self.groups.is_main:
+            try:
+                outcome = [work()]
+            except CheckpointError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
+    def _fail_together(self, what: str, error: BaseException | None) -> None:
+        """Raises CheckpointError on all processes when one has an error."""
+        for rank, reason in enumerate(self._from_all(error and _reason(error))):
+            if reason is not None:
+                raise CheckpointError(f"{what}: {reason} (process {rank})")
+
+    def _from_all(self, mine: Result) -> list[Result]:
+        """What all processes say, in the order of their ranks."""
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine)
+        return said
+
+
+def _file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
-    """Type and message, cut short; of what the first rank that failed met, where torch wrapped all ranks' errors."""
-    if isinstance(error, CheckpointException):
-        error, _ = next(iter(error.failures.values()))
-    return f"{type(error).__name__}: {str(error)[:300]}"
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

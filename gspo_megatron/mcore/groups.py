@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from gspo_megatron.layout import Layout
 from gspo_megatron.mcore.context import SumOverRanks
 
+Number = TypeVar("Number", int, float)
+
 
 class Groups:
     """The process groups of one layout (the `Ranks` of types.py). Rank order: tp fastest, then cp, dp, pp slowest."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -26,7 +28,7 @@ class Groups:
             expert_tensor_parallel_size=layout.etp,
             create_gloo_process_groups=False,
         )
-        self.layout = layout
+        self.layout, self.device = layout, device
         self.collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp, self.pp, self.cp = self.collection.tp, self.collection.pp, self.collection.cp
         self.tp_rank, self.pp_rank, self.cp_rank = self.tp.rank(), self.pp.rank(), self.cp.rank()
@@ -58,13 +60,18 @@ class Groups:
         """See `Ranks.sum_over_parts`."""
         return partial_S if self.cp_size == 1 else SumOverRanks.apply(partial_S, self.cp)
 
-    def most(self, counts: list[int], device: torch.device) -> list[int]:
-        """The largest of all processes' numbers, one by one."""
+    def most(self, numbers: list[Number]) -> list[Number]:
+        """The largest of all processes' numbers, one by one: all int, or all float and none NaN."""
         if dist.get_world_size() == 1:
-            return counts
-        largest = torch.tensor(counts, device=device)
+            return numbers
+        dtype = torch.float64 if isinstance(numbers[0], float) else torch.int64
+        largest = torch.tensor(numbers, dtype=dtype, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
+
+    def agree(self, flag: bool) -> bool:
+        """See `Ranks.agree`."""
+        return self.most([int(flag)]) == [1]
 
     def close(self) -> None:
         """Ends the groups, when every process is done: nobody hangs up on a rank that still talks."""

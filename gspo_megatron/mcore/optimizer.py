@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from gspo_megatron.config import OptimizerConfig
@@ -24,7 +25,7 @@ def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerCon
             chunk.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
-                use_distributed_optimizer=_distributed(lane, settings),
+                use_distributed_optimizer=is_distributed(lane, settings),
                 overlap_grad_reduce=not lane.on_cpu,
                 # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
                 check_for_nan_in_grad=False,
@@ -57,45 +58,71 @@ def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings:
                 clip_grad=settings.clip_grad,
                 bf16=lane.dtype == torch.bfloat16,
                 params_dtype=torch.bfloat16 if lane.dtype == torch.bfloat16 else torch.float32,
-                use_distributed_optimizer=_distributed(lane, settings),
+                use_distributed_optimizer=is_distributed(lane, settings),
             ),
             chunks,
             use_gloo_process_groups=False,
         )
 
 
-def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """The moments and step counts that torch's Adam makes at its first step, for a checkpoint to be loaded into.
+class AdamShard(NamedTuple):
+    """What the optimizer of this rank keeps of a model parameter: of its elements `start` to `end`, flattened, the
+    values that it updates (float32 under bf16) and Adam's moments."""
 
-    Megatron's distributed optimizer reads the step count before it loads one (distrib_optimizer.py state_dict, in
-    0.16.1 and 0.19.2). Adams of other packages count steps per group, and are left alone.
+    start: int
+    end: int
+    main: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def adam_shards(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> dict[Tensor, AdamShard]:
+    """The shards of the parameters of `chunks`; the tensors are the optimizer's own, to be read or written.
+
+    Moments that Adam has not made yet are made, as zeros.
     """
-    for _, parameter, state in _torch_adam_states(optimizer):
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-
-
-def restore_step_counts(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its step count, after a checkpoint was loaded.
-
-    Megatron's distributed optimizer loads the count into the parameter groups, and hands all parameters one tensor,
-    which keeps its old value, and which torch's Adam would increment once for each of them (distrib_optimizer.py
-    load_state_dict and _set_main_param_and_optimizer_states, in 0.16.1 and 0.19.2).
-    """
-    for group, _, state in _torch_adam_states(optimizer):
-        state["step"] = torch.tensor(float(group.get("step", state["step"])))
-
-
-def _torch_adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
-    """(group, parameter, its state) where the optimizer inside is torch's."""
+    model_parameters = {getattr(p, "main_param", p): p for chunk in chunks for p in chunk.parameters()}
+    found = {}
     for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    yield group, parameter, part.optimizer.state[parameter]
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+        if isinstance(part, DistributedOptimizer):
+            for parameter, (group, order) in part.model_param_group_index_map.items():
+                span = part._get_model_param_range_map(parameter)["param"]
+                main = part.optimizer.param_groups[group]["params"][order]
+                found[parameter] = _shard(span.start, span.end, main, part.optimizer.state[main])
+        else:
+            for main in part.get_parameters():
+                state = part.optimizer.state[main]
+                found[model_parameters[main]] = _shard(0, main.numel(), main, state)
+    return found
 
 
-def _distributed(lane: Lane, settings: OptimizerConfig) -> bool:
-    """The distributed optimizer casts its gradient shards to float32, so float64 runs go without."""
+def _shard(start: int, end: int, main: Tensor, state: dict[str, Tensor]) -> AdamShard:
+    return AdamShard(start, end, *(x.detach().view(-1) for x in (main, state["exp_avg"], state["exp_avg_sq"])))
+
+
+def get_step_count(optimizer: MegatronOptimizer) -> int:
+    """Updates that Adam has made."""
+    counters = [counter for part in optimizer.chained_optimizers for counter in _step_counters(part.optimizer)]
+    return int(max((counter.get("step", 0) for counter in counters), default=0))
+
+
+def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
+    """Makes Adam go on as after `count` updates."""
+    for part in optimizer.chained_optimizers:
+        for counter in _step_counters(part.optimizer):
+            counter["step"] = torch.tensor(float(count)) if isinstance(part.optimizer, torch.optim.Adam) else count
+
+
+def _step_counters(adam: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
+    """torch's Adam counts for each parameter; Transformer Engine's and Apex's for each group."""
+    return adam.state.values() if isinstance(adam, torch.optim.Adam) else adam.param_groups
+
+
+def is_distributed(lane: Lane, settings: OptimizerConfig) -> bool:
+    """Whether the optimizer's state is cut over data-parallel ranks. The distributed optimizer casts its gradient
+    shards to float32, so float64 runs go without."""
     return settings.distributed and lane.dtype != torch.float64

@@ -59,11 +59,13 @@ def is_vocabulary(name: str) -> bool:
 
 
 def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
-    """The parameter's name in the whole model: layers and experts counted over all ranks."""
+    """The parameter's name in the whole model, with layers and experts counted over all ranks; that of the local layer
+    spec, also where the Transformer Engine spec holds it elsewhere: an attention's input norm in the layer behind it,
+    the experts' matrices in one layer."""
+    name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
+    name = re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
     name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
-    return re.sub(
-        r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+", lambda n: str(int(n.group()) + expert_offset), name
-    )
+    return re.sub(r"(?<=local_experts\.)\d+", lambda n: str(int(n.group()) + expert_offset), name)
 
 
 def named_parameters(model: Any, m: ModelConfig, groups: Groups) -> Iterator[tuple[Place, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from gspo_megatron.config import Config
@@ -15,8 +16,9 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wrap_model
 from gspo_megatron.mcore.parameters import Place, named_parameters
+from gspo_megatron.mcore.replicas import differing_replicas
 from gspo_megatron.metrics import merge
-from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
+from gspo_megatron.types import Accept, Loss, Metric, MicroBatch, UpdateBatch
 
 
 class MegatronPolicy:
@@ -57,8 +59,8 @@ class MegatronPolicy:
         )
         return list(self.groups.from_last_stage(joined).split(counts))
 
-    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float) -> dict[str, Metric]:
-        """See `Policy.update`. Raises FloatingPointError when the gradient norm is not finite."""
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
+        """See `Policy.update`."""
         for group in self.optimizer.param_groups:
             # Megatron's own scheduler, unused here, is what would apply these factors; norms have wd_mult 0.
             group["lr"] = lr * group.get("lr_mult", 1.0)
@@ -68,17 +70,32 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
         temperature = self.config.rollout.temperature
-        per_micro_batch = schedule.train(self.chunks, self.groups, here, loss, temperature=temperature)
+        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, temperature=temperature))
         with self.lane.optimizer_scope():
-            _, grad_norm, _ = self.optimizer.step()
-        grad_norm = float(grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"gradient norm is {grad_norm} after policy version {self.version}; lower optimizer.lr or look at "
-                f"the rollouts of this step"
-            )
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+        bad_loss = "loss" in metrics and not math.isfinite(metrics["loss"].total)
+        # Only the last stage knows the loss, and replicas may add up the same norm in another order. All ranks go by
+        # the worst of them, so that they decide alike and clip alike.
+        grad_norm, bad = self.groups.most([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
+        if accept is None or accept(grad_norm, not bad):
+            self._step(grad_norm)
         self.version += 1
-        return merge(per_micro_batch) | {"grad_norm": Metric(grad_norm)}
+        first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # all ranks know it; it counts once
+        return metrics | ({"grad_norm": Metric(grad_norm)} if first else {})
+
+    def _step(self, grad_norm: float) -> None:
+        """The rest of what `self.optimizer.step()` does, which in one call could not be asked after the norm."""
+        clip_grad = self.config.optimizer.clip_grad
+        with self.lane.optimizer_scope():
+            for part in self.optimizer.chained_optimizers:
+                if clip_grad > 0 and (parameters := part.get_parameters()):
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+            self.optimizer.step_with_ready_grads()
+
+    def differing_replicas(self) -> list[str]:
+        """See `Policy.differing_replicas`."""
+        return differing_replicas(self.model, self.config.model, self.groups)
 
     def gradients(self) -> Iterator[tuple[Place, Tensor]]:
         """The last update's gradients of this rank's parameters, reduced over all ranks. Complete where

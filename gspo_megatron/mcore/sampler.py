@@ -7,7 +7,7 @@ a context-parallel group hold the same weights and sample different rollouts, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.attention import KVCache, PackedTokens, decoding, packed, prompts_into_cache
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
-from gspo_megatron.types import Prompt, Rollout
+from gspo_megatron.types import Prompt, Rollout, StopAsked
 
 
 class Feed(NamedTuple):
@@ -36,12 +36,15 @@ class Feed(NamedTuple):
 
 
 class MegatronSampler:
-    """`Sampler` of types.py. `eos_id` ends a response, `pad_id` fills places that attention never reads."""
+    """`Sampler` of types.py. `eos_id` ends a response, `pad_id` fills places that attention never reads.
+    `stop` is asked at every token; when it says yes on any process, generate raises StopAsked on all."""
 
-    def __init__(self, policy: MegatronPolicy, *, eos_id: int, pad_id: int) -> None:
+    def __init__(
+        self, policy: MegatronPolicy, *, eos_id: int, pad_id: int, stop: Callable[[], bool] = lambda: False
+    ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.lane.device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
         self.multiple = token_multiple(policy.config)
         rules = packing_rules(policy.config)
         # What packing_rules asks of micro-batches holds for the forwards of a step here: so many of them, as long.
@@ -93,7 +96,7 @@ class MegatronSampler:
             now += [{} for _ in range(self.num_feeds - len(now))]
             lengths = [sum(map(len, pack)) for pack in now]
             if self.same_tokens:
-                lengths = self.groups.most(lengths, self.device)
+                lengths = self.groups.most(lengths)
             feeds = [self._prompts(pack, cache, rollouts, length) for pack, length in zip(now, lengths, strict=True)]
             rows = [row for pack in now for rows in pack.values() for row in rows]
             going_on += self._take(rollouts, rows, self._draw(feeds, how))
@@ -172,7 +175,11 @@ class MegatronSampler:
         return going_on
 
     def _most(self, count: int) -> int:
-        return self.groups.most([count], self.device)[0]
+        """The largest of all processes' counts, and whether to stop, in one exchange."""
+        most, stop = self.groups.most([count, int(self.stop())])
+        if stop:
+            raise StopAsked
+        return most
 
     def _padded(self, num_tokens: int) -> int:
         """The tokens of a forward that has to hold `num_tokens`: a positive multiple of self.multiple."""

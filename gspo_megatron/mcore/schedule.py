@@ -45,7 +45,7 @@ def train(
             _bare(chunks[-1]), groups, micro_batch, hidden, temperature, with_entropy=True
         )
         terms = loss(log_probs_R, entropy_R, micro_batch, batch)
-        return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach(), reduction="sum")}
+        return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach().double(), reduction="sum")}
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(micro_batches)
