@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo gsm8k bench grid test test-next check gpu clean
+.PHONY: help venv venv-next demo gsm8k bench grid test test-next test-slurm check gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -35,17 +35,22 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 		data.train=$(GSM8K)/train.jsonl data.eval=$(GSM8K)/test.jsonl $(ARGS)
 	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.6M-parameter MoE"
 
-bench: .venv/.installed ## Time a step of the demo, and the memory of log-probs at a vocabulary of 151,936
+bench: .venv/.installed ## Time a step of the demo and a checkpoint; memory of log-probs at a vocabulary of 151,936
 	.venv/bin/torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml --output docs/runs/bench_step.json
 	.venv/bin/python tools/bench_log_probs_memory.py --output docs/runs/bench_log_probs_memory.json
+	.venv/bin/python -W ignore tools/bench_checkpoint.py --output docs/runs/bench_checkpoint.json
 
-grid: .venv/.installed ## Compare every layout of up to 8 processes with one process; half an hour
+grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
 	.venv/bin/python -W ignore tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md $(ARGS)
+	PYTHONPATH=tools .venv/bin/python -W ignore tests/test_layouts.py docs/runs/layouts.json
 
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
 test-next: .venv-next/.installed ## Run it with the next Megatron-Core
 test test-next:
 	$(<D)/bin/python -m pytest $(ARGS)
+
+test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
+	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check

@@ -28,7 +28,7 @@ from gspo_megatron.interrupt import REFUSED, STOPPED, STOPPED_BY_GUARD, Interrup
 from gspo_megatron.lookout import Lookout
 from gspo_megatron.metrics import RunWriter
 from gspo_megatron.plan import describe_plan
-from gspo_megatron.store import CheckpointStore, RunLock
+from gspo_megatron.store import POINTER, CheckpointStore, RunLock
 from gspo_megatron.trainer import Trainer, rewards_of, variant_of
 from gspo_megatron.types import CheckpointError, ConfigError, DataError, GuardError, Position, StopAsked
 
@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, lane: Lane, inputs: Inputs, console: Console) -> int:
     """Runs until the end, or until asked to stop; returns the exit status."""
-    if lane.restarts and config.checkpoint.load == "none":
+    if lane.restarts and (Path(config.run.dir) / "checkpoints" / POINTER).exists():
+        # The command says what the first attempt was to begin from.
         console.say("restarted by torchrun: continuing from the newest checkpoint of this run")
         config.checkpoint.load = "latest"
     c = config.checkpoint
@@ -247,6 +248,9 @@ def leave_status(status: int) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
+    try:
+        status = main()
+    except SystemExit as usage:  # of the argument parser
+        status = int(usage.code or 0)
     leave_status(status)
     sys.exit(status)

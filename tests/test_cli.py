@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from gspo_megatron.config import load_config
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.device import Lane, open_lane
 from gspo_megatron.plan import count_parameters
-from gspo_megatron.train import main, wants_transformer_engine
-from gspo_megatron.types import ConfigError
+from gspo_megatron.store import RunLock
+from gspo_megatron.train import changed_settings, leave_status, main, wants_transformer_engine
+from gspo_megatron.types import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "examples" / "cpu_tiny_moe.yaml")
@@ -209,3 +211,29 @@ def test_the_plan_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = (line for line in readme.splitlines() if "--dry-run --world-size" in line)
     assert main(command.split("gspo_megatron.train")[1].split()) == 0
     assert "64 processes = tp 4 x pp 1 x cp 1 x dp 16; experts: ep 8" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLock(tmp_path):
+        message = refused(capsys, f"run.dir={tmp_path}")
+    assert f"run.dir={tmp_path} is in use by process {os.getpid()}" in message
+
+
+def test_the_first_process_to_leave_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_status(2)
+    file = tmp_path / "status"
+    monkeypatch.setenv("GSPO_STATUS_FILE", str(file))
+    leave_status(75)
+    leave_status(1)
+    assert file.read_text() == "75\n"
+
+
+def test_settings_that_changed_are_said_and_some_are_refused() -> None:
+    config = load_config(None)
+    state = {"config": json.loads(json.dumps(asdict(config))), "step": None}
+    assert changed_settings(state, config) == []
+    other = load_config(None, ["optimizer.lr=0.5", "run.seed=7", "parallel.ep=2", "run.dir=x", "rollout.group_size=2"])
+    changed = ["rollout.group_size: 2, was 8", "optimizer.lr: 0.5, was 1e-06", "run.seed: 7, was 1"]
+    assert changed_settings(state, other) == changed
+    with pytest.raises(CheckpointError, match=r"inside a step .*\(rollout.group_size: 2, was 8; run.seed: 7, was 1\)"):
+        changed_settings({**state, "step": {"number": 3}}, other)

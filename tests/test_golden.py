@@ -1,6 +1,6 @@
 """Ten steps of a tiny run, against numbers written down. A change to them is explained in CHANGELOG.md.
 
-python tests/test_golden.py      writes them anew
+PYTHONPATH=tools python tests/test_golden.py      writes them anew
 """
 
 from __future__ import annotations

