@@ -4,7 +4,7 @@ command.
 In float64 a layout may change the rounding of sums, and what Adam makes of it over tens of updates: 1e-12 has been seen
 in log-probs. More than 1e-9 is a mistake.
 
-    PYTHONPATH=tools python tests/test_layouts.py docs/runs/layouts.json      writes the largest differences on each layout
+    PYTHONPATH=tools python tests/test_layouts.py docs/runs/layouts.json      writes what differs on each layout
 """
 
 from __future__ import annotations
