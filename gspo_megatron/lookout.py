@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 from typing import NamedTuple
 
@@ -31,10 +32,12 @@ EXPLAINED = (CheckpointError, ConfigError, DataError, GuardError)
 
 
 class Note(NamedTuple):
-    """What a rank wrote last: its host, where in the run it was, when (seconds since 1970), and what ended it."""
+    """What a rank wrote last: its host, where in the run it was, for how many seconds, when (seconds since 1970), and
+    what ended it."""
 
     host: str
     where: str
+    for_s: float
     time: float
     error: str
 
@@ -77,14 +80,14 @@ class Lookout:
         self._over = True
 
     def _keep_writing(self) -> None:
-        told = 0.0
+        told = time.monotonic()
         while not self._over:
             self._news.wait(BEAT_S)
             self._news.clear()
             try:
                 self._write()
-                if time.monotonic() - self._since > self._patience_s and self._since != told:
-                    told = self._since
+                if time.monotonic() - max(self._since, told) > self._patience_s:
+                    told = time.monotonic()
                     missing = self._missing()
                     if not self._error:  # otherwise __exit__ says it
                         self._say(missing)
@@ -92,7 +95,8 @@ class Lookout:
                 return  # Without its store the run ends soon, on every rank, and each says so.
 
     def _write(self) -> None:
-        note = Note(self._host, self._where, self._ended or time.time(), self._error)
+        for_s = time.monotonic() - self._since
+        note = Note(self._host, self._where, for_s, self._ended or time.time(), self._error)
         self._store.set(str(self._rank), json.dumps(note))
 
     def _read(self) -> list[Note]:
@@ -129,6 +133,16 @@ class Lookout:
         if failed and (first := min(failed, key=lambda rank: notes[rank].time)) != self._rank:
             note = notes[first]
             return f"rank {first} (host {note.host}) failed first, in {note.where}: {note.error}; {here}"
+        places = Counter(note.where for note in notes)
+        usual, number = places.most_common(1)[0]
+        if self._rank == 0 and len(places) > 1:
+            # All write notes, and some are elsewhere: one of them hangs there, or the others do.
+            found = [
+                f"rank {rank} (host {note.host}) has been in {note.where} for {note.for_s:.0f} s"
+                for rank, note in enumerate(notes)
+                if note.where != usual
+            ]
+            return "; ".join([*found[:NAMED], f"of {len(notes)} ranks, {number} in {usual}"])
         return ""
 
     def _say(self, text: str) -> None:

@@ -101,7 +101,10 @@ class RunWriter:
             with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
                 aside.writelines(replaced)
         fresh = self._path.with_suffix(".tmp")
-        fresh.write_text("".join(kept))
+        with fresh.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(fresh, self._path)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
@@ -109,6 +112,9 @@ class RunWriter:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+            # A checkpoint of this step is about to outlive a power cut; so must its row.
+            file.flush()
+            os.fsync(file.fileno())
         if self._board is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, (int, float)):

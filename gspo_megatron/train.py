@@ -116,10 +116,14 @@ def open_trainer(
                 f"checkpoint.load={c.load}: that run had no reference policy, so algorithm.kl_coef above 0 has nothing "
                 "to hold against; set algorithm.kl_coef=0, or start anew with checkpoint.load=none"
             )
+        for setting in changed_settings(state, config) if state else ():
+            console.warn(f"continuing with another {setting}")
+        own = c.load == "latest" or Path(c.load).resolve().parent == store.directory.resolve()
         first_step = state["position"][1] + 1 if state and state["began"] else 0
         if state:
             console.say(f"continuing after {describe(Position(*state['position']))}")
-        writer = RunWriter.of_run(config, first_step=first_step, fresh=not state) if groups.is_main else None
+        fresh = not (state and own)
+        writer = RunWriter.of_run(config, first_step=first_step, fresh=fresh) if groups.is_main else None
         parts = (policy, sampler, groups, inputs.tokenizer, inputs.train_prompts, inputs.eval_prompts)
         try:
             yield Trainer(config, *parts, checkpoints, writer, console, state=state, stop=stop, note=lookout.note)
@@ -219,12 +223,19 @@ def train(config: Config, lane: Lane, inputs: Inputs, console: Console) -> int:
         console.say("restarted by torchrun: continuing from the newest checkpoint of this run")
         config.checkpoint.load = "latest"
     c = config.checkpoint
+    if lane.nodes > 1 and lane.max_restarts:
+        raise ConfigError(
+            "torchrun --max-restarts on several nodes: their counts of restarts differ, so they would not find one "
+            "another; set --max-restarts=0 and start the job again (examples/slurm/train.sbatch does)"
+        )
     lock = RunLock(Path(config.run.dir)) if lane.rank == 0 else nullcontext()
-    with lock, Interrupt(exit_after_s=c.exit_after_s, grace_s=c.grace_s) as interrupt:
+    interrupt = Interrupt(exit_after_s=c.exit_after_s, grace_s=c.grace_s)
+    with lock:
         if isinstance(lock, RunLock) and lock.warning:
             console.warn(lock.warning)
         try:
-            with open_trainer(config, lane, inputs, console, interrupt) as trainer:
+            # Signals are handled from when there is something to save.
+            with open_trainer(config, lane, inputs, console, interrupt) as trainer, interrupt:
                 try:
                     trainer.fit()
                 except StopAsked:

@@ -10,6 +10,7 @@ One step (`Trainer.step`):
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import statistics
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.config import Config
+from gspo_megatron.config import Config, to_yaml
 from gspo_megatron.console import Console
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.prompts import PromptOrder, PromptSource
@@ -118,6 +119,7 @@ class Trainer:
         self.stop, self.note = stop, note
         self.guards = Guards(config, ranks, writer, self.console.warn, state and state["guards"])
         self.seconds: dict[str, float] = {}
+        self.pause_s = 0.0
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps, self.under_way = 0, 0, None
         self.began = False
@@ -128,21 +130,24 @@ class Trainer:
             if state["step"] is not None:
                 self.under_way = StepUnderWay.of_state(state["step"], ranks, policy.score_dtype)
                 self.pack(self.under_way)
-        self.saved = None if state is None else self.position
+        # What was loaded from elsewhere is not this run's until it is saved here.
+        self.saved = self.position if state is not None and config.checkpoint.load == "latest" else None
 
     # ---------------------------------------------------------------------------------------------------- the run
 
     def fit(self) -> None:
         """Trains until train.steps are completed, from wherever the run stands. Raises StopAsked when `stop` said so;
-        the run is saved then."""
+        the run is saved then, in this run's directory, wherever it was loaded from."""
         for warning in self.variant.warnings():
             self.console.warn(warning)
         try:
+            if self.position != self.saved and self.position != Position(0, 0, 0):
+                self.save(wait=True)
             self.run()
         except StopAsked:
             self.save(wait=True)
             raise
-        except GuardError:
+        except (GuardError, DataError):
             if self.checkpoints:
                 self.checkpoints.finish()
             raise
@@ -175,15 +180,20 @@ class Trainer:
 
     def safe_point(self) -> None:
         """Completes a save in the background; raises StopAsked on all processes when one has been asked to stop."""
-        if self.checkpoints:
-            self.checkpoints.finish(wait=False)
+        self.complete_save()
         if self.ranks.agree(self.stop()):
             raise StopAsked
+
+    def complete_save(self) -> None:
+        """Lets a save in the background come to its end, if its files are written."""
+        if self.checkpoints:
+            self.checkpoints.finish(wait=False)
 
     def save(self, *, wait: bool) -> None:
         """Keeps the run as it stands, unless that is kept already."""
         if self.checkpoints is None:
             return
+        start = time.perf_counter()
         if self.position != self.saved:
             self.note(f"saving after {self.completed_steps} steps")
             state = {
@@ -191,6 +201,7 @@ class Trainer:
                 "policy_version": self.policy.version,
                 "began": self.began,
                 "config": asdict(self.config),
+                "config_sha256": hashlib.sha256(to_yaml(self.config).encode()).hexdigest(),
                 "guards": self.guards.state(),
                 "step": self.under_way.state(self.ranks) if self.under_way and self.under_way.updates else None,
             }
@@ -198,10 +209,12 @@ class Trainer:
             self.saved = self.position
         if wait:
             self.checkpoints.finish()
+        self.pause_s = time.perf_counter() - start
 
     def step(self, number: int) -> dict[str, Any]:
         """One iteration of the algorithm, from wherever it stands; returns its row of metrics."""
-        self.seconds = {"rollout": 0.0, "log_probs": 0.0}
+        # The save ahead of this step is told with it.
+        self.seconds, self.pause_s = {"rollout": 0.0, "log_probs": 0.0, "checkpoint": self.pause_s}, 0.0
         with self.timed("step"):
             if self.under_way is None or self.under_way.number != number:
                 self.under_way = self.begin_step(number)
@@ -233,11 +246,13 @@ class Trainer:
         self.note(f"step {number}, sampling")
         with self.timed("rollout"):
             groups = self.sample(number)
+        self.complete_save()
         step = StepUnderWay(number, groups, self.sequences(groups))
         self.pack(step)
         self.note(f"step {number}, scoring")
         with self.timed("log_probs"):
             self.score(step.batches)
+        self.complete_save()
         self.guards.check_log_probs(step)
         return step
 

@@ -104,7 +104,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class PackingRules:
-    """What a parallel layout asks of micro-batches (`checks.packing_rules` tells which of it this run needs).
+    """What a parallel layout asks of micro-batches (`layout.packing_rules` tells which of it a run needs).
 
     Attributes:
         sequence_multiple: every sequence is padded to a multiple of so many tokens.

@@ -22,6 +22,7 @@ from gspo_megatron.device import cpu
 from gspo_megatron.types import ConfigError
 
 TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+TORCHRUN |= {"TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "1"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -35,7 +36,9 @@ class Lane:
     world_size: int
     rank: int
     restarts: int = 0
-    """How often torchrun has started this process's group anew (--max-restarts)."""
+    """How often torchrun has started this node's processes anew."""
+    max_restarts: int = 0
+    nodes: int = 1
 
     @property
     def on_cpu(self) -> bool:

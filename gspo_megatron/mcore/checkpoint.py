@@ -16,6 +16,7 @@ gathers all of it on one rank, and 0.16.1 cannot read what 0.19.2 writes.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -49,6 +50,9 @@ SAME_MODEL = (
     "tie_embeddings",
 )
 """Settings of the model that decide which tensors there are, how large, and what their rows and columns mean."""
+
+POLL_S = 0.02
+"""How often the processes ask one another whether one of them still works on files."""
 
 Result = TypeVar("Result")
 Keyed = tuple[str, Piece, Tensor]
@@ -127,8 +131,11 @@ class MegatronCheckpoints:
         Raises CheckpointError, on all ranks, when it failed on one of them.
         """
         while saving := self._saving:
-            if not wait and self.groups.agree(not saving.work.done()):
-                return
+            while self.groups.agree(not saving.work.done()):
+                if not wait:
+                    return
+                # Writing and hashing may take longer than a collective may wait.
+                time.sleep(POLL_S)
             self._saving = None
             self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
             if not saving.completing:
@@ -233,12 +240,15 @@ class MegatronCheckpoints:
 
     def _on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main process, on all. So with a CheckpointError that it raises."""
+        running = self._writer.submit(work) if self.groups.is_main else None
+        while self.groups.agree(running is not None and not running.done()):
+            time.sleep(POLL_S)
         outcome: list[Any] = [None]
-        if self.groups.is_main:
-            try:
-                outcome = [work()]
-            except CheckpointError as error:
-                outcome = [error]
+        if running is not None:
+            error = running.exception()
+            if error is not None and not isinstance(error, CheckpointError):
+                raise error
+            outcome = [error or running.result()]
         dist.broadcast_object_list(outcome)
         if isinstance(outcome[0], CheckpointError):
             raise outcome[0]

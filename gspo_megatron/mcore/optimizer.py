@@ -65,6 +65,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings:
         )
 
 
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+"""They count steps for each parameter. In torch 2.6 the second is not one of the first."""
+
+
 class AdamShard(NamedTuple):
     """What the optimizer of this rank keeps of a model parameter: of its elements `start` to `end`, flattened, the
     values that it updates (float32 under bf16) and Adam's moments."""
@@ -85,7 +89,7 @@ def adam_shards(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module])
     found = {}
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam):
+        if isinstance(part.optimizer, TORCH_ADAM):
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
         if isinstance(part, DistributedOptimizer):
@@ -114,12 +118,12 @@ def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
     """Makes Adam go on as after `count` updates."""
     for part in optimizer.chained_optimizers:
         for counter in _step_counters(part.optimizer):
-            counter["step"] = torch.tensor(float(count)) if isinstance(part.optimizer, torch.optim.Adam) else count
+            counter["step"] = torch.tensor(float(count)) if isinstance(part.optimizer, TORCH_ADAM) else count
 
 
 def _step_counters(adam: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
     """torch's Adam counts for each parameter; Transformer Engine's and Apex's for each group."""
-    return adam.state.values() if isinstance(adam, torch.optim.Adam) else adam.param_groups
+    return adam.state.values() if isinstance(adam, TORCH_ADAM) else adam.param_groups
 
 
 def is_distributed(lane: Lane, settings: OptimizerConfig) -> bool:
