@@ -1,5 +1,5 @@
-"""What looks at a run while it runs: before numbers that are wrong reach the weights, the update is left out or the run
-stops, and the rollouts that brought them are kept.
+"""What looks at a run while it runs. An update whose numbers are wrong is left out, or the run stops, before they reach
+the weights, and the rollouts that brought them are kept; what shows only after a step stops the run before it is saved.
 
 Every rule goes by values that are the same on all ranks, so all of them skip together and stop together.
 """

@@ -101,18 +101,18 @@ def test_a_layout_changes_nothing(layout: str, one_process: Path, tmp_path: Path
             assert ours[name] == pytest.approx(expected, rel=tolerance, abs=tolerance), f"step {ours['step']}, {name}"
 
 
-@pytest.mark.parametrize("layout", ["ep2", "cp2"])
-def test_float32_starts_alike_with_clipped_gradients(layout: str, tmp_path: Path) -> None:
-    """float32 and the distributed optimizer: the rollouts and rewards of the first step, which follow 10 updates whose
+@pytest.mark.parametrize(("layout", "updates"), [("ep2", 10), ("cp2", 10), ("tp2_etp2", 0), ("tp2_pp2_ep2", 0)])
+def test_float32_starts_alike_with_clipped_gradients(layout: str, updates: int, tmp_path: Path) -> None:
+    """float32 and the distributed optimizer: the rollouts and rewards of the first step, also behind `updates` whose
     gradient is clipped, are the same; from there on Adam magnifies the rounding."""
     runs = []
     for name, (num_processes, axes) in {"one": (1, {}), layout: LAYOUTS[layout]}.items():
         (folder := tmp_path / name).mkdir()
-        settings = ("optimizer.clip_grad=0.5", "train.warm_start_steps=10", "train.steps=1")
+        settings = ("optimizer.clip_grad=0.5", f"train.warm_start_steps={updates}", "train.steps=1")
         runs.append(train(folder, num_processes, *settings, *overrides(axes)))
     one, two = runs
     assert without_log_probs(rollouts(two)[0]) == without_log_probs(rollouts(one)[0])
-    assert metrics(one)[1]["grad_norm"] > 0.5
+    assert metrics(one)[1]["grad_norm"] > 0.5 or not updates
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
@@ -141,11 +141,11 @@ def largest_differences(run: Path, reference: Path) -> list[dict[str, float]]:
 
 if __name__ == "__main__":
     measured: dict[str, Any] = {"versions": {name: version(name) for name in ("megatron-core", "torch")}}
-    # float32 twice: what its rounding does in the warm start is a matter of how long that is.
+    # float32 twice: what Adam makes of its rounding in the warm start is a matter of how long that is.
     for name, settings in {
         "fp64": ["precision.dtype=fp64"],
         "fp32": ["precision.dtype=fp32"],
-        "fp32, 10 warm-start updates": ["precision.dtype=fp32", "train.warm_start_steps=10"],
+        "fp32, no warm start": ["precision.dtype=fp32", "train.warm_start_steps=0"],
     }.items():
         measured[name] = {}
         with tempfile.TemporaryDirectory() as scratch:
