@@ -167,6 +167,8 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     metrics = trainer.reduce([trainer.policy.update(batch, trainer.policy_loss, lr=trainer.config.optimizer.lr)])
     # Each context-parallel rank has scored its own part of the sequences.
     metrics["log_probs"] = math.fsum(trainer.ranks.gather([sum(float(part.sum()) for part in scored)]))
+    if broken := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"{', '.join(broken)}: nothing can be compared; start from other weights or settings")
     return drawn, metrics
 
 
