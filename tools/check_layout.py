@@ -36,6 +36,7 @@ from gspo_megatron.checks import check_config
 from gspo_megatron.config import Config, DataConfig, RewardConfig, load_config
 from gspo_megatron.console import Console
 from gspo_megatron.device import open_lane
+from gspo_megatron.layout import AXES
 from gspo_megatron.plan import count_parameters
 from gspo_megatron.steps import StepUnderWay
 from gspo_megatron.train import load_inputs, open_trainer
@@ -50,7 +51,6 @@ with warnings.catch_warnings():
     from gspo_megatron.mcore.parameters import Place, is_vocabulary
     from gspo_megatron.mcore.policy import MegatronPolicy
 
-AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 SMALL = 20_000_000
 ON_CPU = ("precision.device=cpu", "precision.dtype=fp64", "precision.fp8=none", "precision.transformer_engine=auto")
 """Where and how both layouts run, unless the overrides say otherwise."""

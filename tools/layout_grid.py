@@ -23,10 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from check_layout import AXES, FIXED, Asked, Report, Row, compare, run
+from check_layout import FIXED, Asked, Report, Row, compare, run
 
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import Config, load_config
+from gspo_megatron.layout import AXES
 from gspo_megatron.train import load_inputs
 from gspo_megatron.types import ConfigError
 
