@@ -14,7 +14,7 @@ from local_ranks import run_distributed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_megatron.log_probs import linear_log_probs, torch_backend, vocab_parallel_logits
+from gspo_megatron.log_probs import blocks, linear_log_probs, vocab_parallel_logits
 from gspo_megatron.types import IGNORED, ConfigError, DataError
 
 H = 8
@@ -26,7 +26,7 @@ HALF_UNIT_BF16 = torch.finfo(torch.bfloat16).eps / 2 + 1e-5
 @pytest.fixture(autouse=True)
 def odd_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that divide neither the rows nor the vocabulary of any test."""
-    monkeypatch.setattr(torch_backend, "CPU_BLOCK", (3, 4))
+    monkeypatch.setattr(blocks, "CPU_BLOCK", (3, 4))
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Case:
 
     def oracle(self, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(log-probs, entropies, gradient of hidden, gradient of weight) from the full float64 logits."""
-        hidden_NH = self.hidden_NH.double().requires_grad_()
-        weight_VH = self.weight_VH.double().requires_grad_()
+        hidden_NH = self.hidden_NH.detach().double().clone().requires_grad_()
+        weight_VH = self.weight_VH.detach().double().clone().requires_grad_()
         log_p_NV = torch.log_softmax(hidden_NH @ weight_VH.T / temperature, dim=-1)
         is_scored_N = self.targets_N != IGNORED
         y_N = self.targets_N.clamp(min=0)
@@ -196,7 +196,7 @@ def test_keeps_hidden_rows_and_never_logits() -> None:
         (ConfigError, "hidden has 4 rows where 3 targets", {"targets_N": torch.tensor([0, 1, 2])}),
         (ConfigError, "float64 and weight torch.float32", {"weight_VpH": torch.zeros(VOCAB, H)}),
         (ConfigError, "temperature=0.0 must be positive", {"temperature": 0.0}),
-        (ConfigError, "backend='numpy' is not one of auto, torch", {"backend": "numpy"}),
+        (ConfigError, "backend='numpy' is not one of auto, torch, triton", {"backend": "numpy"}),
     ],
 )
 def test_refuses(error: type[ValueError], message: str, change: dict[str, Any]) -> None:
@@ -219,14 +219,25 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def expected_collectives(targets: list[int], size: int, sequence_parallel: bool, validate: bool) -> Counter[str]:
+    """Forward: the statistics of all rows at once, and the hidden rows under sequence parallel. Backward: one for each
+    chunk, of 3 rows or 3 // size of every rank."""
+    scored = [[y != IGNORED for y in targets[r * 12 // size : (r + 1) * 12 // size]] for r in range(size)]
+    if size == 1 or not any(map(any, scored)):
+        return Counter(allgather=int(validate and size > 1))
+    if sequence_parallel:
+        return Counter(allgather=2 + validate, reduce_scatter=-(-max(map(sum, scored)) // max(1, 3 // size)))
+    return Counter(allgather=1 + validate, allreduce=-(-sum(map(sum, scored)) // 3))
+
+
 def check_every_layout(num_columns: int) -> list[Tensor]:
     """On every rank. Returns all float32 log-probs and entropies, to be compared bit by bit between the ranks."""
-    torch_backend.CPU_BLOCK = (3, 4)
+    blocks.CPU_BLOCK = (3, 4)
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     shard = slice(rank * num_columns, (rank + 1) * num_columns)
     seen = []
-    for targets, sequence_parallel, (temperature, with_entropy) in product(
-        TARGETS.values(), [False, True], [(1.0, False), (0.7, True)]
+    for targets, sequence_parallel, (temperature, with_entropy), validate in product(
+        TARGETS.values(), [False, True], [(1.0, False), (0.7, True)], [True, False]
     ):
         case = make_case(targets)
         weight_VpH = pad_columns(case.weight_VH, size * num_columns)[shard]
@@ -237,6 +248,8 @@ def check_every_layout(num_columns: int) -> list[Tensor]:
             "group": group,
             "sequence_parallel": sequence_parallel,
             "vocab_size": VOCAB,
+            "validate": validate,
+            "store_bytes": 200 * (not validate),
         }
         with Collectives() as collectives:
             log_probs_N, entropy_N, d_hidden_NH, d_weight_VpH = run(case, case.hidden_NH[rows], weight_VpH, **options)
@@ -250,12 +263,7 @@ def check_every_layout(num_columns: int) -> list[Tensor]:
         assert_near(d_weight_VpH[:num_own], wanted[3][own_ids])
         assert (d_weight_VpH[num_own:] == 0).all()
 
-        if set(targets) == {IGNORED} or size == 1:
-            assert collectives.count == {}
-        elif sequence_parallel:
-            assert collectives.count == {"allgather": 2, "reduce_scatter": 1}
-        else:
-            assert collectives.count == {"allgather": 1, "allreduce": 1}
+        assert collectives.count == expected_collectives(targets, size, sequence_parallel, validate)
 
         single = linear_log_probs(case.hidden_NH[rows].float(), weight_VpH.float(), case.targets_N, **options)
         seen += [x.detach() for x in single if x is not None]
@@ -283,13 +291,52 @@ def check_errors_and_logits(num_columns: int) -> None:
     assert_near(logits_NV, case.hidden_NH @ case.weight_VH.T)
 
     options = {"group": dist.group.WORLD, "vocab_size": VOCAB}
-    with Collectives() as collectives:
-        with pytest.raises(DataError, match="target 17 of row 11 "):
-            linear_log_probs(case.hidden_NH, weight_VpH, torch.tensor([*TARGETS["all"][:-1], 17]), **options)
-        if size > 1:
-            with pytest.raises(ConfigError, match=f"7 rows do not divide over {size} .* multiple of {size} rows"):
-                linear_log_probs(case.hidden_NH, weight_VpH, case.targets_N[:7], sequence_parallel=True, **options)
-    assert collectives.count == {}
+
+    def refused(error: type[Exception], message: str, targets_N: Tensor = case.targets_N, **arguments: Any) -> None:
+        given = {"hidden_NH": case.hidden_NH, "weight_VpH": weight_VpH} | options | arguments
+        with pytest.raises(error, match=message):
+            linear_log_probs(targets_N=targets_N, **given)
+
+    too_high = torch.tensor([*TARGETS["all"][:-1], 17])
+    refused(DataError, "target 17 of row 11 ", too_high)
+    if size == 1:
+        return
+    refused(
+        ConfigError,
+        f"7 rows do not divide over {size} .* multiple of {size} rows",
+        too_high[:7],
+        sequence_parallel=True,
+    )
+    # What is wrong on the last rank alone is an error on all of them.
+    is_last = rank == size - 1
+    message = "target 17 of row 11 " if is_last else f"rank {size - 1} of the {size} that share the vocabulary refuses"
+    refused(DataError, message, too_high if is_last else case.targets_N)
+    num_rows = 12 - size * is_last
+    refused(
+        DataError,
+        r"the number of rows differs over the \d ranks .*: \[12, ",
+        case.targets_N[:num_rows],
+        hidden_NH=case.hidden_NH[:num_rows],
+    )
+    refused(
+        DataError,
+        "the number of scored rows differs",
+        torch.full((12,), IGNORED) if is_last else case.targets_N,
+    )
+    refused(DataError, r"the sum of row \* target differs", case.targets_N.flip(0) if is_last else case.targets_N)
+    share = slice(rank * 12 // size, (rank + 1) * 12 // size)
+    for value in (torch.nan, torch.inf):
+        broken_NH = case.hidden_NH.clone()
+        broken_NH[10, 3] = value
+        message = "row 10: its hidden state is not finite .* as those of 1 of 12 scored rows"
+        refused(DataError, message, hidden_NH=broken_NH)
+        refused(DataError, message, hidden_NH=broken_NH[share], sequence_parallel=True)
+    broken_VpH = weight_VpH.clone()
+    broken_VpH[: 17 - rank * num_columns] = torch.nan
+    message = (
+        "row 0: its logits are not finite, though its hidden state is .* as those of 12 of 12 .* vocabulary matrix"
+    )
+    refused(DataError, message, weight_VpH=broken_VpH if rank == 0 else weight_VpH)
 
 
 def check_rank(num_columns: int) -> list[Tensor]:
@@ -333,7 +380,14 @@ def test_accelerators_multiply_bf16_into_float32() -> None:
     hidden_NH = torch.empty(4, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight_VH = torch.empty(VOCAB, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with Products() as products:
-        log_probs_N, _ = linear_log_probs(hidden_NH, weight_VH, torch.tensor([1, IGNORED, 2, 3]))
+        log_probs_N, _ = linear_log_probs(
+            hidden_NH,
+            weight_VH,
+            torch.tensor([1, IGNORED, 2, 3]),
+            backend="torch",
+            validate=False,
+            skip_zero_rows=False,
+        )
         log_probs_N.sum().backward()
     assert products.seen == {(torch.bfloat16, torch.bfloat16, torch.float32)}
     assert hidden_NH.grad is not None and hidden_NH.grad.dtype == torch.bfloat16

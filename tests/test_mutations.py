@@ -19,7 +19,7 @@ from check_layout import Asked, Drawn, Report, compare
 
 from gspo_megatron.config import Config, load_config
 from gspo_megatron.data import packing
-from gspo_megatron.log_probs import shards, torch_backend
+from gspo_megatron.log_probs import rows, shards, torch_kernels
 from gspo_megatron.mcore import compat, context, model, optimizer, parameters, sampler, schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.train import load_inputs
@@ -90,7 +90,7 @@ MUTATIONS = {
     ),
     "target looked up in shards that do not hold it": Mutation(
         TP,
-        torch_backend._block_statistics,
+        torch_kernels.row_statistics,
         "torch.where(is_inside_b, z_y_b - log_sum_b, -torch.inf)",
         "z_y_b - log_sum_b",
     ),
@@ -99,13 +99,13 @@ MUTATIONS = {
         TP, schedule.response_log_probs, "vocab_size=module.true_vocab_size", "vocab_size=None"
     ),
     "hidden states not gathered": Mutation(
-        TP, shards.Shards.gather_rows, "self.gather(padded_H)", "padded_H.expand(self.size, -1, -1)"
+        TP, rows.Rows.gather, "self.shards.gather(padded_H)", "padded_H.expand(self.shards.size, -1, -1)"
     ),
     "hidden gradient not reduced": Mutation(
         TP,
-        shards.Shards.sum_own_rows,
-        "_reduce_scatter(own_H, padded_tH.flatten(0, 1), group=self.group)",
-        "own_H.copy_(padded_tH[self.rank])",
+        rows.GradientReturn.send,
+        "shards.start_scatter(own_H, all_tH)",
+        "(own_H.copy_(all_tH[: len(own_H)]), None)[1]",
     ),
     "norm weights not marked": Mutation(
         TP, model.RMSNorm.__init__, "self.weight.sequence_parallel = config.sequence_parallel", "pass"

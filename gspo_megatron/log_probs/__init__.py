@@ -1,8 +1,11 @@
 """Log-probabilities of given tokens from hidden states and the vocabulary matrix, without ever holding the logits.
 
-linear.py         the public functions: which rows are scored, the autograd node, what crosses the ranks
-shards.py         a vocabulary in parts: how the results of parts become one, and the collectives between ranks
-torch_backend.py  the arithmetic of one shard, block by block, in plain torch
+linear.py           the public functions and the autograd node
+arguments.py        what they refuse, on all ranks together
+rows.py             which rows are scored, and how hidden states and their gradients travel
+shards.py           a vocabulary in parts: how the results of parts become one, and the collectives between ranks
+blocks.py           the rows of a chunk against one shard, block by block: matmuls, and what is kept for the backward
+torch_kernels.py    the arithmetic of a block, element by element; triton_kernels.py the same for accelerators
 """
 
 from gspo_megatron.log_probs.linear import linear_log_probs, vocab_parallel_logits

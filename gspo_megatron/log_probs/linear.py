@@ -1,18 +1,21 @@
 """Log-probs and entropies straight from hidden states and the vocabulary matrix.
 
 What crosses the tensor-parallel group: in a forward one all-gather of 2 or 3 numbers a row and, with sequence
-parallelism, one of the scored hidden rows; in a backward one reduce-scatter (with sequence parallelism) or all-reduce
-of the hidden gradient. Nothing when no row is scored.
+parallelism, one of the scored hidden rows; in a backward, for every chunk of rows, one reduce-scatter (with sequence
+parallelism) or all-reduce of the hidden gradient, behind the matmuls of the weight gradient. Nothing when no row is
+scored.
 
-Shape suffixes: N rows of a micro-batch, n those of them that are scored, m this rank's share of the n (all of them
-without sequence parallelism), t tensor-parallel ranks, V vocabulary, Vp one rank's shard, v the columns of the shard
-that are token ids, K statistics of a row, H hidden size.
+Shape suffixes: N rows of a micro-batch, n those of them that are scored, b some rows of a chunk of these, V vocabulary,
+Vp one rank's shard, v the columns of the shard that are token ids, K statistics of a row, H hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,11 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gspo_megatron.log_probs import torch_backend
+from gspo_megatron.log_probs import blocks
+from gspo_megatron.log_probs.arguments import check_lse, checked_targets
+from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows, moved
 from gspo_megatron.log_probs.shards import Shards, merge
-from gspo_megatron.types import IGNORED, ConfigError, DataError
+from gspo_megatron.types import IGNORED, ConfigError
 
-BACKENDS: dict[str, ModuleType] = {"auto": torch_backend, "torch": torch_backend}
+BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
+"""Modules with the kernels of a block, see `blocks.Kernels`."""
 
 
 def linear_log_probs(
@@ -38,16 +44,27 @@ def linear_log_probs(
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
     backend: str = "auto",
+    store_bytes: int = 0,
+    skip_zero_rows: bool = True,
+    validate: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(y) = z_y - log sum_v e^{z_v} and H = -sum_v p_v log p_v of z = h W^T / temperature, v < vocab_size.
 
     hidden_NH: [N, H]; with `sequence_parallel` this rank's contiguous rows of it, [N / t, H].
-    weight_VpH: this rank's contiguous shard of the vocabulary, ids [rank * Vp, (rank + 1) * Vp).
+    weight_VpH: this rank's contiguous shard of the vocabulary, ids [rank * Vp, (rank + 1) * Vp). Where Megatron's
+        gradient buffers hold a place for it (`main_grad`, `grad_added_to_main_grad`), its gradient is added there.
     targets_N: int64 [N], the same full list on every rank. Rows whose target is IGNORED never reach the matmul: their
-        results and gradients are 0, whatever their hidden state holds.
+        results and gradients are 0, whatever their hidden state holds. On the host they cost no wait for the device.
     group: the ranks that hold the vocabulary between them; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
+    backend: `torch`; `triton`, for accelerators; `auto` takes what suits the device.
+    store_bytes: memory in which exponentials may be kept between forward and backward, 2 to 8 bytes for each scored row
+        and column. What is not kept is computed again: a quarter of all the work where nothing is.
+    skip_zero_rows: rows whose gradients are exactly 0, as those of a clipped sequence, leave the backward. Which they
+        are is read from the device: one wait.
+    validate: check values as well as shapes: targets, finite rows, and that all ranks of the group were given the same
+        rows. It costs a small exchange and a wait for the device.
 
     Returns log-probs (natural logarithm) and, on request, entropies (nats): [N], float32 (float64 for float64 inputs),
     bitwise equal on every rank. No logit is rounded to bf16 on the way: its spacing is far above the clip band of 3e-4
@@ -56,40 +73,33 @@ def linear_log_probs(
     Differentiable in hidden and weight, for a loss that is the same on every rank. The gradient of hidden is that of
     the whole vocabulary, that of weight is the shard's own; both are added up in float32 (float64) and rounded once.
 
-    Raises ConfigError (settings, shapes) and DataError (a target that is no id) on every rank, before any exchange.
+    Raises ConfigError (settings, shapes) and DataError (a target that is no id, a row that is not finite, different
+    rows on different ranks); with `validate` on every rank of the group together.
     """
     shards = Shards.of(group)
-    vocab_size = _check_settings(hidden_NH, weight_VpH, targets_N, shards, sequence_parallel, vocab_size)
-    if temperature <= 0:
-        raise ConfigError(f"temperature={temperature} must be positive; score greedy samples at temperature 1")
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    # On the host: the exchange needs the counts as Python numbers, and one copy of the targets is one device wait.
-    targets_host_N = targets_N.cpu()
-    _check_targets(targets_host_N, vocab_size)
-
-    is_scored_N = targets_host_N != IGNORED
-    scored_n = is_scored_N.nonzero().flatten()
-    own_m, counts = scored_n, None
-    if not len(scored_n):
-        shards = Shards.of(None)
-    elif sequence_parallel and shards.size > 1:
-        own_m, counts = shards.own_rows(is_scored_N)
-
+    vocab_size, targets_host_N = checked_targets(
+        hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size, validate=validate
+    )
+    rows = Rows.of(targets_host_N != IGNORED, shards, sequence_parallel=sequence_parallel)
     first_id = shards.rank * len(weight_VpH)
     call = _Call(
-        backend=BACKENDS[backend],
-        shards=shards,
-        counts=counts,
-        columns_n=(targets_host_N[scored_n] - first_id).to(hidden_NH.device),
+        kernels=_kernels(backend, hidden_NH),
+        rows=rows,
+        columns_n=moved(targets_host_N[rows.order_n] - first_id, hidden_NH),
         num_columns=min(max(vocab_size - first_id, 0), len(weight_VpH)),
         inverse_temperature=1.0 / temperature,
         with_entropy=with_entropy,
+        store_bytes=store_bytes if torch.is_grad_enabled() else 0,
+        skip_zero_rows=skip_zero_rows,
+        validate=validate,
+        main_grad=getattr(weight_VpH, "main_grad", None) if hasattr(weight_VpH, "grad_added_to_main_grad") else None,
     )
-    hidden_mH = hidden_NH.index_select(0, own_m.to(hidden_NH.device))
-    log_probs_n, entropy_n = _LinearLogProbs.apply(hidden_mH, weight_VpH, call)
-    log_probs_N = _spread(log_probs_n, scored_n, len(targets_N))
-    return log_probs_N, _spread(entropy_n, scored_n, len(targets_N)) if with_entropy else None
+    log_probs_n, entropy_n = _LinearLogProbs.apply(hidden_NH, weight_VpH, call)
+    order_n = moved(rows.order_n, hidden_NH)
+    log_probs_N = log_probs_n.new_zeros(len(targets_N)).index_copy(0, order_n, log_probs_n)
+    if not with_entropy:
+        return log_probs_N, None
+    return log_probs_N, entropy_n.new_zeros(len(targets_N)).index_copy(0, order_n, entropy_n)
 
 
 @torch.no_grad()
@@ -102,102 +112,135 @@ def vocab_parallel_logits(
     Arguments as for `linear_log_probs`.
     """
     shards = Shards.of(group)
-    shard_NVp = torch_backend.logits(hidden_NH, weight_VpH)
+    shard_NVp = blocks.logits(hidden_NH, weight_VpH)
     return shards.gather(shard_NVp).movedim(0, 1).flatten(1)[:, :vocab_size]
 
 
-def _spread(values_n: Tensor, rows_n: Tensor, num_rows: int) -> Tensor:
-    return values_n.new_zeros(num_rows).index_copy(0, rows_n.to(values_n.device), values_n)
-
-
-def _check_settings(
-    hidden_NH: Tensor,
-    weight_VpH: Tensor,
-    targets_N: Tensor,
-    shards: Shards,
-    sequence_parallel: bool,
-    vocab_size: int | None,
-) -> int:
-    """Returns the true size of the vocabulary."""
-    num_rows, num_ids = len(targets_N), shards.size * len(weight_VpH)
-    if sequence_parallel and num_rows % shards.size:
-        raise ConfigError(
-            f"{num_rows} rows do not divide over {shards.size} sequence-parallel ranks; "
-            f"pad the micro-batch to a multiple of {shards.size} rows"
-        )
-    expected = num_rows // shards.size if sequence_parallel else num_rows
-    if len(hidden_NH) != expected:
-        raise ConfigError(
-            f"hidden has {len(hidden_NH)} rows where {num_rows} targets, {shards.size} ranks and "
-            f"sequence_parallel={sequence_parallel} ask for {expected}"
-        )
-    if hidden_NH.dtype != weight_VpH.dtype:
-        raise ConfigError(f"hidden is {hidden_NH.dtype} and weight {weight_VpH.dtype}; cast one to the other's dtype")
-    if vocab_size is not None and not 1 <= vocab_size <= num_ids:
-        raise ConfigError(f"vocab_size={vocab_size} must lie in [1, {num_ids}], the columns of the vocabulary matrix")
-    return num_ids if vocab_size is None else vocab_size
-
-
-def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
-    is_bad_N = (targets_N != IGNORED) & ((targets_N < 0) | (targets_N >= vocab_size))
-    if is_bad_N.any():
-        row = int(is_bad_N.nonzero()[0])
-        raise DataError(
-            f"target {int(targets_N[row])} of row {row} is neither an id in [0, {vocab_size}) nor IGNORED ({IGNORED}); "
-            "does the tokenizer belong to this model?"
-        )
+def _kernels(backend: str, x: Tensor) -> Any:
+    if backend == "auto":
+        # Triton's matmul has no float64.
+        has_triton = x.device.type != "cpu" and x.dtype != torch.float64 and find_spec("triton") is not None
+        backend = "triton" if has_triton else "torch"
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    return import_module(f"gspo_megatron.log_probs.{BACKENDS[backend]}")
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call fixes besides the two differentiable tensors. `counts` has the scored rows of every rank when
-    they must be exchanged, None when this rank has them all."""
+    """What one call fixes besides the two differentiable tensors."""
 
-    backend: ModuleType
-    shards: Shards
-    counts: list[int] | None
+    kernels: blocks.Kernels
+    rows: Rows
     columns_n: Tensor
     num_columns: int
     inverse_temperature: float
     with_entropy: bool
+    store_bytes: int
+    skip_zero_rows: bool
+    validate: bool
+    main_grad: Tensor | None
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_mH: Tensor, weight_VpH: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
-        hidden_nH = hidden_mH if call.counts is None else call.shards.gather_rows(hidden_mH, call.counts)
-        shard_Kn = call.backend.statistics(
-            hidden_nH,
-            weight_VpH[: call.num_columns],
-            call.columns_n,
-            call.inverse_temperature,
-            with_entropy=call.with_entropy,
-        )
-        lse_n, log_probs_n, *rest = merge(call.shards.gather(shard_Kn))
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VpH: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+        rows, store = call.rows, blocks.Store(call.store_bytes)
+        ctx.chunks = list(rows.chunks(blocks.block_shape(hidden_NH)[0]))
+        hidden_H = rows.gather(hidden_NH)
+        stats, ctx.kept = [blocks.no_statistics(hidden_NH, 0, call.with_entropy)], []
+        for chunk in ctx.chunks:
+            stats_Kb, kept = blocks.statistics(
+                call.kernels,
+                rows.take(hidden_H, torch.arange(chunk.rows.start, chunk.rows.stop)),
+                weight_VpH[: call.num_columns],
+                call.columns_n[chunk.rows],
+                call.inverse_temperature,
+                with_entropy=call.with_entropy,
+                store=store,
+            )
+            stats.append(stats_Kb)
+            ctx.kept.append(kept)
+        shard_Kn = torch.cat(stats, 1)
+        # Every rank has the same rows, so where there are none no rank waits for another.
+        lse_n, log_probs_n, *rest = merge(rows.shards.gather(shard_Kn) if len(rows) else shard_Kn[None])
+        if call.validate:
+            check_lse(lse_n, rows, hidden_H)
         entropy_n = rest[0] if call.with_entropy else None
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_nH, weight_VpH, lse_n, entropy_n)
+        ctx.save_for_backward(hidden_NH, hidden_H, weight_VpH, lse_n, log_probs_n, entropy_n)
         return log_probs_n, entropy_n
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_log_probs_n: Tensor | None, d_entropy_n: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_log_probs_n: Tensor | None, d_entropy_n: Tensor | None) -> tuple[Tensor, Any, None]:
         call: _Call = ctx.call
-        hidden_nH, weight_VpH, lse_n, entropy_n = ctx.saved_tensors
-        d_weight_VpH = torch.zeros_like(weight_VpH)
-        d_hidden_nH = call.backend.gradients(
-            hidden_nH,
-            weight_VpH[: call.num_columns],
-            call.columns_n,
-            call.inverse_temperature,
+        hidden_NH, hidden_H, weight_VpH, lse_n, log_probs_n, entropy_n = ctx.saved_tensors
+        row_n = blocks.RowGradients(
             lse_n,
-            torch.zeros_like(lse_n) if d_log_probs_n is None else d_log_probs_n,
-            None if d_entropy_n is None else (entropy_n, d_entropy_n),
-            d_weight_vH=d_weight_VpH[: call.num_columns],
+            log_probs_n,
+            torch.zeros_like(lse_n) if d_log_probs_n is None else d_log_probs_n * call.inverse_temperature,
+            None if d_entropy_n is None else entropy_n,
+            None if d_entropy_n is None else d_entropy_n * call.inverse_temperature,
         )
-        if call.counts is None:
-            d_hidden_mH = call.shards.sum(d_hidden_nH)
-        else:
-            d_hidden_mH = call.shards.sum_own_rows(d_hidden_nH, call.counts)
-        return d_hidden_mH.to(hidden_nH.dtype), d_weight_VpH, None
+        d_weight_VpH = call.main_grad
+        if d_weight_VpH is None:
+            d_weight_VpH = torch.zeros_like(weight_VpH, dtype=blocks.accumulator(weight_VpH))
+        d_hidden = GradientReturn(call.rows, hidden_NH)
+        kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward computes it again
+        indices = _rows_with_gradient(ctx.chunks, row_n, skip_zero_rows=call.skip_zero_rows)
+        for chunk, kept_of_chunk, index_b in zip(ctx.chunks, kept, indices, strict=True):
+            if not len(index_b):
+                continue
+            on_device_b = moved(index_b, hidden_NH)
+            blocks.gradients(
+                call.kernels,
+                call.rows.take(hidden_H, index_b),
+                weight_VpH[: call.num_columns],
+                call.columns_n[on_device_b],
+                call.inverse_temperature,
+                row_n.of(on_device_b),
+                _only(kept_of_chunk, chunk, index_b),
+                d_weight_vH=d_weight_VpH[: call.num_columns],
+                with_hidden=partial(d_hidden.send, chunk, index_b),
+            )
+        if call.main_grad is not None:
+            return d_hidden.finish(), _added_to_main_grad(weight_VpH), None
+        return d_hidden.finish(), d_weight_VpH.to(weight_VpH.dtype), None
+
+
+def _rows_with_gradient(
+    chunks: Sequence[Chunk], row_n: blocks.RowGradients, *, skip_zero_rows: bool
+) -> Iterator[Tensor]:
+    """For each chunk the rows, of the n and on the host, that take part in the backward."""
+    if not skip_zero_rows:
+        yield from (torch.arange(chunk.rows.start, chunk.rows.stop) for chunk in chunks)
+        return
+    has_gradient_n = row_n.d_log_probs != 0  # NaN has one
+    if row_n.d_entropy is not None:
+        has_gradient_n |= row_n.d_entropy != 0
+    has_gradient_n = has_gradient_n.cpu()
+    for chunk in chunks:
+        yield has_gradient_n[chunk.rows].nonzero().flatten() + chunk.rows.start
+
+
+def _only(kept: list[blocks.Kept], chunk: Chunk, index_b: Tensor) -> list[blocks.Kept]:
+    """What is kept of the chunk's rows `index_b`."""
+    if not kept or len(index_b) == chunk.rows.stop - chunk.rows.start:
+        return kept
+    at_b = moved(index_b - chunk.rows.start, kept[0].exp_bc)
+    return [blocks.Kept(exp_bc[at_b], max_b[at_b]) for exp_bc, max_b in kept]
+
+
+def _added_to_main_grad(weight_VpH: Any) -> Tensor | None:
+    """Tells Megatron's hook that the gradient is in the buffer already, and gives autograd what sets the hook off.
+
+    With overlapped reduction the hook insists on a gradient, which it then drops unread: any tensor of the right shape
+    does, and the weight itself takes no memory. It must never be added to, so where another gradient is added, that of
+    a tied embedding (`zero_out_wgrad`) or an older one, nothing is given.
+    """
+    weight_VpH.grad_added_to_main_grad = True
+    if getattr(weight_VpH, "zero_out_wgrad", False) or weight_VpH.grad is not None:
+        return None
+    return weight_VpH.detach()

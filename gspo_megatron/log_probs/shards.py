@@ -8,6 +8,7 @@ H hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,28 +63,10 @@ class Shards:
         _all_gather(gathered, mine.contiguous(), group=self.group)
         return gathered.view(self.size, *mine.shape)
 
-    def sum(self, mine: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(mine, group=self.group)
-        return mine
+    def start_sum(self, mine: Tensor) -> Any:
+        """Begins the sum over the ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
+        return dist.all_reduce(mine, group=self.group, async_op=True) if self.size > 1 else None
 
-    def own_rows(self, is_scored_N: Tensor) -> tuple[Tensor, list[int]]:
-        """Which rows of this rank's contiguous share of the N are scored, and how many are on each rank."""
-        is_scored_tN = is_scored_N.view(self.size, -1)
-        return is_scored_tN[self.rank].nonzero().flatten(), is_scored_tN.sum(1).tolist()
-
-    def gather_rows(self, mine_H: Tensor, counts: list[int]) -> Tensor:
-        """Rows of all ranks, [sum(counts), H], from `counts[rank]` rows on each; padded on the way to equal lengths."""
-        padded_H = mine_H.new_zeros((max(counts), mine_H.shape[1]))
-        padded_H[: len(mine_H)] = mine_H
-        return torch.cat([rows_H[:count] for rows_H, count in zip(self.gather(padded_H), counts, strict=True)])
-
-    def sum_own_rows(self, rows_nH: Tensor, counts: list[int]) -> Tensor:
-        """The transpose of `gather_rows`: the sum over the ranks of this rank's `counts[rank]` rows."""
-        padded_tH = rows_nH.new_zeros((self.size, max(counts), rows_nH.shape[1]))
-        for rank, rows_H in enumerate(rows_nH.split(counts)):
-            padded_tH[rank, : len(rows_H)] = rows_H
-        own_H = torch.empty_like(padded_tH[0])
-        _reduce_scatter(own_H, padded_tH.flatten(0, 1), group=self.group)
-        return own_H[: counts[self.rank]]
+    def start_scatter(self, own: Tensor, all_t: Tensor) -> Any:
+        """Begins the sum over the ranks of `all_t` [t * m, ...], of which each rank gets its part in `own` [m, ...]."""
+        return _reduce_scatter(own, all_t, group=self.group, async_op=True)

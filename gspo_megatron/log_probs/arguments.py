@@ -1,0 +1,131 @@
+"""What `linear_log_probs` refuses, and how all ranks of a group come to refuse it together.
+
+Shape suffixes: N rows of a micro-batch, n those of them that are scored, Vp one rank's shard of the vocabulary, H
+hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.log_probs.rows import Rows, moved
+from gspo_megatron.log_probs.shards import Shards
+from gspo_megatron.types import IGNORED, ConfigError, DataError
+
+
+def checked_targets(
+    hidden_NH: Tensor,
+    weight_VpH: Tensor,
+    targets_N: Tensor,
+    shards: Shards,
+    temperature: float,
+    sequence_parallel: bool,
+    vocab_size: int | None,
+    *,
+    validate: bool,
+) -> tuple[int, Tensor]:
+    """(true size of the vocabulary, targets on the host).
+
+    Raises ConfigError and, with `validate`, DataError, and then on all ranks: where one rank alone has something to
+    object to, the others would wait for it in the next exchange.
+    """
+    num_ids = shards.size * len(weight_VpH)
+    targets_host_N, objection = targets_N.cpu(), None
+    try:
+        _check_settings(hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size)
+        if validate:
+            _check_targets(targets_host_N, num_ids if vocab_size is None else vocab_size)
+    except (ConfigError, DataError) as error:
+        if not validate:
+            raise
+        objection = error
+    if validate and shards.size > 1:
+        seen = {
+            "the number of rows": len(targets_N),
+            "the number of scored rows": int((targets_host_N != IGNORED).sum()),
+            "the sum of row * target": int((targets_host_N * torch.arange(len(targets_N))).sum()),
+            "the hidden size": hidden_NH.shape[1],
+            "the shard of the vocabulary": len(weight_VpH),
+        }
+        _compare(seen, objection, shards, hidden_NH)
+    if objection:
+        raise objection
+    return num_ids if vocab_size is None else vocab_size, targets_host_N
+
+
+def check_lse(lse_n: Tensor, rows: Rows, hidden_H: Tensor) -> None:
+    """Raises DataError, on every rank, for the first row whose log-sum-exp is not finite."""
+    bad_n = (~lse_n.isfinite()).nonzero().flatten().cpu()
+    if not len(bad_n):
+        return
+    first = bad_n[int(rows.order_n[bad_n].argmin())][None]
+    hidden_is_bad = not bool(rows.take(hidden_H, first).isfinite().all())
+    raise DataError(
+        f"row {int(rows.order_n[first])}: "
+        + (
+            "its hidden state is not finite"
+            if hidden_is_bad
+            else "its logits are not finite, though its hidden state is"
+        )
+        + f" (log-sum-exp {float(lse_n[int(first)])}), as those of {len(bad_n)} of {len(rows)} scored rows; "
+        + ("look at the forward pass that made it" if hidden_is_bad else "look at the vocabulary matrix")
+    )
+
+
+def _check_settings(
+    hidden_NH: Tensor,
+    weight_VpH: Tensor,
+    targets_N: Tensor,
+    shards: Shards,
+    temperature: float,
+    sequence_parallel: bool,
+    vocab_size: int | None,
+) -> None:
+    num_rows, num_ids = len(targets_N), shards.size * len(weight_VpH)
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature} must be positive; score greedy samples at temperature 1")
+    if sequence_parallel and num_rows % shards.size:
+        raise ConfigError(
+            f"{num_rows} rows do not divide over {shards.size} sequence-parallel ranks; "
+            f"pad the micro-batch to a multiple of {shards.size} rows"
+        )
+    expected = num_rows // shards.size if sequence_parallel else num_rows
+    if len(hidden_NH) != expected:
+        raise ConfigError(
+            f"hidden has {len(hidden_NH)} rows where {num_rows} targets, {shards.size} ranks and "
+            f"sequence_parallel={sequence_parallel} ask for {expected}"
+        )
+    if hidden_NH.dtype != weight_VpH.dtype:
+        raise ConfigError(f"hidden is {hidden_NH.dtype} and weight {weight_VpH.dtype}; cast one to the other's dtype")
+    if vocab_size is not None and not 1 <= vocab_size <= num_ids:
+        raise ConfigError(f"vocab_size={vocab_size} must lie in [1, {num_ids}], the columns of the vocabulary matrix")
+
+
+def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
+    is_bad_N = (targets_N != IGNORED) & ((targets_N < 0) | (targets_N >= vocab_size))
+    if is_bad_N.any():
+        row = int(is_bad_N.nonzero()[0])
+        raise DataError(
+            f"target {int(targets_N[row])} of row {row} is neither an id in [0, {vocab_size}) nor IGNORED ({IGNORED}); "
+            "does the tokenizer belong to this model?"
+        )
+
+
+def _compare(seen: dict[str, int], objection: Exception | None, shards: Shards, like: Tensor) -> None:
+    """Raises DataError on a rank that has no objection, when another has one or has seen other numbers. Collective."""
+    mine = moved(torch.tensor([objection is not None, *seen.values()]), like)
+    objects, *columns = shards.gather(mine).T.tolist()
+    if objection:
+        return
+    if any(objects):
+        raise DataError(
+            f"rank {objects.index(1)} of the {shards.size} that share the vocabulary refuses what it was "
+            "given; its own message says why"
+        )
+    for name, values in zip(seen, columns, strict=True):
+        if len(set(values)) > 1:
+            raise DataError(
+                f"{name} differs over the {shards.size} ranks that share the vocabulary: {values}, in the order of "
+                "their ranks; give all of them the same targets"
+            )

@@ -1,0 +1,254 @@
+"""The rows of one chunk against one vocabulary shard, block by block: matmuls around the kernels of a block.
+
+A block is b rows by c columns of the logits z = h W^T / temperature. It is made, used and dropped, and made again in
+the backward pass, or else its exponentials are kept in between, as far as `Store` has room. With a = 4 bytes (8 for
+float64 inputs) an accumulator and f bytes a matmul factor, the workspace stays below
+
+    a * (2 b c + b H) + f * (b c + b H + c H)   bytes,
+
+whatever the number of rows and the size of the vocabulary are.
+
+Shape suffixes: b rows of a chunk, v columns of this shard that are token ids, c those of a block, K statistics of a
+row, H hidden size. `columns_b` is the target of a row, counted in columns of this shard; a target outside [0, v)
+belongs to another shard.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.log_probs.shards import merge
+from gspo_megatron.log_probs.torch_kernels import position
+
+# (b, c). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs its kernel launches.
+CPU_BLOCK = (512, 1024)
+ACCELERATOR_BLOCK = (4096, 4096)
+
+
+class Kernels(Protocol):
+    """torch_kernels.py, or triton_kernels.py, which has `linear_statistics` too: row_statistics without a block of
+    logits in memory, `(hidden_bH, weight_vH, columns_b, inverse_temperature, *, with_entropy) -> [K, b]`."""
+
+    def row_statistics(
+        self, z_bc: Tensor, columns_b: Tensor, *, with_entropy: bool, kept_bc: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def logit_gradients(
+        self,
+        z_bc: Tensor,
+        columns_b: Tensor,
+        lse_b: Tensor,
+        d_log_probs_b: Tensor,
+        entropy_and_gradient_b: tuple[Tensor, Tensor] | None = None,
+        *,
+        out_bc: Tensor,
+    ) -> None: ...
+
+    def gradients_of_kept(
+        self, kept_bc: Tensor, columns_b: Tensor, log_scale_b: Tensor, d_log_probs_b: Tensor
+    ) -> None: ...
+
+
+class Kept(NamedTuple):
+    """e^{z - max} of a block, in the format in which gradients enter their matmul, and the maxima of its rows."""
+
+    exp_bc: Tensor
+    max_b: Tensor
+
+
+@dataclass
+class Store:
+    """Bytes that may still be kept between forward and backward."""
+
+    bytes_left: int
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor | None:
+        size = rows * columns * factor_dtype(like).itemsize
+        if size > self.bytes_left:
+            return None
+        self.bytes_left -= size
+        return like.new_empty((rows, columns), dtype=factor_dtype(like))
+
+
+class RowGradients(NamedTuple):
+    """Of each row of a chunk: the statistics of the whole vocabulary and the gradients of their uses, [b]. The
+    gradients are divided by the temperature already."""
+
+    lse: Tensor
+    log_probs: Tensor
+    d_log_probs: Tensor
+    entropy: Tensor | None = None
+    d_entropy: Tensor | None = None
+
+    def of(self, index: Tensor) -> RowGradients:
+        """Those of some rows."""
+        lse, log_probs, d_log_probs, entropy, d_entropy = (None if x is None else x[index] for x in self)
+        assert lse is not None and log_probs is not None and d_log_probs is not None
+        return RowGradients(lse, log_probs, d_log_probs, entropy, d_entropy)
+
+
+def statistics(
+    kernels: Kernels,
+    hidden_bH: Tensor,
+    weight_vH: Tensor,
+    columns_b: Tensor,
+    inverse_temperature: float,
+    *,
+    with_entropy: bool,
+    store: Store,
+) -> tuple[Tensor, list[Kept]]:
+    """lse, log p(y | shard) and, on request, the entropy of every row within this shard, [K, b] (see `merge`), with
+    what `store` had room for: the first blocks."""
+    fused = getattr(kernels, "linear_statistics", None)
+    workspace = _Workspace(hidden_bH, accumulator(hidden_bH))
+    stats: list[Tensor] = []
+    kept: list[Kept] = []
+    for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
+        has_room = len(kept) == number  # what is kept are the first blocks, without a gap
+        kept_bc = store.take(len(hidden_bH), part.stop - part.start, hidden_bH) if has_room else None
+        if kept_bc is None and fused:
+            rest_vH = weight_vH[part.start :]
+            columns = columns_b - part.start
+            stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
+            break
+        z_bc = _logits(hidden_bH, weight_vH[part], inverse_temperature, workspace)
+        stats_Kb, max_b = kernels.row_statistics(
+            z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
+        )
+        stats.append(stats_Kb)
+        if kept_bc is not None:
+            kept.append(Kept(kept_bc, max_b))
+    return merge(torch.stack(stats)) if stats else no_statistics(hidden_bH, len(hidden_bH), with_entropy), kept
+
+
+def gradients(
+    kernels: Kernels,
+    hidden_bH: Tensor,
+    weight_vH: Tensor,
+    columns_b: Tensor,
+    inverse_temperature: float,
+    row: RowGradients,
+    kept: Sequence[Kept],
+    *,
+    d_weight_vH: Tensor,
+    with_hidden: Callable[[Tensor], None],
+) -> None:
+    """d_hidden = D W and d_weight += D^T h, with D = dL/d(h W^T) made block by block, from what is `kept` or anew.
+
+    `with_hidden` is given this shard's part of d_hidden, [b, H], not rounded: the parts of all shards are to be added
+    first. It is called ahead of the last block's d_weight, so that what it starts has a matmul to hide behind.
+    """
+    d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
+    logits, factors = (_Workspace(hidden_bH, dtype) for dtype in (accumulator(hidden_bH), factor_dtype(hidden_bH)))
+    entropy = None if row.entropy is None or row.d_entropy is None else (row.entropy, row.d_entropy)
+    hidden_bH = hidden_bH.to(factor_dtype(hidden_bH))
+    for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
+        weight_cH, columns = weight_vH[part].to(hidden_bH.dtype), columns_b - part.start
+        if number < len(kept) and entropy is None:
+            exp_bc, max_b = kept[number]
+            kernels.gradients_of_kept(exp_bc, columns, max_b - row.lse, row.d_log_probs)
+            _set_at_targets(exp_bc, columns, -row.d_log_probs * row.log_probs.expm1())
+            d_bc = exp_bc
+        else:
+            z_bc = _logits(hidden_bH, weight_cH, inverse_temperature, logits)
+            d_bc = z_bc if z_bc.dtype == hidden_bH.dtype else factors.block(*z_bc.shape)
+            kernels.logit_gradients(z_bc, columns, row.lse, row.d_log_probs, entropy, out_bc=d_bc)
+        _add_product(d_hidden_bH, d_bc, weight_cH)
+        if part.stop == len(weight_vH):
+            with_hidden(d_hidden_bH)
+        _add_product(d_weight_vH[part], d_bc.T, hidden_bH)
+    if not len(weight_vH):
+        with_hidden(d_hidden_bH)
+
+
+def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
+    """Of a part of the vocabulary that has no columns, [K, num_rows]."""
+    stats_K = [-torch.inf, -torch.inf, 0.0] if with_entropy else [-torch.inf, -torch.inf]
+    return like.new_tensor(stats_K, dtype=accumulator(like))[:, None].repeat(1, num_rows)
+
+
+def logits(hidden_nH: Tensor, weight_VpH: Tensor) -> Tensor:
+    """z = h W^T of this shard, [n, Vp], in the accumulator's dtype."""
+    parts = _slices(len(weight_VpH), block_shape(hidden_nH)[1])
+    return torch.cat([_product(hidden_nH, weight_VpH[part].T) for part in parts], dim=1)
+
+
+def block_shape(x: Tensor) -> tuple[int, int]:
+    """(b, c) on x's device."""
+    return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What products of x are added up in, and results returned in: float64 for float64, float32 for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def factor_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which factors enter a product. Accelerators multiply bf16 into float32 (torch >= 2.8); a CPU, or an
+    older torch, has only products whose result is rounded to bf16, so there the factors are widened first."""
+    can_widen = x.device.type != "cpu" and "dtype" in torch.ops.aten.mm.overloads()
+    return x.dtype if can_widen else accumulator(x)
+
+
+class _Workspace:
+    """Memory for one block after another."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype, self.memory = like, dtype, like.new_empty(0, dtype=dtype)
+
+    def block(self, rows: int, columns: int) -> Tensor:
+        if self.memory.numel() < rows * columns:
+            self.memory = self.like.new_empty(rows * columns, dtype=self.dtype)
+        return self.memory[: rows * columns].view(rows, columns)
+
+
+def _logits(hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, workspace: _Workspace) -> Tensor:
+    z_bc = _product(hidden_bH, weight_cH.T, out=workspace.block(len(hidden_bH), len(weight_cH)))
+    return z_bc if inverse_temperature == 1 else z_bc.mul_(inverse_temperature)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, added up in and returned in the accumulator's dtype: bf16 factors give logits that were never bf16."""
+    dtype, factor = accumulator(a), factor_dtype(a)
+    if factor == dtype:
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, without rounding a b where total is wider than the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _adds_wide(total.device, total.dtype, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(_product(a, b))
+
+
+@functools.cache
+def _adds_wide(device: torch.device, total: torch.dtype, factor: torch.dtype) -> bool:
+    """Whether addmm adds a product of narrow factors to a wide total here: some versions of torch want the total
+    narrow too."""
+    x = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(x.to(total), x.to(factor), x.to(factor), out_dtype=total, out=x.to(total))
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _set_at_targets(d_bc: Tensor, columns_b: Tensor, values_b: Tensor) -> None:
+    """g (1 - p) of the target from log p, which is exact: 1 - p of a rounded p near 1 would not be."""
+    index_b, is_inside_b = position(columns_b, d_bc.shape[1])
+    values_b1 = torch.where(is_inside_b, values_b, d_bc.gather(1, index_b[:, None])[:, 0])[:, None]
+    d_bc.scatter_(1, index_b[:, None], values_b1.to(d_bc.dtype))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
