@@ -16,10 +16,10 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo gsm8k bench grid test test-next test-slurm check gpu clean
+.PHONY: help venv venv-next demo gsm8k bench bench-log-probs grid test test-next test-slurm check gpu clean
 
 help: ## This list
-	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 venv: .venv/.installed ## Install the pinned packages into .venv
 
@@ -35,10 +35,16 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 		data.train=$(GSM8K)/train.jsonl data.eval=$(GSM8K)/test.jsonl $(ARGS)
 	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.6M-parameter MoE"
 
-bench: .venv/.installed ## Time a step of the demo and a checkpoint; memory of log-probs at a vocabulary of 151,936
+bench: .venv/.installed ## Time a step of the demo, a checkpoint, and log-probs on a small shape
 	.venv/bin/torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml --output docs/runs/bench_step.json
-	.venv/bin/python tools/bench_log_probs_memory.py --output docs/runs/bench_log_probs_memory.json
+	.venv/bin/python -W ignore tools/bench_log_probs.py --quick
 	.venv/bin/python -W ignore tools/bench_checkpoint.py --output docs/runs/bench_checkpoint.json
+
+bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 against Megatron-Core and other frameworks; half an hour
+	.venv/bin/python -W ignore tools/bench_log_probs.py --threads 2 --output docs/runs/log_probs_cpu.json $(ARGS)
+	.venv/bin/python -W ignore tools/bench_log_probs.py --threads 2 --scaling --output docs/runs/log_probs_scaling.json
+	.venv/bin/python tools/bench_log_probs.py --from docs/runs/log_probs_cpu.json docs/runs/log_probs_scaling.json \
+		--markdown docs/benchmarks.md
 
 grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
 	.venv/bin/python -W ignore tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md $(ARGS)

@@ -112,7 +112,7 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             f"log-probs are of the "
-            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=recompute"
+            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=auto"
         )
 
 

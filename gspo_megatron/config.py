@@ -150,8 +150,9 @@ class AlgorithmConfig:
     """None: the variant's baseline; mean_std or mean."""
     updates_per_rollout: int = 4
     """Mini-batches a rollout batch is cut into; each is used for one update."""
-    old_log_probs: str = "recompute"
-    """`recompute` by the trainer, or `rollout`: the ones the sampler drew with."""
+    old_log_probs: str = "auto"
+    """`recompute`: by a forward of the trainer ahead of the updates. `auto`: the same, except where a rollout batch has
+    one update, whose own forward tells them. `rollout`: the ones the sampler drew with."""
 
 
 @dataclass
@@ -168,6 +169,9 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     distributed: bool = True
     """Megatron's distributed optimizer: state sharded over data-parallel ranks (not in fp64)."""
+    overlap: str = "auto"
+    """Reduce gradients while the backward still runs, and gather the distributed optimizer's parameters while the next
+    forward does: `on`, `off`, or `auto`, on a device that computes while others send."""
 
 
 @dataclass
@@ -181,6 +185,12 @@ class TrainConfig:
     eval_every: int = 0
     """0: only before the first and after the last step."""
     tokens_per_micro_batch: int = 4096
+    skip_dead: bool = True
+    """Leave out what has no gradient: sequences of advantage 0 altogether, where neither KL, entropy nor balancing asks
+    for them, and in the backward of the vocabulary matrix the tokens that the clip holds."""
+    log_prob_store_gib: float = 0.0
+    """Memory in which log-probs may keep exponentials for their backward. 0: all of them are computed again, least
+    memory; all of a micro-batch's takes 2 to 8 bytes a response token and id of the vocabulary."""
 
 
 @dataclass
@@ -286,7 +296,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.backend": ("megatron",),
     "reward.on_error": ("stop", "count"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
-    "algorithm.old_log_probs": ("recompute", "rollout"),
+    "algorithm.old_log_probs": ("auto", "recompute", "rollout"),
+    "optimizer.overlap": ("auto", "on", "off"),
     "optimizer.lr_decay": ("constant", "cosine", "linear"),
     "guards.on_nonfinite": ("stop", "skip"),
     "guards.on_spike": ("stop", "skip"),
@@ -322,6 +333,7 @@ MINIMA: dict[str, float] = {
     "train.warm_start_batch": 1,
     "train.eval_every": 0,
     "train.tokens_per_micro_batch": 1,
+    "train.log_prob_store_gib": 0,
     "checkpoint.save_every": 0,
     "checkpoint.keep_every": 0,
     "checkpoint.exit_after_s": 0,

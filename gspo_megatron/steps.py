@@ -100,7 +100,7 @@ class StepUnderWay:
         for number, batch in enumerate(self.batches):
             for m in batch.micro_batches:
                 # The row of a predicted token stands one before it.
-                at = (m.positions_T[m.targets_T >= 0] + 1).tolist()
+                at = (m.positions_T[m.rows_R] + 1).tolist()
                 old, ref = listed(m.old_log_probs_R), listed(m.ref_log_probs_R)
                 mine.append((number, m.index, m.sequence_R.tolist(), at, old, ref))
         for number, index, sequence_R, at, *columns in ranks.gather(mine):

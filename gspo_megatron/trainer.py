@@ -3,7 +3,7 @@
 One step (`Trainer.step`):
     1. sample     G rollouts for each of the step's prompts, every data-parallel rank a share, and reward them
     2. advantage  of each rollout against its group
-    3. pack       groups into mini-batches (one update each), sequences into micro-batches
+    3. pack       groups into mini-batches (one update each), their sequences that have a gradient into micro-batches
     4. score      old log-probs with the trainer's own forward, reference log-probs when KL is on
     5. update     once per mini-batch
 """
@@ -115,6 +115,9 @@ class Trainer:
         a = config.algorithm
         self.objective = PolicyObjective(self.variant, kl_estimator=a.kl_estimator, entropy_coef=a.entropy_coef)
         self.likelihood = LikelihoodObjective()
+        uses_all = self.variant.kl_coef or a.entropy_coef or config.model.aux_loss_coef
+        self.skips_dead = config.train.skip_dead and not uses_all
+        self.scores_old = a.old_log_probs == "recompute" or (a.old_log_probs == "auto" and a.updates_per_rollout > 1)
         self.order = PromptOrder(train_prompts.size, config.run.seed)
         self.stop, self.note = stop, note
         self.guards = Guards(config, ranks, writer, self.console.warn, state and state["guards"])
@@ -306,7 +309,8 @@ class Trainer:
         ]
 
     def pack(self, step: StepUnderWay) -> None:
-        """Mini-batches of whole groups, shuffled by (seed, step), each packed for this rank."""
+        """Mini-batches of whole groups, shuffled by (seed, step), each packed for this rank. Sequences of advantage 0
+        may stay out of it: they count, and their term of the loss is 0 with gradient 0."""
         a, size = self.config.algorithm, self.config.rollout.group_size
         draws = random.Random(f"{self.config.run.seed}:{step.number}")
         # Sorted by draws: of Python's generator only random() is promised to stay the same over versions.
@@ -314,11 +318,14 @@ class Trainer:
         share = len(order) // a.updates_per_rollout
         for i in range(a.updates_per_rollout):
             groups = order[i * share : (i + 1) * share]
-            step.mini_batches.append([step.sequences[g * size + j] for g in groups for j in range(size)])
-        step.batches = [self.update_batch(sequences) for sequences in step.mini_batches]
+            counted = [step.sequences[g * size + j] for g in groups for j in range(size)]
+            alive = [s for s in counted if s.advantage or not self.skips_dead]
+            step.mini_batches.append(alive)
+            step.batches.append(self.update_batch(alive, counted))
 
-    def update_batch(self, sequences: Seq[Sequence]) -> UpdateBatch:
-        """This rank's micro-batches of one update, and the counts over all ranks that normalise its loss."""
+    def update_batch(self, sequences: Seq[Sequence], counted: Seq[Sequence] | None = None) -> UpdateBatch:
+        """This rank's micro-batches of an update on `sequences`, and the counts over all ranks that normalise its loss:
+        those of `counted`, by default the same."""
         micro_batches = pack(
             sequences,
             pad_id=self.tokenizer.pad_id,
@@ -330,14 +337,14 @@ class Trainer:
             cp_rank=self.ranks.cp_rank,
             cp_size=self.ranks.cp_size,
         )
-        responses = [s.response_length for s in sequences if s.response_length]
+        responses = [s.response_length for s in (sequences if counted is None else counted) if s.response_length]
         return UpdateBatch(micro_batches, num_sequences=len(responses), num_tokens=sum(responses))
 
     def score(self, batches: Seq[UpdateBatch]) -> None:
-        """Old log-probs (unless the sampler's are used) and reference log-probs, in the micro-batches of the
-        updates."""
+        """Old log-probs (unless the sampler's or the update's own are used) and reference log-probs, in the
+        micro-batches of the updates."""
         micro_batches = [m for b in batches for m in b.micro_batches]
-        if self.config.algorithm.old_log_probs == "recompute":
+        if self.scores_old:
             for micro_batch, scored in zip(micro_batches, self.policy.log_probs(micro_batches), strict=True):
                 micro_batch.old_log_probs_R = scored
         if self.variant.kl_coef > 0:
@@ -349,10 +356,11 @@ class Trainer:
     def policy_loss(
         self, log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
     ) -> LossTerms:
-        assert micro_batch.old_log_probs_R is not None
+        old_log_probs_R = micro_batch.old_log_probs_R
         return self.objective(
             log_probs_R,
-            micro_batch.old_log_probs_R,
+            # The only update of a rollout batch starts from the policy that is old: the ratio is 1, with a gradient.
+            log_probs_R.detach() if old_log_probs_R is None else old_log_probs_R,
             micro_batch.advantages_S,
             self.segments(micro_batch),
             ref_log_probs_T=micro_batch.ref_log_probs_R if self.variant.kl_coef > 0 else None,
@@ -493,4 +501,4 @@ def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
     if "ratio/min" not in first_update:
         return {}
     low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
-    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1), reduction="max")}
+    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1, 0.0), reduction="max")}  # 0 where all are dead

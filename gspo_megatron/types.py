@@ -125,8 +125,9 @@ class MicroBatch:
 
     Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
     own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is
-    that token's id where it belongs to a response, IGNORED elsewhere. `sequence_R` tells which sequence (0 to S - 1) a
-    predicted token belongs to. `index` names the sequences (positions in the list the micro-batches were cut from).
+    that token's id where it belongs to a response, IGNORED elsewhere. `rows_R` are the rows that predict one, and
+    `sequence_R` tells which sequence (0 to S - 1) the predicted token belongs to. `index` names the sequences
+    (positions in the list the micro-batches were cut from).
 
     Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
     tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `response_lengths` stay those of whole sequences.
@@ -138,6 +139,7 @@ class MicroBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     response_lengths: list[int]
+    rows_R: Tensor
     sequence_R: Tensor
     index: list[int]
     advantages_S: Tensor
@@ -145,8 +147,15 @@ class MicroBatch:
     ref_log_probs_R: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """The same micro-batch with its tensors on `device`, by copies that nothing waits for. `targets_T` stays on the
+        host, where `log_probs` decides which rows it needs."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            k: v.pin_memory().to(device, non_blocking=True) if v.device.type == "cpu" else v
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor) and k != "targets_T"
+        }
         return replace(self, **moved)
 
 

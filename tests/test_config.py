@@ -403,7 +403,7 @@ def test_what_a_layout_asks_of_micro_batches(
         ),
         (
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9"),
-            ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=recompute"),
+            ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=auto"),
         ),
         (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), ("rollout.top_k=5",)),
     ],

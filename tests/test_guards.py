@@ -105,12 +105,12 @@ def test_an_update_that_is_not_finite_stops_all_replicas_before_it(change: Chang
         assert message.startswith(f"step 2, update 2: {what} is not finite;") and str(path) in message
         assert torch.equal(policy.tables[-1], policy.tables[-2]) and policy.logits_VV.isfinite().all()
     kept = read(path)
-    assert len(kept) == 16 and len({row["prompt_id"] for row in kept}) == 4
+    # Of 4 groups of 4; one of them has equal rewards, so it stayed out of the update.
+    assert len(kept) == 12 and len({row["prompt_id"] for row in kept}) == 3
     for row in kept:
-        assert row["advantage"] == 0 or row["reward"] in (0, 1)
+        assert row["advantage"] != 0 and row["reward"] in (0, 1)
         assert len(row["old_log_probs"]) == len(row["tokens"]) and row["ref_log_probs"] is None
         assert row["old_log_probs"] == pytest.approx(row["log_probs"], abs=1e-12)
-    assert any(row["advantage"] for row in kept)
     assert [row["step"] for row in rows_of_run(tmp_path)] == [0, 1]
 
 

@@ -98,7 +98,7 @@ def test_worked_examples() -> None:
     # Ranks take 8 | 7, then 5 to the lighter second, 4 to the first, 3 to the first again (12 = 12: lower rank).
     assert plan_micro_batches([3, 8, 7, 4, 5], 2, 8) == [[[1], [3, 0]], [[2], [4]]]
     assert plan_micro_batches([5, 5, 5], 2, 6) == [[[0], [2]], [[1], []]]
-    assert plan_micro_batches([], 2, 6) == [[], []]
+    assert plan_micro_batches([], 2, 6) == [[[]], [[]]]  # an update of nothing still needs a forward on every rank
     # Two would do on either rank; four have to be filled, the fullest stands first.
     lengths = [5, 5, 5, 5, 4, 4, 4, 4, 4]
     assert plan_micro_batches(lengths, 2, 12, rules=PackingRules(count_multiple=4)) == [
@@ -293,7 +293,7 @@ def test_packed_whole(packing: tuple[list[Sequence], PackingRules, int, int]) ->
     assert sorted(i for batch in batches for i in batch.index) == list(range(len(sequences)))
     assert len({len(rank) for rank in ranks}) == 1
     multiple = math.lcm(rules.sequence_multiple, rules.token_multiple)
-    longest = up(max((len(s.tokens) for s in sequences), default=0), rules.sequence_multiple)
+    longest = up(max((len(s.tokens) for s in sequences), default=1), rules.sequence_multiple)
     for batch in batches:
         size = len(batch.tokens_T)
         assert size % multiple == 0 and 0 < size <= up(MAX_TOKENS, multiple)

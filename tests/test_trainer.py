@@ -316,7 +316,7 @@ def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -
     alone = trainer_of(config)
     sequences = alone.sequences(alone.sample(1))
     for i, sequence in enumerate(sequences):
-        sequence.advantage = float(i)  # to be recognised by
+        sequence.advantage = i + 0.5  # to be recognised by, and not 0
     trainers = [trainer_of(config, ranks) for ranks in Replicas(dp_size).ranks]
     packed = [batches_of(trainer, sequences, 1) for trainer in trainers]
 

@@ -70,7 +70,7 @@ def plan_micro_batches(
     1. Costliest first, each sequence goes to the rank with the least total `cost` so far: the totals of two ranks then
        differ by no more than one sequence.
     2. Longest first, each sequence of a rank goes to the micro-batch with the fewest tokens so far. All ranks have the
-       same number of these, the smallest multiple of rules.count_multiple with which none exceeds `max_tokens`.
+       same number of these, the smallest multiple of rules.count_multiple above 0 with which none exceeds `max_tokens`.
     3. A rank's micro-batches are ordered by tokens, largest first, so that the k-th ones of all ranks are of similar
        size: experts make ranks wait for one another.
 
@@ -93,7 +93,7 @@ def plan_micro_batches(
         )
     longest_first = sorted(range(len(padded)), key=padded.__getitem__, reverse=True)
     shares = _spread(longest_first, [cost(length) for length in padded], dp_size)
-    fewest = max(math.ceil(sum(padded[i] for i in share) / max_tokens) for share in shares)
+    fewest = max(1, *(math.ceil(sum(padded[i] for i in share) / max_tokens) for share in shares))
     counts = itertools.count(_round_up(fewest, rules.count_multiple), rules.count_multiple)
     plans = ([_spread(share, padded, count) for share in shares] for count in counts)
     return next(
@@ -151,6 +151,7 @@ def build_micro_batch(
         cu_seqlens=torch.tensor([0, *segments]).cumsum(0).to(torch.int32),
         max_seqlen=max(segments),
         response_lengths=response_lengths,
+        rows_R=scored_T[held_T].nonzero().flatten(),
         sequence_R=torch.repeat_interleave(torch.tensor(response_lengths, dtype=torch.int64))[held_R],
         index=list(index),
         advantages_S=torch.tensor([sequence.advantage for sequence in packed], dtype=torch.float32),

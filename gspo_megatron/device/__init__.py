@@ -89,9 +89,25 @@ class Lane:
         """Around building and stepping Megatron's optimizers, which ask tensors for the names of device types."""
         return cpu.tensors_named_as_on_device() if self.on_cpu else nullcontext()
 
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given."""
+        if not self.on_cpu:
+            torch.cuda.synchronize()
+
+    def memory_gib(self) -> float:
+        """Memory in use in GiB: allocated on the device, or resident in this process on the CPU."""
+        return cpu.resident_gib() if self.on_cpu else torch.cuda.memory_allocated() / 2**30
+
     def peak_memory_gib(self) -> float:
-        """Largest memory so far in GiB: allocated on the device, or resident in this process on the CPU."""
+        """The largest `memory_gib` since the process began or `restart_peak_memory`."""
         return cpu.peak_resident_gib() if self.on_cpu else torch.cuda.max_memory_allocated() / 2**30
+
+    def restart_peak_memory(self) -> None:
+        """From here on the largest memory is counted anew."""
+        if self.on_cpu:
+            cpu.restart_peak_resident()
+        else:
+            torch.cuda.reset_peak_memory_stats()
 
     def describe(self) -> str:
         name = "CPU" if self.on_cpu else torch.cuda.get_device_name()

@@ -7,10 +7,12 @@ the installed Megatron-Core and fails when it is gone, so that the stand-in can 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +133,19 @@ def tensors_named_as_on_device() -> Iterator[None]:
         torch.Tensor.type = own  # type: ignore[method-assign]
 
 
+def resident_gib() -> float:
+    """Resident set of this process in GiB (Linux counts it in pages)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+
+
 def peak_resident_gib() -> float:
-    """Largest resident set of this process so far, in GiB (Linux counts it in KiB)."""
+    """Largest resident set of this process so far, or since `restart_peak_resident`, in GiB (Linux counts it in
+    KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def restart_peak_resident() -> None:
+    """What was freed but is still in the C library's hands is given back first: it would hide as much of what comes.
+    A process that was started from a larger one keeps that one's peak; a forked one does not."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")

@@ -123,6 +123,8 @@ def _kernels(backend: str, x: Tensor) -> Any:
         backend = "triton" if has_triton else "torch"
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and x.dtype == torch.float64:
+        raise ConfigError("backend='triton' multiplies no float64; use torch or auto")
     return import_module(f"gspo_megatron.log_probs.{BACKENDS[backend]}")
 
 

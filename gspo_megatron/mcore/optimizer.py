@@ -18,15 +18,15 @@ from gspo_megatron.mcore.model import PolicyModel
 
 
 def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerConfig) -> list[DistributedDataParallel]:
-    """Gradient buffers (float32 under bf16), reduced over data-parallel ranks; on a GPU while the backward still
-    runs."""
+    """Gradient buffers (float32 under bf16), reduced over data-parallel ranks."""
     wrapped = [
         DistributedDataParallel(
             chunk.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
                 use_distributed_optimizer=is_distributed(lane, settings),
-                overlap_grad_reduce=not lane.on_cpu,
+                overlap_grad_reduce=_overlaps(lane, settings),
+                overlap_param_gather=_overlaps(lane, settings) and is_distributed(lane, settings),
                 # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
                 check_for_nan_in_grad=False,
             ),
@@ -38,7 +38,8 @@ def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerCon
     ]
     config = chunks[0].config  # one for all chunks
     config.finalize_model_grads_func = finalize_model_grads
-    if not lane.on_cpu:
+    if _overlaps(lane, settings):
+        # Only the last micro-batch's backward reduces.
         config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
@@ -59,10 +60,25 @@ def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings:
                 bf16=lane.dtype == torch.bfloat16,
                 params_dtype=torch.bfloat16 if lane.dtype == torch.bfloat16 else torch.float32,
                 use_distributed_optimizer=is_distributed(lane, settings),
+                overlap_param_gather=_overlaps(lane, settings) and is_distributed(lane, settings),
             ),
             chunks,
             use_gloo_process_groups=False,
         )
+
+
+def wait_for_weight(chunk: DistributedDataParallel, weight: Tensor) -> None:
+    """Until the gather of `weight` is complete, where it overlaps with the forward. Modules wait for their own weights;
+    this is for one that is read outside its module, the vocabulary matrix."""
+    if chunk.ddp_config.overlap_param_gather:
+        chunk.param_to_bucket_group[weight].finish_param_sync()
+
+
+def wait_for_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Until all weights are complete that the last update has changed. Collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -124,6 +140,10 @@ def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
 def _step_counters(adam: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
     """torch's Adam counts for each parameter; Transformer Engine's and Apex's for each group."""
     return adam.state.values() if isinstance(adam, TORCH_ADAM) else adam.param_groups
+
+
+def _overlaps(lane: Lane, settings: OptimizerConfig) -> bool:
+    return settings.overlap == "on" or (settings.overlap == "auto" and not lane.on_cpu)
 
 
 def is_distributed(lane: Lane, settings: OptimizerConfig) -> bool:

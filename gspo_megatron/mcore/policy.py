@@ -14,7 +14,7 @@ from gspo_megatron.device import Lane
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
-from gspo_megatron.mcore.optimizer import build_optimizer, wrap_model
+from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import Place, named_parameters
 from gspo_megatron.mcore.replicas import differing_replicas
 from gspo_megatron.metrics import merge
@@ -26,12 +26,21 @@ class MegatronPolicy:
 
     def __init__(self, config: Config, groups: Groups, lane: Lane, use_te: bool) -> None:
         self.config, self.groups, self.lane, self.use_te = config, groups, lane, use_te
-        self.model = build_model(config, groups, lane, use_te)
-        self.chunks = wrap_model(self.model, lane, config.optimizer)
+        self._model = build_model(config, groups, lane, use_te)
+        self.chunks = wrap_model(self._model, lane, config.optimizer)
+        self._gathering = False
         self.optimizer = build_optimizer(self.chunks, lane, config.optimizer)
         self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if lane.dtype == torch.float64 else torch.float32
+
+    @property
+    def model(self) -> list[PolicyModel]:
+        """This rank's parts of the model, with complete weights. The first use after an update is collective."""
+        if self._gathering:
+            wait_for_weights(self.chunks)
+            self._gathering = False
+        return self._model
 
     def begin(self, *, with_reference: bool) -> None:
         """See `Policy.begin`."""
@@ -48,7 +57,7 @@ class MegatronPolicy:
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """See `Policy.log_probs`. Raises RuntimeError when a reference is asked for before `freeze_reference`."""
-        chunks = self.reference if reference else self.chunks
+        chunks = self.reference if reference else self.model
         if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
         micro_batches = [self._here(m) for m in micro_batches]
@@ -69,8 +78,7 @@ class MegatronPolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
-        temperature = self.config.rollout.temperature
-        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, temperature=temperature))
+        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self._scoring()))
         with self.lane.optimizer_scope():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
@@ -80,6 +88,7 @@ class MegatronPolicy:
         grad_norm, bad = self.groups.most([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
         if accept is None or accept(grad_norm, not bad):
             self._step(grad_norm)
+        self._gathering = self.chunks[0].ddp_config.overlap_param_gather
         self.version += 1
         first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # all ranks know it; it counts once
         return metrics | ({"grad_norm": Metric(grad_norm)} if first else {})
@@ -92,6 +101,16 @@ class MegatronPolicy:
                 if clip_grad > 0 and (parameters := part.get_parameters()):
                     clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
             self.optimizer.step_with_ready_grads()
+
+    def _scoring(self) -> schedule.Scoring:
+        config = self.config
+        return schedule.Scoring(
+            temperature=config.rollout.temperature,
+            with_entropy=True,
+            store_bytes=int(config.train.log_prob_store_gib * 2**30),
+            # One update a rollout batch finds every ratio at 1, so the clip holds nothing.
+            skip_zero_rows=config.train.skip_dead and config.algorithm.updates_per_rollout > 1,
+        )
 
     def differing_replicas(self) -> list[str]:
         """See `Policy.differing_replicas`."""

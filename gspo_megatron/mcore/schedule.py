@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,6 +26,7 @@ from gspo_megatron.log_probs import linear_log_probs
 from gspo_megatron.mcore.attention import PackedTokens, packed
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.mcore.optimizer import wait_for_weight
 from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
 
 ModelInput = tuple[Tensor, PackedTokens]
@@ -33,17 +34,24 @@ Chunks = Sequence[Any]
 """This rank's parts of the model, wrapped for training or bare."""
 
 
-def train(
-    chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, *, temperature: float
-) -> list[dict[str, Metric]]:
+class Scoring(NamedTuple):
+    """How response tokens are scored; see `linear_log_probs`."""
+
+    temperature: float
+    with_entropy: bool = False
+    store_bytes: int = 0
+    skip_zero_rows: bool = False
+
+
+def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring) -> list[dict[str, Metric]]:
     """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage
-    only."""
+    only, and on its device: nothing here waits for it, except that scoring.skip_zero_rows reads which rows to skip."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
-        log_probs_R, entropy_R = response_log_probs(
-            _bare(chunks[-1]), groups, micro_batch, hidden, temperature, with_entropy=True
-        )
+        head = _bare(chunks[-1])
+        wait_for_weight(chunks[-1], head.head_weight())
+        log_probs_R, entropy_R = response_log_probs(head, groups, micro_batch, hidden, scoring)
         terms = loss(log_probs_R, entropy_R, micro_batch, batch)
         return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach().double(), reduction="sum")}
 
@@ -62,7 +70,7 @@ def log_probs(
     module = _bare(chunks[-1])
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
-        return response_log_probs(module, groups, micro_batch, hidden, temperature, with_entropy=False)[0]
+        return response_log_probs(module, groups, micro_batch, hidden, Scoring(temperature))[0]
 
     steps = [(model_input(m, groups), partial(score, m)) for m in micro_batches]
     return forward(chunks, steps)
@@ -94,23 +102,23 @@ def response_log_probs(
     groups: Groups,
     micro_batch: MicroBatch,
     hidden: Tensor,
-    temperature: float,
-    *,
-    with_entropy: bool,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [R], entropy [R]) of the response tokens, from hidden states [T, 1, H] (or this rank's share of T)."""
     log_probs_T, entropy_T = linear_log_probs(
         hidden.squeeze(1),
         module.head_weight(),
         micro_batch.targets_T,
-        temperature=temperature,
-        with_entropy=with_entropy,
+        **scoring._asdict(),
         group=groups.tp if groups.layout.tp > 1 else None,
         sequence_parallel=module.config.sequence_parallel,
         vocab_size=module.true_vocab_size,
+        # Ids were checked with the prompts, ranks of a group build the same micro-batches, and guards.py looks at the
+        # loss and the gradient.
+        validate=False,
     )
-    scored = micro_batch.targets_T >= 0
-    return log_probs_T[scored], None if entropy_T is None else entropy_T[scored]
+    rows_R = micro_batch.rows_R
+    return log_probs_T[rows_R], None if entropy_T is None else entropy_T[rows_R]
 
 
 def _bare(chunk: Any) -> PolicyModel:
