@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo gsm8k bench bench-log-probs grid test test-next test-slurm check gpu clean
+.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-trl bench-log-probs grid test test-next test-slurm check gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -24,6 +24,8 @@ help: ## This list
 venv: .venv/.installed ## Install the pinned packages into .venv
 
 venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
+
+venv-trl: .venv-trl/.installed ## The first with TRL, for `make bench-trl`, into .venv-trl
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
@@ -37,6 +39,13 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 
 bench: .venv/.installed ## Time a step of the demo, a checkpoint, and log-probs on a small shape
 	.venv/bin/torchrun --nproc_per_node 2 tools/bench_step.py --config examples/cpu_tiny_moe.yaml --output docs/runs/bench_step.json
+	.venv/bin/python tools/bench_step.py --config examples/cpu_tiny_moe.yaml parallel.ep=1 --against pretraining --steps 40 \
+		--warmup 5 --output docs/runs/bench_step_pretraining.json
+	.venv/bin/python tools/bench_step.py --config examples/cpu_tiny_moe.yaml parallel.ep=1 --against pretraining --steps 10 \
+		model.hidden_size=256 model.num_attention_heads=8 model.num_query_groups=4 model.head_dim=32 \
+		model.expert_ffn_size=512 model.vocab_size=32768 model.max_sequence_length=128 rollout.max_new_tokens=64 \
+		rollout.prompts_per_step=8 data.task.min_length=20 data.task.max_length=60 \
+		--output docs/runs/bench_step_pretraining_large.json
 	.venv/bin/python -W ignore tools/bench_log_probs.py --quick
 	.venv/bin/python -W ignore tools/bench_checkpoint.py --output docs/runs/bench_checkpoint.json
 
@@ -45,6 +54,10 @@ bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 agains
 	.venv/bin/python -W ignore tools/bench_log_probs.py --threads 2 --scaling --output docs/runs/log_probs_scaling.json
 	.venv/bin/python tools/bench_log_probs.py --from docs/runs/log_probs_cpu.json docs/runs/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
+
+bench-trl: .venv-trl/.installed ## Time a step beside one of TRL's GRPOTrainer, on one process
+	.venv-trl/bin/python tools/bench_step.py --config examples/cpu_tiny_moe.yaml parallel.ep=1 --against trl --steps 20 \
+		--warmup 3 --output docs/runs/bench_step_trl.json $(ARGS)
 
 grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
 	.venv/bin/python -W ignore tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md $(ARGS)
@@ -83,9 +96,13 @@ endif
 .venv-next/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv/.installed: requirements/megatron.txt
 .venv-next/.installed: requirements/megatron-next.txt
-.venv/.installed .venv-next/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv/.installed .venv-next/.installed: PACKAGE = -e '.[dev,plot]'
+.venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
+.venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
+.venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
+.venv/.installed .venv-next/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)
-	$(@D)/bin/pip install -c requirements/pins.txt -e '.[dev,plot]'
+	$(@D)/bin/pip install -c requirements/pins.txt $(PACKAGE)
 	touch $@

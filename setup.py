@@ -30,6 +30,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "hf": ["datasets", "safetensors", "transformers"],
         "plot": ["matplotlib"],
+        "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },
 )

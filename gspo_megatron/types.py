@@ -41,6 +41,13 @@ class GuardError(RuntimeError):
     """A guard stopped the run: a number that is not finite, replicas that differ. Says what was found, and where."""
 
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """x, of the host or of `device`, on `device`, by a copy that nothing waits for."""
+    if x.device == device or device.type == "cpu":
+        return x
+    return (x.pin_memory() if torch.accelerator.is_available() else x).to(device, non_blocking=True)
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the x of `names` nearest to `name`, or nothing when none is near."""
     near = get_close_matches(name, list(names), n=1, cutoff=0.5)
@@ -149,13 +156,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`, by copies that nothing waits for. `targets_T` stays on the
         host, where `log_probs` decides which rows it needs."""
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Any] = {
-            k: v.pin_memory().to(device, non_blocking=True) if v.device.type == "cpu" else v
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor) and k != "targets_T"
-        }
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "targets_T"}
+        moved: dict[str, Any] = {k: on_device(v, device) for k, v in tensors.items()}
         return replace(self, **moved)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,16 +12,7 @@ from torch import Tensor
 
 from gspo_megatron.data.packing import zigzag
 from gspo_megatron.device import open_lane
-from gspo_megatron.mcore.attention import (
-    KVCache,
-    PackedAttention,
-    PackedTokens,
-    Rotary,
-    decoding,
-    packed,
-    prompts_into_cache,
-    rotate,
-)
+from gspo_megatron.mcore.attention import CachedTokens, KVCache, PackedAttention, PackedTokens, Rotary, packed, rotate
 
 D = 6
 BASE = 100.0
@@ -65,8 +57,12 @@ def pack(lengths: list[int]) -> PackedTokens:
     return tokens
 
 
-def step(positions: list[int], rows: list[int], cache: KVCache) -> PackedTokens:
-    tokens = decoding(torch.tensor(positions), torch.tensor(rows), cache)
+def through(
+    cache: KVCache, positions: list[int], prompts: list[tuple[int, list[int]]], *, first_row: int = 0, padding: int = 0
+) -> PackedTokens:
+    num_tokens = len(positions) + sum(length for length, _ in prompts) + padding
+    on_host = CachedTokens(first_row, np.array(positions, dtype=np.int64), prompts, num_tokens)
+    tokens = on_host.packed(cache, *map(torch.from_numpy, on_host.arrays()))
     rotary().prepare(tokens)
     return tokens
 
@@ -140,57 +136,67 @@ def test_the_parts_of_context_parallel_make_the_whole(size: int, lengths: list[i
             torch.testing.assert_close(ours, theirs[held], **EXACT)
 
 
-def test_decoding_from_the_cache_is_the_whole_sequence() -> None:
-    """Two prompts of 3 and 1 tokens go to rows [0, 2] and [1]; each row continues with tokens of its own, and rows
-    end at different times. Every token's output is that of attention over the row's whole sequence."""
-    heads, kv_heads, prompts, rows_of_prompt, final = 4, 2, [3, 1], [[0, 2], [1]], [6, 4, 8]
-    prompt_of_row = [0, 1, 0]
-    whole = [random_qkv(20, heads, kv_heads)]
-    prompt_parts = list(zip(*(x[:4].split(prompts) for x in whole[0]), strict=True))
-    rows = []
-    for row, length in enumerate(final):
-        start = prompt_parts[prompt_of_row[row]]
-        own = random_qkv(40, heads, kv_heads)
-        rows.append([torch.cat([s, x[10 * row : 10 * row + length - len(s)]]) for s, x in zip(start, own, strict=True)])
-    expected = [attention_of(*qkv) for qkv in rows]
+def test_forwards_through_the_cache_are_whole_sequences() -> None:
+    """Four sequences in three rows. "a" and "b" begin with one prompt, which fills both their rows; "d" enters beside
+    the newest tokens of the others, when "a" has ended and "c" has moved into its row. Every token's output is that of
+    attention over its whole sequence, whatever the forward is padded with."""
+    heads, kv_heads, attention, cache = 4, 2, layer(), KVCache(3, 9)
+    lengths = {"a": 5, "b": 9, "c": 7, "d": 5}
+    drawn = iter(zip(*(x.split(9) for x in random_qkv(45, heads, kv_heads)), strict=True))
+    qkv = {name: [x[:length] for x in next(drawn)] for name, length in lengths.items()}
+    for ours, theirs in zip(qkv["b"], qkv["a"], strict=True):
+        ours[:3] = theirs[:3]
+    expected = {name: attention_of(*x) for name, x in qkv.items()}
+    padding = next(drawn)
+    at = dict.fromkeys(lengths, 0)
 
-    cache, attention, padding = KVCache(3, 8), layer(), 2
-    tokens = pack([*prompts, padding])
-    prompts_into_cache(prompts, rows_of_prompt, cache, tokens)
-    with_padding = [torch.cat([x[:4], x[18:]]) for x in whole[0]]
-    prefill = attention(*with_padding, packed_seq_params=tokens)[:4].split(prompts)
-    for row in range(3):
-        length = prompts[prompt_of_row[row]]
-        torch.testing.assert_close(prefill[prompt_of_row[row]], expected[row][:length], **EXACT)
-    at = [prompts[p] for p in prompt_of_row]
-    while active := [row for row in range(3) if at[row] < final[row]]:
-        new = [torch.stack([rows[row][i][at[row]] for row in active]) for i in range(3)]
-        out = attention(*new, packed_seq_params=step([at[row] for row in active], active, cache))
-        for row, value in zip(active, out, strict=True):
-            torch.testing.assert_close(value, expected[row][at[row]], **EXACT)
-            at[row] += 1
+    def forward(
+        going_on: list[str], *entering: tuple[str, int, list[int]], first_row: int = 0, num_padding: int = 2
+    ) -> None:
+        """One token of each of `going_on`, and the prompt of each (sequence, length of its prompt, rows)."""
+        pieces = [(name, slice(at[name], at[name] + 1)) for name in going_on]
+        pieces += [(name, slice(0, length)) for name, length, _ in entering]
+        inputs = [
+            torch.cat([*(qkv[name][i][piece] for name, piece in pieces), padding[i][:num_padding]]) for i in range(3)
+        ]
+        prompts = [(length, rows) for _, length, rows in entering]
+        tokens = through(cache, [at[n] for n in going_on], prompts, first_row=first_row, padding=num_padding)
+        out = attention(*inputs, packed_seq_params=tokens)
+        assert len(out) == len(inputs[0]) and out[len(out) - num_padding :].eq(0).all()
+        for name, piece in pieces:
+            own, out = out.split([piece.stop - piece.start, len(out) - piece.stop + piece.start])
+            torch.testing.assert_close(own, expected[name][piece], **EXACT)
+            at[name] = piece.stop
+
+    forward([], ("a", 3, [0, 1]), ("c", 1, [2]))
+    at["b"] = 3
+    forward(["a", "b", "c"], num_padding=0)
+    forward(["a"], num_padding=1)
+    forward(["b", "c"], first_row=1)
+    cache.move(torch.tensor([2]), torch.tensor([0]), at["c"])
+    forward(["c", "b"], ("d", 2, [2]))
+    while at["d"] < lengths["d"]:
+        forward(["c", "b", "d"])
+    assert at == lengths
 
 
-def test_padding_of_a_decoding_step_touches_no_row() -> None:
-    heads, kv_heads = 2, 1
-    query, key, value = random_qkv(6, heads, kv_heads)
+def test_padding_touches_no_row() -> None:
+    query, key, value = random_qkv(6, 2, 1)
     outs, caches = [], []
     for padding in (0, 3):
-        cache = KVCache(2, 4)
-        rows, positions = [1, *[cache.scratch_row] * padding], [0] * (1 + padding)
-        n = len(rows)
-        tokens = step(positions, rows, cache)
+        cache, n = KVCache(3, 4), 1 + padding
+        tokens = through(cache, [0], [], first_row=1, padding=padding)
         outs.append(layer()(query[:n], key[:n], value[:n], packed_seq_params=tokens)[0])
-        caches.append([x[:2].clone() for x in cache.layer(1, key)])
+        caches.append(cache.layer(1, key))
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=0)
     for ours, theirs in zip(*caches, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert caches[0][1][0].eq(0).all() and caches[0][1][1].ne(0).any()
+        assert ours[1].ne(0).any() and ours[0].eq(0).all() and ours[2].eq(0).all()
 
 
 def test_layers_have_caches_of_their_own() -> None:
     cache = KVCache(1, 4)
     like = torch.zeros(3, 2, D, dtype=torch.bfloat16)
     keys, values = cache.layer(1, like)
-    assert keys.shape == values.shape == (2, 2, 4, D) and keys.dtype == torch.bfloat16
+    assert keys.shape == values.shape == (1, 2, 4, D) and keys.dtype == torch.bfloat16
     assert cache.layer(1, like)[0] is keys and cache.layer(2, like)[0] is not keys

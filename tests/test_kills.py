@@ -124,10 +124,10 @@ CHAINS = {
     # Every list is one run, killed and continued until nobody kills it any more. Calls are counted from the start of an
     # attempt: in the first ones 25 updates of the warm start come ahead, in the others the step after the checkpoint.
     "in the rollout": [
-        Kill(BOTH, SAMPLER + "_prefill", 1),
-        Kill((1,), SAMPLER + "_decode", 3),
-        Kill((0,), SAMPLER + "_decode", 5),
-        Kill(BOTH, SAMPLER + "_decode", 4),
+        Kill(BOTH, SAMPLER + "_forward", 1),
+        Kill((1,), SAMPLER + "_forward", 3),
+        Kill((0,), SAMPLER + "_forward", 5),
+        Kill(BOTH, SAMPLER + "_forward", 4),
         Kill((1,), SAMPLER + "generate", 3),
     ],
     "in the update": [
@@ -182,8 +182,8 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: Path) -> None:
 
 STOPS = [
     (Kill((1,), POLICY + "update", 10, number=signal.SIGTERM), "warm_start_000010"),
-    (Kill((0,), SAMPLER + "_decode", 3, number=signal.SIGUSR1), "warm_start_000025"),
-    (Kill(BOTH, SAMPLER + "_decode", 5, number=signal.SIGTERM), "step_000001"),
+    (Kill((0,), SAMPLER + "_forward", 3, number=signal.SIGUSR1), "warm_start_000025"),
+    (Kill(BOTH, SAMPLER + "_forward", 8, number=signal.SIGTERM), "step_000001"),
     (Kill((0,), POLICY + "update", 1, number=signal.SIGUSR1), "step_000001_update_001"),
     # The step's last update; the evaluation that follows it is given up.
     (Kill((1,), POLICY + "update", 1, number=signal.SIGTERM), "step_000001_update_002"),
@@ -226,7 +226,7 @@ sys.exit(attempt(sys.argv[1:], where[int(os.environ["TORCHELASTIC_RESTART_COUNT"
 
 def test_torchrun_restarts_a_run(tmp_path: Path, undisturbed: Path) -> None:
     """--max-restarts: the processes are started anew with the command they had, checkpoint.load=none, and continue."""
-    where = [Kill((0,), POLICY + "update", 28), Kill((1,), SAMPLER + "_decode", 4), None]
+    where = [Kill((0,), POLICY + "update", 28), Kill((1,), SAMPLER + "_forward", 4), None]
     script = tmp_path / "restarted.py"
     script.write_text(RESTARTED.format(paths=[str(Path(__file__).parent), *sys.path], where=where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]

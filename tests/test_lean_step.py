@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ from fakes import TablePolicy, config_of, trainer_of
 from local_ranks import run_distributed
 from small import SMALL
 
+from gspo_megatron.data.packing import pack
 from gspo_megatron.mcore import optimizer, schedule
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.metrics import merge
+from gspo_megatron.objective import PolicyObjective, Segments, resolve_variant
 from gspo_megatron.train import main
 from gspo_megatron.trainer import Trainer
+from gspo_megatron.types import Sequence
 
 THREE_STEPS = (
     "train.steps=3",
@@ -82,6 +87,31 @@ def test_several_updates_are_scored_once_ahead_of_them() -> None:
     of_a_step = [kind for kind, _ in itertools.groupby(call.split(",")[0] for call in auto.calls)]
     assert "log-probs update log-probs update" in " ".join(k for k in of_a_step if k in ("log-probs", "update"))
     assert torch.equal(auto.logits_VV, scored.logits_VV)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_nothing_in_a_micro_batch_waits_for_the_device(entropy: bool) -> None:
+    """The meta device has shapes and no values: whoever asks it for one, or for a size that hangs on one, fails."""
+    device = torch.device("meta")
+    sequences = [Sequence([1, 2, 3, 4], 2, 1.0, torch.zeros(2)), Sequence([1, 2, 3], 1, -1.0, torch.zeros(2))]
+    micro_batch = pack(sequences, pad_id=0, max_tokens=16)[0].to(device)
+    hidden = torch.empty(7, 1, 8, device=device, requires_grad=True)
+    weight_VH = torch.empty(13, 8, device=device, requires_grad=True)
+    module: Any = SimpleNamespace(
+        head_weight=lambda: weight_VH, config=SimpleNamespace(sequence_parallel=False), true_vocab_size=13
+    )
+    groups: Any = SimpleNamespace(tp=None, layout=SimpleNamespace(tp=1))
+    scoring = schedule.Scoring(temperature=0.7, with_entropy=entropy, store_bytes=100)
+    log_probs_R, entropy_R = schedule.response_log_probs(module, groups, micro_batch, hidden, scoring)
+    objective = PolicyObjective(resolve_variant("gspo"), entropy_coef=0.1 * entropy)
+    segments = Segments.from_lengths(micro_batch.response_lengths, index_R=micro_batch.sequence_R, device=device)
+    assert micro_batch.old_log_probs_R is not None
+    terms = objective(log_probs_R, micro_batch.old_log_probs_R, micro_batch.advantages_S, segments, entropy_T=entropy_R)
+    merge([terms.metrics, terms.metrics])
+    terms.loss.backward()
+    assert hidden.grad is not None and hidden.grad.device == device
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(terms.loss)  # what waiting would have looked like
 
 
 # ----------------------------------------------------------------------------------------------- on real Megatron-Core

@@ -81,7 +81,7 @@ MUTATIONS = {
     ),
     "gradients not reduced": Mutation(DP, optimizer.wrap_model, "= finalize_model_grads", "= None"),
     "random numbers by rank": Mutation(
-        DP, sampler.MegatronSampler._draw, "[r.id for", "[r.id + self.groups.dp_rank for"
+        DP, sampler.MegatronSampler._feed, "roster.ids[who]", "roster.ids[who] + self.groups.dp_rank"
     ),
     # Tensor and sequence parallel
     "log-sum-exp of the first shard": Mutation(TP, shards.merge, "lse_Pn.logsumexp(0)", "lse_Pn[0]"),

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from local_ranks import run_distributed
 from small import SMALL
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import gspo_megatron
 from gspo_megatron.checks import check_config
 from gspo_megatron.config import load_config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_lane
 from gspo_megatron.layout import packing_rules
 from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.attention import packed
+from gspo_megatron.mcore.attention import PackedTokens, packed
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
-from gspo_megatron.types import Prompt, Rollout, Sequence
+from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.types import Prompt, Rollout, Sequence, StopAsked
 
 VOCAB_SIZE, PAD, EOS = 13, 0, 1
 SETTINGS = (
@@ -144,38 +151,127 @@ def test_frequencies_follow_the_log_probs() -> None:
         assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p)), f"token {token}"
 
 
-def greedy_by_hand(prompts: list[Prompt]) -> tuple[list[Rollout], list[list[int]]]:
-    """The sampler's greedy responses, and those of a loop that runs the whole sequence again for every token."""
+def drawn_by_hand(greedy: bool) -> tuple[list[Rollout], list[Rollout]]:
+    """The sampler's responses, and those of a loop that runs the whole sequence again for every token."""
     policy, sampler = open_sampler(1)
-    [model], by_hand = policy.model, []
+    [model], settings, by_hand = policy.model, policy.config.rollout, []
     with torch.no_grad():
-        for prompt in prompts:
-            tokens: list[int] = []
-            while len(tokens) < 6 and EOS not in tokens:
-                sequence = torch.tensor([*prompt.tokens, *tokens])
+        for i, prompt in enumerate(PROMPTS):
+            r = Rollout(i, prompt, [], [], True, policy.version)
+            while len(r.tokens) < 6 and EOS not in r.tokens:
+                sequence = torch.tensor([*prompt.tokens, *r.tokens])
                 n = len(sequence)
                 hidden = model(sequence, packed(torch.arange(n), torch.tensor([0, n]), n))
-                tokens.append(int((model.head_weight() @ hidden[-1, 0]).argmax()))
-            by_hand.append(tokens)
-    return sampler.generate(prompts, range(len(prompts)), greedy=True), by_hand
+                logits = (hidden[-1] @ model.head_weight().T)[:, :VOCAB_SIZE]
+                u = uniforms(policy.config.run.seed, np.array([i]), np.array([len(r.tokens)]))
+                token, log_prob = next_tokens(
+                    logits, torch.from_numpy(u), Decoding(settings.temperature, greedy=greedy)
+                )
+                r.tokens.append(int(token))
+                r.log_probs.append(float(log_prob))
+            r.truncated = r.tokens[-1] != EOS
+            by_hand.append(r)
+    return sampler.generate(PROMPTS, range(len(PROMPTS)), greedy=greedy), by_hand
 
 
-def test_greedy_takes_the_most_likely_token() -> None:
-    [(drawn, by_hand)] = run_distributed(greedy_by_hand, 1, PROMPTS)
-    assert [r.tokens for r in drawn] == by_hand
+@pytest.mark.parametrize("greedy", [False, True])
+def test_responses_are_those_of_a_loop_without_a_cache(greedy: bool) -> None:
+    [(drawn, by_hand)] = run_distributed(drawn_by_hand, 1, greedy)
+    assert_same(drawn, by_hand)
 
 
 # ------------------------------------------------------------------------------------------- what must not matter
 
 
-def test_batches_and_company_do_not_matter(rollouts: list[Rollout]) -> None:
-    """Decoded two at a time, or in another order and beside other prompts, every rollout stays what it is."""
-    assert_same(one_process("rollout.max_batch=2"), rollouts)
-    # Prefill in two forwards: all prompts together have 16 tokens.
+def test_company_does_not_matter(rollouts: list[Rollout]) -> None:
+    """In another order and beside other prompts, every rollout stays what it is."""
+    # Prompts enter in two forwards: all together have 16 tokens.
     assert_same(one_process("model.max_sequence_length=13", "train.tokens_per_micro_batch=13"), rollouts)
     order = [4, 0, 3, 1, 2]
     shuffled = one_process(prompts=[PROMPTS[i] for i in order], ids=[100 + i for i in order])
     assert_same(sorted(shuffled, key=lambda r: r.id), rollouts)
+
+
+GROUPS = [prompt for prompt in PROMPTS for _ in range(4)]
+
+
+class Watched:
+    """A sampler whose forwards are counted: their tokens, the caches that they fill, and what it reads from the
+    device."""
+
+    def __init__(self, sampler: MegatronSampler) -> None:
+        self.sampler, self.tokens, self.caches, self.reads = sampler, list[int](), set[Any](), HostReads()
+        sampler.policy.model[0].register_forward_hook(self.see)
+
+    def see(self, model: Any, inputs: tuple[Tensor, PackedTokens], hidden: Tensor) -> None:
+        tokens_T, packed_tokens = inputs
+        cache = packed_tokens.cache
+        assert cache is not None
+        self.tokens.append(len(tokens_T))
+        layers = [cache.layer(layer.layer_number, torch.empty(0, 2, 8)) for layer in model.decoder.layers]
+        self.caches.add(tuple((x.data_ptr(), tuple(x.shape)) for kept in layers for x in kept))
+
+    def generate(self, *args: Any, **how: Any) -> list[Rollout]:
+        self.tokens, self.caches, self.reads = [], set(), HostReads()
+        with self.reads:
+            return self.sampler.generate(*args, **how)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for a device, where the package asks for it."""
+
+    NAMES = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in self.NAMES:
+            frame = sys._getframe(1)
+            while Path(torch.__file__).parent in Path(frame.f_code.co_filename).parents and frame.f_back:
+                frame = frame.f_back
+            self.count += Path(gspo_megatron.__file__).parent in Path(frame.f_code.co_filename).parents
+        return function(*args, **(kwargs or {}))
+
+
+class Generated(NamedTuple):
+    rollouts: list[Rollout]
+    tokens: list[int]
+    num_caches: int
+    reads: int
+
+
+def with_max_batch(sizes: list[int], greedy: bool) -> list[Generated]:
+    sampler = open_sampler(1)[1]
+    watched, answers = Watched(sampler), []
+    for size in sizes:
+        sampler.settings.max_batch = size
+        drawn = watched.generate(GROUPS, range(len(GROUPS)), greedy=greedy)
+        answers.append(Generated(drawn, watched.tokens, len(watched.caches), watched.reads.count))
+    return answers
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_max_batch_does_not_matter(greedy: bool) -> None:
+    """Twenty rollouts of five prompts, from one at a time to all together: the same rollouts, in one cache, for one
+    read of the host a forward. Rows that have become free are taken, and no token is computed for nobody."""
+    sizes = [1, 2, 3, 5, 8, 13, 16, 100]
+    [answers] = run_distributed(with_max_batch, 1, sizes, greedy)
+    lengths = [len(r.tokens) for r in answers[0].rollouts]
+    assert len(set(lengths)) > 2
+    once = sum(len(p.tokens) for p in PROMPTS)
+    for size, (drawn, tokens, num_caches, reads) in zip(sizes, answers, strict=True):
+        assert_same(drawn, answers[0].rollouts)
+        assert num_caches == 1 and reads == len(tokens)
+        prefilled = sum(tokens) - sum(n - 1 for n in lengths)
+        # Four rollouts are a quarter of sixteen rows.
+        assert prefilled == once if size >= 16 else once <= prefilled <= 4 * once
+        one_batch_after_another = sum(max(lengths[i : i + size]) for i in range(0, len(lengths), size))
+        assert len(tokens) <= one_batch_after_another
+        assert len(tokens) < one_batch_after_another or size not in (3, 8, 16)
+        if size < 8:  # a quarter of the rows is one: no row waits. The bound of Graham 1969, doi 10.1137/0117039.
+            assert len(tokens) <= (sum(lengths) + (size - 1) * max(lengths)) / size
 
 
 def together_and_alone(prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout]]:
@@ -197,6 +293,36 @@ def test_a_rank_without_prompts_takes_part(axes: tuple[str, ...], rollouts: list
         ranks = run_distributed(generate, 2, 2, ("rollout.max_batch=3", *axes), PROMPTS, ids, owner)
         assert ranks[1 - owner] == []
         assert_same(ranks[owner], rollouts)
+
+
+def generate_uneven(world_size: int, overrides: tuple[str, ...]) -> tuple[list[Rollout], int, int]:
+    """Data-parallel rank 0 brings rollouts 0, 1 and 2, the next one the others: also forwards and reads."""
+    policy, sampler = open_sampler(world_size, *overrides)
+    watched, mine = Watched(sampler), slice(0, 3) if policy.groups.dp_rank == 0 else slice(3, 20)
+    drawn = watched.generate(GROUPS[mine], range(20)[mine])
+    return drawn, len(watched.tokens), watched.reads.count
+
+
+@pytest.mark.parametrize(
+    ("world_size", "axes"),
+    [
+        (2, ()),
+        (2, ("parallel.ep=2", "parallel.token_dispatcher=allgather")),
+        (4, ("parallel.ep=4", "parallel.tp=2", "parallel.etp=1", "parallel.token_dispatcher=allgather")),
+        (4, ("parallel.pp=2", "parallel.vpp=2", "model.num_layers=4", "parallel.ep=2")),
+    ],
+)
+def test_ranks_refill_at_times_of_their_own(world_size: int, axes: tuple[str, ...]) -> None:
+    """Five rows; one rank has three rollouts, the other seventeen. The host reads once a forward, and once ahead."""
+    layers = tuple(x for x in axes if x.startswith("model."))
+    expected = one_process(*layers, prompts=GROUPS, ids=list(range(20)))
+    ranks = run_distributed(generate_uneven, world_size, world_size, ("rollout.max_batch=5", *axes))
+    parts = 2 if "parallel.vpp=2" in axes else 1
+    assert len({num_forwards for _, num_forwards, _ in ranks}) == 1
+    for drawn, num_forwards, reads in ranks:
+        assert_same(drawn, expected[:3] if len(drawn) == 3 else expected[3:])
+        assert reads == num_forwards // parts + 1
+    assert sorted(len(drawn) for drawn, *_ in ranks) == [3] * (world_size // 2) + [17] * (world_size // 2)
 
 
 @pytest.mark.parametrize("axes", [("parallel.tp=2",), ("parallel.pp=2",)])
@@ -229,3 +355,33 @@ def test_eos_as_the_first_token() -> None:
 
 def test_no_prompts_at_all() -> None:
     assert one_process(prompts=[]) == []
+
+
+# ------------------------------------------------------------------------------------------------------ stopping
+
+
+def stopped_at(ask: int) -> tuple[int, bool, list[Rollout], list[Rollout]]:
+    """Rank 1 is to stop from its `ask`-th question on: how often this rank asked, whether the model is left in training
+    mode, and what is drawn by a sampler that was stopped and one that was not."""
+    policy, sampler = open_sampler(2, "parallel.ep=2", "rollout.max_batch=3")
+    arguments = PROMPTS, range(100, 105)
+    undisturbed, asked = sampler.generate(*arguments), 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return policy.groups.dp_rank == 1 and asked >= ask
+
+    sampler.stop = stop
+    with pytest.raises(StopAsked):
+        sampler.generate(*arguments)
+    sampler.stop = lambda: False
+    return asked, all(chunk.training for chunk in policy.chunks), undisturbed, sampler.generate(*arguments)
+
+
+@pytest.mark.parametrize("ask", [1, 2, 5])
+def test_all_stop_where_one_is_asked_to(ask: int) -> None:
+    """At once, on all ranks together; what is drawn afterwards is what would have been drawn."""
+    for asked, training, undisturbed, afterwards in run_distributed(stopped_at, 2, ask):
+        assert asked == ask and training
+        assert_same(afterwards, undisturbed)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gspo_megatron.log_probs.rows import Rows, moved
+from gspo_megatron.log_probs.rows import Rows
 from gspo_megatron.log_probs.shards import Shards
-from gspo_megatron.types import IGNORED, ConfigError, DataError
+from gspo_megatron.types import IGNORED, ConfigError, DataError, on_device
 
 
 def checked_targets(
@@ -114,7 +114,7 @@ def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
 
 def _compare(seen: dict[str, int], objection: Exception | None, shards: Shards, like: Tensor) -> None:
     """Raises DataError on a rank that has no objection, when another has one or has seen other numbers. Collective."""
-    mine = moved(torch.tensor([objection is not None, *seen.values()]), like)
+    mine = on_device(torch.tensor([objection is not None, *seen.values()]), like.device)
     objects, *columns = shards.gather(mine).T.tolist()
     if objection:
         return

@@ -117,7 +117,8 @@ def statistics(
             columns = columns_b - part.start
             stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
             break
-        z_bc = _logits(hidden_bH, weight_vH[part], inverse_temperature, workspace)
+        in_place = kept_bc is not None and kept_bc.dtype == accumulator(hidden_bH)
+        z_bc = _logits(hidden_bH, weight_vH[part], inverse_temperature, kept_bc if in_place else workspace)
         stats_Kb, max_b = kernels.row_statistics(
             z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
         )
@@ -169,8 +170,9 @@ def gradients(
 
 def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
     """Of a part of the vocabulary that has no columns, [K, num_rows]."""
-    stats_K = [-torch.inf, -torch.inf, 0.0] if with_entropy else [-torch.inf, -torch.inf]
-    return like.new_tensor(stats_K, dtype=accumulator(like))[:, None].repeat(1, num_rows)
+    stats_Kn = like.new_full((2 + with_entropy, num_rows), -torch.inf, dtype=accumulator(like))
+    stats_Kn[2:] = 0
+    return stats_Kn
 
 
 def logits(hidden_nH: Tensor, weight_VpH: Tensor) -> Tensor:
@@ -208,8 +210,12 @@ class _Workspace:
         return self.memory[: rows * columns].view(rows, columns)
 
 
-def _logits(hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, workspace: _Workspace) -> Tensor:
-    z_bc = _product(hidden_bH, weight_cH.T, out=workspace.block(len(hidden_bH), len(weight_cH)))
+def _logits(
+    hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, into: _Workspace | Tensor | None
+) -> Tensor:
+    if isinstance(into, _Workspace):
+        into = into.block(len(hidden_bH), len(weight_cH))
+    z_bc = _product(hidden_bH, weight_cH.T, out=into)
     return z_bc if inverse_temperature == 1 else z_bc.mul_(inverse_temperature)
 
 

@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from gspo_megatron.log_probs import blocks
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
-from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows, moved
+from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
 from gspo_megatron.log_probs.shards import Shards, merge
-from gspo_megatron.types import IGNORED, ConfigError
+from gspo_megatron.types import IGNORED, ConfigError, on_device
 
 BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
 """Modules with the kernels of a block, see `blocks.Kernels`."""
@@ -85,7 +85,7 @@ def linear_log_probs(
     call = _Call(
         kernels=_kernels(backend, hidden_NH),
         rows=rows,
-        columns_n=moved(targets_host_N[rows.order_n] - first_id, hidden_NH),
+        columns_n=on_device(targets_host_N[rows.order_n] - first_id, hidden_NH.device),
         num_columns=min(max(vocab_size - first_id, 0), len(weight_VpH)),
         inverse_temperature=1.0 / temperature,
         with_entropy=with_entropy,
@@ -95,7 +95,7 @@ def linear_log_probs(
         main_grad=getattr(weight_VpH, "main_grad", None) if hasattr(weight_VpH, "grad_added_to_main_grad") else None,
     )
     log_probs_n, entropy_n = _LinearLogProbs.apply(hidden_NH, weight_VpH, call)
-    order_n = moved(rows.order_n, hidden_NH)
+    order_n = on_device(rows.order_n, hidden_NH.device)
     log_probs_N = log_probs_n.new_zeros(len(targets_N)).index_copy(0, order_n, log_probs_n)
     if not with_entropy:
         return log_probs_N, None
@@ -195,7 +195,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for chunk, kept_of_chunk, index_b in zip(ctx.chunks, kept, indices, strict=True):
             if not len(index_b):
                 continue
-            on_device_b = moved(index_b, hidden_NH)
+            on_device_b = on_device(index_b, hidden_NH.device)
             blocks.gradients(
                 call.kernels,
                 call.rows.take(hidden_H, index_b),
@@ -231,7 +231,7 @@ def _only(kept: list[blocks.Kept], chunk: Chunk, index_b: Tensor) -> list[blocks
     """What is kept of the chunk's rows `index_b`."""
     if not kept or len(index_b) == chunk.rows.stop - chunk.rows.start:
         return kept
-    at_b = moved(index_b - chunk.rows.start, kept[0].exp_bc)
+    at_b = on_device(index_b - chunk.rows.start, kept[0].exp_bc.device)
     return [blocks.Kept(exp_bc[at_b], max_b[at_b]) for exp_bc, max_b in kept]
 
 

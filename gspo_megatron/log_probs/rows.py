@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.log_probs.shards import Shards
+from gspo_megatron.types import on_device
 
 
 class Chunk(NamedTuple):
@@ -85,7 +86,7 @@ class Rows:
         if self.counts is None or self.own_m is None:
             return hidden_NH
         padded_H = hidden_NH.new_zeros((max(self.counts), hidden_NH.shape[1]))
-        padded_H[: len(self.own_m)] = hidden_NH.index_select(0, moved(self.own_m, hidden_NH))
+        padded_H[: len(self.own_m)] = hidden_NH.index_select(0, on_device(self.own_m, hidden_NH.device))
         return self.shards.gather(padded_H).flatten(0, 1)
 
     def take(self, gathered_H: Tensor, index_b: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Rows:
         source_b = self.source_n[index_b]
         if self.counts is None and len(source_b) and int(source_b[-1] - source_b[0]) == len(source_b) - 1:
             return gathered_H[int(source_b[0]) : int(source_b[-1]) + 1]
-        return gathered_H.index_select(0, moved(source_b, gathered_H))
+        return gathered_H.index_select(0, on_device(source_b, gathered_H.device))
 
 
 class GradientReturn:
@@ -114,7 +115,7 @@ class GradientReturn:
         source_b, most, length = rows.source_n[index_b], max(rows.counts), chunk.stop - chunk.start
         at_b = source_b // most * length + source_b % most - chunk.start
         all_tH = d_hidden_bH.new_zeros((shards.size * length, d_hidden_bH.shape[1]))
-        all_tH.index_copy_(0, moved(at_b, all_tH), d_hidden_bH)
+        all_tH.index_copy_(0, on_device(at_b, all_tH.device), d_hidden_bH)
         own_H = all_tH.new_empty((length, all_tH.shape[1]))
         self._under_way = shards.start_scatter(own_H, all_tH), own_H, rows.own_m[chunk.start : chunk.stop]
 
@@ -130,12 +131,5 @@ class GradientReturn:
         if work is not None:
             work.wait()
         d_hidden_mH = d_hidden_mH[: len(at_m)].to(self.d_hidden_NH.dtype)
-        self.d_hidden_NH.index_copy_(0, moved(at_m, self.d_hidden_NH), d_hidden_mH)
+        self.d_hidden_NH.index_copy_(0, on_device(at_m, self.d_hidden_NH.device), d_hidden_mH)
         self._under_way = None
-
-
-def moved(x: Tensor, like: Tensor) -> Tensor:
-    """x of the host on the device of `like`, by a copy that nothing waits for."""
-    if like.device.type == "cpu":
-        return x
-    return (x.pin_memory() if torch.accelerator.is_available() else x).to(like.device, non_blocking=True)

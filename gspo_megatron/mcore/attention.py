@@ -13,35 +13,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gspo_megatron.mcore.context import Part, part_of, whole
 
+IntArray = NDArray[np.int64]
+
 
 class KVCache:
-    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D], plus a scratch
-    row.
-
-    The scratch row takes what padding tokens write.
-    """
+    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D]."""
 
     def __init__(self, num_rows: int, num_positions: int) -> None:
         self.num_rows, self.num_positions = num_rows, num_positions
-        self.scratch_row = num_rows
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of a layer, allocated at its first use in the number format of `like` [T, K, D]."""
         if number not in self._layers:
-            shape = (self.num_rows + 1, like.size(1), self.num_positions, like.size(2))
+            shape = (self.num_rows, like.size(1), self.num_positions, like.size(2))
             self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[number]
+
+    def move(self, from_rows: Tensor, to_rows: Tensor, length: int) -> None:
+        """Copies the first `length` positions of rows to other rows; no row is both."""
+        for layer in self._layers.values():
+            for kept in layer:
+                kept[to_rows, :, :length] = kept[from_rows, :, :length]
 
 
 @dataclass
@@ -56,11 +61,11 @@ class CacheWrite:
 
 @dataclass
 class PackedTokens(PackedSeqParams):
-    """The tokens of one forward pass, as attention sees them. Built by `packed` or `decoding`."""
+    """The tokens of one forward pass, as attention sees them. Built by `packed`, or by `CachedTokens` for a sampler."""
 
     positions_T: Tensor = None  # type: ignore[assignment]  # fields behind Megatron's own need a default
     slots_T: Tensor = None  # type: ignore[assignment]
-    """Where each token of the whole pack stands in a [B, L] grid, flattened."""
+    """Where each token of the whole pack (through a cache: of its prompts) stands in a [B, L] grid, flattened."""
     grid: tuple[int, int] = (0, 0)
     part: Part | None = None
     """Context parallel: how this rank's tokens fit into the whole pack. None: they are the whole pack."""
@@ -69,8 +74,9 @@ class PackedTokens(PackedSeqParams):
     cache: KVCache | None = None
     write: CacheWrite | None = None
     seen_BL: Tensor | None = None
-    """Decoding, one new token a row: the positions of its row that it attends to. None: sequences attend within
-    themselves."""
+    """Through a cache, the first B tokens continue B rows of it: the positions of its row that each attends to."""
+    first_row: int = 0
+    """The first of these rows; the others follow it."""
 
 
 def packed(
@@ -96,12 +102,50 @@ def packed(
     )
 
 
-def decoding(positions_T: Tensor, rows_T: Tensor, cache: KVCache) -> PackedTokens:
-    """One new token for each row in `rows_T`, at `positions_T` of that row."""
-    write = CacheWrite(torch.arange(rows_T.numel(), device=rows_T.device), rows_T, positions_T)
-    # Here, once a forward: on a device the longest position is a value to wait for.
-    seen_BL = torch.arange(int(positions_T.max()) + 1, device=rows_T.device) <= positions_T[:, None]
-    return PackedTokens(qkv_format="thd", positions_T=positions_T, cache=cache, write=write, seen_BL=seen_BL)
+@dataclass
+class CachedTokens:
+    """The tokens of one forward through a cache, on the host: the new tokens of rows `first_row`, `first_row` + 1, ...
+    at `positions` of these rows; whole prompts, each (its length, the rows that it fills); padding up to `num_tokens`,
+    whose attention is 0."""
+
+    first_row: int
+    positions: IntArray
+    prompts: Sequence[tuple[int, Sequence[int]]]
+    num_tokens: int
+
+    def arrays(self) -> list[IntArray]:
+        """What the device has to hear, for `packed`."""
+        new = np.arange(len(self.positions))
+        inside = [np.arange(length) for length, _ in self.prompts]
+        starts = np.cumsum([len(new), *map(len, inside)])
+        longest = self._grid[1]
+        copies = [(start + x, x, rows) for start, x, (_, rows) in zip(starts[:-1], inside, self.prompts, strict=True)]
+        return [
+            np.concatenate([self.positions, *inside, np.zeros(self.num_tokens - starts[-1], dtype=np.int64)]),
+            np.concatenate([i * longest + x for i, x in enumerate(inside)] or [new[:0]]),
+            np.concatenate([new, *(np.tile(source, len(rows)) for source, _, rows in copies)]),
+            np.concatenate([self.first_row + new, *(np.repeat(rows, len(x)) for _, x, rows in copies)]),
+            np.concatenate([self.positions, *(np.tile(x, len(rows)) for _, x, rows in copies)]),
+        ]
+
+    def packed(self, cache: KVCache, positions_T: Tensor, slots_T: Tensor, *write: Tensor) -> PackedTokens:
+        """`arrays`, on the device."""
+        length = int(self.positions.max(initial=-1)) + 1
+        positions_B1 = positions_T[: len(self.positions), None]
+        return PackedTokens(
+            qkv_format="thd",
+            positions_T=positions_T,
+            slots_T=slots_T,
+            grid=self._grid,
+            cache=cache,
+            write=CacheWrite(*write),
+            seen_BL=torch.arange(length, device=positions_T.device) <= positions_B1,
+            first_row=self.first_row,
+        )
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return len(self.prompts), max((length for length, _ in self.prompts), default=0)
 
 
 class Rotary:
@@ -159,14 +203,9 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         tokens = packed_seq_params
         query, key = rotate(query, tokens), rotate(key, tokens)
-        if tokens.cache is not None and tokens.write is not None:
-            keys, values = tokens.cache.layer(self.layer_number, key)
-            w = tokens.write
-            keys[w.rows, :, w.positions] = key[w.source]
-            values[w.rows, :, w.positions] = value[w.source]
-            if tokens.seen_BL is not None:
-                return _attend_cache(query, keys, values, w.rows, tokens.seen_BL)
-        elif self.fused is not None:
+        if tokens.cache is not None:
+            return _attend_cached(query, key, value, tokens, *tokens.cache.layer(self.layer_number, key))
+        if self.fused is not None:
             return self.fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
         if tokens.part is not None:
             return _attend_part(query, key, value, tokens, tokens.part)
@@ -212,36 +251,36 @@ def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
     return x_BHLD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, slots_T)
 
 
-def _attend_cache(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen_BL: Tensor) -> Tensor:
-    """One query for each of `rows`, [B, Q, D], against the positions of that cache row that it may see."""
-    length = seen_BL.size(1)
+def _attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, keys: Tensor, values: Tensor
+) -> Tensor:
+    """New tokens against their rows of the cache, prompts within themselves, zeros for padding; all but padding is
+    written into the cache first."""
+    write, seen_BL = tokens.write, tokens.seen_BL
+    assert write is not None and seen_BL is not None
+    keys[write.rows, :, write.positions] = key[write.source]
+    values[write.rows, :, write.positions] = value[write.source]
+    num_new, num_prompt_tokens = len(seen_BL), len(tokens.slots_T)
+    prompts = slice(num_new, num_new + num_prompt_tokens)
+    parts = []
+    if num_new:
+        parts.append(_attend_rows(query[:num_new], keys, values, tokens.first_row, seen_BL))
+    if num_prompt_tokens:
+        parts.append(_attend_packed(query[prompts], key[prompts], value[prompts], tokens))
+    if num_padding := len(query) - prompts.stop:
+        parts.append(query.new_zeros(num_padding, query.size(1) * query.size(2)))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, first_row: int, seen_BL: Tensor) -> Tensor:
+    """One query a row, [B, Q, D], against the positions of its row that it may see. Nothing is copied: rows are
+    neighbours, and queries that share a key head stand where several queries of a sequence would."""
+    num_rows, length = seen_BL.shape
+    rows = slice(first_row, first_row + num_rows)
     out = F.scaled_dot_product_attention(
-        query.unsqueeze(2),
+        query.unflatten(1, (keys.size(1), -1)),
         keys[rows, :, :length],
         values[rows, :, :length],
         attn_mask=seen_BL[:, None, None, :],
-        enable_gqa=True,
     )
     return out.flatten(1)
-
-
-def prompts_into_cache(
-    lengths: Sequence[int], rows: Sequence[Sequence[int]], cache: KVCache, tokens: PackedTokens
-) -> None:
-    """Makes a forward over packed prompts fill the cache: prompt i, of `lengths[i]` tokens, goes to every row in
-    `rows[i]`."""
-    source: list[int] = []
-    to_row: list[int] = []
-    to_position: list[int] = []
-    start = 0
-    for length, targets in zip(lengths, rows, strict=True):
-        for row in targets:
-            source.extend(range(start, start + length))
-            to_row.extend([row] * length)
-            to_position.extend(range(length))
-        start += length
-    device = tokens.positions_T.device
-    tokens.cache = cache
-    tokens.write = CacheWrite(
-        *(torch.tensor(x, dtype=torch.long, device=device) for x in (source, to_row, to_position))
-    )

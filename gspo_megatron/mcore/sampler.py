@@ -1,38 +1,50 @@
-"""Responses from the training model itself: prompts into a KV cache, then a token for every rollout at a time.
+"""Responses from the training model itself: in every forward, a token more for every rollout that is being sampled.
 
 Works on any layout: every rank of the world takes part in every forward (experts are shared over data-parallel ranks),
-the last pipeline stage draws, and the other stages hear the token. A prompt's rollouts share one prefill. The ranks of
-a context-parallel group hold the same weights and sample different rollouts, as data-parallel ranks do.
+the last pipeline stage draws, and the other stages hear the token. The prompts of rollouts that enter ride along with
+the newest tokens of the others (see rollout/roster.py for who enters when). The ranks of a context-parallel group hold
+the same weights and sample different rollouts, as data-parallel ranks do.
+
+On a device the host waits once a forward, for one tensor: the tokens, their log-probs, and what all ranks have agreed
+on. What Megatron's own layers wait for comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gspo_megatron.layout import packing_rules, token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
-from gspo_megatron.mcore.attention import KVCache, PackedTokens, decoding, packed, prompts_into_cache
+from gspo_megatron.mcore.attention import CachedTokens, IntArray, KVCache
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.rollout.roster import Part, Roster, tokens_of_forward
 from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
-from gspo_megatron.types import Prompt, Rollout, StopAsked
+from gspo_megatron.types import Prompt, Rollout, StopAsked, on_device
 
 
 class Feed(NamedTuple):
-    """The tokens of one forward, and the rollouts that draw from it: `rollouts[i]` from the hidden state of row
+    """One part of a forward, on the host: rollout `who[i]` draws with `uniforms[i]` from the hidden state of row
     `source[i]`."""
 
-    tokens: Sequence[int]
-    step: PackedTokens
-    source: Sequence[int]
-    rollouts: Sequence[Rollout]
+    place: CachedTokens
+    who: IntArray
+    uniforms: NDArray[np.float64]
+    source: IntArray
+    tokens: IntArray
+
+    def arrays(self) -> list[IntArray]:
+        """What the device has to hear. The uniforms go as their bits."""
+        return [self.uniforms.view(np.int64), self.source, self.tokens, *self.place.arrays()]
 
 
 class MegatronSampler:
@@ -47,143 +59,113 @@ class MegatronSampler:
         self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
         self.multiple = token_multiple(policy.config)
         rules = packing_rules(policy.config)
-        # What packing_rules asks of micro-batches holds for the forwards of a step here: so many of them, as long.
+        # What packing_rules asks of micro-batches holds for the feeds of a forward here: so many of them, as long.
         self.num_feeds, self.same_tokens = rules.count_multiple, rules.same_tokens
 
+    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
         """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none."""
         how = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
-        rollouts: list[Rollout] = []
-        start, size = 0, self.settings.max_batch
-        while self._most(len(prompts) - start) > 0:
-            rollouts += self._generate_batch(prompts[start : start + size], ids[start : start + size], how)
-            start += size
-        return rollouts
-
-    @torch.no_grad()
-    def _generate_batch(self, prompts: Sequence[Prompt], ids: Sequence[int], how: Decoding) -> list[Rollout]:
-        rollouts = [Rollout(i, p, [], [], True, self.policy.version) for i, p in zip(ids, prompts, strict=True)]
+        roster = Roster(
+            prompts,
+            ids,
+            max_rows=self.settings.max_batch,
+            max_new_tokens=self.settings.max_new_tokens,
+            max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
+            num_parts=self.num_feeds,
+            eos_id=self.eos_id,
+        )
+        cache = KVCache(roster.num_rows, roster.num_positions)
         for chunk in self.policy.chunks:
             chunk.eval()
-        cache = KVCache(len(rollouts), max((len(p.tokens) for p in prompts), default=0) + self.settings.max_new_tokens)
-        active = self._prefill(cache, rollouts, how)
-        for _ in range(self.settings.max_new_tokens - 1):
-            most = self._most(len(active))
-            if not most:
-                break
-            active = self._decode(cache, rollouts, active, most, how)
-        for chunk in self.policy.chunks:
-            chunk.train()
-        return rollouts
+        try:
+            *num_tokens, stop = self.groups.most([*roster.next_tokens().tolist(), int(self.stop())])
+            while any(num_tokens) and not stop:
+                *num_tokens, stop = self._forward(cache, roster, num_tokens, how)
+        finally:
+            for chunk in self.policy.chunks:
+                chunk.train()
+        if stop:
+            raise StopAsked
+        return roster.rollouts(self.policy.version)
 
-    def _prefill(self, cache: KVCache, rollouts: list[Rollout], how: Decoding) -> list[int]:
-        """Fills the cache from each distinct prompt once and draws every rollout's first token, in forwards of at most
-        train.tokens_per_micro_batch tokens (or one prompt). Returns the rows that go on."""
-        distinct: dict[tuple[int, ...], list[int]] = {}
-        for row, rollout in enumerate(rollouts):
-            distinct.setdefault(rollout.prompt.tokens, []).append(row)
-        packs: list[dict[tuple[int, ...], list[int]]] = []
-        room = 0
-        for tokens, rows in distinct.items():
-            if len(tokens) > room:
-                packs.append({})
-                room = self.policy.config.train.tokens_per_micro_batch
-            packs[-1][tokens] = rows
-            room -= len(tokens)
-        going_on: list[int] = []
-        while self._most(len(packs)):
-            now, packs = packs[: self.num_feeds], packs[self.num_feeds :]
-            now += [{} for _ in range(self.num_feeds - len(now))]
-            lengths = [sum(map(len, pack)) for pack in now]
-            if self.same_tokens:
-                lengths = self.groups.most(lengths)
-            feeds = [self._prompts(pack, cache, rollouts, length) for pack, length in zip(now, lengths, strict=True)]
-            rows = [row for pack in now for rows in pack.values() for row in rows]
-            going_on += self._take(rollouts, rows, self._draw(feeds, how))
-        return sorted(going_on)
+    def _forward(self, cache: KVCache, roster: Roster, num_tokens: Sequence[int], how: Decoding) -> list[int]:
+        """Draws a token for every rollout that goes on or enters. `num_tokens` are those of each feed, on the rank that
+        has most. Returns the same of the next forward, and whether to stop, as all ranks see it."""
+        move = roster.move
+        feeds = [self._feed(roster, *part) for part in zip(roster.next_parts(), num_tokens, strict=True)]
+        who = np.concatenate([feed.who for feed in feeds])
+        may_go_on = roster.counts[who] + 1 < roster.max_new_tokens
+        waiting = (roster.max_going_on_W, roster.prompt_tokens_WP.ravel())
+        told, *of_feeds = self._tell(
+            [move.from_rows, move.to_rows, may_go_on, *waiting, [int(self.stop())]],
+            *(feed.arrays() for feed in feeds),
+        )
+        from_rows, to_rows, may_go_on_B, max_going_on_W, prompt_tokens, stop = told
+        if move.length:
+            cache.move(from_rows, to_rows, move.length)
+        drawn_2B = self._draw(cache, feeds, of_feeds, how)
+        going_on = (may_go_on_B * (drawn_2B[0] != self.eos_id)).sum()
+        tokens_next = tokens_of_forward(going_on, max_going_on_W, prompt_tokens.view(-1, self.num_feeds))
+        agreed = torch.cat([tokens_next, stop])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        heard = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
+        tokens, log_probs, agreements = np.split(heard, [len(who), 2 * len(who)])
+        roster.take(who, tokens.astype(np.int64), log_probs)
+        return agreements.astype(np.int64).tolist()
 
-    def _prompts(
-        self, rows_of: dict[tuple[int, ...], list[int]], cache: KVCache, rollouts: list[Rollout], num_tokens: int
-    ) -> Feed:
-        """Packed prompts, padded from `num_tokens` on, of which each fills the cache rows `rows_of[prompt]`."""
-        lengths = [len(tokens) for tokens in rows_of]
-        padding = self._padded(num_tokens) - sum(lengths)
-        segments = lengths + ([padding] if padding else [])
-        positions = [p for length in segments for p in range(length)]
-        step = packed(self._tensor(positions), self._tensor(np.cumsum([0, *segments])), max(segments))
-        prompts_into_cache(lengths, list(rows_of.values()), cache, step)
-        last = np.cumsum(lengths, dtype=np.int64) - 1
+    def _feed(self, roster: Roster, part: Part, num_tokens: int) -> Feed:
+        """The newest tokens of those that go on, the prompts of those that enter, and padding."""
+        going_on, entering = part.going_on, part.entering
+        lengths = [len(entry.tokens) for entry in entering]
+        own = len(going_on) + sum(lengths)
+        padded = self._padded(num_tokens if self.same_tokens else own)
+        prompts = [(len(entry.tokens), entry.rows) for entry in entering]
+        who = np.concatenate([going_on, *(entry.who for entry in entering)])
+        last = len(going_on) + np.cumsum(lengths, dtype=np.int64) - 1
         return Feed(
-            [t for tokens in rows_of for t in tokens] + [self.pad_id] * padding,
-            step,
-            [int(end) for end, rows in zip(last, rows_of.values(), strict=True) for _ in rows],
-            [rollouts[row] for rows in rows_of.values() for row in rows],
+            CachedTokens(part.first_row, roster.positions(going_on), prompts, padded),
+            who,
+            uniforms(self.seed, roster.ids[who], roster.counts[who]),
+            np.concatenate([np.arange(len(going_on)), np.repeat(last, [len(entry.who) for entry in entering])]),
+            np.concatenate([roster.newest[going_on], *(x.tokens for x in entering), [self.pad_id] * (padded - own)]),
         )
 
-    def _decode(
-        self, cache: KVCache, rollouts: list[Rollout], active: list[int], most: int, how: Decoding
-    ) -> list[int]:
-        """Feeds each active rollout's newest token and draws the next one; `most` rows are active on the rank that has
-        most of them. Returns the rows that go on."""
-        size = -(-(most if self.same_tokens else len(active)) // self.num_feeds)
-        feeds = []
-        for i in range(self.num_feeds):
-            rows = active[i * size : (i + 1) * size]
-            now = [rollouts[row] for row in rows]
-            padding = self._padded(size if self.same_tokens else len(rows)) - len(rows)
-            positions = [len(r.prompt.tokens) + len(r.tokens) - 1 for r in now] + [0] * padding
-            step = decoding(self._tensor(positions), self._tensor(rows + [cache.scratch_row] * padding), cache)
-            feeds.append(Feed([r.tokens[-1] for r in now] + [self.pad_id] * padding, step, range(len(rows)), now))
-        return self._take(rollouts, active, self._draw(feeds, how))
-
-    def _draw(self, feeds: Sequence[Feed], how: Decoding) -> Tensor:
+    def _draw(
+        self, cache: KVCache, feeds: Sequence[Feed], of_feeds: Sequence[Sequence[Tensor]], how: Decoding
+    ) -> Tensor:
         """[2, B] float64: token and log-prob drawn for each rollout, feed by feed."""
         head = self.policy.model[-1]
 
-        def draw(feed: Feed, hidden: Tensor) -> Tensor:
+        def draw(source_B: Tensor, uniforms_B: Tensor, hidden: Tensor) -> Tensor:
             if head.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden)
             logits = vocab_parallel_logits(
-                hidden.squeeze(1)[self._tensor(feed.source)],
+                hidden.squeeze(1)[source_B],
                 head.head_weight(),
                 group=self.groups.tp if self.groups.layout.tp > 1 else None,
                 vocab_size=head.true_vocab_size,
             )
-            ids = np.array([r.id for r in feed.rollouts], dtype=np.int64)
-            at = np.array([len(r.tokens) for r in feed.rollouts], dtype=np.int64)
-            uniforms_B = torch.from_numpy(uniforms(self.seed, ids, at)).to(self.device)
             token_B, log_prob_B = next_tokens(logits, uniforms_B, how)
             return torch.stack([token_B.double(), log_prob_B.double()])
 
-        steps = [((self._tensor(feed.tokens), feed.step), partial(draw, feed)) for feed in feeds]
+        steps = []
+        for feed, (bits_B, source_B, tokens_T, *place) in zip(feeds, of_feeds, strict=True):
+            inputs = tokens_T, feed.place.packed(cache, *place)
+            steps.append((inputs, partial(draw, source_B, bits_B.view(torch.float64))))
         drawn = schedule.forward(self.policy.chunks, steps)
-        num_rollouts = sum(len(feed.rollouts) for feed in feeds)
+        num_rollouts = sum(len(feed.who) for feed in feeds)
         joined = torch.cat(drawn, 1) if drawn else torch.empty(2, num_rollouts, dtype=torch.float64, device=self.device)
         return self.groups.from_last_stage(joined)
-
-    def _take(self, rollouts: list[Rollout], rows: list[int], drawn: Tensor) -> list[int]:
-        """Appends what was drawn; returns the rows that go on."""
-        tokens, log_probs = drawn.tolist()
-        going_on = []
-        for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
-            rollout = rollouts[row]
-            rollout.tokens.append(int(token))
-            rollout.log_probs.append(log_prob)
-            rollout.truncated = int(token) != self.eos_id
-            if rollout.truncated:
-                going_on.append(row)
-        return going_on
-
-    def _most(self, count: int) -> int:
-        """The largest of all processes' counts, and whether to stop, in one exchange."""
-        most, stop = self.groups.most([count, int(self.stop())])
-        if stop:
-            raise StopAsked
-        return most
 
     def _padded(self, num_tokens: int) -> int:
         """The tokens of a forward that has to hold `num_tokens`: a positive multiple of self.multiple."""
         return max(-(-num_tokens // self.multiple), 1) * self.multiple
 
-    def _tensor(self, values: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
+    def _tell(self, *groups: Sequence[Sequence[int] | NDArray[Any]]) -> list[list[Tensor]]:
+        """Integers for the device, in one copy that nobody waits for."""
+        arrays = [np.asarray(array, dtype=np.int64) for group in groups for array in group]
+        joined = on_device(torch.from_numpy(np.concatenate(arrays)), self.device)
+        pieces = iter(joined.split([len(array) for array in arrays]))
+        return [[next(pieces) for _ in group] for group in groups]
