@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from commands import forked, metrics, rollouts
 from fakes import TablePolicy, config_of, trainer_of
-from local_ranks import run_distributed
+from local_ranks import RankError, run_distributed
 from small import SMALL
 
 from gspo_megatron.data.packing import pack
@@ -222,10 +223,19 @@ def test_what_overlaps_gives_the_same_bits(axis: str, tmp_path: Path) -> None:
     }
     runs = {}
     for name, (setting, bucket_size, waits) in ways.items():
+        overlapping = name != "off"
         folder = in_folder(tmp_path, name)
         (folder / "empty.yaml").write_text("{}\n")
         arguments = ["--config", str(folder / "empty.yaml"), f"run.dir={folder / 'run'}", *RUN, axis, setting]
-        assert run_distributed(overlapping_rank, 2, arguments, bucket_size, waits, like_torchrun=True) == [0, 0]
+        try:
+            statuses = run_distributed(overlapping_rank, 2, arguments, bucket_size, waits, like_torchrun=True)
+        except RankError as error:
+            # Once in a hundred runs, on a machine at its limit, a rank died of a segmentation fault in libtorch_cpu.
+            # What gloo does with overlapping collectives is not what is tested here, and `auto` is off on the CPU.
+            assert overlapping and "died without a word" in str(error)
+            shutil.rmtree(folder / "run")
+            statuses = run_distributed(overlapping_rank, 2, arguments, bucket_size, waits, like_torchrun=True)
+        assert statuses == [0, 0]
         runs[name] = folder / "run"
     for a, b in (("off", "on"), ("in many buckets, with waits", "in many buckets")):
         assert metrics(runs[a]) == metrics(runs[b]) and rollouts(runs[a]) == rollouts(runs[b])

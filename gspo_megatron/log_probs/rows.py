@@ -103,21 +103,22 @@ class GradientReturn:
 
     def __init__(self, rows: Rows, hidden_NH: Tensor) -> None:
         self.rows, self.d_hidden_NH = rows, torch.zeros_like(hidden_NH)
-        self._under_way: tuple[Any, Tensor, Tensor] | None = None
+        self._under_way: tuple[Any, Tensor, Tensor, Tensor] | None = None
 
     def send(self, chunk: Chunk, index_b: Tensor, d_hidden_bH: Tensor) -> None:
         """Begins with the chunk's rows `index_b` (of the n). Collective: every rank sends the same rows."""
         self._arrive()
         rows, shards = self.rows, self.rows.shards
         if rows.counts is None or rows.own_m is None:
-            self._under_way = shards.start_sum(d_hidden_bH), d_hidden_bH, rows.order_n[index_b]
+            self._under_way = shards.start_sum(d_hidden_bH), d_hidden_bH, d_hidden_bH, rows.order_n[index_b]
             return
         source_b, most, length = rows.source_n[index_b], max(rows.counts), chunk.stop - chunk.start
         at_b = source_b // most * length + source_b % most - chunk.start
         all_tH = d_hidden_bH.new_zeros((shards.size * length, d_hidden_bH.shape[1]))
         all_tH.index_copy_(0, on_device(at_b, all_tH.device), d_hidden_bH)
         own_H = all_tH.new_empty((length, all_tH.shape[1]))
-        self._under_way = shards.start_scatter(own_H, all_tH), own_H, rows.own_m[chunk.start : chunk.stop]
+        # What is sent stays in memory until it has left.
+        self._under_way = shards.start_scatter(own_H, all_tH), all_tH, own_H, rows.own_m[chunk.start : chunk.stop]
 
     def finish(self) -> Tensor:
         """The gradient of this rank's hidden states; 0 in rows that were not sent."""
@@ -127,7 +128,7 @@ class GradientReturn:
     def _arrive(self) -> None:
         if self._under_way is None:
             return
-        work, d_hidden_mH, at_m = self._under_way
+        work, _, d_hidden_mH, at_m = self._under_way
         if work is not None:
             work.wait()
         d_hidden_mH = d_hidden_mH[: len(at_m)].to(self.d_hidden_NH.dtype)
