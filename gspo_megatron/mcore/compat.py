@@ -8,6 +8,7 @@ installed version no longer needs it. Stand-ins for torch.cuda itself are in dev
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -52,6 +53,15 @@ def mend(on_cpu: bool) -> None:
     """Applies the mends. Call once, after process groups exist and before a model is built."""
     for apply in MENDS_EVERYWHERE + (MENDS_ON_CPU if on_cpu else ()):
         apply()
+
+
+def set_experts(mlp: Any, module: type) -> None:
+    """Makes `module` the experts of a layer's spec: 0.16.1 nests ModuleSpec objects, 0.19.2 partial functions."""
+    if isinstance(mlp, partial):
+        submodules = mlp.keywords["submodules"]
+        submodules.experts = partial(module, *submodules.experts.args, **submodules.experts.keywords)
+    else:
+        mlp.submodules.experts.module = module
 
 
 def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool) -> None:

@@ -17,6 +17,7 @@ from gspo_megatron.config import Config
 from gspo_megatron.device import Lane
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import PackedAttention, PackedTokens, Rotary
+from gspo_megatron.mcore.experts import WholeExperts
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 
@@ -122,7 +123,7 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
 
 
 def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int, chunk: int | None) -> Any:
-    """Megatron's block spec with this package's attention core and, in the local spec, its norm."""
+    """Megatron's block spec with this package's attention core and, in the local spec, its norm and experts."""
     block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, pp_rank=pp_rank, vp_stage=chunk)
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
@@ -130,6 +131,7 @@ def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int, chunk
         attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": fused})
         if not use_te:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+            compat.set_experts(layer.submodules.mlp, WholeExperts)
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)

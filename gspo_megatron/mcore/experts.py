@@ -1,0 +1,30 @@
+"""The experts of a layer in Megatron's local spec, one matmul after another.
+
+Shapes: T tokens of this rank's experts, in the order of the experts; E experts of this rank; H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
+
+
+class WholeExperts(SequentialMLP):
+    """y = W_down (p * silu(W_gate x) * W_up x) for the tokens of each expert, to the last bit what Megatron's does.
+
+    Where no expert is cut over ranks (etp = 1), its tensor-parallel matrices have nothing to exchange. Their autograd
+    nodes and checks, four pairs an expert, take longer than the matmuls of a small model.
+    """
+
+    def forward(self, hidden_TH: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.tp_group.size() > 1:
+            return super().forward(hidden_TH, tokens_per_expert_E, probs_T)
+        counts, out = tokens_per_expert_E.tolist(), []
+        for expert, x, p in zip(self.local_experts, hidden_TH.split(counts), probs_T.split(counts), strict=True):
+            # An expert without tokens is multiplied too: its weights get a gradient, of zeros.
+            gate, up = F.linear(x, expert.linear_fc1.weight).chunk(2, dim=-1)
+            weighted = (F.silu(gate) * up * p[:, None]).to(x.dtype)  # the router's probabilities are float32 in bf16
+            out.append(F.linear(weighted, expert.linear_fc2.weight))
+        return torch.cat(out), None
