@@ -21,6 +21,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_guards(config.guards)
     _check_data(config.data)
     _check_batches(config)
+    _check_savings(config)
     return layout
 
 
@@ -113,6 +114,20 @@ def _check_batches(config: Config) -> None:
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             f"log-probs are of the "
             "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=auto"
+        )
+
+
+def _check_savings(config: Config) -> None:
+    a, t = config.algorithm, config.train
+    if config.guards.ratio_noise and a.updates_per_rollout == 1 and a.old_log_probs == "auto":
+        raise ConfigError(
+            f"guards.ratio_noise={config.guards.ratio_noise} has no effect where the one update of a rollout batch "
+            "tells its own old log-probs: set algorithm.old_log_probs=recompute, or guards.ratio_noise=0"
+        )
+    if t.log_prob_store_gib and a.entropy_coef:
+        raise ConfigError(
+            f"train.log_prob_store_gib={t.log_prob_store_gib} has no effect with algorithm.entropy_coef="
+            f"{a.entropy_coef}, whose gradient needs the logits themselves; set one of them to 0"
         )
 
 

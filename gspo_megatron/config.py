@@ -190,7 +190,8 @@ class TrainConfig:
     for them, and in the backward of the vocabulary matrix the tokens that the clip holds."""
     log_prob_store_gib: float = 0.0
     """Memory in which log-probs may keep exponentials for their backward. 0: all of them are computed again, least
-    memory; all of a micro-batch's takes 2 to 8 bytes a response token and id of the vocabulary."""
+    memory; all of a micro-batch's takes 2 to 8 bytes a response token and id of the vocabulary. Not with an entropy
+    bonus, whose gradient needs the logits."""
 
 
 @dataclass

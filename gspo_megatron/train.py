@@ -145,7 +145,11 @@ def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
             changed += [f"{section}.{k}: {now[k]!r}, was {was[k]!r}" for k in now if k in was and was[k] != now[k]]
     if state["config"]["run"]["seed"] != config.run.seed:
         changed.append(f"run.seed: {config.run.seed}, was {state['config']['run']['seed']}")
-    cuts = ("run.seed", "rollout.group_size", "rollout.prompts_per_step", "algorithm.updates_per_rollout")
+    # What cuts a step's rollouts into updates, and which of them take part.
+    cuts = (
+        *("run.seed", "rollout.group_size", "rollout.prompts_per_step", "algorithm.updates_per_rollout"),
+        *("algorithm.variant", "algorithm.kl_coef", "algorithm.entropy_coef", "model.aux_loss_coef", "train.skip_dead"),
+    )
     if state["step"] and (wrong := [text for text in changed if text.startswith(cuts)]):
         raise CheckpointError(
             f"this checkpoint is inside a step that was begun with other settings ({'; '.join(wrong)}); put them back "

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+IntArray = NDArray[np.int64]
 
 IGNORED = -100
 """Target of a row that predicts nothing (prompt, padding): it never reaches the vocabulary matmul."""

@@ -406,6 +406,14 @@ def test_what_a_layout_asks_of_micro_batches(
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=auto"),
         ),
         (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), ("rollout.top_k=5",)),
+        (
+            ("guards.ratio_noise=0.01", "algorithm.updates_per_rollout=1"),
+            ("guards.ratio_noise=0.01", "algorithm.old_log_probs=recompute"),
+        ),
+        (
+            ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01"),
+            ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01", "one of them to 0"),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:

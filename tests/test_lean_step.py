@@ -102,7 +102,7 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(entropy: bool) -> None:
         head_weight=lambda: weight_VH, config=SimpleNamespace(sequence_parallel=False), true_vocab_size=13
     )
     groups: Any = SimpleNamespace(tp=None, layout=SimpleNamespace(tp=1))
-    scoring = schedule.Scoring(temperature=0.7, with_entropy=entropy, store_bytes=100)
+    scoring = schedule.Scoring(0.7, with_entropy=entropy, store_bytes=100, skip_zero_rows=False)
     log_probs_R, entropy_R = schedule.response_log_probs(module, groups, micro_batch, hidden, scoring)
     objective = PolicyObjective(resolve_variant("gspo"), entropy_coef=0.1 * entropy)
     segments = Segments.from_lengths(micro_batch.response_lengths, index_R=micro_batch.sequence_R, device=device)

@@ -183,6 +183,16 @@ def test_the_gradient_of_a_tied_embedding_arrives() -> None:
     assert torch.equal(weight_VH, case.weight_VH)
 
 
+def test_a_frozen_matrix_costs_no_gradient() -> None:
+    case = make_case(TARGETS["all"])
+    hidden_NH, weight_VH = case.hidden_NH.requires_grad_(), megatron_weight(case, torch.float64).requires_grad_(False)
+    with Flops() as flops:
+        log_probs_N, _ = linear_log_probs(hidden_NH, weight_VH, case.targets_N, validate=False)
+        (log_probs_N @ case.d_log_probs_N).backward()
+    assert flops.count == 3 * 2 * 12 * VOCAB * H and (weight_VH.main_grad == 1).all() and weight_VH.grad is None
+    assert_near(hidden_NH.grad, case.oracle(1.0, False)[2])
+
+
 def test_without_scored_rows_the_buffer_stays_as_it_is() -> None:
     case = make_case(TARGETS["none"])
     weight_VH = megatron_weight(case, torch.float64)

@@ -96,6 +96,10 @@ def _check_settings(
             f"hidden has {len(hidden_NH)} rows where {num_rows} targets, {shards.size} ranks and "
             f"sequence_parallel={sequence_parallel} ask for {expected}"
         )
+    if hidden_NH.shape[1] != weight_VpH.shape[1]:
+        raise ConfigError(
+            f"hidden has {hidden_NH.shape[1]} columns and weight {weight_VpH.shape[1]}; the model's hidden size is both"
+        )
     if hidden_NH.dtype != weight_VpH.dtype:
         raise ConfigError(f"hidden is {hidden_NH.dtype} and weight {weight_VpH.dtype}; cast one to the other's dtype")
     if vocab_size is not None and not 1 <= vocab_size <= num_ids:

@@ -107,6 +107,7 @@ def statistics(
     what `store` had room for: the first blocks."""
     fused = getattr(kernels, "linear_statistics", None)
     workspace = _Workspace(hidden_bH, accumulator(hidden_bH))
+    factors_bH = hidden_bH.to(factor_dtype(hidden_bH))
     stats: list[Tensor] = []
     kept: list[Kept] = []
     for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
@@ -118,7 +119,7 @@ def statistics(
             stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
             break
         in_place = kept_bc is not None and kept_bc.dtype == accumulator(hidden_bH)
-        z_bc = _logits(hidden_bH, weight_vH[part], inverse_temperature, kept_bc if in_place else workspace)
+        z_bc = _logits(factors_bH, weight_vH[part], inverse_temperature, kept_bc if in_place else workspace)
         stats_Kb, max_b = kernels.row_statistics(
             z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
         )
@@ -137,10 +138,11 @@ def gradients(
     row: RowGradients,
     kept: Sequence[Kept],
     *,
-    d_weight_vH: Tensor,
+    d_weight_vH: Tensor | None,
     with_hidden: Callable[[Tensor], None],
 ) -> None:
-    """d_hidden = D W and d_weight += D^T h, with D = dL/d(h W^T) made block by block, from what is `kept` or anew.
+    """d_hidden = D W and d_weight += D^T h (where it is wanted), with D = dL/d(h W^T) made block by block, from what is
+    `kept` or anew.
 
     `with_hidden` is given this shard's part of d_hidden, [b, H], not rounded: the parts of all shards are to be added
     first. It is called ahead of the last block's d_weight, so that what it starts has a matmul to hide behind.
@@ -163,7 +165,8 @@ def gradients(
         _add_product(d_hidden_bH, d_bc, weight_cH)
         if part.stop == len(weight_vH):
             with_hidden(d_hidden_bH)
-        _add_product(d_weight_vH[part], d_bc.T, hidden_bH)
+        if d_weight_vH is not None:
+            _add_product(d_weight_vH[part], d_bc.T, hidden_bH)
     if not len(weight_vH):
         with_hidden(d_hidden_bH)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -58,7 +58,7 @@ def linear_log_probs(
     group: the ranks that hold the vocabulary between them; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
-    backend: `torch`; `triton`, for accelerators; `auto` takes what suits the device.
+    backend: `torch`; `triton`, for GPUs from Hopper on; `auto` takes what suits the device.
     store_bytes: memory in which exponentials may be kept between forward and backward, 2 to 8 bytes for each scored row
         and column. What is not kept is computed again: a quarter of all the work where nothing is.
     skip_zero_rows: rows whose gradients are exactly 0, as those of a clipped sequence, leave the backward. Which they
@@ -70,8 +70,9 @@ def linear_log_probs(
     bitwise equal on every rank. No logit is rounded to bf16 on the way: its spacing is far above the clip band of 3e-4
     (arXiv 2507.18071, section 5.1).
 
-    Differentiable in hidden and weight, for a loss that is the same on every rank. The gradient of hidden is that of
-    the whole vocabulary, that of weight is the shard's own; both are added up in float32 (float64) and rounded once.
+    Differentiable in hidden and weight, for a loss that is the same on every rank, to the last bit. The gradient of
+    hidden is that of the whole vocabulary, that of weight is the shard's own; both are added up in float32 (float64)
+    and rounded once.
 
     Raises ConfigError (settings, shapes) and DataError (a target that is no id, a row that is not finite, different
     rows on different ranks); with `validate` on every rank of the group together.
@@ -92,7 +93,7 @@ def linear_log_probs(
         store_bytes=store_bytes if torch.is_grad_enabled() else 0,
         skip_zero_rows=skip_zero_rows,
         validate=validate,
-        main_grad=getattr(weight_VpH, "main_grad", None) if hasattr(weight_VpH, "grad_added_to_main_grad") else None,
+        main_grad=_main_grad(weight_VpH),
     )
     log_probs_n, entropy_n = _LinearLogProbs.apply(hidden_NH, weight_VpH, call)
     order_n = on_device(rows.order_n, hidden_NH.device)
@@ -119,13 +120,23 @@ def vocab_parallel_logits(
 def _kernels(backend: str, x: Tensor) -> Any:
     if backend == "auto":
         # Triton's matmul has no float64.
-        has_triton = x.device.type != "cpu" and x.dtype != torch.float64 and find_spec("triton") is not None
-        backend = "triton" if has_triton else "torch"
+        backend = "triton" if x.is_floating_point() and x.dtype != torch.float64 and _has_triton(x.device) else "torch"
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "triton" and x.dtype == torch.float64:
         raise ConfigError("backend='triton' multiplies no float64; use torch or auto")
     return import_module(f"gspo_megatron.log_probs.{BACKENDS[backend]}")
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether the kernels can run on `device`: their tiles need the shared memory and the copy engine of Hopper."""
+    if device.type in ("cpu", "meta") or find_spec("triton") is None:
+        return False
+    if find_spec("triton.tools.tensor_descriptor") is None:  # Triton 3.4
+        return False
+    architecture = import_module("triton").runtime.driver.active.get_current_target().arch
+    return isinstance(architecture, int) and architecture >= 90
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class _LinearLogProbs(torch.autograd.Function):
             None if d_entropy_n is None else d_entropy_n * call.inverse_temperature,
         )
         d_weight_VpH = call.main_grad
-        if d_weight_VpH is None:
+        if ctx.needs_input_grad[1] and d_weight_VpH is None:
             d_weight_VpH = torch.zeros_like(weight_VpH, dtype=blocks.accumulator(weight_VpH))
         d_hidden = GradientReturn(call.rows, hidden_NH)
         kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward computes it again
@@ -204,12 +215,12 @@ class _LinearLogProbs(torch.autograd.Function):
                 call.inverse_temperature,
                 row_n.of(on_device_b),
                 _only(kept_of_chunk, chunk, index_b),
-                d_weight_vH=d_weight_VpH[: call.num_columns],
+                d_weight_vH=None if d_weight_VpH is None else d_weight_VpH[: call.num_columns],
                 with_hidden=partial(d_hidden.send, chunk, index_b),
             )
         if call.main_grad is not None:
             return d_hidden.finish(), _added_to_main_grad(weight_VpH), None
-        return d_hidden.finish(), d_weight_VpH.to(weight_VpH.dtype), None
+        return d_hidden.finish(), None if d_weight_VpH is None else d_weight_VpH.to(weight_VpH.dtype), None
 
 
 def _rows_with_gradient(
@@ -233,6 +244,12 @@ def _only(kept: list[blocks.Kept], chunk: Chunk, index_b: Tensor) -> list[blocks
         return kept
     at_b = on_device(index_b - chunk.rows.start, kept[0].exp_bc.device)
     return [blocks.Kept(exp_bc[at_b], max_b[at_b]) for exp_bc, max_b in kept]
+
+
+def _main_grad(weight_VpH: Tensor) -> Tensor | None:
+    """The place of the weight's gradient in Megatron's buffers, where it has one."""
+    has_place = weight_VpH.requires_grad and hasattr(weight_VpH, "grad_added_to_main_grad")
+    return getattr(weight_VpH, "main_grad", None) if has_place else None
 
 
 def _added_to_main_grad(weight_VpH: Any) -> Tensor | None:

@@ -57,8 +57,8 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor]:
     """lse, log p(y | block) and, on request, the entropy of every row within the block: [K, b], see `shards.merge`.
 
-    Returns them with the maxima of the rows, [b]. `kept_bc`, of any float format, receives e^{z - max}. z is float32,
-    its rows may have any stride.
+    Returns them with the maxima of the rows, [b]. `kept_bc`, of any float format, receives e^{z - max}; it may be z
+    itself. z is float32, its rows may have any stride.
     """
     num_rows, num_columns = z_bc.shape
     stats_Kb = _of_no_columns(z_bc, with_entropy)
@@ -231,6 +231,10 @@ def _row_statistics(
     """One program per row."""
     row_r = tl.program_id(0) + tl.arange(0, 1)
     z_r = z + row_r.to(tl.int64) * z_stride
+    # Ahead of the loop, whose reductions bring all warps together: where z is also what is kept, it is overwritten.
+    column_r = tl.load(targets + row_r)
+    has_target_r = (column_r >= 0) & (column_r < num_columns)
+    target_r = tl.load(z_r + column_r, mask=has_target_r, other=0.0)
     max_r = tl.full((1,), FLOOR, tl.float32)
     sum_r = tl.zeros((1,), tl.float32)
     weighted_r = tl.zeros((1,), tl.float32)
@@ -239,9 +243,6 @@ def _row_statistics(
         z_rc = tl.load(z_r[:, None] + column_c[None, :], mask=column_c[None, :] < num_columns, other=FLOOR)
         max_r, sum_r, weighted_r = _add_columns(z_rc, max_r, sum_r, weighted_r, LOG2_E, WITH_ENTROPY)
 
-    column_r = tl.load(targets + row_r)
-    has_target_r = (column_r >= 0) & (column_r < num_columns)
-    target_r = tl.load(z_r + column_r, mask=has_target_r, other=0.0)
     tl.store(maxima + row_r, max_r)
     _store_statistics(stats, num_rows, row_r, max_r, sum_r, weighted_r, target_r, has_target_r, 1.0, WITH_ENTROPY)
     if kept is not None:

@@ -19,13 +19,11 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gspo_megatron.mcore.context import Part, part_of, whole
-
-IntArray = NDArray[np.int64]
+from gspo_megatron.types import IntArray
 
 
 class KVCache:

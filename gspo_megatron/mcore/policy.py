@@ -103,13 +103,14 @@ class MegatronPolicy:
             self.optimizer.step_with_ready_grads()
 
     def _scoring(self) -> schedule.Scoring:
-        config = self.config
+        config, a = self.config, self.config.algorithm
         return schedule.Scoring(
             temperature=config.rollout.temperature,
             with_entropy=True,
-            store_bytes=int(config.train.log_prob_store_gib * 2**30),
-            # One update a rollout batch finds every ratio at 1, so the clip holds nothing.
-            skip_zero_rows=config.train.skip_dead and config.algorithm.updates_per_rollout > 1,
+            # The gradient of an entropy needs the logits themselves.
+            store_bytes=0 if a.entropy_coef else int(config.train.log_prob_store_gib * 2**30),
+            # The one update of a rollout batch finds its own ratios, which are 1: the clip holds nothing.
+            skip_zero_rows=config.train.skip_dead and (a.updates_per_rollout > 1 or a.old_log_probs == "rollout"),
         )
 
     def differing_replicas(self) -> list[str]:

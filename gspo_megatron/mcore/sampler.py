@@ -25,11 +25,11 @@ from torch import Tensor
 from gspo_megatron.layout import packing_rules, token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
-from gspo_megatron.mcore.attention import CachedTokens, IntArray, KVCache
+from gspo_megatron.mcore.attention import CachedTokens, KVCache
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.rollout.roster import Part, Roster, tokens_of_forward
 from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
-from gspo_megatron.types import Prompt, Rollout, StopAsked, on_device
+from gspo_megatron.types import IntArray, Prompt, Rollout, StopAsked, on_device
 
 
 class Feed(NamedTuple):

@@ -40,7 +40,7 @@ class Scoring(NamedTuple):
     temperature: float
     with_entropy: bool = False
     store_bytes: int = 0
-    skip_zero_rows: bool = False
+    skip_zero_rows: bool = True
 
 
 def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring) -> list[dict[str, Metric]]:

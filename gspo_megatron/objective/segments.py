@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gspo_megatron.types import on_device
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -59,7 +61,7 @@ class Segments:
             lengths = lengths.tolist()
         assert all(length >= 0 for length in lengths), f"negative length in {lengths}"
         num_tokens = sum(lengths)
-        lengths_S = torch.tensor(lengths, dtype=torch.int64).to(device or "cpu", non_blocking=True)
+        lengths_S = on_device(torch.tensor(lengths, dtype=torch.int64), device or torch.device("cpu"))
         if index_R is None:
             index_R = torch.repeat_interleave(lengths_S, output_size=num_tokens)
         return cls(lengths_S, index_R, sum(length > 0 for length in lengths), num_tokens, over_ranks)

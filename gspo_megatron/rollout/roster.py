@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gspo_megatron.types import Prompt, Rollout
+from gspo_megatron.types import IntArray, Prompt, Rollout
 
-IntArray = NDArray[np.int64]
 Numbers = TypeVar("Numbers", IntArray, Tensor)
 
 
