@@ -27,7 +27,7 @@ from gspo_megatron.log_probs.shards import merge
 from gspo_megatron.log_probs.torch_kernels import position
 
 # (b, c). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs its kernel launches.
-CPU_BLOCK = (512, 1024)
+CPU_BLOCK = (1024, 1024)
 ACCELERATOR_BLOCK = (4096, 4096)
 
 
