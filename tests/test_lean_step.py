@@ -112,7 +112,7 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(entropy: bool) -> None:
     terms.loss.backward()
     assert hidden.grad is not None and hidden.grad.device == device
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(terms.loss)  # what waiting would have looked like
+        float(terms.loss.detach())  # what waiting would have looked like
 
 
 # ----------------------------------------------------------------------------------------------- on real Megatron-Core

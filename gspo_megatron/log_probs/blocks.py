@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,18 +61,19 @@ class Kept(NamedTuple):
     max_b: Tensor
 
 
-@dataclass
 class Store:
-    """Bytes that may still be kept between forward and backward."""
+    """Memory for what is kept between forward and backward: at most `max_bytes`, in one piece, handed out in parts."""
 
-    bytes_left: int
+    def __init__(self, max_bytes: int, rows: int, columns: int, like: Tensor) -> None:
+        dtype = factor_dtype(like)
+        self._free = like.new_empty(min(max_bytes // dtype.itemsize, rows * columns), dtype=dtype)
 
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor | None:
-        size = rows * columns * factor_dtype(like).itemsize
-        if size > self.bytes_left:
+    def take(self, rows: int, columns: int) -> Tensor | None:
+        """[rows, columns], or None when so much is not left."""
+        if rows * columns > self._free.numel():
             return None
-        self.bytes_left -= size
-        return like.new_empty((rows, columns), dtype=factor_dtype(like))
+        block, self._free = self._free.split([rows * columns, self._free.numel() - rows * columns])
+        return block.view(rows, columns)
 
 
 class RowGradients(NamedTuple):
@@ -112,7 +112,7 @@ def statistics(
     kept: list[Kept] = []
     for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
         has_room = len(kept) == number  # what is kept are the first blocks, without a gap
-        kept_bc = store.take(len(hidden_bH), part.stop - part.start, hidden_bH) if has_room else None
+        kept_bc = store.take(len(hidden_bH), part.stop - part.start) if has_room else None
         if kept_bc is None and fused:
             rest_vH = weight_vH[part.start :]
             columns = columns_b - part.start

@@ -158,7 +158,8 @@ class _Call:
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VpH: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
-        rows, store = call.rows, blocks.Store(call.store_bytes)
+        rows = call.rows
+        store = blocks.Store(call.store_bytes, len(rows), call.num_columns, hidden_NH)
         ctx.chunks = list(rows.chunks(blocks.block_shape(hidden_NH)[0]))
         hidden_H = rows.gather(hidden_NH)
         stats, ctx.kept = [blocks.no_statistics(hidden_NH, 0, call.with_entropy)], []

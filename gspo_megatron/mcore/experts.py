@@ -15,11 +15,12 @@ class WholeExperts(SequentialMLP):
     """y = W_down (p * silu(W_gate x) * W_up x) for the tokens of each expert, to the last bit what Megatron's does.
 
     Where no expert is cut over ranks (etp = 1), its tensor-parallel matrices have nothing to exchange. Their autograd
-    nodes and checks, four pairs an expert, take longer than the matmuls of a small model.
+    nodes and checks, four pairs an expert, take longer than the matmuls of a small model. Where an overlapped gather of
+    weights waits in hooks of these matrices (optimizer.overlap), they are called as Megatron does.
     """
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.tp_group.size() > 1:
+        if self.tp_group.size() > 1 or self.local_experts[0].linear_fc1._forward_pre_hooks:
             return super().forward(hidden_TH, tokens_per_expert_E, probs_T)
         counts, out = tokens_per_expert_E.tolist(), []
         for expert, x, p in zip(self.local_experts, hidden_TH.split(counts), probs_T.split(counts), strict=True):
