@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo_megatron.log_probs import blocks, linear_log_probs
+from gspo_megatron.log_probs.products import accumulator
 
 ALL = 1 << 20
 """Bytes enough for every block."""
@@ -138,7 +139,7 @@ def test_a_gradient_that_is_not_a_number_does_not_leave() -> None:
 def megatron_weight(case: Case, dtype: torch.dtype) -> Any:
     """A weight as DistributedDataParallel leaves it: a place in a buffer, and whether the gradient is in it."""
     weight_VH: Any = torch.nn.Parameter(case.weight_VH.to(dtype))
-    weight_VH.main_grad = torch.ones(weight_VH.shape, dtype=blocks.accumulator(weight_VH))
+    weight_VH.main_grad = torch.ones(weight_VH.shape, dtype=accumulator(weight_VH))
     weight_VH.grad_added_to_main_grad = False
     return weight_VH
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.log_probs import linear_log_probs
-from gspo_megatron.log_probs.blocks import factor_dtype
+from gspo_megatron.log_probs.products import factor_dtype
 
 
 @dataclass(frozen=True)

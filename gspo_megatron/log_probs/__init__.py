@@ -4,7 +4,8 @@ linear.py           the public functions and the autograd node
 arguments.py        what they refuse, on all ranks together
 rows.py             which rows are scored, and how hidden states and their gradients travel
 shards.py           a vocabulary in parts: how the results of parts become one, and the collectives between ranks
-blocks.py           the rows of a chunk against one shard, block by block: matmuls, and what is kept for the backward
+products.py         matrix products with wide sums
+blocks.py           the rows of a chunk against one shard, block by block, and what is kept for the backward
 torch_kernels.py    the arithmetic of a block, element by element; triton_kernels.py the same for accelerators
 """
 

@@ -15,13 +15,13 @@ belongs to another shard.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from gspo_megatron.log_probs.products import accumulator, add_product, factor_dtype, product
 from gspo_megatron.log_probs.shards import merge
 from gspo_megatron.log_probs.torch_kernels import position
 
@@ -118,8 +118,7 @@ def statistics(
             columns = columns_b - part.start
             stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
             break
-        in_place = kept_bc is not None and kept_bc.dtype == accumulator(hidden_bH)
-        z_bc = _logits(factors_bH, weight_vH[part], inverse_temperature, kept_bc if in_place else workspace)
+        z_bc = _logits(factors_bH, weight_vH[part], inverse_temperature, workspace)
         stats_Kb, max_b = kernels.row_statistics(
             z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
         )
@@ -162,11 +161,11 @@ def gradients(
             z_bc = _logits(hidden_bH, weight_cH, inverse_temperature, logits)
             d_bc = z_bc if z_bc.dtype == hidden_bH.dtype else factors.block(*z_bc.shape)
             kernels.logit_gradients(z_bc, columns, row.lse, row.d_log_probs, entropy, out_bc=d_bc)
-        _add_product(d_hidden_bH, d_bc, weight_cH)
+        add_product(d_hidden_bH, d_bc, weight_cH)
         if part.stop == len(weight_vH):
             with_hidden(d_hidden_bH)
         if d_weight_vH is not None:
-            _add_product(d_weight_vH[part], d_bc.T, hidden_bH)
+            add_product(d_weight_vH[part], d_bc.T, hidden_bH)
     if not len(weight_vH):
         with_hidden(d_hidden_bH)
 
@@ -181,24 +180,12 @@ def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
 def logits(hidden_nH: Tensor, weight_VpH: Tensor) -> Tensor:
     """z = h W^T of this shard, [n, Vp], in the accumulator's dtype."""
     parts = _slices(len(weight_VpH), block_shape(hidden_nH)[1])
-    return torch.cat([_product(hidden_nH, weight_VpH[part].T) for part in parts], dim=1)
+    return torch.cat([product(hidden_nH, weight_VpH[part].T) for part in parts], dim=1)
 
 
 def block_shape(x: Tensor) -> tuple[int, int]:
     """(b, c) on x's device."""
     return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """What products of x are added up in, and results returned in: float64 for float64, float32 for all else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def factor_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which factors enter a product. Accelerators multiply bf16 into float32 (torch >= 2.8); a CPU, or an
-    older torch, has only products whose result is rounded to bf16, so there the factors are widened first."""
-    can_widen = x.device.type != "cpu" and "dtype" in torch.ops.aten.mm.overloads()
-    return x.dtype if can_widen else accumulator(x)
 
 
 class _Workspace:
@@ -213,43 +200,9 @@ class _Workspace:
         return self.memory[: rows * columns].view(rows, columns)
 
 
-def _logits(
-    hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, into: _Workspace | Tensor | None
-) -> Tensor:
-    if isinstance(into, _Workspace):
-        into = into.block(len(hidden_bH), len(weight_cH))
-    z_bc = _product(hidden_bH, weight_cH.T, out=into)
+def _logits(hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, workspace: _Workspace) -> Tensor:
+    z_bc = product(hidden_bH, weight_cH.T, out=workspace.block(len(hidden_bH), len(weight_cH)))
     return z_bc if inverse_temperature == 1 else z_bc.mul_(inverse_temperature)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, added up in and returned in the accumulator's dtype: bf16 factors give logits that were never bf16."""
-    dtype, factor = accumulator(a), factor_dtype(a)
-    if factor == dtype:
-        return torch.mm(a.to(dtype), b.to(dtype), out=out)
-    return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, without rounding a b where total is wider than the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif _adds_wide(total.device, total.dtype, a.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(_product(a, b))
-
-
-@functools.cache
-def _adds_wide(device: torch.device, total: torch.dtype, factor: torch.dtype) -> bool:
-    """Whether addmm adds a product of narrow factors to a wide total here: some versions of torch want the total
-    narrow too."""
-    x = torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(x.to(total), x.to(factor), x.to(factor), out_dtype=total, out=x.to(total))
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _set_at_targets(d_bc: Tensor, columns_b: Tensor, values_b: Tensor) -> None:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from gspo_megatron.log_probs import blocks
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
+from gspo_megatron.log_probs.products import accumulator
 from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
 from gspo_megatron.log_probs.shards import Shards, merge
 from gspo_megatron.types import IGNORED, ConfigError, on_device
@@ -200,7 +201,7 @@ class _LinearLogProbs(torch.autograd.Function):
         )
         d_weight_VpH = call.main_grad
         if ctx.needs_input_grad[1] and d_weight_VpH is None:
-            d_weight_VpH = torch.zeros_like(weight_VpH, dtype=blocks.accumulator(weight_VpH))
+            d_weight_VpH = torch.zeros_like(weight_VpH, dtype=accumulator(weight_VpH))
         d_hidden = GradientReturn(call.rows, hidden_NH)
         kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward computes it again
         indices = _rows_with_gradient(ctx.chunks, row_n, skip_zero_rows=call.skip_zero_rows)

@@ -15,20 +15,20 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor]:
     """lse, log p(y | block) and, on request, the entropy of every row within the block: [K, b], see `shards.merge`.
 
-    Returns them with the maxima of the rows, [b]. `kept_bc`, of any float format, receives e^{z - max}; it may be z
-    itself. Overwrites z.
+    Returns them with the maxima of the rows, [b]. `kept_bc`, of any float format, receives e^{z - max}. Overwrites z.
     """
     max_b = z_bc.amax(1)
     z_bc.sub_(max_b[:, None])
     index_b, is_inside_b = position(columns_b, z_bc.shape[1])
     z_y_b = z_bc.gather(1, index_b[:, None])[:, 0]
-    exp_bc = z_bc.exp() if with_entropy else z_bc.exp_()
+    is_exact = kept_bc is not None and kept_bc.dtype == z_bc.dtype
+    exp_bc = torch.exp(z_bc, out=kept_bc if is_exact else None if with_entropy else z_bc)
     sum_b = exp_bc.sum(1)
     log_sum_b = sum_b.log()
     stats = [max_b + log_sum_b, torch.where(is_inside_b, z_y_b - log_sum_b, -torch.inf)]
     if with_entropy:
         stats.append(log_sum_b - z_bc.mul_(exp_bc).sum(1) / sum_b)
-    if kept_bc is not None and kept_bc is not exp_bc:
+    if kept_bc is not None and not is_exact:
         kept_bc.copy_(exp_bc)
     return torch.stack(stats), max_b
 
