@@ -238,6 +238,36 @@ def test_equal_shapes_are_gathered_as_ever() -> None:
     assert run_distributed(gathered_later, 2) == [[1.0, 2.0]] * 2
 
 
+def alone(stands_in: bool) -> tuple[int, list[torch.Tensor]]:
+    """Threads that come into being with large exchanges in a group of one, and the results of these."""
+    torch.set_num_threads(2)
+    own = [dist.all_gather_into_tensor, dist.reduce_scatter_tensor]
+    cpu.install()
+    gather, reduce_scatter = [dist.all_gather_into_tensor, dist.reduce_scatter_tensor] if stands_in else own
+    mine = torch.arange(1e6)  # enough for torch to copy with all its threads
+    (mine + 1).exp_()
+    for _ in range(8):  # gloo's threads are there, all of them
+        dist.all_reduce(torch.zeros(1), async_op=True).wait()
+    before = len(os.listdir("/proc/self/task"))
+    outputs = [torch.zeros_like(mine) for _ in range(4)]
+    gather(outputs[0], mine)
+    reduce_scatter(outputs[1], mine, op=dist.ReduceOp.AVG if stands_in else dist.ReduceOp.SUM)
+    with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as under_way:
+        gather(outputs[2], mine, group=dist.group.WORLD, async_op=True)
+    under_way.wait()
+    reduce_scatter(outputs[3], mine, op=dist.ReduceOp.SUM, async_op=True).wait()
+    return len(os.listdir("/proc/self/task")) - before, outputs
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_large_exchanges_of_one_rank_start_no_threads() -> None:
+    [(threads, outputs)] = run_distributed(alone, 1, True)
+    assert threads == 0
+    assert all(torch.equal(output, torch.arange(1e6)) for output in outputs)
+    [(threads, _)] = run_distributed(alone, 1, False)
+    assert threads > 0, "gloo copies without threads of its own now: the two stand-ins can go"
+
+
 # ------------------------------------------------------------------------------------------------------ the other lane
 
 

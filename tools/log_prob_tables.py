@@ -165,6 +165,8 @@ def plot(entries: Sequence[Result], path: Path) -> None:
     ):
         axis.set_title(title)
         axis.set_xlabel(unit)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -32,6 +32,14 @@ STAND_INS: dict[str, tuple[str, str]] = {
         "tensor_parallel/mappings.py",
         "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
     ),
+    "torch.distributed.all_gather_into_tensor": (
+        "distributed/param_and_grad_buffer.py",
+        "dist_all_gather_func = torch.distributed.all_gather_into_tensor",
+    ),
+    "torch.distributed.reduce_scatter_tensor": (
+        "distributed/param_and_grad_buffer.py",
+        "dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor",
+    ),
     "torch.Tensor.type": ("optimizer/distrib_optimizer.py", "model_param.type() == 'torch.cuda.FloatTensor'"),
 }
 
@@ -74,6 +82,8 @@ def install() -> None:
     for factory in ("zeros", "tensor"):
         _stand_in(torch, factory, _placed_here(getattr(torch, factory)))
     _stand_in(dist, "all_gather", _of_any_lengths(dist.all_gather))
+    for collective in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        _stand_in(dist, collective, _copied_here_when_alone(getattr(dist, collective)))
     torch.compiler.set_stance("force_eager")
 
 
@@ -111,6 +121,25 @@ def _of_any_lengths(all_gather: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return gather
+
+
+def _copied_here_when_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A gather or a reduction of large tensors in a group of one is a copy, made by the caller.
+
+    gloo would copy in a thread of its own, with as many OpenMP threads again. With more of them than cores none waits
+    actively for work any more: on two threads a step of a small model took 1.9 times as long.
+    """
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, input_: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if dist.get_world_size(group) > 1:
+            return collective(output, input_, *args, group=group, **kwargs)
+        if output.data_ptr() != input_.data_ptr():
+            output.copy_(input_)
+        # Callers wait for a handle, and torch joins several calls to one: both need a collective.
+        return dist.all_reduce(output.new_zeros(1), group=group, async_op=kwargs.get("async_op", False))
+
+    return call
 
 
 @contextmanager
