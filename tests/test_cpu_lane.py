@@ -250,12 +250,12 @@ def alone(stands_in: bool) -> tuple[int, list[torch.Tensor]]:
         dist.all_reduce(torch.zeros(1), async_op=True).wait()
     before = len(os.listdir("/proc/self/task"))
     outputs = [torch.zeros_like(mine) for _ in range(4)]
-    gather(outputs[0], mine)
+    gather(outputs[0][None], mine) if stands_in else gather(outputs[0], mine)
     reduce_scatter(outputs[1], mine, op=dist.ReduceOp.AVG if stands_in else dist.ReduceOp.SUM)
     with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as under_way:
-        gather(outputs[2], mine, group=dist.group.WORLD, async_op=True)
+        gather(output_tensor=outputs[2], input_tensor=mine, group=dist.group.WORLD, async_op=True)
     under_way.wait()
-    reduce_scatter(outputs[3], mine, op=dist.ReduceOp.SUM, async_op=True).wait()
+    reduce_scatter(outputs[3], mine, dist.ReduceOp.SUM, dist.group.WORLD, True).wait()
     return len(os.listdir("/proc/self/task")) - before, outputs
 
 

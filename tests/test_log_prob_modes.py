@@ -70,7 +70,7 @@ def test_keeping_saves_the_second_matmul_and_no_more_bytes_than_allowed() -> Non
             gradients(case, store_bytes=store_bytes)
         counted.append(flops.count / one)
     assert counted[0] == 4 and counted[2] == 3 and 3.5 <= counted[1] < 3.7
-    store = blocks.Store(130, 12, VOCAB, case.hidden_NH)  # 16 numbers
+    store = blocks.Store(130, [12], VOCAB, case.hidden_NH)  # 16 numbers
     assert [store.take(3, columns) is not None for columns in (4, 2, 1, 1)] == [True, False, True, False]
     with torch.no_grad(), Flops() as flops:
         linear_log_probs(case.hidden_NH, case.weight_VH, case.targets_N, store_bytes=ALL, validate=False)
@@ -79,10 +79,10 @@ def test_keeping_saves_the_second_matmul_and_no_more_bytes_than_allowed() -> Non
 
 def test_kept_exponentials_of_bf16_take_two_bytes_on_an_accelerator() -> None:
     like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    store = blocks.Store(3 * 4 * 2 + 1, 100, 100, like)
+    store = blocks.Store(3 * 4 * 2 + 1, [60, 40], 100, like)
     kept = store.take(3, 4)
     assert kept is not None and kept.dtype == torch.bfloat16 and store.take(1, 1) is None
-    assert blocks.Store(1 << 40, 3, 4, like).take(3, 5) is None  # no more than can be used
+    assert blocks.Store(1 << 40, [3], 4, like).take(3, 5) is None  # no more than can be used
 
 
 def test_a_second_backward_computes_again_what_the_first_used_up() -> None:

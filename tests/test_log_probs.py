@@ -197,6 +197,11 @@ def test_keeps_hidden_rows_and_never_logits() -> None:
         (ConfigError, "float64 and weight torch.float32", {"weight_VpH": torch.zeros(VOCAB, H)}),
         (ConfigError, "hidden has 8 columns and weight 9", {"weight_VpH": torch.zeros(VOCAB, 9).double()}),
         (ConfigError, "temperature=0.0 must be positive", {"temperature": 0.0}),
+        (ConfigError, "temperature=nan must be positive", {"temperature": float("nan")}),
+        (ConfigError, "store_bytes=-1 must not be negative", {"store_bytes": -1}),
+        (ConfigError, r"targets \(4, 1\) must have the shapes", {"targets_N": torch.zeros(4, 1, dtype=torch.int64)}),
+        (ConfigError, r"hidden \(8,\) .* must have the shapes", {"hidden_NH": torch.zeros(H)}),
+        (ConfigError, "torch.int64.* of a float format", {"hidden_NH": torch.zeros(4, H, dtype=torch.int64)}),
         (ConfigError, "backend='numpy' is not one of auto, torch, triton", {"backend": "numpy"}),
     ],
 )

@@ -88,11 +88,14 @@ def share_table(entries: Sequence[Result]) -> str:
     rows = []
     for x in found:
         case, methods = x["case"], x["methods"]
-        cells = [f"{ratio(methods[name], 'time_ratio')} ({seconds(methods[name]['seconds_median'])})" for name in mine]
-        memory = ratio(methods[mine[0]], "memory_ratio")
-        rows.append([f"{case['response_share']:g}", f"{case['dead_share']:g}", *cells, memory])
-    head = ["response share", "sequences without gradient", *(f"{name}: time / native" for name in mine)]
-    return table([*head, f"{mine[0]}: extra memory / native"], rows)
+        cells = [
+            f"{ratio(methods[name], 'time_ratio')} ({seconds(methods[name]['seconds_median'])}), "
+            f"{ratio(methods[name], 'memory_ratio')}"
+            for name in mine
+        ]
+        rows.append([f"{case['response_share']:g}", f"{case['dead_share']:g}", *cells])
+    what = "time / native (time), extra memory / native"
+    return table(["response share", "sequences without gradient", *(f"{name}: {what}" for name in mine)], rows)
 
 
 def collective_table(entries: Sequence[Result]) -> str:

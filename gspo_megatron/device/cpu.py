@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -127,17 +128,22 @@ def _copied_here_when_alone(collective: Callable[..., Any]) -> Callable[..., Any
     """A gather or a reduction of large tensors in a group of one is a copy, made by the caller.
 
     gloo would copy in a thread of its own, with as many OpenMP threads again. With more of them than cores none waits
-    actively for work any more: on two threads a step of a small model took 1.9 times as long.
+    actively for work any more: on two threads a step of a small model took about twice as long.
     """
+    signature = inspect.signature(collective)
 
     @functools.wraps(collective)
-    def call(output: torch.Tensor, input_: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        group, async_op = given.arguments["group"], given.arguments["async_op"]
         if dist.get_world_size(group) > 1:
-            return collective(output, input_, *args, group=group, **kwargs)
+            return collective(*args, **kwargs)
+        output, input_ = given.args[:2]
         if output.data_ptr() != input_.data_ptr():
-            output.copy_(input_)
+            output.copy_(input_.detach().reshape(output.shape))
         # Callers wait for a handle, and torch joins several calls to one: both need a collective.
-        return dist.all_reduce(output.new_zeros(1), group=group, async_op=kwargs.get("async_op", False))
+        return dist.all_reduce(output.new_zeros(1), group=group, async_op=async_op)
 
     return call
 

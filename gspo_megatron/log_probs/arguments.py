@@ -6,6 +6,8 @@ hidden size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def checked_targets(
     temperature: float,
     sequence_parallel: bool,
     vocab_size: int | None,
+    store_bytes: int,
     *,
     validate: bool,
 ) -> tuple[int, Tensor]:
@@ -33,7 +36,9 @@ def checked_targets(
     num_ids = shards.size * len(weight_VpH)
     targets_host_N, objection = targets_N.cpu(), None
     try:
-        _check_settings(hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size)
+        _check_settings(
+            hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size, store_bytes
+        )
         if validate:
             _check_targets(targets_host_N, num_ids if vocab_size is None else vocab_size)
     except (ConfigError, DataError) as error:
@@ -44,8 +49,8 @@ def checked_targets(
         seen = {
             "the number of rows": len(targets_N),
             "the number of scored rows": int((targets_host_N != IGNORED).sum()),
-            "the sum of row * target": int((targets_host_N * torch.arange(len(targets_N))).sum()),
-            "the hidden size": hidden_NH.shape[1],
+            "the sum of row * target": int((targets_host_N.flatten() * torch.arange(targets_N.numel())).sum()),
+            "the hidden size": hidden_NH.shape[-1],
             "the shard of the vocabulary": len(weight_VpH),
         }
         _compare(seen, objection, shards, hidden_NH)
@@ -81,10 +86,19 @@ def _check_settings(
     temperature: float,
     sequence_parallel: bool,
     vocab_size: int | None,
+    store_bytes: int,
 ) -> None:
+    shapes = tuple(hidden_NH.shape), tuple(weight_VpH.shape), tuple(targets_N.shape)
+    if [*map(len, shapes)] != [2, 2, 1] or not hidden_NH.is_floating_point():
+        raise ConfigError(
+            f"hidden {shapes[0]} ({hidden_NH.dtype}), weight {shapes[1]} and targets {shapes[2]} must have the shapes "
+            "(N, H), (V, H) and (N), hidden and weight of a float format"
+        )
     num_rows, num_ids = len(targets_N), shards.size * len(weight_VpH)
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ConfigError(f"temperature={temperature} must be positive; score greedy samples at temperature 1")
+    if store_bytes < 0:
+        raise ConfigError(f"store_bytes={store_bytes} must not be negative; 0 keeps nothing")
     if sequence_parallel and num_rows % shards.size:
         raise ConfigError(
             f"{num_rows} rows do not divide over {shards.size} sequence-parallel ranks; "

@@ -6,7 +6,8 @@ float64 inputs) an accumulator and f bytes a matmul factor, the workspace stays 
 
     a * (2 b c + b H) + f * (b c + b H + c H)   bytes,
 
-whatever the number of rows and the size of the vocabulary are.
+whatever the number of rows and the size of the vocabulary are. (oneDNN, which multiplies large blocks on the CPU, takes
+about as much again for its results and copies, and keeps the kernels of the shapes that it has seen.)
 
 Shape suffixes: b rows of a chunk, v columns of this shard that are token ids, c those of a block, K statistics of a
 row, H hidden size. `columns_b` is the target of a row, counted in columns of this shard; a target outside [0, v)
@@ -21,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.log_probs.products import accumulator, add_product, factor_dtype, product
+from gspo_megatron.log_probs.products import accumulator, add_product, factor_dtype, padded_rows, product
 from gspo_megatron.log_probs.shards import merge
 from gspo_megatron.log_probs.torch_kernels import position
 
@@ -64,8 +65,10 @@ class Kept(NamedTuple):
 class Store:
     """Memory for what is kept between forward and backward: at most `max_bytes`, in one piece, handed out in parts."""
 
-    def __init__(self, max_bytes: int, rows: int, columns: int, like: Tensor) -> None:
-        dtype = factor_dtype(like)
+    def __init__(self, max_bytes: int, chunks: Sequence[int], columns: int, like: Tensor) -> None:
+        """`chunks`: the rows of each chunk. More than they can use is not taken."""
+        dtype, width = factor_dtype(like), min(block_shape(like)[1], columns)
+        rows = sum(padded_rows(rows, like, width) for rows in chunks)
         self._free = like.new_empty(min(max_bytes // dtype.itemsize, rows * columns), dtype=dtype)
 
     def take(self, rows: int, columns: int) -> Tensor | None:
@@ -92,6 +95,12 @@ class RowGradients(NamedTuple):
         assert lse is not None and log_probs is not None and d_log_probs is not None
         return RowGradients(lse, log_probs, d_log_probs, entropy, d_entropy)
 
+    def padded(self, rows: int) -> RowGradients:
+        """With rows without gradient behind them."""
+        lse, log_probs, d_log_probs, entropy, d_entropy = (None if x is None else _padded(x, rows) for x in self)
+        assert lse is not None and log_probs is not None and d_log_probs is not None
+        return RowGradients(lse, log_probs, d_log_probs, entropy, d_entropy)
+
 
 def statistics(
     kernels: Kernels,
@@ -107,12 +116,15 @@ def statistics(
     what `store` had room for: the first blocks."""
     fused = getattr(kernels, "linear_statistics", None)
     workspace = _Workspace(hidden_bH, accumulator(hidden_bH))
+    num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
+    rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
+    hidden_bH, columns_b = _padded(hidden_bH, rows), _padded(columns_b, rows, -1)
     factors_bH = hidden_bH.to(factor_dtype(hidden_bH))
     stats: list[Tensor] = []
     kept: list[Kept] = []
-    for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
+    for number, part in enumerate(_slices(len(weight_vH), width)):
         has_room = len(kept) == number  # what is kept are the first blocks, without a gap
-        kept_bc = store.take(len(hidden_bH), part.stop - part.start) if has_room else None
+        kept_bc = store.take(rows, part.stop - part.start) if has_room else None
         if kept_bc is None and fused:
             rest_vH = weight_vH[part.start :]
             columns = columns_b - part.start
@@ -125,7 +137,8 @@ def statistics(
         stats.append(stats_Kb)
         if kept_bc is not None:
             kept.append(Kept(kept_bc, max_b))
-    return merge(torch.stack(stats)) if stats else no_statistics(hidden_bH, len(hidden_bH), with_entropy), kept
+    stats_Kb = merge(torch.stack(stats)) if stats else no_statistics(hidden_bH, rows, with_entropy)
+    return stats_Kb[:, :num_rows], kept
 
 
 def gradients(
@@ -136,24 +149,33 @@ def gradients(
     inverse_temperature: float,
     row: RowGradients,
     kept: Sequence[Kept],
+    kept_rows_b: Tensor | None = None,
     *,
     d_weight_vH: Tensor | None,
     with_hidden: Callable[[Tensor], None],
 ) -> None:
     """d_hidden = D W and d_weight += D^T h (where it is wanted), with D = dL/d(h W^T) made block by block, from what is
-    `kept` or anew.
+    `kept` or anew. `kept_rows_b`: the places of the rows in what is kept; None: they are all of them, in order.
 
     `with_hidden` is given this shard's part of d_hidden, [b, H], not rounded: the parts of all shards are to be added
     first. It is called ahead of the last block's d_weight, so that what it starts has a matmul to hide behind.
     """
+    num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
+    rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
+    hidden_bH, columns_b, row = _padded(hidden_bH, rows), _padded(columns_b, rows, -1), row.padded(rows)
     d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
     logits, factors = (_Workspace(hidden_bH, dtype) for dtype in (accumulator(hidden_bH), factor_dtype(hidden_bH)))
     entropy = None if row.entropy is None or row.d_entropy is None else (row.entropy, row.d_entropy)
     hidden_bH = hidden_bH.to(factor_dtype(hidden_bH))
-    for number, part in enumerate(_slices(len(weight_vH), block_shape(hidden_bH)[1])):
+    for number, part in enumerate(_slices(len(weight_vH), width)):
         weight_cH, columns = weight_vH[part].to(hidden_bH.dtype), columns_b - part.start
         if number < len(kept) and entropy is None:
             exp_bc, max_b = kept[number]
+            if kept_rows_b is not None:
+                max_b, some_bc = _padded(max_b[kept_rows_b], rows), factors.block(rows, exp_bc.shape[1])
+                torch.index_select(exp_bc, 0, kept_rows_b, out=some_bc[:num_rows])
+                exp_bc = some_bc
+                exp_bc[num_rows:] = 0
             kernels.gradients_of_kept(exp_bc, columns, max_b - row.lse, row.d_log_probs)
             _set_at_targets(exp_bc, columns, -row.d_log_probs * row.log_probs.expm1())
             d_bc = exp_bc
@@ -163,11 +185,11 @@ def gradients(
             kernels.logit_gradients(z_bc, columns, row.lse, row.d_log_probs, entropy, out_bc=d_bc)
         add_product(d_hidden_bH, d_bc, weight_cH)
         if part.stop == len(weight_vH):
-            with_hidden(d_hidden_bH)
+            with_hidden(d_hidden_bH[:num_rows])
         if d_weight_vH is not None:
             add_product(d_weight_vH[part], d_bc.T, hidden_bH)
     if not len(weight_vH):
-        with_hidden(d_hidden_bH)
+        with_hidden(d_hidden_bH[:num_rows])
 
 
 def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
@@ -210,6 +232,14 @@ def _set_at_targets(d_bc: Tensor, columns_b: Tensor, values_b: Tensor) -> None:
     index_b, is_inside_b = position(columns_b, d_bc.shape[1])
     values_b1 = torch.where(is_inside_b, values_b, d_bc.gather(1, index_b[:, None])[:, 0])[:, None]
     d_bc.scatter_(1, index_b[:, None], values_b1.to(d_bc.dtype))
+
+
+def _padded(x: Tensor, rows: int, value: float = 0) -> Tensor:
+    if len(x) == rows:
+        return x
+    padded = x.new_full((rows, *x.shape[1:]), value)
+    padded[: len(x)] = x
+    return padded
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -80,7 +80,15 @@ def linear_log_probs(
     """
     shards = Shards.of(group)
     vocab_size, targets_host_N = checked_targets(
-        hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size, validate=validate
+        hidden_NH,
+        weight_VpH,
+        targets_N,
+        shards,
+        temperature,
+        sequence_parallel,
+        vocab_size,
+        store_bytes,
+        validate=validate,
     )
     rows = Rows.of(targets_host_N != IGNORED, shards, sequence_parallel=sequence_parallel)
     first_id = shards.rank * len(weight_VpH)
@@ -160,8 +168,8 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VpH: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
         rows = call.rows
-        store = blocks.Store(call.store_bytes, len(rows), call.num_columns, hidden_NH)
         ctx.chunks = list(rows.chunks(blocks.block_shape(hidden_NH)[0]))
+        store = blocks.Store(call.store_bytes, [x.num_rows for x in ctx.chunks], call.num_columns, hidden_NH)
         hidden_H = rows.gather(hidden_NH)
         stats, ctx.kept = [blocks.no_statistics(hidden_NH, 0, call.with_entropy)], []
         for chunk in ctx.chunks:
@@ -209,6 +217,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if not len(index_b):
                 continue
             on_device_b = on_device(index_b, hidden_NH.device)
+            is_whole = len(index_b) == chunk.num_rows
             blocks.gradients(
                 call.kernels,
                 call.rows.take(hidden_H, index_b),
@@ -216,7 +225,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 call.columns_n[on_device_b],
                 call.inverse_temperature,
                 row_n.of(on_device_b),
-                _only(kept_of_chunk, chunk, index_b),
+                kept_of_chunk,
+                None if is_whole else on_device_b - chunk.rows.start,
                 d_weight_vH=None if d_weight_VpH is None else d_weight_VpH[: call.num_columns],
                 with_hidden=partial(d_hidden.send, chunk, index_b),
             )
@@ -238,14 +248,6 @@ def _rows_with_gradient(
     has_gradient_n = has_gradient_n.cpu()
     for chunk in chunks:
         yield has_gradient_n[chunk.rows].nonzero().flatten() + chunk.rows.start
-
-
-def _only(kept: list[blocks.Kept], chunk: Chunk, index_b: Tensor) -> list[blocks.Kept]:
-    """What is kept of the chunk's rows `index_b`."""
-    if not kept or len(index_b) == chunk.rows.stop - chunk.rows.start:
-        return kept
-    at_b = on_device(index_b - chunk.rows.start, kept[0].exp_bc.device)
-    return [blocks.Kept(exp_bc[at_b], max_b[at_b]) for exp_bc, max_b in kept]
 
 
 def _main_grad(weight_VpH: Tensor) -> Tensor | None:

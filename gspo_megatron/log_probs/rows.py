@@ -28,6 +28,11 @@ class Chunk(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def num_rows(self) -> int:
+        """Of the n."""
+        return self.rows.stop - self.rows.start
+
 
 @dataclass(frozen=True)
 class Rows:
