@@ -100,10 +100,33 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
     assert found["tokens_per_step"] > 8
 
 
+def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
+    """Those of both kinds, ratio first; what is not measured anew stays as it is."""
+    files = []
+    for kind in ("parts", "pretraining"):
+        (folder := tmp_path / kind).mkdir()
+        bench(folder, *(["--against", kind] if kind == "pretraining" else []))
+        files.append((folder / "out.json").rename(tmp_path / f"{kind}.json"))
+    page = tmp_path / "page.md"
+    kinds = ("step", "step-trl", "step-pretraining")
+    marks = [f"<!-- {kind} -->\nnot measured\n<!-- end of {kind} -->" for kind in kinds]
+    page.write_text("\n".join(["before", *marks, "after\n"]))
+    assert bench_step.main(["--from", *map(str, files), "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("not measured") == 1 and text.startswith("before\n") and text.endswith("\nafter\n")
+    found = json.loads(files[1].read_text())
+    assert f"| [pretraining](pretraining.json) | {found['ratio']:.3f} | {found['ratio_every_token']:.3f} |" in text
+    assert f"- [pretraining](pretraining.json): `{found['command']}`; CPU, gloo, float32; " in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="<!-- step -->"):
+        bench_step.main(["--from", str(files[0]), "--markdown", str(page)])
+
+
 def test_against_pretraining(tmp_path: Path) -> None:
     found = bench(tmp_path, "--against", "pretraining")
     seconds, tokens, scored = (found[name] for name in ("seconds", "tokens", "scored"))
-    assert found["ratio"] == pytest.approx(seconds["update"] / seconds["pretraining"]) and seconds["update"] > 0
+    of_turns = [a / b for a, b in zip(*(found["seconds_all"][x] for x in ("update", "pretraining")), strict=True)]
+    assert found["ratio"] == pytest.approx(sum(of_turns) / 2) and seconds["update"] > 0
     assert set(seconds) == {"update", "update_every_token", "pretraining"}
     # Four sequences of both; all but the first token of each are predicted.
     assert len(set(tokens.values())) == 1 and found["micro_batches"] > 1
@@ -130,5 +153,6 @@ def test_against_trl(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["largest_difference_of_logits"] < 1e-5
-    assert found["ratio"] == pytest.approx(found["seconds"]["ours"] / found["seconds"]["trl"])
+    of_turns = [a / b for a, b in zip(*found["seconds_all"].values(), strict=True)]
+    assert found["ratio"] == pytest.approx(sum(of_turns) / 2)
     assert all(len(values) == 2 and min(values) > 8 for values in found["tokens_all"].values())

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from reports import median_ratio
 from torch import Tensor
 
 from gspo_megatron.config import Config
@@ -106,11 +107,10 @@ def measure(trainer: Trainer, config: Config, steps: int, warmup: int) -> dict[s
     }
     seconds = in_turn(works, warmup + steps, policy.lane)
     seconds = {name: times[warmup:] for name, times in seconds.items()}
-    median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "ratio": median["update"] / median["pretraining"],
-        "ratio_every_token": median["update_every_token"] / median["pretraining"],
-        "seconds": median,
+        "ratio": median_ratio(seconds["update"], seconds["pretraining"]),
+        "ratio_every_token": median_ratio(seconds["update_every_token"], seconds["pretraining"]),
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "micro_batches": len(every.micro_batches),
         "tokens": {
             name: sum(m.tokens_T.numel() for m in batch.micro_batches)
@@ -135,7 +135,6 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int, lane: Lane) -> 
         for name in names:
             start = time.perf_counter()
             works[name]()
-            if not lane.on_cpu:
-                torch.cuda.synchronize()
+            lane.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from reports import median_ratio
 from torch import Tensor
 
 from gspo_megatron.config import Config, ModelConfig
@@ -63,7 +64,7 @@ def measure(config: Config, steps: int, warmup: int, experts: str) -> dict[str, 
         column: {name: statistics.median(values) for name, values in of.items()} for column, of in columns.items()
     }
     return {
-        "ratio": median["seconds"]["ours"] / median["seconds"]["trl"],
+        "ratio": median_ratio(columns["seconds"]["ours"], columns["seconds"]["trl"]),
         **median,
         "largest_difference_of_logits": difference,
         "experts": experts,

@@ -38,17 +38,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import re
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +51,8 @@ from typing import Any
 from local_ranks import run_distributed
 from log_prob_measures import TIMEOUT_S, Case, measure_errors, measure_memory, measure_times
 from log_prob_methods import METHODS, REFERENCE
-from log_prob_tables import plot, tables, write_between_marks
+from log_prob_tables import plot, tables
+from reports import machine, median_ratio, versions, write_between_marks
 
 from gspo_megatron.device import Lane, open_lane
 
@@ -92,8 +88,7 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> d
 
 def add_ratios(results: Sequence[dict[str, Any]], reference: dict[str, Any]) -> None:
     for result in results:
-        turns = zip(result["seconds"], reference["seconds"], strict=True)
-        result["time_ratio"] = statistics.median(mine / theirs for mine, theirs in turns)
+        result["time_ratio"] = median_ratio(result["seconds"], reference["seconds"])
         if "peak_extra_mib" in result:
             result["memory_ratio"] = result["peak_extra_mib"] / reference["peak_extra_mib"]
 
@@ -141,23 +136,8 @@ def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
         measured.append(run_case(case, names, options))
         times = [f"{name} {x['time_ratio']:.2f}" for name, x in measured[-1]["methods"].items() if "time_ratio" in x]
         print(f"{len(measured)} of {len(chosen)}: time / native: {', '.join(times)}", file=sys.stderr, flush=True)
-    head = {"machine": machine(lane, options.threads), "versions": versions(), "command": command}
+    head = {"machine": machine(lane, options.threads), "versions": versions(PACKAGES), "command": command}
     return {**head, "scaling" if options.scaling else "cases": measured}
-
-
-def machine(lane: Lane, threads: int) -> str:
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    cores = f"{os.cpu_count()} cores of {name[1] if name else platform.machine()}"
-    return f"{lane.describe()}; {cores}, threads: {threads}"
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
@@ -198,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = tables(results)
     print(text)
     if options.markdown:
-        write_between_marks(options.markdown, text)
+        write_between_marks(options.markdown, "log-probs", text)
     return 0
 
 

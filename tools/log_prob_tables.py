@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from log_prob_methods import METHODS, REFERENCE
+from reports import table
 
-MARKS = re.compile(r"(?<=<!-- log-probs -->\n).*?(?=<!-- end of log-probs -->)", re.DOTALL)
 WANTED = ("H200, (32768, 2048, 151936), bf16", "H200, (32768, 4096, 151936), bf16")
 """What the tables name even where nobody could measure it."""
 
 Result = dict[str, Any]
-
-
-def write_between_marks(path: Path, text: str) -> None:
-    """Raises ValueError where the file has no marks."""
-    old = path.read_text()
-    if not MARKS.search(old):
-        raise ValueError(f"{path} has no lines '<!-- log-probs -->' and '<!-- end of log-probs -->' to write between")
-    path.write_text(MARKS.sub(lambda _: text, old))
 
 
 def tables(results: Sequence[Result]) -> str:
@@ -182,12 +174,6 @@ def plot(entries: Sequence[Result], path: Path) -> None:
 
 def every_row_counts(case: Result) -> bool:
     return case["response_share"] == 1 and case["dead_share"] == 0
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def bold(name: str) -> str:
