@@ -89,17 +89,9 @@ class RowGradients(NamedTuple):
     entropy: Tensor | None = None
     d_entropy: Tensor | None = None
 
-    def of(self, index: Tensor) -> RowGradients:
-        """Those of some rows."""
-        lse, log_probs, d_log_probs, entropy, d_entropy = (None if x is None else x[index] for x in self)
-        assert lse is not None and log_probs is not None and d_log_probs is not None
-        return RowGradients(lse, log_probs, d_log_probs, entropy, d_entropy)
-
-    def padded(self, rows: int) -> RowGradients:
-        """With rows without gradient behind them."""
-        lse, log_probs, d_log_probs, entropy, d_entropy = (None if x is None else _padded(x, rows) for x in self)
-        assert lse is not None and log_probs is not None and d_log_probs is not None
-        return RowGradients(lse, log_probs, d_log_probs, entropy, d_entropy)
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowGradients:
+        """`change` of every one of them."""
+        return RowGradients(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
 def statistics(
@@ -162,7 +154,11 @@ def gradients(
     """
     num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
     rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
-    hidden_bH, columns_b, row = _padded(hidden_bH, rows), _padded(columns_b, rows, -1), row.padded(rows)
+    hidden_bH, columns_b, row = (
+        _padded(hidden_bH, rows),
+        _padded(columns_b, rows, -1),
+        row.each(lambda x: _padded(x, rows)),
+    )
     d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
     logits, factors = (_Workspace(hidden_bH, dtype) for dtype in (accumulator(hidden_bH), factor_dtype(hidden_bH)))
     entropy = None if row.entropy is None or row.d_entropy is None else (row.entropy, row.d_entropy)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 weight_VpH[: call.num_columns],
                 call.columns_n[on_device_b],
                 call.inverse_temperature,
-                row_n.of(on_device_b),
+                row_n.each(itemgetter(on_device_b)),
                 kept_of_chunk,
                 None if is_whole else on_device_b - chunk.rows.start,
                 d_weight_vH=None if d_weight_VpH is None else d_weight_VpH[: call.num_columns],

@@ -45,8 +45,8 @@ class Groups:
         return (self.layout.ep, self.layout.etp) != (1, self.layout.tp)
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates the speakers' lists in the order of their ranks, on every process. Items are pickled
-        where there are several."""
+        """Concatenates the speakers' lists in the order of their ranks, on every process. Several processes
+        pickle the items."""
         if dist.get_world_size() == 1:
             return mine
         heard: list[list[Any] | None] = [None] * dist.get_world_size()
