@@ -108,7 +108,6 @@ def cases(options: argparse.Namespace, lane: Lane) -> list[tuple[Case, list[str]
     found = [
         replace(case, ranks=tp, response_share=share, dead_share=dead)
         for case, tp, share, dead in itertools.product(whole, ranks, options.response_share, options.dead)
-        if tp == 1 or dead == 0
     ]
     return [(case, chosen_methods(case)) for case in found]
 

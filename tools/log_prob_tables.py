@@ -97,10 +97,10 @@ def collective_table(entries: Sequence[Result]) -> str:
         case = x["case"]
         for name, method in x["methods"].items():
             if case["ranks"] > 1 and method["status"] == "ok":
-                place = [str(case["ranks"]), f"{case['response_share']:g}", bold(name)]
+                place = [str(case["ranks"]), f"{case['response_share']:g}", f"{case['dead_share']:g}", bold(name)]
                 ways = [calls(method["collectives"][way]) for way in ("forward", "backward")]
                 rows.append([*place, *(cell for way in ways for cell in way)])
-    head = ["tp", "response share", "method", "forward", "MiB", "backward", "MiB"]
+    head = ["tp", "response share", "sequences without gradient", "method", "forward", "MiB", "backward", "MiB"]
     return table(head, rows) if rows else ""
 
 
