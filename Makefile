@@ -37,13 +37,13 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 		data.train=$(GSM8K)/train.jsonl data.eval=$(GSM8K)/test.jsonl $(ARGS)
 	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.6M-parameter MoE"
 
-STEP = tools/bench_step.py --config examples/cpu_tiny_moe.yaml
+STEP = -m benchmarks.step --config examples/cpu_tiny_moe.yaml
 ALONE = parallel.ep=1
 # Large enough that the vocabulary is most of the work.
 LARGE = model.hidden_size=256 model.num_attention_heads=8 model.num_query_groups=4 model.head_dim=32 \
 	model.expert_ffn_size=512 model.vocab_size=32768 model.max_sequence_length=128 rollout.max_new_tokens=64 \
 	rollout.prompts_per_step=8 data.task.min_length=20 data.task.max_length=60
-RUNS = docs/runs/bench_step
+RUNS = benchmarks/results/bench_step
 
 bench: .venv/.installed ## Time a step of the demo, also beside plain pre-training, a checkpoint, and log-probs on a small shape
 	.venv/bin/torchrun --nproc_per_node 2 $(STEP) --steps 20 --output $(RUNS).json
@@ -52,29 +52,29 @@ bench: .venv/.installed ## Time a step of the demo, also beside plain pre-traini
 	.venv/bin/python $(STEP) $(ALONE) --against pretraining $(LARGE) --output $(RUNS)_pretraining_large.json
 	.venv/bin/python $(STEP) $(ALONE) --against pretraining $(LARGE) train.log_prob_store_gib=1 \
 		--output $(RUNS)_pretraining_large_kept.json
-	.venv/bin/python tools/bench_step.py --from $(RUNS).json $(RUNS)_one_process.json $(RUNS)_pretraining.json \
+	.venv/bin/python -m benchmarks.step --from $(RUNS).json $(RUNS)_one_process.json $(RUNS)_pretraining.json \
 		$(RUNS)_pretraining_large.json $(RUNS)_pretraining_large_kept.json --markdown docs/benchmarks.md
-	.venv/bin/python -W ignore tools/bench_log_probs.py --quick
-	.venv/bin/python -W ignore tools/bench_checkpoint.py --output docs/runs/bench_checkpoint.json
+	.venv/bin/python -W ignore -m benchmarks.log_probs.run --quick
+	.venv/bin/python -W ignore -m benchmarks.checkpoint --output benchmarks/results/bench_checkpoint.json
 
 bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 against Megatron-Core and other frameworks; half an hour
-	.venv/bin/python -W ignore tools/bench_log_probs.py --threads 2 --repeats 5 --output docs/runs/log_probs_cpu.json $(ARGS)
-	.venv/bin/python -W ignore tools/bench_log_probs.py --threads 2 --scaling --output docs/runs/log_probs_scaling.json
-	.venv/bin/python tools/bench_log_probs.py --from docs/runs/log_probs_cpu.json docs/runs/log_probs_scaling.json \
+	.venv/bin/python -W ignore -m benchmarks.log_probs.run --threads 2 --repeats 5 --output benchmarks/results/log_probs_cpu.json $(ARGS)
+	.venv/bin/python -W ignore -m benchmarks.log_probs.run --threads 2 --scaling --output benchmarks/results/log_probs_scaling.json
+	.venv/bin/python -m benchmarks.log_probs.run --from benchmarks/results/log_probs_cpu.json benchmarks/results/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
 
 bench-trl: .venv-trl/.installed ## Time a step beside one of TRL's GRPOTrainer, on one process
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 --output $(RUNS)_trl.json
-	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 train.skip_dead=false \
+	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 train.skip_zero_gradient=false \
 		--output $(RUNS)_trl_all.json
 	OMP_NUM_THREADS=2 .venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 \
 		--output $(RUNS)_trl_2threads.json
-	.venv-trl/bin/python tools/bench_step.py --from $(RUNS)_trl.json $(RUNS)_trl_all.json $(RUNS)_trl_2threads.json \
+	.venv-trl/bin/python -m benchmarks.step --from $(RUNS)_trl.json $(RUNS)_trl_all.json $(RUNS)_trl_2threads.json \
 		--markdown docs/benchmarks.md
 
 grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
-	.venv/bin/python -W ignore tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md $(ARGS)
-	PYTHONPATH=tools .venv/bin/python -W ignore tests/test_layouts.py docs/runs/layouts.json
+	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)
+	.venv/bin/python -W ignore tools/run_layouts.py --output benchmarks/results/layouts.json
 
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
 test-next: .venv-next/.installed ## Run it with the next Megatron-Core
@@ -96,7 +96,7 @@ gpu: .venv/.installed ## Run the tests that need a CUDA device
 
 clean: ## Remove caches and build output; the environments and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find gspo_megatron tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find gspo_megatron tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 ifeq ($(TORCH),system)
 VENV_FLAGS = --system-site-packages

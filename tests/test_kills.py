@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from commands import forked, metrics, rollouts
-from local_ranks import RankError, run_distributed
 
-import gspo_megatron.mcore.checkpoint
-import gspo_megatron.mcore.sampler  # noqa: F401  (both for the forked ranks)
-from gspo_megatron.interrupt import STOPPED
+import gspo_megatron.mcore.sampler
+import gspo_megatron.mcore.saving  # noqa: F401  (both for the forked ranks)
+from gspo_megatron.run.stop import STOPPED
+from gspo_megatron.testing.commands import forked, metrics, rollouts
+from gspo_megatron.testing.local_ranks import RankError, run_distributed
 from gspo_megatron.train import main
 
 CONFIG = """
@@ -117,8 +117,9 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
 
 
 SAMPLER, POLICY = "gspo_megatron.mcore.sampler:MegatronSampler.", "gspo_megatron.mcore.policy:MegatronPolicy."
-CHECKPOINT, STORE = "gspo_megatron.mcore.checkpoint:", "gspo_megatron.store:"
-WRITER = "gspo_megatron.metrics:RunWriter."
+SAVING = "gspo_megatron.mcore.saving:"
+DIRECTORY, MANIFEST = "gspo_megatron.checkpoint.directory:", "gspo_megatron.checkpoint.manifest:"
+WRITER = "gspo_megatron.monitor.run_directory:RunWriter."
 BOTH = (0, 1)
 CHAINS = {
     # Every list is one run, killed and continued until nobody kills it any more. Calls are counted from the start of an
@@ -140,14 +141,14 @@ CHAINS = {
         Kill((1,), POLICY + "update", 3),
     ],
     "in the save": [
-        Kill(BOTH, CHECKPOINT + "write_pieces", 1),
-        Kill((0,), STORE + "CheckpointStore.begin", 1),
-        Kill((1,), CHECKPOINT + "write_pieces", 2),
-        Kill((0,), STORE + "_seal", 1),
-        Kill((0,), STORE + "_sync", 6),
-        Kill((0,), STORE + "_write", 2),
-        Kill((0,), STORE + "CheckpointStore._retire", 1),
-        Kill((0,), STORE + "_sync", 8),
+        Kill(BOTH, SAVING + "write_shards", 1),
+        Kill((0,), DIRECTORY + "CheckpointDirectory.begin", 1),
+        Kill((1,), SAVING + "write_shards", 2),
+        Kill((0,), DIRECTORY + "seal", 1),
+        Kill((0,), MANIFEST + "sync", 5),
+        Kill((0,), DIRECTORY + "write_synced", 1),
+        Kill((0,), DIRECTORY + "CheckpointDirectory._retire", 1),
+        Kill((0,), DIRECTORY + "sync", 3),
     ],
 }
 
@@ -187,7 +188,7 @@ STOPS = [
     (Kill((0,), POLICY + "update", 1, number=signal.SIGUSR1), "step_000001_update_001"),
     # The step's last update; the evaluation that follows it is given up.
     (Kill((1,), POLICY + "update", 1, number=signal.SIGTERM), "step_000001_update_002"),
-    (Kill((1,), CHECKPOINT + "write_pieces", 1, number=signal.SIGTERM), "step_000002"),
+    (Kill((1,), SAVING + "write_shards", 1, number=signal.SIGTERM), "step_000002"),
     (Kill(BOTH, "gspo_megatron.mcore.schedule:log_probs", 1, number=signal.SIGUSR1), "step_000002_update_001"),
 ]
 """Signals, and the checkpoint that is the newest when the command has ended."""

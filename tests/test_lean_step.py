@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from commands import forked, metrics, rollouts
-from fakes import TablePolicy, config_of, trainer_of
-from local_ranks import RankError, run_distributed
-from small import SMALL
 
+from gspo_megatron.base.batches import Sequence
+from gspo_megatron.base.metrics import merge
 from gspo_megatron.data.packing import pack
 from gspo_megatron.mcore import optimizer, schedule
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.metrics import merge
 from gspo_megatron.objective import PolicyObjective, Segments, resolve_variant
+from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.testing.commands import forked, metrics, rollouts
+from gspo_megatron.testing.fakes import TablePolicy, config_of, trainer_of
+from gspo_megatron.testing.local_ranks import RankError, run_distributed
 from gspo_megatron.train import main
-from gspo_megatron.trainer import Trainer
-from gspo_megatron.types import Sequence
+from tests.support.small import SMALL
 
 THREE_STEPS = (
     "train.steps=3",
@@ -46,7 +46,7 @@ def sequences_of(policy: TablePolicy) -> list[int]:
 
 
 def test_dead_sequences_stay_out_and_still_count() -> None:
-    (_, on), (_, off) = trained(), trained("train.skip_dead=false")
+    (_, on), (_, off) = trained(), trained("train.skip_zero_gradient=false")
     assert sum(sequences_of(on)) < sum(sequences_of(off))
     for lean, full in zip(on.batches, off.batches, strict=True):
         assert (lean.num_sequences, lean.num_tokens) == (full.num_sequences, full.num_tokens)
@@ -58,7 +58,7 @@ def test_dead_sequences_stay_out_and_still_count() -> None:
     "setting", ["algorithm.kl_coef=0.01", "algorithm.entropy_coef=0.01", "model.aux_loss_coef=0.01"]
 )
 def test_sequences_that_another_term_uses_stay_in(setting: str) -> None:
-    (_, on), (_, off) = trained(setting), trained(setting, "train.skip_dead=false")
+    (_, on), (_, off) = trained(setting), trained(setting, "train.skip_zero_gradient=false")
     assert sequences_of(on) == sequences_of(off)
     assert torch.equal(on.logits_VV, off.logits_VV)
 
@@ -161,7 +161,7 @@ SAME = ("step", "policy_version", "loss", "grad_norm", "reward/mean", "tokens", 
 @pytest.mark.parametrize(
     ("saving", "off"),
     [
-        ("train.skip_dead=true", "train.skip_dead=false"),
+        ("train.skip_zero_gradient=true", "train.skip_zero_gradient=false"),
         ("train.log_prob_store_gib=1", "train.log_prob_store_gib=0"),
     ],
 )

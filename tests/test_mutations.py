@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 import check_layout
 import pytest
-from check_layout import Asked, Drawn, Report, compare
+from check_layout import Drawn, LayoutRequest, Report, compare
 
-from gspo_megatron.config import Config, load_config
+from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config
 from gspo_megatron.data import packing
 from gspo_megatron.log_probs import rows, shards, torch_kernels
-from gspo_megatron.mcore import compat, context, model, optimizer, parameters, sampler, schedule
+from gspo_megatron.mcore import compat, context_parallel, model, optimizer, parameters, sampler, schedule
 from gspo_megatron.mcore.groups import Groups
-from gspo_megatron.train import load_inputs
-from gspo_megatron.trainer import Trainer
+from gspo_megatron.run.trainer import Trainer
 
 # A layer for each of four virtual stages; 2 + 11 ids, so that tensor parallel fills the vocabulary up; responses of
 # different lengths, on micro-batches of a few sequences; KL and entropy.
@@ -81,7 +82,10 @@ MUTATIONS = {
     ),
     "gradients not reduced": Mutation(DP, optimizer.wrap_model, "= finalize_model_grads", "= None"),
     "random numbers by rank": Mutation(
-        DP, sampler.MegatronSampler._feed, "roster.ids[who]", "roster.ids[who] + self.groups.dp_rank"
+        DP,
+        sampler.MegatronSampler._feed,
+        "scheduler.ids[rollout_index]",
+        "scheduler.ids[rollout_index] + self.groups.dp_rank",
     ),
     # Tensor and sequence parallel
     "log-sum-exp of the first shard": Mutation(TP, shards.merge, "lse_Pn.logsumexp(0)", "lse_Pn[0]"),
@@ -115,7 +119,7 @@ MUTATIONS = {
         CP, Groups.sum_over_parts, "SumOverRanks.apply(partial_S, self.cp)", "partial_S"
     ),
     "gradient of a ratio from one part": Mutation(
-        CP, context.SumOverRanks.backward, "dist.all_reduce(total, group=ctx.group)", "pass"
+        CP, context_parallel.SumOverRanks.backward, "dist.all_reduce(total, group=ctx.group)", "pass"
     ),
     "contiguous split": Mutation(
         CP, packing.zigzag, "[chunk[rank], chunk[-1 - rank]]", "[chunk[2 * rank], chunk[2 * rank + 1]]"
@@ -127,7 +131,7 @@ MUTATIONS = {
         "torch.cat([torch.arange(length // cp_size) for length in segments])",
     ),
     "gradient of keys and values from one rank's queries": Mutation(
-        CP, context.whole, "group=part.group", "tensor_parallel_output_grad=False, group=part.group"
+        CP, context_parallel.whole, "group=part.group", "tensor_parallel_output_grad=False, group=part.group"
     ),
     "length of the part": Mutation(
         CP,
@@ -175,7 +179,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     file.write_text(CONFIG)
 
     def on(layout: str, *given_and_work: Any) -> Report:
-        asked = Asked.parse(layout)
+        asked = LayoutRequest.parse(layout)
         config = load_config(file, [*check_layout.FIXED, *asked.overrides])
         load_inputs(config)
         return check_layout.run(config, asked.world_size, 30.0, *given_and_work)

@@ -29,26 +29,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from local_ranks import RankError, run_distributed
 from torch import Tensor
 
-from gspo_megatron.checks import check_config
-from gspo_megatron.config import Config, DataConfig, RewardConfig, load_config
-from gspo_megatron.console import Console
-from gspo_megatron.device import open_lane
-from gspo_megatron.layout import AXES
-from gspo_megatron.plan import count_parameters
-from gspo_megatron.steps import StepUnderWay
-from gspo_megatron.train import load_inputs, open_trainer
-from gspo_megatron.trainer import Trainer
-from gspo_megatron.types import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.build.checks import check_config
+from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
+from gspo_megatron.device import open_device
+from gspo_megatron.layout.layout import AXES
+from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.monitor.console import Console
+from gspo_megatron.run.step_state import StepState
+from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.testing.local_ranks import RankError, run_distributed
 
 with warnings.catch_warnings():
     # Megatron-Core warns about every optional package it does without.
     warnings.simplefilter("ignore")
-    import gspo_megatron.mcore.checkpoint
-    import gspo_megatron.mcore.sampler  # noqa: F401  (both for the forked ranks)
-    from gspo_megatron.mcore.parameters import Place, is_vocabulary
+    import gspo_megatron.mcore.sampler
+    import gspo_megatron.mcore.saving  # noqa: F401  (both for the forked ranks)
+    from gspo_megatron.checkpoint.place import Place
+    from gspo_megatron.mcore.parameters import is_vocabulary
     from gspo_megatron.mcore.policy import MegatronPolicy
 
 SMALL = 20_000_000
@@ -68,7 +71,7 @@ TOLERANCES = {"fp64": (1e-12, 1e-12, 1e-6), "fp32": (1e-5, 1e-4, 1e-4), "bf16": 
 
 
 @dataclass(frozen=True)
-class Asked:
+class LayoutRequest:
     """A layout as it is written: `tp=2,pp=2,dp=2`. Axes that are not named are 1."""
 
     dp: int = 1
@@ -80,7 +83,7 @@ class Asked:
     etp: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Asked:
+    def parse(cls, text: str) -> LayoutRequest:
         """The layout that `text` writes. Raises ConfigError for one that is not written like that."""
         parts = [part.partition("=") for part in text.split(",")]
         try:
@@ -129,11 +132,11 @@ def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float
     the update is made from those rollouts instead of its own."""
     # 0.19.2 tells every rank that its own GPTModel is deprecated.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    lane = open_lane(config.precision.device, config.precision.dtype)
+    device = open_device(config.precision.device, config.precision.dtype)
     inputs = load_inputs(config)
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = folder
-        with open_trainer(config, lane, inputs, Console(on=False)) as trainer:
+        with open_trainer(config, device, inputs, Console(on=False)) as trainer:
             drawn, metrics = one_update(trainer, given)
             assert isinstance(trainer.policy, MegatronPolicy)
             slices = [(place, grad.detach().cpu().clone()) for place, grad in trainer.policy.gradients()]
@@ -160,7 +163,7 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
         sequence.old_log_probs = own + torch.tensor([shift + draw.gauss(0, clip) for _ in own]).to(own)
         if with_reference:
             sequence.ref_log_probs = own + torch.tensor([draw.gauss(0, 0.3) for _ in own]).to(own)
-    step = StepUnderWay(1, groups, sequences)
+    step = StepState(1, groups, sequences)
     trainer.pack(step)
     [batch] = step.batches
     scored = trainer.policy.log_probs(batch.micro_batches)
@@ -243,7 +246,7 @@ def compare(reference: Report, layout: Report, dtype: str) -> list[Row]:
 # --- what makes a large run small ---
 
 
-def reduced(asked: Asked, max_processes: int) -> Asked:
+def reduced(asked: LayoutRequest, max_processes: int) -> LayoutRequest:
     """The layout with at most `max_processes`. Its axes divide those asked for and stay above 1 where they were; of all
     such layouts it has the largest tp, then pp, cp, etp, ep and dp."""
     kept = ("tp", "pp", "cp", "etp", "ep", "dp")
@@ -260,7 +263,7 @@ def reduced(asked: Asked, max_processes: int) -> Asked:
     return fitting[0]
 
 
-def shrunk(config: Config, layouts: Sequence[Asked]) -> list[str]:
+def shrunk(config: Config, layouts: Sequence[LayoutRequest]) -> list[str]:
     """Overrides for a model that is as small as the layouts allow, with every part of the large one."""
     axis = {a: math.lcm(*(getattr(layout, a) for layout in layouts)) for a in (*AXES, "dp")}
     groups = max(2, axis["tp"])
@@ -320,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> list[Row]:
     """Makes the run small where it is large, measures both layouts and compares them."""
-    asked = {"reference": Asked.parse(options.reference), "layout": Asked.parse(options.layout)}
+    asked = {"reference": LayoutRequest.parse(options.reference), "layout": LayoutRequest.parse(options.layout)}
     settings = [*ON_CPU, *options.overrides, *FIXED]
     config = load_config(options.config, settings)
     for layout in asked.values():

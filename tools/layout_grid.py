@@ -1,6 +1,6 @@
 """Every layout of up to 8 processes against one process: the gradient of every parameter, for four algorithms.
 
-    python tools/layout_grid.py --output docs/runs/grid.json --table docs/layouts.md      (`make grid`; half an hour)
+    python tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md      (`make grid`)
 
 Axes: tp, pp, vpp, cp, etp, dp of 1 and 2, ep of 1, 2 and 4, wherever they make a valid layout. Each is compared with
 tools/check_layout.py in float64 and in float32 for gspo, gspo_sum, grpo and dapo; token dispatcher and activation
@@ -23,13 +23,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from check_layout import FIXED, Asked, Report, Row, compare, run
+from check_layout import FIXED, LayoutRequest, Report, Row, compare, run
 
-from gspo_megatron.checks import check_config
-from gspo_megatron.config import Config, load_config
-from gspo_megatron.layout import AXES
-from gspo_megatron.train import load_inputs
-from gspo_megatron.types import ConfigError
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.checks import check_config
+from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config
+from gspo_megatron.layout.layout import AXES
 
 # A vocabulary of 13 that no tp divides; responses of 1 to 8 tokens behind prompts of 3 to 8; micro-batches of a few
 # sequences, so that ranks differ in number, length and content of theirs; KL and entropy terms with a gradient.
@@ -81,7 +82,7 @@ def settings(case: Case) -> Config:
     return config
 
 
-def config_of(case: Case, layout: Asked) -> Config:
+def config_of(case: Case, layout: LayoutRequest) -> Config:
     """Settings of a comparison on a layout. Raises ConfigError for one that is not valid."""
     base = settings(case)
     config = replace(base, parallel=replace(base.parallel, **{axis: getattr(layout, axis) for axis in AXES}))
@@ -90,11 +91,11 @@ def config_of(case: Case, layout: Asked) -> Config:
 
 
 @cache
-def layouts() -> tuple[Asked, ...]:
+def layouts() -> tuple[LayoutRequest, ...]:
     """All valid ones, small ones first."""
     found = []
     for sizes in itertools.product(*SIZES.values()):
-        layout = Asked(**dict(zip(SIZES, sizes, strict=True)))
+        layout = LayoutRequest(**dict(zip(SIZES, sizes, strict=True)))
         try:
             if layout.world_size <= MAX_PROCESSES:
                 config_of(Case(VARIANTS[0], "fp64", DISPATCHERS[0], RECOMPUTE[0]), layout)
@@ -104,18 +105,18 @@ def layouts() -> tuple[Asked, ...]:
     return tuple(sorted(found, key=lambda layout: layout.world_size))
 
 
-def cases(layout: Asked) -> Iterator[Case]:
+def cases(layout: LayoutRequest) -> Iterator[Case]:
     """Every algorithm in both formats. Dispatcher and recompute go round with different periods."""
     start = layouts().index(layout)
     for dtype, (i, variant) in itertools.product(("fp64", "fp32"), enumerate(VARIANTS, start)):
         yield Case(variant, dtype, DISPATCHERS[i % 2], RECOMPUTE[i % 3])
 
 
-def cover() -> list[Asked]:
+def cover() -> list[LayoutRequest]:
     """Few layouts in which every pair of axis sizes that occurs in a valid layout occurs, of as few processes as may
     be: the one that adds most pairs for its processes first."""
 
-    def pairs(layout: Asked) -> set[tuple[object, ...]]:
+    def pairs(layout: LayoutRequest) -> set[tuple[object, ...]]:
         return set(itertools.combinations(vars(layout).items(), 2))
 
     missing, chosen = set().union(*map(pairs, layouts())), []
@@ -128,10 +129,10 @@ def cover() -> list[Asked]:
 @cache
 def reference(variant: str, dtype: str) -> Report:
     """One process, without recompute."""
-    return run(config_of(Case(variant, dtype, DISPATCHERS[0], RECOMPUTE[0]), Asked()), 1, timeout_s=120)
+    return run(config_of(Case(variant, dtype, DISPATCHERS[0], RECOMPUTE[0]), LayoutRequest()), 1, timeout_s=120)
 
 
-def compared(layout: Asked, case: Case) -> list[Row]:
+def compared(layout: LayoutRequest, case: Case) -> list[Row]:
     """The rows of one comparison."""
     theirs = reference(case.variant, case.dtype)
     ours = run(config_of(case, layout), layout.world_size, timeout_s=120, given=theirs.rollouts)

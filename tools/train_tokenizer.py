@@ -18,9 +18,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from gspo_megatron.data.prompts import read_records, text_field
+from gspo_megatron.base.errors import DataError
+from gspo_megatron.data.jsonl import read_records, text_field
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
-from gspo_megatron.types import DataError
 
 
 def read_texts(path: Path, fields: Sequence[str]) -> list[str]:

@@ -15,7 +15,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from gspo_megatron.types import IGNORED, ConfigError, DataError, MicroBatch, PackingRules, Sequence
+from gspo_megatron.base.batches import IGNORED, MicroBatch, PackingRules, Sequence
+from gspo_megatron.base.errors import ConfigError, DataError
 
 FREE = PackingRules()
 """What one rank alone asks for: no padding, any number of micro-batches."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from gspo_megatron.types import DataError
+from gspo_megatron.base.errors import DataError
 
 PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 """Newline and printable ASCII: the alphabet of the character tokenizer when none is given."""

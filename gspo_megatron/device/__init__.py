@@ -1,7 +1,7 @@
-"""The lane a run drives in: which device, which collective backend, which number formats. Nothing else names them.
+"""The device a run drives in: which device, which collective backend, which number formats. Nothing else names them.
 
-lane = open_lane(device="auto", dtype="bf16")      # before Megatron is imported
-lane.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
+device = open_device(device="auto", dtype="bf16")      # before Megatron is imported
+device.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.device import cpu
-from gspo_megatron.types import ConfigError
 
 TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
 TORCHRUN |= {"TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "1"}
@@ -27,10 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
-class Lane:
+class Device:
     """One process's device and formats. `dtype` is that of parameters and activations."""
 
-    device: torch.device
+    torch_device: torch.device
     backend: str
     dtype: torch.dtype
     world_size: int
@@ -42,7 +42,7 @@ class Lane:
 
     @property
     def on_cpu(self) -> bool:
-        return self.device.type == "cpu"
+        return self.torch_device.type == "cpu"
 
     def start_processes(self, timeout_s: float) -> None:
         """Joins torch.distributed: through torchrun's environment, or alone when this process was started by hand."""
@@ -114,8 +114,8 @@ class Lane:
         return f"{name}, {self.backend}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def open_lane(device: str, dtype: str) -> Lane:
-    """Chooses the lane; on the CPU, puts stand-ins where Megatron-Core expects a GPU. Call before Megatron is imported.
+def open_device(device: str, dtype: str) -> Device:
+    """Chooses the device; on the CPU, puts stand-ins where Megatron-Core expects a GPU. Call before importing Megatron.
 
     Raises ConfigError when `device` is "cuda" and there is none, or fp64 is asked of a GPU.
     """
@@ -124,7 +124,7 @@ def open_lane(device: str, dtype: str) -> Lane:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         cpu.install()
-        return Lane(torch.device("cpu"), "gloo", DTYPES[dtype], *started)
+        return Device(torch.device("cpu"), "gloo", DTYPES[dtype], *started)
     if not torch.cuda.is_available():
         raise ConfigError("precision.device=cuda but torch sees no GPU; set precision.device=cpu or auto")
     if dtype == "fp64":
@@ -133,7 +133,7 @@ def open_lane(device: str, dtype: str) -> Lane:
     torch.cuda.set_device(local_rank)
     # Sequence parallel overlaps communication with matmuls only when kernels start in the order they were queued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return Lane(torch.device("cuda", local_rank), "nccl", DTYPES[dtype], *started)
+    return Device(torch.device("cuda", local_rank), "nccl", DTYPES[dtype], *started)
 
 
 def transformer_engine_available() -> bool:

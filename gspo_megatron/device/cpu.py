@@ -1,7 +1,7 @@
 """What stands in for torch.cuda and NCCL when Megatron-Core runs on the CPU. One entry a stand-in, with the place it
 serves.
 
-Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/test_cpu_lane.py looks each one up in
+Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/device/test_cpu.py looks each one up in
 the installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
 """
 

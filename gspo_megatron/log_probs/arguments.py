@@ -11,9 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from gspo_megatron.base.batches import IGNORED
+from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.tensors import on_device
 from gspo_megatron.log_probs.rows import Rows
 from gspo_megatron.log_probs.shards import Shards
-from gspo_megatron.types import IGNORED, ConfigError, DataError, on_device
 
 
 def checked_targets(

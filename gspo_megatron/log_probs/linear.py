@@ -24,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gspo_megatron.base.batches import IGNORED
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.tensors import on_device
 from gspo_megatron.log_probs import blocks
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
 from gspo_megatron.log_probs.products import accumulator
 from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
 from gspo_megatron.log_probs.shards import Shards, merge
-from gspo_megatron.types import IGNORED, ConfigError, on_device
 
 BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
 """Modules with the kernels of a block, see `blocks.Kernels`."""

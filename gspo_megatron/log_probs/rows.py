@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gspo_megatron.base.tensors import on_device
 from gspo_megatron.log_probs.shards import Shards
-from gspo_megatron.types import on_device
 
 
 class Chunk(NamedTuple):

@@ -1,7 +1,7 @@
 """What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches
 Megatron.
 
-Each entry of MENDS_EVERYWHERE and MENDS_ON_CPU names the place it serves; tests/test_cpu_lane.py fails when the
+Each entry of PATCHES and CPU_PATCHES names the place it serves; tests/device/test_cpu.py fails when the
 installed version no longer needs it. Stand-ins for torch.cuda itself are in device/cpu.py.
 """
 
@@ -45,13 +45,13 @@ def _no_device_rng() -> None:
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
 
 
-MENDS_EVERYWHERE: tuple[Callable[[], None], ...] = (_te_general_gemm,)
-MENDS_ON_CPU: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng)
+PATCHES: tuple[Callable[[], None], ...] = (_te_general_gemm,)
+CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng)
 
 
-def mend(on_cpu: bool) -> None:
+def apply_patches(on_cpu: bool) -> None:
     """Applies the mends. Call once, after process groups exist and before a model is built."""
-    for apply in MENDS_EVERYWHERE + (MENDS_ON_CPU if on_cpu else ()):
+    for apply in PATCHES + (CPU_PATCHES if on_cpu else ()):
         apply()
 
 

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from gspo_megatron.layout import Layout
-from gspo_megatron.mcore.context import SumOverRanks
+from gspo_megatron.layout.layout import Layout
+from gspo_megatron.mcore.context_parallel import SumOverRanks
 
 Number = TypeVar("Number", int, float)
 
 
 class Groups:
-    """The process groups of one layout (the `Ranks` of types.py). Rank order: tp fastest, then cp, dp, pp slowest."""
+    """The process groups of one layout (`Ranks` of base/protocols.py). Rank order: tp fastest, then cp, dp, pp."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         parallel_state.initialize_model_parallel(
@@ -37,7 +37,7 @@ class Groups:
         self.is_first_stage = self.pp_rank == 0
         self.is_last_stage = self.pp_rank == layout.pp - 1
         self.is_main = dist.get_rank() == 0
-        self.speaks = self.is_last_stage and self.tp_rank == 0
+        self.is_reporter = self.is_last_stage and self.tp_rank == 0
 
     @property
     def experts_have_own_groups(self) -> bool:
@@ -45,12 +45,12 @@ class Groups:
         return (self.layout.ep, self.layout.etp) != (1, self.layout.tp)
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates the speakers' lists in the order of their ranks, on every process. Several processes
+        """Concatenates the reporters' lists in the order of their ranks, on every process. Several processes
         pickle the items."""
         if dist.get_world_size() == 1:
             return mine
         heard: list[list[Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(heard, mine if self.speaks else [])
+        dist.all_gather_object(heard, mine if self.is_reporter else [])
         return [item for part in heard if part for item in part]
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Groups:
         """See `Ranks.sum_over_parts`."""
         return partial_S if self.cp_size == 1 else SumOverRanks.apply(partial_S, self.cp)
 
-    def most(self, numbers: list[Number]) -> list[Number]:
+    def max_over_ranks(self, numbers: list[Number]) -> list[Number]:
         """The largest of all processes' numbers, one by one: all int, or all float and none NaN."""
         if dist.get_world_size() == 1:
             return numbers
@@ -72,9 +72,9 @@ class Groups:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def agree(self, flag: bool) -> bool:
-        """See `Ranks.agree`."""
-        return self.most([int(flag)]) == [1]
+    def any_rank(self, flag: bool) -> bool:
+        """See `Ranks.any_rank`."""
+        return self.max_over_ranks([int(flag)]) == [1]
 
     def close(self) -> None:
         """Ends the groups, when every process is done: nobody hangs up on a rank that still talks."""

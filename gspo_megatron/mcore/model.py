@@ -13,12 +13,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from gspo_megatron.config import Config
-from gspo_megatron.device import Lane
+from gspo_megatron.config.sections import Config
+from gspo_megatron.device import Device
 from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.attention import PackedAttention, PackedTokens, Rotary
+from gspo_megatron.mcore.attention import PackedAttention, Rotary
 from gspo_megatron.mcore.experts import WholeExperts
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 
 
@@ -56,7 +57,7 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerConfig:
+def transformer_config(config: Config, device: Device, use_te: bool) -> TransformerConfig:
     """Megatron's settings for this run. Fields that one of the supported versions lacks are left out."""
     m, p = config.model, config.parallel
     settings: dict[str, Any] = {
@@ -80,7 +81,7 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         "moe_router_pre_softmax": False,  # softmax over the chosen ones: Hugging Face's norm_topk_prob=True
         "moe_router_load_balancing_type": "aux_loss" if m.aux_loss_coef > 0 else "none",
         "moe_aux_loss_coeff": m.aux_loss_coef,
-        "moe_router_dtype": "fp64" if lane.dtype == torch.float64 else "fp32",
+        "moe_router_dtype": "fp64" if device.dtype == torch.float64 else "fp32",
         "moe_token_dispatcher_type": p.token_dispatcher,
         "moe_grouped_gemm": use_te,
         "tensor_model_parallel_size": p.tp,
@@ -94,11 +95,11 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         # they tell which of two messages is which.
         "overlap_p2p_comm": p.vpp > 1,
         "batch_p2p_comm": p.vpp == 1,
-        "params_dtype": lane.dtype,
-        "pipeline_dtype": lane.dtype,
-        "bf16": lane.dtype == torch.bfloat16,
+        "params_dtype": device.dtype,
+        "pipeline_dtype": device.dtype,
+        "bf16": device.dtype == torch.bfloat16,
         "attention_softmax_in_fp32": True,
-        "use_cpu_initialization": lane.on_cpu,
+        "use_cpu_initialization": device.on_cpu,
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -108,7 +109,7 @@ def transformer_config(config: Config, lane: Lane, use_te: bool) -> TransformerC
         "recompute_num_layers": 1 if p.recompute == "full" else None,
         # A message that overlaps with computation is read from memory until it has left; on a device, the queue of the
         # work keeps that memory, on the CPU nothing would.
-        "deallocate_pipeline_outputs": not lane.on_cpu,
+        "deallocate_pipeline_outputs": not device.on_cpu,
         "fp8": None if config.precision.fp8 == "none" else "hybrid",
         "fp8_recipe": None if config.precision.fp8 == "none" else config.precision.fp8,
     }
@@ -140,18 +141,18 @@ def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int, chunk
     return block
 
 
-def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> list[PolicyModel]:
+def build_model(config: Config, groups: Groups, device: Device, use_te: bool) -> list[PolicyModel]:
     """The parts of the model that this rank holds, on its device, with weights that depend on run.seed alone: one part,
     or parallel.vpp of them, in the order in which a token passes them."""
-    if lane.on_cpu:
-        # No layer draws random numbers on this lane; the tracker only has to answer.
+    if device.on_cpu:
+        # No layer draws random numbers on this device; the tracker only has to answer.
         mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     else:
         mcore_random.model_parallel_cuda_manual_seed(config.run.seed)
     m, num_chunks = config.model, config.parallel.vpp
     assert m.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
-    transformer = transformer_config(config, lane, use_te)
-    rotary = Rotary(m.head_dim, m.rope_base, m.max_sequence_length, lane.device, lane.dtype)
+    transformer = transformer_config(config, device, use_te)
+    rotary = Rotary(m.head_dim, m.rope_base, m.max_sequence_length, device.torch_device, device.dtype)
     chunks = []
     for i in range(num_chunks):
         number = i if num_chunks > 1 else None
@@ -168,9 +169,9 @@ def build_model(config: Config, groups: Groups, lane: Lane, use_te: bool) -> lis
             true_vocab_size=m.vocab_size,
             rotary=rotary,
         )
-        if lane.dtype == torch.float64:
+        if device.dtype == torch.float64:
             model.double()
-        model.to(lane.device)
+        model.to(device.torch_device)
         compat.mark_expert_parameters(model, groups.experts_have_own_groups)
         initialize_weights(model, m, groups, config.run.seed)
         chunks.append(model)

@@ -12,21 +12,23 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from gspo_megatron.config import OptimizerConfig
-from gspo_megatron.device import Lane
+from gspo_megatron.config.sections import OptimizerConfig
+from gspo_megatron.device import Device
 from gspo_megatron.mcore.model import PolicyModel
 
 
-def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_model(
+    chunks: Sequence[PolicyModel], device: Device, settings: OptimizerConfig
+) -> list[DistributedDataParallel]:
     """Gradient buffers (float32 under bf16), reduced over data-parallel ranks."""
     wrapped = [
         DistributedDataParallel(
             chunk.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=lane.dtype == torch.bfloat16,
-                use_distributed_optimizer=is_distributed(lane, settings),
-                overlap_grad_reduce=_overlaps(lane, settings),
-                overlap_param_gather=_overlaps(lane, settings) and is_distributed(lane, settings),
+                grad_reduce_in_fp32=device.dtype == torch.bfloat16,
+                use_distributed_optimizer=is_distributed(device, settings),
+                overlap_grad_reduce=_overlaps(device, settings),
+                overlap_param_gather=_overlaps(device, settings) and is_distributed(device, settings),
                 # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
                 check_for_nan_in_grad=False,
             ),
@@ -38,15 +40,17 @@ def wrap_model(chunks: Sequence[PolicyModel], lane: Lane, settings: OptimizerCon
     ]
     config = chunks[0].config  # one for all chunks
     config.finalize_model_grads_func = finalize_model_grads
-    if _overlaps(lane, settings):
+    if _overlaps(device, settings):
         # Only the last micro-batch's backward reduces.
         config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings: OptimizerConfig) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], device: Device, settings: OptimizerConfig
+) -> MegatronOptimizer:
     """AdamW over this rank's shard of parameters, gradient norm clipped over all ranks."""
-    with lane.optimizer_scope():
+    with device.optimizer_scope():
         return get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -57,10 +61,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], lane: Lane, settings:
                 adam_beta2=settings.adam_beta2,
                 adam_eps=settings.adam_eps,
                 clip_grad=settings.clip_grad,
-                bf16=lane.dtype == torch.bfloat16,
-                params_dtype=torch.bfloat16 if lane.dtype == torch.bfloat16 else torch.float32,
-                use_distributed_optimizer=is_distributed(lane, settings),
-                overlap_param_gather=_overlaps(lane, settings) and is_distributed(lane, settings),
+                bf16=device.dtype == torch.bfloat16,
+                params_dtype=torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32,
+                use_distributed_optimizer=is_distributed(device, settings),
+                overlap_param_gather=_overlaps(device, settings) and is_distributed(device, settings),
             ),
             chunks,
             use_gloo_process_groups=False,
@@ -96,7 +100,7 @@ class AdamShard(NamedTuple):
     exp_avg_sq: Tensor
 
 
-def adam_shards(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> dict[Tensor, AdamShard]:
+def shards_of_adam(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> dict[Tensor, AdamShard]:
     """The shards of the parameters of `chunks`; the tensors are the optimizer's own, to be read or written.
 
     Moments that Adam has not made yet are made, as zeros.
@@ -142,11 +146,11 @@ def _step_counters(adam: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
     return adam.state.values() if isinstance(adam, TORCH_ADAM) else adam.param_groups
 
 
-def _overlaps(lane: Lane, settings: OptimizerConfig) -> bool:
-    return settings.overlap == "on" or (settings.overlap == "auto" and not lane.on_cpu)
+def _overlaps(device: Device, settings: OptimizerConfig) -> bool:
+    return settings.overlap == "on" or (settings.overlap == "auto" and not device.on_cpu)
 
 
-def is_distributed(lane: Lane, settings: OptimizerConfig) -> bool:
+def is_distributed(device: Device, settings: OptimizerConfig) -> bool:
     """Whether the optimizer's state is cut over data-parallel ranks. The distributed optimizer casts its gradient
     shards to float32, so float64 runs go without."""
-    return settings.distributed and lane.dtype != torch.float64
+    return settings.distributed and device.dtype != torch.float64

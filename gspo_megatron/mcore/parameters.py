@@ -6,14 +6,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gspo_megatron.config import ModelConfig
+from gspo_megatron.checkpoint.place import Place
+from gspo_megatron.config.sections import ModelConfig
 from gspo_megatron.mcore.groups import Groups
 
 SLICED: dict[str, tuple[int, int]] = {
@@ -25,27 +24,6 @@ SLICED: dict[str, tuple[int, int]] = {
     "linear_fc1.weight": (0, 2),  # gate and up: every rank holds its part of both
     "linear_fc2.weight": (1, 1),
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank's tensor lies in the whole model: slice `index` of `count` along `dim`, with `stride` matrices in
-    it. A tensor that is not sliced is slice 0 of 1."""
-
-    name: str
-    dim: int = 0
-    stride: int = 1
-    index: int = 0
-    count: int = 1
-
-    def cut(self, whole: Tensor) -> Tensor:
-        """This slice of the whole tensor, whose `dim` is divisible by stride * count."""
-        return torch.cat(whole.chunk(self.stride * self.count, self.dim)[self.index :: self.count], self.dim)
-
-    def join(self, slices: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from its `count` slices: the inverse of `cut`."""
-        cut = [piece.chunk(self.stride, self.dim) for piece in slices]
-        return torch.cat([pieces[i] for i in range(self.stride) for pieces in cut], self.dim)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -9,30 +9,32 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from gspo_megatron.config import Config
-from gspo_megatron.device import Lane
+from gspo_megatron.base.batches import MicroBatch, UpdateBatch
+from gspo_megatron.base.metrics import Metric, merge
+from gspo_megatron.base.protocols import Accept, Loss
+from gspo_megatron.checkpoint.place import Place
+from gspo_megatron.config.sections import Config
+from gspo_megatron.device import Device
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
-from gspo_megatron.mcore.parameters import Place, named_parameters
-from gspo_megatron.mcore.replicas import differing_replicas
-from gspo_megatron.metrics import merge
-from gspo_megatron.types import Accept, Loss, Metric, MicroBatch, UpdateBatch
+from gspo_megatron.mcore.parameters import named_parameters
+from gspo_megatron.mcore.replica_check import differing_replicas
 
 
 class MegatronPolicy:
-    """`Policy` of types.py on Megatron-Core, whatever the layout."""
+    """`Policy` of base/protocols.py on Megatron-Core, whatever the layout."""
 
-    def __init__(self, config: Config, groups: Groups, lane: Lane, use_te: bool) -> None:
-        self.config, self.groups, self.lane, self.use_te = config, groups, lane, use_te
-        self._model = build_model(config, groups, lane, use_te)
-        self.chunks = wrap_model(self._model, lane, config.optimizer)
+    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool) -> None:
+        self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
+        self._model = build_model(config, groups, device, use_te)
+        self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
-        self.optimizer = build_optimizer(self.chunks, lane, config.optimizer)
+        self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
         self.reference: list[PolicyModel] | None = None
         self.version = 0
-        self.score_dtype = torch.float64 if lane.dtype == torch.float64 else torch.float32
+        self.score_dtype = torch.float64 if device.dtype == torch.float64 else torch.float32
 
     @property
     def model(self) -> list[PolicyModel]:
@@ -50,7 +52,7 @@ class MegatronPolicy:
 
     def freeze_reference(self) -> None:
         """Keeps a copy of the policy as it is now, to be scored by `log_probs(reference=True)`."""
-        self.reference = build_model(self.config, self.groups, self.lane, self.use_te)
+        self.reference = build_model(self.config, self.groups, self.device, self.use_te)
         for frozen, chunk in zip(self.reference, self.model, strict=True):
             frozen.load_state_dict(chunk.state_dict())
             frozen.requires_grad_(False).eval()
@@ -64,7 +66,9 @@ class MegatronPolicy:
         scored = schedule.log_probs(chunks, self.groups, micro_batches, temperature=self.config.rollout.temperature)
         counts = [len(m.sequence_R) for m in micro_batches]
         joined = (
-            torch.cat(scored) if scored else torch.empty(sum(counts), dtype=self.score_dtype, device=self.lane.device)
+            torch.cat(scored)
+            if scored
+            else torch.empty(sum(counts), dtype=self.score_dtype, device=self.device.torch_device)
         )
         return list(self.groups.from_last_stage(joined).split(counts))
 
@@ -79,13 +83,13 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
         metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self._scoring()))
-        with self.lane.optimizer_scope():
+        with self.device.optimizer_scope():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
         bad_loss = "loss" in metrics and not math.isfinite(metrics["loss"].total)
         # Only the last stage knows the loss, and replicas may add up the same norm in another order. All ranks go by
         # the worst of them, so that they decide alike and clip alike.
-        grad_norm, bad = self.groups.most([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
+        grad_norm, bad = self.groups.max_over_ranks([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
         if accept is None or accept(grad_norm, not bad):
             self._step(grad_norm)
         self._gathering = self.chunks[0].ddp_config.overlap_param_gather
@@ -96,7 +100,7 @@ class MegatronPolicy:
     def _step(self, grad_norm: float) -> None:
         """The rest of what `self.optimizer.step()` does, which in one call could not be asked after the norm."""
         clip_grad = self.config.optimizer.clip_grad
-        with self.lane.optimizer_scope():
+        with self.device.optimizer_scope():
             for part in self.optimizer.chained_optimizers:
                 if clip_grad > 0 and (parameters := part.get_parameters()):
                     clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
@@ -110,7 +114,8 @@ class MegatronPolicy:
             # The gradient of an entropy needs the logits themselves.
             store_bytes=0 if a.entropy_coef else int(config.train.log_prob_store_gib * 2**30),
             # The one update of a rollout batch finds its own ratios, which are 1: the clip holds nothing.
-            skip_zero_rows=config.train.skip_dead and (a.updates_per_rollout > 1 or a.old_log_probs == "rollout"),
+            skip_zero_rows=config.train.skip_zero_gradient
+            and (a.updates_per_rollout > 1 or a.old_log_probs == "rollout"),
         )
 
     def differing_replicas(self) -> list[str]:
@@ -125,4 +130,4 @@ class MegatronPolicy:
                 yield place, parameter.main_grad
 
     def _here(self, micro_batch: MicroBatch) -> MicroBatch:
-        return micro_batch.to(self.lane.device)
+        return micro_batch.to(self.device.torch_device)

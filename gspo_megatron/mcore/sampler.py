@@ -2,8 +2,8 @@
 
 Works on any layout: every rank of the world takes part in every forward (experts are shared over data-parallel ranks),
 the last pipeline stage draws, and the other stages hear the token. The prompts of rollouts that enter ride along with
-the newest tokens of the others (see rollout/roster.py for who enters when). The ranks of a context-parallel group hold
-the same weights and sample different rollouts, as data-parallel ranks do.
+the newest tokens of the others (see rollout/native/scheduler.py for who enters when). The ranks of a context-parallel
+group hold the same weights and sample different rollouts, as data-parallel ranks do.
 
 On a device the host waits once a forward, for one tensor: the tokens, their log-probs, and what all ranks have agreed
 on. What Megatron's own layers wait for comes on top.
@@ -22,22 +22,25 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gspo_megatron.layout import packing_rules, token_multiple
+from gspo_megatron.base.batches import IntArray, Prompt, Rollout
+from gspo_megatron.base.errors import StopRequested
+from gspo_megatron.base.tensors import on_device
+from gspo_megatron.layout.layout import packing_rules, token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
-from gspo_megatron.mcore.attention import CachedTokens, KVCache
+from gspo_megatron.mcore.kv_cache import KVCache
+from gspo_megatron.mcore.packed_tokens import CachedTokens
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.rollout.roster import Part, Roster, tokens_of_forward
-from gspo_megatron.rollout.sampling import Decoding, next_tokens, uniforms
-from gspo_megatron.types import IntArray, Prompt, Rollout, StopAsked, on_device
+from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.rollout.native.scheduler import DecodeScheduler, Part, tokens_of_forward
 
 
 class Feed(NamedTuple):
-    """One part of a forward, on the host: rollout `who[i]` draws with `uniforms[i]` from the hidden state of row
-    `source[i]`."""
+    """One part of a forward, on the host: rollout `rollout_index[i]` draws with `uniforms[i]` from the hidden state of
+    row `source[i]`."""
 
     place: CachedTokens
-    who: IntArray
+    rollout_index: IntArray
     uniforms: NDArray[np.float64]
     source: IntArray
     tokens: IntArray
@@ -48,13 +51,13 @@ class Feed(NamedTuple):
 
 
 class MegatronSampler:
-    """`Sampler` of types.py. `eos_id` ends a response, `pad_id` fills places that attention never reads.
-    `stop` is asked at every token; when it says yes on any process, generate raises StopAsked on all."""
+    """`Sampler` of base/protocols.py. `eos_id` ends a response, `pad_id` fills places that attention never reads.
+    `stop` is asked at every token; when it says yes on any process, generate raises StopRequested on all."""
 
     def __init__(
         self, policy: MegatronPolicy, *, eos_id: int, pad_id: int, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        self.policy, self.groups, self.device = policy, policy.groups, policy.lane.device
+        self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
         self.multiple = token_multiple(policy.config)
@@ -66,7 +69,7 @@ class MegatronSampler:
     def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
         """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none."""
         how = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
-        roster = Roster(
+        scheduler = DecodeScheduler(
             prompts,
             ids,
             max_rows=self.settings.max_batch,
@@ -75,28 +78,30 @@ class MegatronSampler:
             num_parts=self.num_feeds,
             eos_id=self.eos_id,
         )
-        cache = KVCache(roster.num_rows, roster.num_positions)
+        cache = KVCache(scheduler.num_rows, scheduler.num_positions)
         for chunk in self.policy.chunks:
             chunk.eval()
         try:
-            *num_tokens, stop = self.groups.most([*roster.next_tokens().tolist(), int(self.stop())])
+            *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
-                *num_tokens, stop = self._forward(cache, roster, num_tokens, how)
+                *num_tokens, stop = self._forward(cache, scheduler, num_tokens, how)
         finally:
             for chunk in self.policy.chunks:
                 chunk.train()
         if stop:
-            raise StopAsked
-        return roster.rollouts(self.policy.version)
+            raise StopRequested
+        return scheduler.rollouts(self.policy.version)
 
-    def _forward(self, cache: KVCache, roster: Roster, num_tokens: Sequence[int], how: Decoding) -> list[int]:
+    def _forward(
+        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], how: Decoding
+    ) -> list[int]:
         """Draws a token for every rollout that goes on or enters. `num_tokens` are those of each feed, on the rank that
         has most. Returns the same of the next forward, and whether to stop, as all ranks see it."""
-        move = roster.move
-        feeds = [self._feed(roster, *part) for part in zip(roster.next_parts(), num_tokens, strict=True)]
-        who = np.concatenate([feed.who for feed in feeds])
-        may_go_on = roster.counts[who] + 1 < roster.max_new_tokens
-        waiting = (roster.max_going_on_W, roster.prompt_tokens_WP.ravel())
+        move = scheduler.move
+        feeds = [self._feed(scheduler, *part) for part in zip(scheduler.next_parts(), num_tokens, strict=True)]
+        rollout_index = np.concatenate([feed.rollout_index for feed in feeds])
+        may_go_on = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
+        waiting = (scheduler.max_going_on_W, scheduler.prompt_tokens_WP.ravel())
         told, *of_feeds = self._tell(
             [move.from_rows, move.to_rows, may_go_on, *waiting, [int(self.stop())]],
             *(feed.arrays() for feed in feeds),
@@ -111,25 +116,27 @@ class MegatronSampler:
         if dist.get_world_size() > 1:
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         heard = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
-        tokens, log_probs, agreements = np.split(heard, [len(who), 2 * len(who)])
-        roster.take(who, tokens.astype(np.int64), log_probs)
+        tokens, log_probs, agreements = np.split(heard, [len(rollout_index), 2 * len(rollout_index)])
+        scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
         return agreements.astype(np.int64).tolist()
 
-    def _feed(self, roster: Roster, part: Part, num_tokens: int) -> Feed:
+    def _feed(self, scheduler: DecodeScheduler, part: Part, num_tokens: int) -> Feed:
         """The newest tokens of those that go on, the prompts of those that enter, and padding."""
         going_on, entering = part.going_on, part.entering
-        lengths = [len(entry.tokens) for entry in entering]
+        lengths = [len(admission.tokens) for admission in entering]
         own = len(going_on) + sum(lengths)
         padded = self._padded(num_tokens if self.same_tokens else own)
-        prompts = [(len(entry.tokens), entry.rows) for entry in entering]
-        who = np.concatenate([going_on, *(entry.who for entry in entering)])
+        prompts = [(len(admission.tokens), admission.rows) for admission in entering]
+        rollout_index = np.concatenate([going_on, *(admission.rollout_index for admission in entering)])
         last = len(going_on) + np.cumsum(lengths, dtype=np.int64) - 1
         return Feed(
-            CachedTokens(part.first_row, roster.positions(going_on), prompts, padded),
-            who,
-            uniforms(self.seed, roster.ids[who], roster.counts[who]),
-            np.concatenate([np.arange(len(going_on)), np.repeat(last, [len(entry.who) for entry in entering])]),
-            np.concatenate([roster.newest[going_on], *(x.tokens for x in entering), [self.pad_id] * (padded - own)]),
+            CachedTokens(part.first_row, scheduler.positions(going_on), prompts, padded),
+            rollout_index,
+            uniforms(self.seed, scheduler.ids[rollout_index], scheduler.counts[rollout_index]),
+            np.concatenate(
+                [np.arange(len(going_on)), np.repeat(last, [len(admission.rollout_index) for admission in entering])]
+            ),
+            np.concatenate([scheduler.newest[going_on], *(x.tokens for x in entering), [self.pad_id] * (padded - own)]),
         )
 
     def _draw(
@@ -155,7 +162,7 @@ class MegatronSampler:
             inputs = tokens_T, feed.place.packed(cache, *place)
             steps.append((inputs, partial(draw, source_B, bits_B.view(torch.float64))))
         drawn = schedule.forward(self.policy.chunks, steps)
-        num_rollouts = sum(len(feed.who) for feed in feeds)
+        num_rollouts = sum(len(feed.rollout_index) for feed in feeds)
         joined = torch.cat(drawn, 1) if drawn else torch.empty(2, num_rollouts, dtype=torch.float64, device=self.device)
         return self.groups.from_last_stage(joined)
 

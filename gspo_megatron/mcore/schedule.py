@@ -22,12 +22,14 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from gspo_megatron.base.batches import MicroBatch, UpdateBatch
+from gspo_megatron.base.metrics import Metric
+from gspo_megatron.base.protocols import Loss
 from gspo_megatron.log_probs import linear_log_probs
-from gspo_megatron.mcore.attention import PackedTokens, packed
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import wait_for_weight
-from gspo_megatron.types import Loss, Metric, MicroBatch, UpdateBatch
+from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 
 ModelInput = tuple[Tensor, PackedTokens]
 Chunks = Sequence[Any]
@@ -113,8 +115,8 @@ def response_log_probs(
         group=groups.tp if groups.layout.tp > 1 else None,
         sequence_parallel=module.config.sequence_parallel,
         vocab_size=module.true_vocab_size,
-        # Ids were checked with the prompts, ranks of a group build the same micro-batches, and guards.py looks at the
-        # loss and the gradient.
+        # Ids were checked with the prompts, ranks of a group build the same micro-batches, and run/guards.py looks at
+        # the loss and the gradient.
         validate=False,
     )
     rows_R = micro_batch.rows_R

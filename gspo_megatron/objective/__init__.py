@@ -1,9 +1,9 @@
 """The objective in pure torch: from log-probs and rewards to a loss, without process groups, devices or Megatron."""
 
 from gspo_megatron.objective.advantage import BASELINES, group_advantages
+from gspo_megatron.objective.kl import KL_ESTIMATORS
 from gspo_megatron.objective.loss import LikelihoodObjective, PolicyObjective
 from gspo_megatron.objective.segments import Segments
-from gspo_megatron.objective.terms import KL_ESTIMATORS
 from gspo_megatron.objective.variants import VARIANTS, Variant, resolve_variant
 
 __all__ = [

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gspo_megatron.objective.terms import lookup
-from gspo_megatron.types import DataError
+from gspo_megatron.base.errors import DataError, lookup
 
 
 def _unit_scale(sum_of_squares_S: Tensor, size_S: Tensor) -> Tensor:

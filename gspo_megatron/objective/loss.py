@@ -11,10 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gspo_megatron.base.errors import ConfigError, lookup
+from gspo_megatron.base.metrics import LossTerms, Metric
+from gspo_megatron.objective.aggregates import AGGREGATES
+from gspo_megatron.objective.clips import CLIPS, Surrogate
+from gspo_megatron.objective.kl import KL_ESTIMATORS, k3
+from gspo_megatron.objective.levels import LEVELS
 from gspo_megatron.objective.segments import Segments
-from gspo_megatron.objective.terms import AGGREGATES, CLIPS, KL_ESTIMATORS, LEVELS, Surrogate, k3, lookup
 from gspo_megatron.objective.variants import Variant
-from gspo_megatron.types import ConfigError, LossTerms, Metric
 
 
 class PolicyObjective:

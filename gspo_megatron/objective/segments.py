@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gspo_megatron.types import on_device
+from gspo_megatron.base.tensors import on_device
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""One row per algorithm: which dial of `terms` it turns where, and where its equation is printed."""
+"""One row per algorithm: which dial it turns where, and where its equation is printed."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
 
+from gspo_megatron.base.errors import ConfigError, lookup
 from gspo_megatron.objective.advantage import BASELINES
-from gspo_megatron.objective.terms import AGGREGATES, CLIPS, LEVELS, lookup
-from gspo_megatron.types import ConfigError
+from gspo_megatron.objective.aggregates import AGGREGATES
+from gspo_megatron.objective.clips import CLIPS
+from gspo_megatron.objective.levels import LEVELS
 
 
 @dataclass(frozen=True)

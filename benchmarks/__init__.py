@@ -1,0 +1,1 @@
+"""Measurements, and under results/ what they found: `python -m benchmarks.step --help`."""

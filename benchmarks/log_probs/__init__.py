@@ -1,0 +1,1 @@
+"""Log-probs against those of other frameworks."""

@@ -1,0 +1,51 @@
+"""What the benchmarks have in common: ratios, the machine, versions, tables in Markdown files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from gspo_megatron.device import Device
+
+
+def machine(device: Device, threads: int) -> str:
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    cores = f"{os.cpu_count()} cores of {name[1] if name else platform.machine()}"
+    return f"{device.describe()}; {cores}, threads: {threads}"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def median_ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of the ratios of single turns, which share what else the machine does."""
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; short rows are filled up."""
+    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_between_marks(path: Path, mark: str, text: str) -> None:
+    """Replaces what stands between `<!-- mark -->` and `<!-- end of mark -->`. Raises ValueError where they are not."""
+    marks = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end of {mark} -->)", re.DOTALL)
+    old = path.read_text()
+    if not marks.search(old):
+        raise ValueError(f"{path} has no lines '<!-- {mark} -->' and '<!-- end of {mark} -->' to write between")
+    path.write_text(marks.sub(lambda _: text, old))

@@ -1,0 +1,354 @@
+"""A whole RL step beside that of TRL's GRPOTrainer with importance_sampling_level="sequence", on one CPU process each.
+
+TRL trains transformers' Qwen3MoeForCausalLM of the same sizes, with the weights that our policy has after its warm
+start: both then sample alike. Ahead of the first step the logits of the two models are compared. Same prompts in the
+same order, group size, longest response, vocabulary, EOS, rewards, clip, learning rate and number of updates for a
+batch of rollouts. The two take turns, a step each, in processes of their own: what else the machine does hits both.
+
+A step of TRL lasts from the end of the one before to its own end, data loader included. Off is what a user who wants
+speed turns off: gradient checkpointing, mixed precision, reports, logs, progress bars, saving, the auxiliary loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.reports import median_ratio
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.config.sections import Config, ModelConfig
+from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.device import open_device
+from gspo_megatron.monitor.console import Console
+from gspo_megatron.rewards.rewards import find_reward
+from gspo_megatron.run.algorithm import variant_of
+from gspo_megatron.run.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+    from gspo_megatron.mcore.policy import MegatronPolicy
+
+TOLERANCE = 1e-4
+"""Largest difference of two logits of the two models, float32."""
+
+
+def measure(config: Config, steps: int, warmup: int, experts: str) -> dict[str, Any]:
+    """Seconds and tokens of `steps` steps of each. `experts`: transformers' implementation of the experts."""
+    total = warmup + steps
+    with tempfile.TemporaryDirectory() as folder:
+        exchange = Path(folder) / "exchange.pt"
+        with (
+            started(run_ours, config, total, exchange) as ours,
+            started(run_trl, config, total, exchange, experts) as trl,
+        ):
+            rows = [(turn(ours), turn(trl)) for _ in range(total)][warmup:]
+            difference, versions = trl.recv()
+    columns = {
+        column: {name: [pair[i][j] for pair in rows] for i, name in enumerate(("ours", "trl"))}
+        for j, column in enumerate(("seconds", "cpu_seconds", "tokens"))
+    }
+    median = {
+        column: {name: statistics.median(values) for name, values in of.items()} for column, of in columns.items()
+    }
+    return {
+        "ratio": median_ratio(columns["seconds"]["ours"], columns["seconds"]["trl"]),
+        **median,
+        "largest_difference_of_logits": difference,
+        "experts": experts,
+        "versions": versions,
+        **{f"{column}_all": of for column, of in columns.items()},
+    }
+
+
+@contextmanager
+def started(run: Callable[..., None], *args: Any) -> Iterator[Connection]:
+    """`run(connection, *args)` in a process of its own that has said it is ready; this end of the connection."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=run, args=(there, *args))
+    process.start()
+    there.close()
+    try:
+        here.recv()
+        yield here
+        process.join()
+    finally:
+        process.kill()
+
+
+def turn(connection: Connection) -> tuple[float, float, int]:
+    """Lets the process at the other end make one step; its seconds, those of the processor, and tokens."""
+    connection.send(None)
+    return connection.recv()
+
+
+def clocks() -> tuple[float, float]:
+    """The wall's, and the processor time of this process, which tells more where the machine does something else."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = clocks()
+    return wall - start[0], cpu - start[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+
+def run_ours(connection: Connection, config: Config, steps: int, exchange: Path) -> None:
+    """Warm start, export, then a step a turn."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = open_device("cpu", config.precision.dtype)
+    with open_trainer(config, device, load_inputs(config), Console(on=False)) as trainer:
+        trainer.warm_start()
+        trainer.policy.begin(with_reference=trainer.variant.kl_coef > 0)
+        samples = [trainer.with_solution(trainer.train_prompts[i]).tokens for i in range(8)]
+        policy: Any = trainer.policy
+        torch.save(
+            {
+                "weights": hf_weights(policy),
+                "samples": samples,
+                "logits": logits(policy, samples),
+                "prompts": prompts(trainer, steps),
+            },
+            exchange,
+        )
+        connection.send(None)
+        for step in range(1, steps + 1):
+            connection.recv()
+            start = clocks()
+            row = trainer.step(step)
+            connection.send((*since(start), row["tokens"]))
+
+
+def prompts(trainer: Trainer, steps: int) -> list[dict[str, str]]:
+    """Those of `Trainer.sample`, step by step."""
+    t, size = trainer.config.train, trainer.config.rollout.prompts_per_step
+    first = t.warm_start_steps * t.warm_start_batch
+    chosen = (trainer.train_prompts[trainer.order[first + i]] for i in range(steps * size))
+    return [{"prompt": prompt.text, "answer": prompt.answer} for prompt in chosen]
+
+
+@torch.no_grad()
+def logits(policy: MegatronPolicy, samples: list[list[int]]) -> Tensor:
+    """[T, V] of all samples, packed one behind the other."""
+    from gspo_megatron.log_probs import vocab_parallel_logits
+    from gspo_megatron.mcore.packed_tokens import packed
+
+    borders = torch.tensor([0, *itertools.accumulate(map(len, samples))], dtype=torch.int32)
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in samples])
+    [model] = policy.model
+    hidden = model(torch.tensor([*itertools.chain(*samples)]), packed(positions, borders, max(map(len, samples))))
+    return vocab_parallel_logits(hidden.squeeze(1), model.head_weight(), vocab_size=model.true_vocab_size)
+
+
+def hf_weights(policy: MegatronPolicy) -> dict[str, Tensor]:
+    """The policy's weights under transformers' names for Qwen3-MoE.
+
+    Megatron's linear_qkv holds, for each query group, the rows of its queries, its key and its value.
+    """
+    m = policy.config.model
+    from gspo_megatron.mcore.parameters import named_parameters
+
+    ours = {place.name: p.detach().clone() for place, p in named_parameters(policy.model[0], m, policy.groups)}
+    found = {
+        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"],
+        "model.norm.weight": ours["decoder.final_layernorm.weight"],
+        "lm_head.weight": ours.get("output_layer.weight", ours["embedding.word_embeddings.weight"]),
+    }
+    for i in range(m.num_layers):
+        layer = {name.partition(f"layers.{i}.")[2]: p for name, p in ours.items() if f".layers.{i}." in name}
+        groups = layer["self_attention.linear_qkv.weight"].view(m.num_query_groups, -1, m.head_dim, m.hidden_size)
+        queries = m.num_attention_heads // m.num_query_groups
+        q, k, v = (part.reshape(-1, m.hidden_size) for part in groups.split([queries, 1, 1], dim=1))
+        experts = [
+            torch.stack([layer[f"mlp.experts.local_experts.{e}.linear_{part}.weight"] for e in range(m.num_experts)])
+            for part in ("fc1", "fc2")
+        ]
+        names = {
+            "input_layernorm": layer["input_layernorm.weight"],
+            "post_attention_layernorm": layer["pre_mlp_layernorm.weight"],
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": layer["self_attention.linear_proj.weight"],
+            "self_attn.q_norm": layer["self_attention.q_layernorm.weight"],
+            "self_attn.k_norm": layer["self_attention.k_layernorm.weight"],
+            "mlp.gate": layer["mlp.router.weight"],
+        }
+        found |= {f"model.layers.{i}.{name}.weight": weight for name, weight in names.items()}
+        found[f"model.layers.{i}.mlp.experts.gate_up_proj"], found[f"model.layers.{i}.mlp.experts.down_proj"] = experts
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- TRL
+
+
+def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, experts: str) -> None:
+    """A GRPOTrainer on the exported weights that makes a step a turn, then the difference of the logits and the
+    versions."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import accelerate
+    import datasets
+    import transformers
+    import trl
+
+    given = torch.load(exchange)
+    tokenizer = load_inputs(config).tokenizer
+    model = hf_model(config.model, tokenizer, given["weights"], experts)
+    difference = compare(model, given["samples"], given["logits"])
+    steps_of_update = config.algorithm.updates_per_rollout
+    tokens: list[int] = []
+
+    def reward(
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any
+    ) -> list[float]:
+        tokens.append(sum(map(len, completion_ids)) + sum(len(tokenizer.encode(prompt)) for prompt in prompts))
+        functions = {find_reward(name): weight for name, weight in config.reward.functions.items()}
+        return [
+            sum(weight * function(prompt=p, response=c, answer=a) for function, weight in functions.items())
+            for p, c, a in zip(prompts, completions, answer, strict=True)
+        ]
+
+    class Turns(transformers.TrainerCallback):
+        """Waits for the word at the border of two steps, and takes the time from there to the next border."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            connection.recv()
+            self.start = clocks()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % steps_of_update == 0:
+                connection.send((*since(self.start), tokens[-1]))
+                if state.global_step < steps * steps_of_update:
+                    connection.recv()
+                    self.start = clocks()
+
+    trainer = trl.GRPOTrainer(
+        model,
+        reward,
+        trl.GRPOConfig(str(exchange.parent / "trl"), **settings(config, steps)),
+        datasets.Dataset.from_list(given["prompts"]),
+        processing_class=hf_tokenizer(tokenizer, [row["prompt"] for row in given["prompts"]]),
+        callbacks=[Turns()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    connection.send(None)
+    trainer.train()
+    libraries = (trl, transformers, accelerate, datasets, torch)
+    connection.send((difference, {library.__name__: library.__version__ for library in libraries}))
+
+
+def settings(config: Config, steps: int) -> dict[str, Any]:
+    """GRPOConfig's arguments: one generation of all the step's rollouts, one optimizer step on each of their parts."""
+    r, a, o, variant = config.rollout, config.algorithm, config.optimizer, variant_of(config)
+    if (variant.level, variant.aggregate, variant.baseline) != ("sequence_mean", "sequence_mean", "mean_std"):
+        raise ConfigError(f"algorithm.variant={a.variant} is not what TRL runs beside it; set algorithm.variant=gspo")
+    return {
+        "importance_sampling_level": "sequence",
+        "loss_type": "grpo",  # the mean over sequences of the mean over their tokens
+        "scale_rewards": "group",
+        "epsilon": variant.clip_low,
+        "epsilon_high": variant.clip_high,
+        "beta": variant.kl_coef,
+        "router_aux_loss_coef": config.model.aux_loss_coef,
+        "num_generations": r.group_size,
+        "per_device_train_batch_size": r.prompts_per_step * r.group_size // a.updates_per_rollout,
+        "steps_per_generation": a.updates_per_rollout,
+        "gradient_accumulation_steps": 1,
+        "num_iterations": 1,
+        "max_steps": steps * a.updates_per_rollout,
+        "shuffle_dataset": False,
+        "max_completion_length": r.max_new_tokens,
+        "temperature": r.temperature,
+        "top_p": r.top_p,
+        "top_k": r.top_k,
+        "learning_rate": o.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": o.adam_beta1,
+        "adam_beta2": o.adam_beta2,
+        "adam_epsilon": o.adam_eps,
+        "weight_decay": o.weight_decay,
+        "max_grad_norm": o.clip_grad,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": config.run.seed,
+    }
+
+
+def hf_model(m: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Tensor], experts: str) -> Qwen3MoeForCausalLM:
+    """transformers' Qwen3-MoE with these weights, float32."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=m.vocab_size,
+            hidden_size=m.hidden_size,
+            num_hidden_layers=m.num_layers,
+            num_attention_heads=m.num_attention_heads,
+            num_key_value_heads=m.num_query_groups,
+            head_dim=m.head_dim,
+            moe_intermediate_size=m.expert_ffn_size,
+            num_experts=m.num_experts,
+            num_experts_per_tok=m.experts_per_token,
+            norm_topk_prob=True,
+            max_position_embeddings=m.max_sequence_length,
+            rope_parameters={"rope_type": "default", "rope_theta": m.rope_base},
+            rms_norm_eps=m.norm_epsilon,
+            tie_word_embeddings=m.tie_embeddings,
+            pad_token_id=tokenizer.pad_id,
+            eos_token_id=tokenizer.eos_id,
+        )
+    )
+    model.load_state_dict(weights)
+    model.set_experts_implementation(experts)
+    return model
+
+
+@torch.no_grad()
+def compare(model: Qwen3MoeForCausalLM, samples: list[list[int]], expected: Tensor) -> float:
+    """The largest difference of a logit. Raises RuntimeError where the models are not the same."""
+    found = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in samples])
+    difference = float((found - expected).abs().max())
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"logits of the two models differ by up to {difference:.1e}, more than {TOLERANCE:g}")
+    return difference
+
+
+def hf_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with the ids of ours. Raises ConfigError where a text is not one token a character."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    from transformers import PreTrainedTokenizerFast
+
+    special = {tokenizer.pad_id: "<pad>", tokenizer.eos_id: "<eos>"}
+    vocabulary = {special.get(i) or tokenizer.decode([i]): i for i in range(tokenizer.vocab_size)}
+    fast = Fast(models.WordLevel(vocabulary, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    if wrapped(texts)["input_ids"] != [tokenizer.encode(text) for text in texts]:
+        raise ConfigError("data.tokenizer must be one of characters, such as characters:0123456789>, to run beside TRL")
+    return wrapped

@@ -1,0 +1,1 @@
+"""The nouns, errors and protocols that every room uses."""

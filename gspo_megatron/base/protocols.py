@@ -1,0 +1,88 @@
+"""What the trainer asks of a policy, a sampler, the processes of a run and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.batches import MicroBatch, Position, Prompt, Rollout, UpdateBatch
+from gspo_megatron.base.metrics import LossTerms, Metric
+
+Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
+"""(log_probs_R, entropy_R or None, micro_batch, its update) -> LossTerms."""
+
+
+Accept = Callable[[float, bool], bool]
+"""(gradient norm, whether the loss is finite on all ranks) -> whether to make the update."""
+
+
+class Policy(Protocol):
+    """The model under training, behind whatever parallelism it uses. All ranks call every method together."""
+
+    version: int
+    """Completed updates since `begin`."""
+    score_dtype: torch.dtype
+    """Format of log-probs: float32, or float64 in a float64 run."""
+
+    def begin(self, *, with_reference: bool) -> None:
+        """The first step of reinforcement learning starts here: version 0, and the reference is the policy as it is
+        now."""
+
+    def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
+
+    def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
+        """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,
+        with `loss` and, on the ranks of one replica, `grad_norm`.
+
+        `accept` is asked ahead of the optimizer, on every rank about the same two values (a norm that is not finite
+        comes as inf). Where it answers no, weights and optimizer stay as they are, to the last bit; `version` grows all
+        the same. None: every update is made."""
+
+    def differing_replicas(self) -> list[str]:
+        """One text for each parameter that is not the same on all ranks that hold it, as `NAME on ranks 0, 1 | 2`: the
+        ranks that agree together. The same on every rank. It reads all weights once."""
+
+
+class Sampler(Protocol):
+    """Draws responses. All ranks call it together, each with the rollouts of its own data-parallel share."""
+
+    def generate(self, prompts: Seq[Prompt], ids: Seq[int], *, greedy: bool = False) -> list[Rollout]:
+        """One rollout for each (prompt, rollout id), in order."""
+
+
+class Ranks(Protocol):
+    """What the trainer needs to know about the processes: its share of the data, and a way to bring shares together."""
+
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    """Context parallel: the ranks that share the tokens of one data-parallel rank's sequences."""
+    is_main: bool
+    """True on the one process that writes files and prints."""
+    is_reporter: bool
+    """True on one process for each (dp_rank, cp_rank), on the pipeline stage that has the loss."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every process when `flag` is true on one."""
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Concatenates what the reporters hold, in the order of their ranks; every process gets the same result."""
+
+    def sum_over_parts(self, partial_S: Tensor) -> Tensor:
+        """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""
+
+
+class Checkpoints(Protocol):
+    """Where a run is kept. All ranks call it together."""
+
+    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
+        """Keeps the policy and `state` (JSON); without `wait` the files may still be written when it returns."""
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes a save that is still being written; without `wait`, if it is ready for that."""

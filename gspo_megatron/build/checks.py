@@ -1,0 +1,162 @@
+"""The rules between settings: what a layout needs of a model, a precision of a device, a batch of its parts.
+
+`check_config` is called with the number of processes, before any process group exists. A value that would be ignored
+is an error; one that works but is unusual is a warning.
+"""
+
+from __future__ import annotations
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.config.loading import check_values
+from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.layout.layout import Layout, layout_of
+
+
+def check_config(config: Config, world_size: int) -> Layout:
+    """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
+    check_values(config)
+    _check_model(config.model)
+    _check_precision(config)
+    layout = layout_of(config, world_size)
+    _check_optimizer(config.optimizer)
+    _check_guards(config.guards)
+    _check_data(config.data)
+    _check_batches(config)
+    _check_savings(config)
+    return layout
+
+
+def _check_model(m: ModelConfig) -> None:
+    if m.experts_per_token > m.num_experts:
+        raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
+    if m.experts_per_token == 1 and m.num_experts > 1:
+        raise ConfigError(
+            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
+            "nothing; use 2 or more"
+        )
+    if m.num_attention_heads % m.num_query_groups:
+        raise ConfigError(
+            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={m.num_query_groups}"
+        )
+    if m.head_dim % 2:
+        raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
+
+
+def _check_precision(config: Config) -> None:
+    precision = config.precision
+    if precision.dtype == "fp64" and precision.device == "cuda":
+        raise ConfigError(
+            "precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu"
+        )
+    if precision.fp8 != "none":
+        if precision.device == "cpu" or precision.transformer_engine == "off":
+            raise ConfigError(
+                f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
+                "or precision.device=cuda and precision.transformer_engine=auto"
+            )
+        if precision.dtype != "bf16":
+            raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
+
+
+def _check_data(d: DataConfig) -> None:
+    kinds = {spec.startswith("task:") for spec in (d.train, d.eval)}
+    if d.task and kinds == {False}:
+        raise ConfigError(f"data.task={d.task} has no effect: neither data.train nor data.eval is a generated task")
+    for key in ("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"):
+        if kinds == {True} and getattr(d, key) != getattr(DataConfig(), key):
+            raise ConfigError(
+                f"data.{key}={getattr(d, key)!r} has no effect on generated tasks; leave it out, or name a JSONL file"
+            )
+
+
+def _check_optimizer(o: OptimizerConfig) -> None:
+    if o.min_lr > 0 and o.lr_decay == "constant":
+        raise ConfigError(
+            f"optimizer.min_lr={o.min_lr} has no effect with optimizer.lr_decay=constant; set min_lr=0, or lr_decay to "
+            "cosine or linear"
+        )
+    if o.min_lr > o.lr:
+        raise ConfigError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.lr={o.lr}; the decay goes from lr to min_lr")
+
+
+def _check_guards(g: GuardConfig) -> None:
+    if g.grad_norm_spike and g.grad_norm_spike <= 1:
+        raise ConfigError(
+            f"guards.grad_norm_spike={g.grad_norm_spike} would refuse ordinary updates; set it above 1, such as 10, or "
+            "to 0 for no such rule"
+        )
+    if not g.grad_norm_spike and g.on_spike != GuardConfig().on_spike:
+        raise ConfigError(
+            f"guards.on_spike={g.on_spike} has no effect with guards.grad_norm_spike=0; set that above 1, such as 10"
+        )
+
+
+def _check_batches(config: Config) -> None:
+    r, a, m = config.rollout, config.algorithm, config.model
+    if r.prompts_per_step % a.updates_per_rollout:
+        raise ConfigError(
+            f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
+            f"{a.updates_per_rollout}; every mini-batch holds whole groups"
+        )
+    if r.max_new_tokens >= m.max_sequence_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length={m.max_sequence_length}"
+        )
+    if m.max_sequence_length > config.train.tokens_per_micro_batch:
+        longest = config.train.tokens_per_micro_batch
+        raise ConfigError(
+            f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
+            f"sequence would fit in no micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+        raise ConfigError(
+            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
+            f"log-probs are of the "
+            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=auto"
+        )
+
+
+def _check_savings(config: Config) -> None:
+    a, t = config.algorithm, config.train
+    if config.guards.ratio_noise and a.updates_per_rollout == 1 and a.old_log_probs == "auto":
+        raise ConfigError(
+            f"guards.ratio_noise={config.guards.ratio_noise} has no effect where the one update of a rollout batch "
+            "tells its own old log-probs: set algorithm.old_log_probs=recompute, or guards.ratio_noise=0"
+        )
+    if t.log_prob_store_gib and a.entropy_coef:
+        raise ConfigError(
+            f"train.log_prob_store_gib={t.log_prob_store_gib} has no effect with algorithm.entropy_coef="
+            f"{a.entropy_coef}, whose gradient needs the logits themselves; set one of them to 0"
+        )
+
+
+def config_warnings(config: Config, *, kl_coef: float) -> list[str]:
+    """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
+    notes = []
+    if config.rollout.group_size == 1:
+        notes.append(
+            "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
+            "use 4 to 16"
+        )
+    if config.model.aux_loss_coef > 0:
+        notes.append(
+            f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
+            f"micro-batch, so the gradient depends on the layout"
+        )
+    if config.algorithm.kl_estimator == "k1" and kl_coef > 0:
+        notes.append(
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
+        )
+    if kl_coef == 0 and config.algorithm.kl_estimator != "k3":
+        notes.append(
+            f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
+        )
+    return notes
+
+
+def prompt_limit(config: Config) -> int:
+    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
+    room = config.model.max_sequence_length - config.rollout.max_new_tokens
+    return min(room, config.data.max_prompt_tokens or room)

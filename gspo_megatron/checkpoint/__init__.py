@@ -1,0 +1,1 @@
+"""Checkpoint files and their directory. Knows no Megatron."""

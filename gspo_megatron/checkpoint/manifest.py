@@ -1,0 +1,154 @@
+"""The manifest of a checkpoint: every file with its size and SHA-256, and whether they are still so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.names import position_of
+
+MANIFEST = "manifest.json"
+
+
+FORMAT = 1
+
+
+CHUNK_BYTES = 4 << 20
+
+
+THREADS = min(8, os.cpu_count() or 1)
+"""Files are hashed side by side: hashlib lets go of the interpreter's lock."""
+
+
+def verify(path: Path) -> None:
+    """Reads every byte of a checkpoint and holds it against the manifest.
+
+    Raises CheckpointError that names the first wrong file and what is wrong with it: missing, foreign (not in the
+    manifest), of another size, of other contents, unreadable; or the manifest itself.
+    """
+    files = _verify_listing(path)["files"]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda name: _verify_contents(path, name, files[name]["sha256"]), files))
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of everything under `path`, by its name relative to it, but of directories and the manifest."""
+    found = {p.relative_to(path).as_posix(): p.lstat().st_size for p in path.rglob("*") if not p.is_dir()}
+    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+
+
+def seal(path: Path, number: int) -> None:
+    """Hashes the files of a checkpoint into its manifest and waits until all of it is on the disk."""
+    sizes = _sizes(path)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(_sha256, [path / name for name in sizes]))
+        list(pool.map(sync, [path / name for name in sizes]))
+    files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in zip(sizes, digests, strict=True)}
+    write_synced(path / MANIFEST, _render({"format": FORMAT, "name": path.stem, "number": number, "files": files}))
+    for directory in [*(p for p in path.rglob("*") if p.is_dir()), path]:
+        sync(directory)
+
+
+def _render(manifest: dict[str, Any]) -> bytes:
+    """The manifest's text, which has one form for one content, with the SHA-256 of that content among its keys."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} holds no checkpoint: there is no such directory")
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        del manifest["sha256"]
+        whole = _render(manifest) == text
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {MANIFEST} is missing, so this is no checkpoint, or not all of one") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error})") from error
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}: {MANIFEST} does not hold what was written")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: {MANIFEST} has format {manifest['format']}, this version of gspo_megatron reads {FORMAT}; use "
+            "the version that wrote it"
+        )
+    return manifest
+
+
+def _verify_listing(path: Path) -> dict[str, Any]:
+    """The manifest, after names and sizes were held against it. Raises CheckpointError as `verify` does."""
+    manifest = _read_manifest(path)
+    # A copy may bear any name but that of another position.
+    if position_of(path.stem) and path.stem != manifest["name"]:
+        raise CheckpointError(f"{path}: {MANIFEST} is that of {manifest['name']}")
+    try:
+        files, found = manifest["files"], _sizes(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    for name in sorted({*files, *found}):
+        if name not in found:
+            raise CheckpointError(f"{path}: {name} is missing")
+        if name not in files:
+            raise CheckpointError(f"{path}: {name} is foreign: it is not in {MANIFEST}")
+        if found[name] != files[name]["bytes"]:
+            raise CheckpointError(
+                f"{path}: {name} has {found[name]} bytes, not the {files[name]['bytes']} that were written"
+            )
+    return manifest
+
+
+def _verify_contents(path: Path, name: str, written: str) -> None:
+    try:
+        found = _sha256(path / name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
+    if found != written:
+        raise CheckpointError(
+            f"{path}: {name} does not hold what was written (SHA-256 {found[:12]}..., not {written[:12]}...)"
+        )
+
+
+def looks_whole(path: Path) -> bool:
+    try:
+        return bool(_verify_listing(path))
+    except CheckpointError:
+        return False
+
+
+def number_of(path: Path) -> float:
+    try:
+        return float(_read_manifest(path)["number"])
+    except CheckpointError:
+        return math.inf
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

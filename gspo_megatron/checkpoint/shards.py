@@ -1,0 +1,204 @@
+"""The tensors of a whole model in shards, kept in files from which any other cut of them can be read.
+
+A shard is a run of elements of one rank's slice (`Place`) of a tensor: what a rank of the distributed optimizer holds
+of a parameter, or the share that one of several replicas writes. Laid into the whole matrix, its elements form a few
+rectangles. A shard of one layout is read from the shards of another by the rectangles that they share, so nothing is
+ever gathered: a rank writes what it holds, and reads what it needs.
+
+Files are safetensors (https://huggingface.co/docs/safetensors): a header in JSON, then plain numbers. Reading one runs
+no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.place import Place
+
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
+"""safetensors' names of number formats."""
+
+
+class Rectangle(NamedTuple):
+    """Part of a matrix. In the shard it belongs to, its first element is number `first`, and a row begins `pitch`
+    elements after the row before."""
+
+    row: int
+    column: int
+    num_rows: int
+    num_columns: int
+    first: int
+    pitch: int
+
+    def shared(self, other: Rectangle) -> Rectangle | None:
+        """What both cover, as part of this one's shard."""
+        row, column = max(self.row, other.row), max(self.column, other.column)
+        num_rows = min(self.row + self.num_rows, other.row + other.num_rows) - row
+        num_columns = min(self.column + self.num_columns, other.column + other.num_columns) - column
+        if num_rows <= 0 or num_columns <= 0:
+            return None
+        first = self.first + (row - self.row) * self.pitch + column - self.column
+        return Rectangle(row, column, num_rows, num_columns, first, self.pitch)
+
+    def within(self, elements: Tensor) -> Tensor:
+        """[num_rows, num_columns], the view of this rectangle in `elements`, where its first one comes first."""
+        return elements.as_strided((self.num_rows, self.num_columns), (self.pitch, 1))
+
+    @property
+    def span(self) -> int:
+        """Elements of the shard from its first to its last one."""
+        return (self.num_rows - 1) * self.pitch + self.num_columns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements `start` to `end` of a rank's slice, flattened. A vector counts as a matrix of one column.
+
+    Attributes:
+        place: which slice of which tensor.
+        height, width: of the slice.
+        num_rows: of the whole matrix. The slices may hold more, which pad the vocabulary: these belong to nothing.
+    """
+
+    place: Place
+    height: int
+    width: int
+    num_rows: int
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, place: Place, tensor: Tensor, num_rows: int | None = None) -> Shard:
+        """All of the slice `tensor`. `num_rows`: where the slices hold more rows than the whole matrix."""
+        height, width = (*tensor.shape, 1)[:2]
+        if num_rows is None:
+            num_rows = height * place.count if place.dim == 0 else height
+        return cls(place, height, width, num_rows, 0, tensor.numel())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole matrix."""
+        return self.num_rows, self.width * (self.place.count if self.place.dim == 1 else 1)
+
+    def rectangles(self) -> Iterator[Rectangle]:
+        """What the shard covers of the whole matrix."""
+        place, start = self.place, self.start
+        assert place.dim == 0 or place.stride == 1, "only rows lie in several matrices, one behind the other"
+        num_bands = place.stride if place.dim == 0 else 1
+        band = self.height // num_bands
+        while start < self.end:
+            row, column = divmod(start, self.width)
+            left = self.end - start
+            if column or left < self.width:
+                num_rows, num_columns = 1, min(left, self.width - column)
+            else:
+                # Whole rows, up to the end of one of the matrices.
+                num_rows, num_columns = min(left // self.width, band - row % band), self.width
+            first, start = start - self.start, start + num_rows * num_columns
+            if place.dim == 0:
+                row += band * (row // band * (place.count - 1) + place.index)
+            else:
+                column += place.index * self.width
+            num_rows = min(num_rows, self.num_rows - row)
+            if num_rows > 0:
+                yield Rectangle(row, column, num_rows, num_columns, first, self.width)
+
+
+def write_shards(path: Path, shards: Sequence[tuple[str, Shard, Tensor]]) -> None:
+    """Writes (key, shard, its elements [end - start]) into a new file and waits until it is on the disk."""
+    names = {dtype: name for name, dtype in FORMATS.items()}
+    header: dict[str, object] = {
+        "__metadata__": {"shards": json.dumps({key: asdict(shard) for key, shard, _ in shards})}
+    }
+    end = 0
+    for key, _, elements in shards:
+        start, end = end, end + elements.nbytes
+        header[key] = {"dtype": names[elements.dtype], "shape": list(elements.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, elements in shards:
+            file.write(elements.detach().cpu().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class StoredShard(NamedTuple):
+    """A shard in a file: where its elements begin, in bytes, and their format."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shard: Shard
+
+    def elements(self, first: int, count: int) -> Tensor:
+        size = self.dtype.itemsize
+        read = np.fromfile(self.path, np.uint8, count * size, offset=self.start + first * size)
+        if read.size < count * size:
+            raise CheckpointError(f"{self.path} ends before {self.shard.place.name} does")
+        return torch.from_numpy(read).view(self.dtype)
+
+
+class ShardFiles:
+    """The shards in files that `write_shards` wrote, together. Raises CheckpointError when one cannot be read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._stored: dict[str, list[StoredShard]] = defaultdict(list)
+        for path in paths:
+            try:
+                for key, stored in _stored_in(path):
+                    self._stored[key].append(stored)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+    def read(self, key: str, shard: Shard, into: Tensor) -> None:
+        """Sets `into` [end - start] to the elements of `shard`, whatever shards of `key` they were written as, in the
+        number format and on the device of `into`; padding becomes 0.
+
+        Raises CheckpointError when `key` is not there, of another shape, or not complete.
+        """
+        into.zero_()
+        missing = 0
+        for wanted in shard.rectangles():
+            missing += wanted.num_rows * wanted.num_columns
+            for stored in self._of(key, shard.shape):
+                for part in filter(None, (have.shared(wanted) for have in stored.shard.rectangles())):
+                    here = wanted.shared(part)
+                    assert here is not None
+                    source = stored.elements(part.first, part.span)
+                    here.within(into[here.first :]).copy_(part.within(source))
+                    missing -= part.num_rows * part.num_columns
+        if missing:
+            raise CheckpointError(f"{key} is not complete in the files")
+
+    def _of(self, key: str, shape: tuple[int, int]) -> list[StoredShard]:
+        if key not in self._stored:
+            raise CheckpointError(f"{key} is in none of the files")
+        for stored in self._stored[key]:
+            if stored.shard.shape != shape:
+                raise CheckpointError(f"{key} is {stored.shard.shape} in {stored.path}, {shape} in this model")
+        return self._stored[key]
+
+
+def _stored_in(path: Path) -> Iterator[tuple[str, StoredShard]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length))
+    shards = json.loads(header.pop("__metadata__")["shards"])
+    for key, entry in header.items():
+        shard = Shard(**{**shards[key], "place": Place(**shards[key]["place"])})
+        yield key, StoredShard(path, 8 + length + entry["data_offsets"][0], FORMATS[entry["dtype"]], shard)

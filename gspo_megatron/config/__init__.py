@@ -1,0 +1,1 @@
+"""Settings: their sections, and how they are read."""

@@ -1,0 +1,134 @@
+"""Prompts from a JSONL file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.base.batches import Prompt
+from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
+from gspo_megatron.data.tokenizers import Tokenizer
+
+
+class JsonlPrompts:
+    """The prompts of a JSONL file: one JSON object a line, blank lines skipped, at most the first `size` prompts.
+
+    `prompt_template` is the text the model sees: `{prompt}` in it stands for the prompt field, `{name}` for any other
+    field of the object. Braces around anything but a word are left alone. The solution is the answer unless it has a
+    field of its own. A prompt of more than `max_prompt_tokens` tokens is an error, or with overlong="drop" left out and
+    counted in `dropped`.
+
+    Errors: DataError with file and line for a line that is no JSON object, lacks a field, or has a prompt that is empty
+    or that the tokenizer refuses; for a missing or empty file. ConfigError for a template without a field or an unknown
+    `overlong`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        prompt_field: str = "prompt",
+        answer_field: str = "answer",
+        solution_field: str | None = None,
+        prompt_template: str = "{prompt}",
+        max_prompt_tokens: int,
+        overlong: str = "error",
+        size: int | None = None,
+    ) -> None:
+        if overlong not in ("error", "drop"):
+            raise ConfigError(f"data.overlong={overlong!r} must be 'error' or 'drop'")
+        if not FIELD.search(prompt_template):
+            raise ConfigError(
+                f"data.prompt_template={prompt_template!r} has no {{prompt}}: all prompts would be the same"
+            )
+        self.dropped = 0
+        self._prompts: list[Prompt] = []
+        for place, record in read_records(path):
+            if size is not None and len(self._prompts) == size:
+                break
+            text = _fill(prompt_template, prompt_field, record, place)
+            answer = text_field(record, answer_field, place)
+            solution = text_field(record, solution_field, place) if solution_field else answer
+            tokens = _encode(tokenizer, text, place)
+            if len(tokens) <= max_prompt_tokens:
+                self._prompts.append(Prompt(len(self._prompts), text, tuple(tokens), answer, solution))
+            elif overlong == "drop":
+                self.dropped += 1
+            else:
+                raise DataError(
+                    f"{place}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens}; raise "
+                    "data.max_prompt_tokens, or leave such prompts out with data.overlong=drop"
+                )
+        if not self._prompts:
+            raise DataError(
+                f"{path} holds no prompt; expected one JSON object a line ({self.dropped} prompts were dropped because "
+                f"they have more than {max_prompt_tokens} tokens)"
+            )
+
+    @property
+    def size(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+
+FIELD = re.compile(r"\{(\w+)\}")
+"""A place in a prompt template."""
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) for every line of a JSONL file that is not blank; `place` is "file:line", for messages.
+
+    Errors: DataError for a missing file (with the nearest name in its folder), text that is not UTF-8, a line that is
+    not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"the file {path} {found}{did_you_mean(path.name, names)}; expected a JSONL file")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig")
+                record = json.loads(text) if text.strip() else None
+            except ValueError as error:
+                raise DataError(f"{place}: not JSON in UTF-8 ({error}); expected one object a line") from error
+            if isinstance(record, dict):
+                yield place, record
+            elif text.strip():
+                raise DataError(f"{place}: found {text.strip()[:60]!r}; expected a JSON object, {{...}}")
+
+
+def text_field(record: dict[str, Any], name: str, place: str) -> str:
+    """Field `name` as text; a number is written out. Errors: DataError for a missing field or another type."""
+    if name not in record:
+        near = did_you_mean(name, record)
+        raise DataError(f"{place}: no field {name!r}{near}; its fields are {', '.join(record) or 'none'}")
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{place}: field {name!r} is {json.dumps(value)[:60]}; expected text or a number")
+    return str(value)
+
+
+def _fill(template: str, prompt_field: str, record: dict[str, Any], place: str) -> str:
+    prompt = text_field(record, prompt_field, place)
+    if not prompt.strip():
+        raise DataError(f"{place}: field {prompt_field!r} is empty; expected a prompt")
+    return FIELD.sub(lambda match: prompt if match[1] == "prompt" else text_field(record, match[1], place), template)
+
+
+def _encode(tokenizer: Tokenizer, text: str, place: str) -> list[int]:
+    try:
+        tokens = tokenizer.encode(text)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    if not tokens:
+        raise DataError(f"{place}: the prompt {text[:60]!r} has no tokens; expected some for the response to follow")
+    return tokens

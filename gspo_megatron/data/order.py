@@ -1,0 +1,29 @@
+"""The order in which a run takes its prompts."""
+
+from __future__ import annotations
+
+from random import Random
+
+
+class PromptOrder:
+    """Position k of a run -> index of a prompt: k itself in an endless source, else pi_e[k - e * size], e = k // size.
+
+    pi_e is a permutation that depends on (seed, e) alone. Any position may be asked for at any time, so a resumed run
+    needs only the number k, whatever layout it resumes on.
+    """
+
+    def __init__(self, size: int | None, seed: int) -> None:
+        self._size, self._seed = size, seed
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    def __getitem__(self, position: int) -> int:
+        if self._size is None:
+            return position
+        epoch, offset = divmod(position, self._size)
+        if epoch != self._epoch:
+            random = Random(f"order {self._seed} epoch {epoch}")
+            # Sorting by random() and not shuffle(): only random() is promised to stay the same in later Pythons.
+            self._permutation = sorted(range(self._size), key=lambda _: random.random())
+            self._epoch = epoch
+        return self._permutation[offset]

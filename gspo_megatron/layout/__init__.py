@@ -1,0 +1,1 @@
+"""Parallel layouts: their rules, and what they need in memory."""

@@ -1,0 +1,197 @@
+"""A parallel layout: what it needs of a model and of the number of processes, and which others are near one that cannot
+work. All of it is told from the settings, before any process group exists.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil, lcm, prod
+
+from gspo_megatron.base.batches import PackingRules
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.config.sections import Config
+
+AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each parallel axis has, and virtual stages a pipeline rank. dp and edp follow from the world
+    size."""
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the dense layers."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel replicas of the experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def __str__(self) -> str:
+        pipeline = f"pp {self.pp}" + (f" (vpp {self.vpp})" if self.vpp > 1 else "")
+        dense = f"tp {self.tp} x {pipeline} x cp {self.cp} x dp {self.dp}"
+        return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout of `world_size` processes. Raises ConfigError, which names the nearest layouts that work, when this
+    one does not."""
+    layout = Layout(world_size, *(getattr(config.parallel, axis) for axis in AXES))
+    complaint = next(broken_rules(config, layout), None)
+    if complaint is None:
+        return layout
+    near = [
+        " ".join(f"parallel.{axis}={getattr(other, axis)}" for axis in _changed_axes(layout, other))
+        for other in nearest_layouts(config, layout)
+    ]
+    if not near:
+        raise ConfigError(f"{complaint}; no layout works for this model with precision.fp8={config.precision.fp8}")
+    raise ConfigError(f"{complaint}; nearest layouts that work on WORLD_SIZE={world_size}: {', or '.join(near)}")
+
+
+def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
+    """What `layout` needs of the model, the precision and the number of processes, and does not get.
+
+    A rule that is broken while later ones of AXES are still 1 stays broken, whatever they become: nearest_layouts
+    builds on it.
+    """
+    m = config.model
+    block = 1 if config.precision.fp8 == "none" else 16
+    shares: tuple[tuple[int, str, int, tuple[str, ...]], ...] = (
+        (m.num_attention_heads, "model.num_attention_heads", 1, ("tp",)),
+        (m.num_query_groups, "model.num_query_groups", 1, ("tp",)),
+        (m.num_query_groups * m.head_dim, "model.num_query_groups * model.head_dim", block, ("tp",)),
+        (m.hidden_size, "model.hidden_size", block, ()),
+        (m.num_layers, "model.num_layers", 1, ("pp", "vpp")),
+        (m.num_experts, "model.num_experts", 1, ("ep",)),
+        (m.expert_ffn_size, "model.expert_ffn_size", block, ("etp",)),
+    )
+    for value, name, unit, axes in shares:
+        if value % (unit * _ranks(layout, axes)):
+            why = " (matmuls in precision.fp8 take 16 columns at a time)" if unit > 1 else ""
+            yield f"{name}={value} is not divisible by {_product(layout, axes, unit)}{why}"
+    if layout.cp > 1 and m.max_sequence_length % (2 * layout.cp):
+        yield (
+            f"parallel.cp={layout.cp} cuts every sequence into 2 * cp equal chunks, and "
+            f"model.max_sequence_length={m.max_sequence_length} is not divisible by {2 * layout.cp}; set it to "
+            f"{_nearest_multiples(m.max_sequence_length, 2 * layout.cp)}"
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        yield f"parallel.vpp={layout.vpp} cuts the stages of a pipeline, and parallel.pp=1 has none"
+    if m.tie_embeddings and layout.pp > 1:
+        yield (
+            f"model.tie_embeddings with parallel.pp={layout.pp}: the copies on the first and the last stage are not "
+            "kept equal; set model.tie_embeddings=false"
+        )
+    dense, experts = ("tp", "pp", "cp"), ("etp", "ep", "pp")
+    for axes in (dense, experts):
+        if layout.world_size % _ranks(layout, axes):
+            both = lcm(_ranks(layout, dense), _ranks(layout, experts))
+            yield (
+                f"{_product(layout, axes)} does not divide the {layout.world_size} processes; start a multiple of "
+                f"{both}, such as {_nearest_multiples(layout.world_size, both)}"
+            )
+
+
+def nearest_layouts(config: Config, asked: Layout) -> list[Layout]:
+    """Up to three layouts of as many processes that work, the nearest to `asked` first.
+
+    Every change in them is needed: with one axis put back to what was asked they would not work. None is farther than
+    the nearest by more than two doublings.
+    """
+    found: list[tuple[Fraction, Layout]] = []
+    for distance, layout in _by_distance(config, asked):
+        if len(found) == 3 or (found and distance > 4 * found[0][0]):
+            break
+        put_back = (replace(layout, **{axis: getattr(asked, axis)}) for axis in _changed_axes(asked, layout))
+        if not any(_works(config, other) for other in put_back):
+            found.append((distance, layout))
+    return [layout for _, layout in found]
+
+
+def _by_distance(config: Config, asked: Layout) -> Iterator[tuple[Fraction, Layout]]:
+    """All layouts that work, with distance = sum over AXES of |log2(size / asked size)|, kept exact as the product of
+    the ratios. Of equally distant ones the one that leaves tp nearer comes first, then pp, and so on.
+
+    Best-first search: the nearest of all beginnings (tp; tp and pp; ...) is taken up, and every size of its next axis
+    tried.
+    """
+    of_world, of_layers = _divisors(asked.world_size), _divisors(config.model.num_layers)
+    beginnings: list[tuple[Fraction, tuple[Fraction, ...], tuple[int, ...]]] = [(Fraction(1), (), ())]
+    while beginnings:
+        distance, ratios, sizes = heapq.heappop(beginnings)
+        if len(sizes) == len(AXES):
+            yield distance, Layout(asked.world_size, *sizes)
+            continue
+        axis = AXES[len(sizes)]
+        wanted = getattr(asked, axis)
+        for size in of_layers if axis == "vpp" else of_world:
+            longer = (*sizes, size)
+            if _works(config, Layout(asked.world_size, *longer)):
+                ratio = Fraction(max(size, wanted), min(size, wanted))
+                heapq.heappush(beginnings, (distance * ratio, (*ratios, ratio), longer))
+
+
+def _works(config: Config, layout: Layout) -> bool:
+    return next(broken_rules(config, layout), None) is None
+
+
+def _changed_axes(asked: Layout, other: Layout) -> list[str]:
+    return [axis for axis in AXES if getattr(other, axis) != getattr(asked, axis)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _ranks(layout: Layout, axes: tuple[str, ...]) -> int:
+    return prod(getattr(layout, axis) for axis in axes)
+
+
+def _product(layout: Layout, axes: tuple[str, ...], unit: int = 1) -> str:
+    """The factors and their product, as in tp(4) * pp(2) = 8."""
+    factors = [str(unit)] * (unit > 1) + [f"{axis}({getattr(layout, axis)})" for axis in axes]
+    return " * ".join(factors) + (f" = {unit * _ranks(layout, axes)}" if len(factors) > 1 else "")
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    """The multiple below and the one above, as in 8 or 16."""
+    return " or ".join(str(n * unit) for n in (number // unit, ceil(number / unit)) if n)
+
+
+def packing_rules(config: Config) -> PackingRules:
+    """What the layout asks of micro-batches.
+
+    sequence_multiple: context parallel cuts every sequence into 2 * cp chunks, of which a rank takes two.
+    token_multiple: whole sequences, and on each context-parallel rank `token_multiple(config)` tokens at a time.
+    count_multiple: Megatron's interleaved schedule goes round with one micro-batch for each pipeline stage.
+    same_tokens: the allgather dispatcher gathers as many tokens from each of the ranks that share the experts.
+    """
+    p = config.parallel
+    sequence_multiple = 2 * p.cp if p.cp > 1 else 1
+    return PackingRules(
+        sequence_multiple=sequence_multiple,
+        token_multiple=lcm(sequence_multiple, p.cp * token_multiple(config)),
+        count_multiple=p.pp if p.vpp > 1 else 1,
+        same_tokens=p.token_dispatcher == "allgather" and p.ep * p.etp > 1,
+    )
+
+
+def token_multiple(config: Config) -> int:
+    """Tokens of a rank's forward come in multiples of this: sequence parallel gives every tensor-parallel rank as many,
+    and Transformer Engine's fp8 matmuls take 16 rows at a time. The sampler, which runs without context parallel, needs
+    no more."""
+    return config.parallel.tp * (1 if config.precision.fp8 == "none" else 16)

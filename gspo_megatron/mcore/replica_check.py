@@ -1,0 +1,85 @@
+"""Whether the copies of a parameter are still equal, to the last bit, on all ranks that hold them.
+
+Copies are made equal once, when weights are drawn or loaded, and stay so because every rank makes the same update of
+them. Nothing in a step compares them: a rank whose memory or arithmetic failed trains on beside the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_megatron.checkpoint.place import Place
+from gspo_megatron.config.sections import ModelConfig
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.mcore.parameters import named_parameters
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as wide as a number of so many bytes."""
+CHUNK = 1 << 22
+"""Elements that are widened to int64 at a time."""
+
+
+def differing_replicas(chunks: Sequence[PolicyModel], m: ModelConfig, groups: Groups) -> list[str]:
+    """See `Policy.differing_replicas`. A few small collectives, whatever the size of the model."""
+    held = [pair for chunk in chunks for pair in named_parameters(chunk, m, groups)]
+    sums = {place: fingerprint(parameter.detach()) for place, parameter in held}
+    dense = [place for place in sums if ".experts." not in place.name]
+    experts = [place for place in sums if ".experts." in place.name]
+    differing = {
+        *_differing(groups.collection.dp_cp, sums, dense),
+        # What tensor parallel does not cut, its ranks hold copies of.
+        *_differing(groups.tp, sums, [place for place in dense if place.count == 1]),
+        *_differing(groups.collection.expt_dp, sums, experts),
+    }
+    if not groups.any_rank(bool(differing)):
+        return []
+    heard: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(heard, [(place, tuple(sums[place].tolist())) for place in sums if place in differing])
+    return _named(heard)
+
+
+def fingerprint(parameter: Tensor) -> Tensor:
+    """[sum_i b_i, sum_i i b_i] modulo 2^64, where b_i are the bits of element i, read as an integer.
+
+    Any change of one element shows in the first sum, an exchange of two in the second.
+    """
+    bits = parameter.contiguous().view(-1).view(BITS[parameter.element_size()])
+    index = torch.arange(min(CHUNK, bits.numel()), device=bits.device)
+    total = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK].long()
+        plain = part.sum()
+        total += torch.stack([plain, start * plain + (part * index[: part.numel()]).sum()])
+    return total
+
+
+def _differing(group: dist.ProcessGroup, sums: Mapping[Place, Tensor], places: Sequence[Place]) -> list[Place]:
+    """Those of `places` whose sums are not the same on all ranks of `group`."""
+    if group.size() == 1 or not places:
+        return []
+    mine = torch.stack([sums[place] for place in places])
+    # The largest of ~x = -x - 1 is that of the smallest x.
+    most = torch.stack([mine, ~mine])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    differs = (most[0] != ~most[1]).any(dim=1).tolist()
+    return [place for place, differ in zip(places, differs, strict=True) if differ]
+
+
+def _named(heard: Sequence[Sequence[tuple[Place, tuple[int, int]]]]) -> list[str]:
+    """Every parameter in what the ranks brought, with its ranks: those together that agree, most of them first."""
+    ranks: dict[Place, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, brought in enumerate(heard):
+        for place, sums in brought:
+            ranks[place][sums].append(rank)
+    return [
+        f"{place.name} on ranks "
+        + " | ".join(", ".join(map(str, same)) for same in sorted(by_sums.values(), key=len, reverse=True))
+        for place, by_sums in ranks.items()
+    ]

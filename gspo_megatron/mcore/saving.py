@@ -1,0 +1,283 @@
+"""What a checkpoint holds: the policy and Adam's moments, the frozen reference, and the trainer's own state.
+
+    rank_00000.safetensors ...   a file for each process, with its shards (see checkpoint/shards.py), by global names:
+                                 policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME
+    run.json                     numbers and text: Adam's step count, the random generators of every process, what the
+                                 model is, versions, the trainer's state
+
+Names and shards are those of the whole model, so a checkpoint does not know the layout, the optimizer (distributed or
+not) or the layer spec it came from. The directory belongs to checkpoint/directory.py.
+
+Megatron-Core's own dist_checkpointing is not used: it unpickles what it loads (torch/distributed/checkpoint/
+filesystem.py read_metadata, default_planner.py load_bytes), cuts the distributed optimizer's state by its buffers or
+gathers all of it on one rank, and 0.16.1 cannot read what 0.19.2 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_megatron import __version__
+from gspo_megatron.base.batches import Position
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
+from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
+from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
+from gspo_megatron.mcore.policy import MegatronPolicy
+
+SAME_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "num_experts",
+    "expert_ffn_size",
+    "vocab_size",
+    "tie_embeddings",
+)
+"""Settings of the model that decide which tensors there are, how large, and what their rows and columns mean."""
+
+POLL_S = 0.02
+"""How often the processes ask one another whether one of them still works on files."""
+
+Result = TypeVar("Result")
+Keyed = tuple[str, Shard, Tensor]
+"""A key of a checkpoint file, the shard, its elements."""
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept from one save to the next: memory in use for the first time is
+    slow."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, tensors: Sequence[Keyed]) -> list[Keyed]:
+        """The same with copies, which hold until the next call."""
+        return [(key, shard, self._copy(key, elements)) for key, shard, elements in tensors]
+
+    def _copy(self, key: str, elements: Tensor) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = torch.empty_like(elements, device="cpu", pin_memory=self._pinned)
+        return self._kept[key].copy_(elements)
+
+
+@dataclass
+class Saving:
+    """A save under way: first every process writes its file, then the main one completes the checkpoint."""
+
+    directory: Path
+    work: Future[Any]
+    completing: bool = False
+
+
+class MegatronCheckpoints:
+    """The checkpoints of one run (`Checkpoints` of base/protocols.py). All ranks call every method together."""
+
+    def __init__(self, policy: MegatronPolicy, store: CheckpointDirectory, warn: Callable[[str], None]) -> None:
+        """`warn` is told what is wrong with checkpoints that are passed over when one is loaded."""
+        self.policy, self.groups, self.store, self.warn = policy, policy.groups, store, warn
+        self.settings = policy.config.model
+        self._host = HostCopies(pinned=not policy.device.on_cpu)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Saving | None = None
+
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
+        """Keeps the policy, the optimizer, the reference and `state` (JSON).
+
+        With `wait`, the checkpoint is complete on return. Otherwise it is a copy in host memory, which a thread writes:
+        it is complete after `finish`, and a failure is raised there. Raises CheckpointError, on all ranks.
+        """
+        self.finish()
+        tensors = list(self._to_write())
+        num_bytes = sum(self._from_all(sum(elements.nbytes for _, _, elements in tensors)))
+        directory = self._on_main(lambda: self.store.begin(position, num_bytes))
+        about = {
+            "state": state,
+            "policy_version": self.policy.version,
+            "adam_step": get_step_count(self.policy.optimizer),
+            "has_reference": self.policy.reference is not None,
+            "random": self._from_all(self.policy.device.random_state()),
+            "num_files": dist.get_world_size(),
+            "model": self._model(),
+            "versions": {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__},
+        }
+        if not wait:
+            tensors = self._host.of(tensors)
+        self._saving = Saving(directory, self._writer.submit(self._write, directory, about, tensors))
+        if wait:
+            self.finish()
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes a save under way. Without `wait`, as far as that can be done at once; worth calling now and then.
+
+        Raises CheckpointError, on all ranks, when it failed on one of them.
+        """
+        while saving := self._saving:
+            while self.groups.any_rank(not saving.work.done()):
+                if not wait:
+                    return
+                # Writing and hashing may take longer than a collective may wait.
+                time.sleep(POLL_S)
+            self._saving = None
+            self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
+            if not saving.completing:
+                commit = partial(self.store.commit, saving.directory) if self.groups.is_main else lambda: None
+                self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
+
+    def _write(self, directory: Path, about: dict[str, Any], tensors: Sequence[Keyed]) -> None:
+        write_shards(directory / _file_name(dist.get_rank()), tensors)
+        if self.groups.is_main:
+            (directory / "run.json").write_text(json.dumps(about))
+
+    def _to_write(self) -> Iterator[Keyed]:
+        """Every element of every tensor, on one rank each."""
+        adam_shards = shards_of_adam(self.policy.optimizer, self.policy.model)
+        replicated = not is_distributed(self.policy.device, self.policy.config.optimizer)
+        for name, whole, parameter in self._shards(self.policy.model):
+            adam = adam_shards.get(parameter)
+            if adam is None or self._is_copy(whole):
+                continue
+            shard = self._share(whole) if replicated else replace(whole, start=adam.start, end=adam.end)
+            inside = slice(shard.start - adam.start, shard.end - adam.start)
+            if shard.start < shard.end:
+                yield f"policy.{name}", shard, adam.main[inside]
+                yield f"exp_avg.{name}", shard, adam.exp_avg[inside]
+                yield f"exp_avg_sq.{name}", shard, adam.exp_avg_sq[inside]
+        for name, whole, parameter in self._shards(self.policy.reference or []):
+            shard = self._share(whole)
+            if shard.start < shard.end and not self._is_copy(whole):
+                yield f"reference.{name}", shard, parameter.detach().view(-1)[shard.start : shard.end]
+
+    def _share(self, whole: Shard) -> Shard:
+        """The part of a slice that this one of its data-parallel replicas writes."""
+        groups = self.groups.collection
+        group = groups.expt_dp if ".experts." in whole.place.name else groups.dp_cp
+        start, end = (whole.end * i // group.size() for i in (group.rank(), group.rank() + 1))
+        return replace(whole, start=start, end=end)
+
+    def _is_copy(self, whole: Shard) -> bool:
+        """Whether another tensor-parallel rank writes it: a dense parameter that is not sliced."""
+        return whole.place.count == 1 and ".experts." not in whole.place.name and self.groups.tp_rank > 0
+
+    # ------------------------------------------------------------------------------------------------------ loading
+
+    def load(self, which: str) -> dict[str, Any] | None:
+        """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it.
+
+        The layout, the optimizer's cut and the number format may be others than those it was saved from. Raises
+        CheckpointError when the one that is meant is damaged, or of another model.
+        """
+        path, problems = self._on_main(lambda: self.store.open(which))
+        for problem in problems:
+            self.warn(problem)
+        if path is None:
+            return None
+        about = self._on_main(lambda: _read_json(path / "run.json"))
+        self._check_model(path, about["model"])
+        if about["has_reference"]:
+            self.policy.freeze_reference()
+        failure = None
+        try:
+            self._read(ShardFiles([path / _file_name(rank) for rank in range(about["num_files"])]))
+        except CheckpointError as error:
+            failure = error
+        self._fail_together(f"{path} could not be loaded", failure)
+        set_step_count(self.policy.optimizer, about["adam_step"])
+        if len(about["random"]) == dist.get_world_size():
+            self.policy.device.set_random_state(about["random"][dist.get_rank()])
+        self.policy.version = about["policy_version"]
+        return about["state"]
+
+    @torch.no_grad()
+    def _read(self, files: ShardFiles) -> None:
+        adam_shards = shards_of_adam(self.policy.optimizer, self.policy.model)
+        for name, whole, parameter in self._shards(self.policy.model):
+            files.read(f"policy.{name}", whole, parameter.view(-1))
+            if adam := adam_shards.get(parameter):
+                shard = replace(whole, start=adam.start, end=adam.end)
+                files.read(f"policy.{name}", shard, adam.main)
+                files.read(f"exp_avg.{name}", shard, adam.exp_avg)
+                files.read(f"exp_avg_sq.{name}", shard, adam.exp_avg_sq)
+        for name, whole, parameter in self._shards(self.policy.reference or []):
+            files.read(f"reference.{name}", whole, parameter.view(-1))
+
+    def _check_model(self, path: Path, saved: dict[str, Any]) -> None:
+        wrong = ", ".join(
+            f"model.{key}={saved[key]}, not {own}" for key, own in self._model().items() if saved[key] != own
+        )
+        if wrong:
+            raise CheckpointError(f"{path} is of another model, with {wrong}")
+
+    # ------------------------------------------------------------------------------------------------------- both
+
+    def _shards(self, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Shard, Tensor]]:
+        """(name in the checkpoint, all of this rank's slice as a shard, parameter)."""
+        for chunk in chunks:
+            for place, parameter in named_parameters(chunk, self.settings, self.groups):
+                num_rows = self.settings.vocab_size if is_vocabulary(place.name) else None
+                yield place.name, Shard.of(place, parameter, num_rows), parameter
+
+    def _model(self) -> dict[str, Any]:
+        return {key: getattr(self.settings, key) for key in SAME_MODEL}
+
+    def _on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main process, on all. So with a CheckpointError that it raises."""
+        running = self._writer.submit(work) if self.groups.is_main else None
+        while self.groups.any_rank(running is not None and not running.done()):
+            time.sleep(POLL_S)
+        outcome: list[Any] = [None]
+        if running is not None:
+            error = running.exception()
+            if error is not None and not isinstance(error, CheckpointError):
+                raise error
+            outcome = [error or running.result()]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
+    def _fail_together(self, what: str, error: BaseException | None) -> None:
+        """Raises CheckpointError on all processes when one has an error."""
+        for rank, reason in enumerate(self._from_all(error and _reason(error))):
+            if reason is not None:
+                raise CheckpointError(f"{what}: {reason} (process {rank})")
+
+    def _from_all(self, mine: Result) -> list[Result]:
+        """What all processes say, in the order of their ranks."""
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine)
+        return said
+
+
+def _file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,80 @@
+"""What a run prints: a line a step, warnings, and a small table at the end. Only the main process is_reporter."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.table import Table
+
+
+class Console:
+    """`on=False` is silent: the other processes of a run, and tests."""
+
+    def __init__(self, on: bool = True) -> None:
+        self._out = RichConsole(highlight=False, emoji=False, quiet=not on, soft_wrap=True)
+        self._started = time.perf_counter()
+        self._first_step: int | None = None
+        self._evaluations: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+
+    def print(self, table: Table) -> None:
+        self._out.print(table)
+
+    def say(self, text: str) -> None:
+        self._out.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self._out.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def warm_start(self, step: int, steps: int, loss: float) -> None:
+        if step == steps or step % 50 == 0:
+            self.say(f"warm start {step}/{steps}  loss {loss:.4f}")
+
+    def step(self, row: dict[str, Any], steps: int) -> None:
+        """step, reward, accuracy, clip fraction, tokens/s, remaining time; held-out accuracy where it was measured."""
+        if "eval/accuracy" in row:
+            self._evaluations.append(row)
+        held_out = f"  held-out accuracy {row['eval/accuracy']:.1%}" if "eval/accuracy" in row else ""
+        if row["step"] == 0:
+            self.say(f"step 0/{steps}{held_out}")
+            return
+        self._steps.append(row)
+        if self._first_step is None:
+            self._first_step, self._started = row["step"] - 1, time.perf_counter() - row["time/step_s"]
+        done = row["step"] - self._first_step
+        left = (time.perf_counter() - self._started) / done * (steps - row["step"])
+        self.say(
+            f"step {row['step']}/{steps}  reward {row['reward/mean']:.3f}  accuracy {row['accuracy']:.1%}  "
+            f"clip {row['clip_fraction']:.1%}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} "
+            f"left{held_out}"
+        )
+
+    def summary(self) -> None:
+        """Before, after and what a step cost."""
+        if not self._steps:
+            return
+        table = Table(title="Run", title_justify="left")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        tenth = max(1, len(self._steps) // 10)
+        first, last = self._steps[:tenth], self._steps[-tenth:]
+        if self._evaluations:
+            before, after = (f"{e['eval/accuracy']:.1%}" for e in (self._evaluations[0], self._evaluations[-1]))
+            table.add_row("held-out accuracy (greedy)", before, after)
+        table.add_row(f"reward (mean of {tenth} steps)", _mean(first, "reward/mean"), _mean(last, "reward/mean"))
+        table.add_row("clip fraction", _mean(first, "clip_fraction"), _mean(last, "clip_fraction"))
+        table.add_row("seconds per step", _mean(first, "time/step_s"), _mean(last, "time/step_s"))
+        self.print(table)
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> str:
+    return f"{sum(row[key] for row in rows) / len(rows):.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,110 @@
+"""The run directory: metrics.jsonl, rollouts/, guards/ and TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config.loading import to_yaml
+from gspo_megatron.config.sections import Config
+
+
+class RunWriter:
+    """The run directory's metrics.jsonl, rollouts/ and TensorBoard files. Only the main process has one."""
+
+    @classmethod
+    def of_run(cls, config: Config, *, first_step: int, fresh: bool) -> RunWriter:
+        """Opens config.run.dir, writes the resolved config.yaml into it. Rows of `first_step` and later, from a run
+        that went further, are moved aside; `fresh`: so is everything that an earlier run left."""
+        run_dir = Path(config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        if fresh:
+            # It must not pass for this run's: neither its rollouts, nor its newest checkpoint.
+            for old in (run_dir / "rollouts", run_dir / "guards", run_dir / "checkpoints"):
+                if old.exists() and any(old.iterdir()):
+                    _move_aside(old)
+        return cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
+        """Rows of `first_step` and later are moved to metrics.replaced.jsonl."""
+        self.run_dir = run_dir
+        (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "metrics.jsonl"
+        self._move_rows_aside(first_step)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not pay
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def _move_rows_aside(self, first_step: int) -> None:
+        if not self._path.exists():
+            return
+        kept: list[str] = []
+        replaced: list[str] = []
+        for row in self._path.read_text().splitlines():
+            (kept if _step_of(row) < first_step else replaced).append(row + "\n")
+        if replaced:
+            with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
+                aside.writelines(replaced)
+        fresh = self._path.with_suffix(".tmp")
+        with fresh.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self._path)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; `step` is its key. A number that is not finite becomes null: JSON has none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            # A checkpoint of this step is about to outlive a power cut; so must its row.
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """rollouts/step_000001.jsonl, one object a rollout."""
+        _write_json_lines(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rows)
+
+    def offenders(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """guards/NAME.jsonl: what a guard objected to. A number that is not finite is written as Python does, NaN or
+        Infinity."""
+        (self.run_dir / "guards").mkdir(exist_ok=True)
+        _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _move_aside(path: Path) -> None:
+    """To `NAME.replaced_1`, or the next number that is free: nothing is lost."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.replaced_{number}")).exists():
+        number += 1
+    os.replace(path, aside)
+
+
+def _step_of(row: str) -> float:
+    """Infinity for a row cut short by a crash."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,40 @@
+"""Estimates of KL(pi || ref) from tokens that pi drew (joschu.net/blog/kl-approx.html).
+
+R  response tokens of all sequences
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gspo_megatron.objective.ratios import capped
+
+
+def k1(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    """log pi - log ref. Unbiased, of both signs, noisy.
+
+    As a loss its gradient is that of log pi, whose mean over pi is zero: it does not pull towards ref. Only to watch.
+    """
+    return log_probs_R - ref_log_probs_R
+
+
+def k2(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2. Never negative, slightly biased.
+
+    As a loss its gradient, (log pi - log ref) grad log pi, has the gradient of KL(pi || ref) as its mean over pi.
+    """
+    return (log_probs_R - ref_log_probs_R).square() / 2
+
+
+def k3(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    """ref / pi - 1 - log(ref / pi). Unbiased, never negative                                    (2402.03300 Eq. 4).
+
+    As a loss its gradient, (1 - ref / pi) grad log pi, has the gradient of KL(ref || pi), the other direction, as its
+    mean over pi. A token that ref likes more than e^20 times as well as pi is pulled as one at e^20 (see `capped`).
+    """
+    log_ratio_R = ref_log_probs_R - log_probs_R
+    # exp(x) - 1 in float32 would lose x^2 / 2, the whole of the result, where x is small.
+    return capped(log_ratio_R).expm1() - log_ratio_R
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

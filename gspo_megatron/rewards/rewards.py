@@ -1,0 +1,112 @@
+"""Rewards: rules that read the decoded text of a response, and how several of them make one number."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from gspo_megatron.base.batches import Rollout
+from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
+from gspo_megatron.rewards.rules import REWARDS, RewardFunction
+
+LISTED_ERRORS = 3
+
+
+class Rewards:
+    """reward = sum_f weight_f * f(prompt, response, answer), over the functions f of a run.
+
+    `functions` maps names of REWARDS, or a user's `module:function`, to weights; weight 0 only measures. `accuracy` is
+    the function that decides whether a response is right (default: the first one). A function that raises, or returns
+    anything but a finite number, is noted in `rollout.reward_error`; with on_error="count" it then gives 0, with
+    "stop" NaN, for `raise_errors` to stop the run.
+    Errors: ConfigError for an unknown name, a function that cannot be imported or called, a weight that is not finite.
+    """
+
+    def __init__(self, functions: Mapping[str, float], accuracy: str | None = None, on_error: str = "stop") -> None:
+        if on_error not in ("stop", "count"):
+            raise ConfigError(f"reward.on_error={on_error!r} must be 'stop' or 'count'")
+        if not functions:
+            raise ConfigError(f"reward.functions names no reward; add one of {', '.join(REWARDS)} or 'module:function'")
+        self._functions = {name: find_reward(name) for name in functions}
+        self._weights = dict(functions)
+        for name, weight in functions.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f"the weight {weight} of reward {name!r} must be a finite number")
+        self._accuracy = accuracy if accuracy is not None else next(iter(functions))
+        if self._accuracy not in functions:
+            raise ConfigError(
+                f"reward.accuracy={accuracy!r} is none of the rewards {', '.join(functions)}; name one of them, or add "
+                "it with weight 0"
+            )
+        self._stop = on_error == "stop"
+
+    def score(self, rollouts: Iterable[Rollout]) -> None:
+        """Fills `reward_terms` (raw values, before weights), `reward` and `reward_error` in place."""
+        for rollout in rollouts:
+            errors = []
+            rollout.reward_terms = {}
+            for name, function in self._functions.items():
+                try:
+                    value = _call(function, rollout)
+                except Exception as error:
+                    value = math.nan if self._stop else 0.0
+                    errors.append(f"reward {name!r} failed: {type(error).__name__}: {error}")
+                rollout.reward_terms[name] = value
+            rollout.reward = sum(weight * rollout.reward_terms[name] for name, weight in self._weights.items())
+            rollout.reward_error = "; ".join(errors)
+
+    def raise_errors(self, rollouts: Iterable[Rollout]) -> None:
+        """Raises DataError when a rollout has a reward_error and on_error is "stop".
+
+        Apart from `score`, so that all ranks can gather their rollouts first and then stop together.
+        """
+        failed = [rollout for rollout in rollouts if rollout.reward_error]
+        if not failed or not self._stop:
+            return
+        listed = "\n".join(
+            f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
+            for rollout in failed[:LISTED_ERRORS]
+        )
+        raise DataError(
+            f"{len(failed)} rollouts could not be judged; mend the reward or the data, or set reward.on_error=count to "
+            f"give such a reward 0. The first of them:\n{listed}"
+        )
+
+    def accuracy(self, rollout: Rollout) -> float:
+        """1 when the accuracy reward's raw value is at least 1, else 0."""
+        return float(rollout.reward_terms[self._accuracy] >= 1)
+
+
+def find_reward(name: str) -> RewardFunction:
+    """The reward that `name` stands for: one of REWARDS, or `module:function`.
+
+    Errors: ConfigError for an unknown name (with the nearest one), a failing import, a function of other arguments.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"unknown reward {name!r}{did_you_mean(name, REWARDS)}; there are {', '.join(REWARDS)}, "
+            "and your own as 'module:function', called with prompt=, response=, answer="
+        )
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+        inspect.signature(function).bind(prompt="", response="", answer="")
+    except Exception as error:
+        raise ConfigError(
+            f"reward {name!r} cannot be used ({type(error).__name__}: {error}); expected a function "
+            "f(prompt, response, answer) in a module that Python can import from the working folder"
+        ) from error
+    return function
+
+
+def _call(function: RewardFunction, rollout: Rollout) -> float:
+    value: Any = function(prompt=rollout.prompt.text, response=rollout.text, answer=rollout.prompt.answer)
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"it returned {str(value)[:60]!r} ({type(value).__name__}); expected a finite number")
+    return float(value)

@@ -1,0 +1,71 @@
+"""Rewards by rule: functions of the decoded text of a response."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+RewardFunction = Callable[..., float]
+"""Called as f(prompt=, response=, answer=), all text; returns a finite number."""
+
+
+NUMBER = re.compile(r"([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
+
+
+MARKER = "####"
+
+
+def exact_match(*, prompt: str, response: str, answer: str) -> float:
+    """1 when the response is the answer, white space around them aside."""
+    return float(response.strip() == answer.strip())
+
+
+def final_number(*, prompt: str, response: str, answer: str) -> float:
+    """1 when the number behind the response's last `####` equals that of the answer (`#### 1,200.0` = `1200`).
+
+    The number has to be alone on the rest of its line, `#### 3 or 4` is none. An answer may be a bare number.
+    Errors: ValueError for an answer without such a number.
+    """
+    expected = _marked_number(answer if MARKER in answer else f"{MARKER} {answer}")
+    if expected is None:
+        raise ValueError(f"the answer {answer[-60:]!r} ends in no '{MARKER} number', nor is it a number")
+    return float(_marked_number(response) == expected)
+
+
+def answer_format(*, prompt: str, response: str, answer: str) -> float:
+    """1 when the response's last line is `#### number`, and its only `####`."""
+    last_line = response.strip().rpartition("\n")[2]
+    well_formed = last_line.startswith(MARKER) and _marked_number(last_line) is not None
+    return float(well_formed and response.count(MARKER) == 1)
+
+
+def countdown(*, prompt: str, response: str, answer: str) -> float:
+    """1 when the response is a sum like `7+5-3` that uses each number once and reaches the target.
+
+    The answer is the exercise, `7,5,3=9`. Errors: ValueError for an answer of another form.
+    """
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*=[0-9]+", answer):
+        raise ValueError(f"the answer {answer[:60]!r} is no countdown exercise like '7,5,3=9'")
+    numbers, _, target = answer.partition("=")
+    expression = response.strip()
+    if not re.fullmatch(r"[0-9]+([+-][0-9]+)*", expression):
+        return 0.0
+    if sorted(re.findall("[0-9]+", expression)) != sorted(numbers.split(",")):
+        return 0.0
+    return float(sum(map(int, re.findall("[+-]?[0-9]+", expression))) == int(target))
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "final_number": final_number,
+    "format": answer_format,
+    "countdown": countdown,
+}
+
+
+def _marked_number(text: str) -> Decimal | None:
+    """The number that fills the rest of the line behind the last marker: `72`, `-1,200.50`, `$5.`"""
+    _, marker, tail = text.rpartition(MARKER)
+    number = NUMBER.fullmatch(tail.partition("\n")[0].strip())
+    return Decimal(number[1] + number[2].replace(",", "")) if marker and number else None

@@ -1,0 +1,1 @@
+"""Sampling by the model under training."""

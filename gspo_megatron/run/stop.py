@@ -1,0 +1,88 @@
+"""Stopping as asked: a signal, or the clock, raises a flag; the run saves at its next safe point and exits.
+
+    SIGTERM, SIGUSR1          what schedulers send ahead of a time limit or a preemption
+    checkpoint.exit_after_s   seconds after the start of the process
+
+A run that does not reach its safe point within the grace period, in a collective that hangs for example, is ended, with
+every thread's stack printed. A second signal leaves it only URGENT_S seconds.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+STOPPED = 75
+"""Exit status of a run that stopped as asked, everything saved (EX_TEMPFAIL of sysexits.h): start again to continue."""
+STOPPED_BY_GUARD = 70
+"""Exit status of a run that a guard stopped (EX_SOFTWARE): somebody has to look."""
+REFUSED = 2
+"""Exit status for settings, prompts or a checkpoint that cannot work."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+URGENT_S = 30.0
+SAME_S = 5.0
+"""Schedulers signal every process of a job, and torchrun hands on what it gets: signals that come together are one."""
+
+
+class StopRequest:
+    """A flag that a signal or the clock raises on this process. Calling it asks whether it is up; `reason` says why.
+
+    Args:
+        exit_after_s: raise it so many seconds after now; 0: never.
+        grace_s: after a signal, print every thread's stack and exit with status 1 when so many seconds were not enough.
+    """
+
+    def __init__(self, *, exit_after_s: float = 0.0, grace_s: float = 600.0) -> None:
+        self.reason = ""
+        self._grace_s, self._exit_after_s = grace_s, exit_after_s
+        self._deadline = time.monotonic() + exit_after_s if exit_after_s > 0 else None
+        self._first_signal: float | None = None
+
+    def __call__(self) -> bool:
+        if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = f"checkpoint.exit_after_s={self._exit_after_s:g} is over"
+        return bool(self.reason)
+
+    def __enter__(self) -> StopRequest:
+        """Handles the signals from here on."""
+        # Python runs a handler between two steps of the main thread, which may be inside a collective for minutes. The
+        # number of a signal comes down this pipe at once, to a thread that only waits for it.
+        self._pipe_out, self._pipe_in = os.pipe()
+        os.set_blocking(self._pipe_in, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._pipe_in)
+        self._thread.join()
+        os.close(self._pipe_out)
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._pipe_out, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._on_signal(signal.Signals(number).name)
+
+    def _on_signal(self, name: str) -> None:
+        now = time.monotonic()
+        if self._first_signal is None:
+            self.reason, self._first_signal, left_s = name, now, self._grace_s
+        elif now - self._first_signal < SAME_S:
+            return
+        else:
+            left_s = URGENT_S
+            print(f"{name}, a second signal: {left_s:g} s are left to save", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(left_s, exit=True, file=sys.__stderr__ or sys.stderr)

@@ -1,0 +1,608 @@
+"""The checkpoint directory, on real files, real file systems and real processes that die."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from gspo_megatron.base.batches import Position
+from gspo_megatron.base.errors import CheckpointError, ConfigError
+from gspo_megatron.checkpoint.directory import CheckpointDirectory, outdated
+from gspo_megatron.checkpoint.lock import RunLock
+from gspo_megatron.checkpoint.manifest import verify
+from gspo_megatron.checkpoint.names import name_of, position_of
+
+# The child is this process as it stands, so it starts in milliseconds.
+_fork = multiprocessing.get_context("fork")
+
+FILES = ("model/shard_0.bin", "model/shard_1.bin", "model/.metadata", "empty", "run.json")
+UNREADABLE = "/proc/self/mem"
+"""Opens, and fails when its first byte is read."""
+
+
+def step(number: int, updates: int = 0) -> Position:
+    return Position(20, number, updates)
+
+
+def contents(seed: object) -> dict[str, bytes]:
+    """Of the same sizes whatever the seed. run.json has the size of a symbolic link to UNREADABLE."""
+    draws = random.Random(repr(seed))
+    sizes = dict(zip(FILES, (3000, 70_000, 40, 0, len(UNREADABLE)), strict=True))
+    return {name: draws.randbytes(size) for name, size in sizes.items()}
+
+
+def fill(partial: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_bytes(content)
+
+
+def save_files(store: CheckpointDirectory, position: Position, files: dict[str, bytes]) -> Path:
+    partial = store.begin(position, 10_000)
+    fill(partial, files)
+    return store.commit(partial)
+
+
+def save(store: CheckpointDirectory, position: Position, seed: object = None) -> Path:
+    return save_files(store, position, contents(seed or position))
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """All that is in a directory, with what files hold."""
+    paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in sorted(paths.items())}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def held(checkpoint: Path) -> dict[str, bytes]:
+    return {name: (checkpoint / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointDirectory:
+    return CheckpointDirectory(tmp_path / "run" / "checkpoints", keep=3)
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = CheckpointDirectory(tmp_path_factory.mktemp("saves"), keep=2)
+    save(store, step(10))
+    save(store, step(20))
+    return store.directory
+
+
+@pytest.fixture
+def two(two_saves: Path, tmp_path: Path) -> CheckpointDirectory:
+    """Checkpoints after steps 10 and 20, to be damaged."""
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    return CheckpointDirectory(tmp_path / "checkpoints", keep=2)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("position", "name"),
+    [
+        (Position(0, 0, 0), "step_000000"),
+        (Position(20, 0, 0), "warm_start_000020"),
+        (Position(20, 0, 2), "step_000000_update_002"),
+        (Position(20, 10, 0), "step_000010"),
+        (Position(0, 10, 3), "step_000010_update_003"),
+        (Position(0, 1234567, 1000), "step_1234567_update_1000"),
+    ],
+)
+def test_positions_and_names(position: Position, name: str) -> None:
+    assert name_of(position) == name
+    found = position_of(name)
+    assert found and name_of(found) == name and found[1:] == position[1:]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "latest",
+        "step_10",
+        "step_0000010",
+        "step_000010_update_000",
+        "warm_start_000000",
+        "step_000010.tmp",
+        "a_step_000010",
+        "step_\u0661\u0661\u0661\u0661\u0661\u0661",
+    ],
+)
+def test_other_names_are_no_positions(name: str) -> None:
+    assert position_of(name) is None
+
+
+# ---------------------------------------------------------------------------------------------------- save and choose
+
+
+def test_a_save_is_renamed_hashed_and_pointed_to(store: CheckpointDirectory) -> None:
+    partial = store.begin(step(10), 1000)
+    assert partial.name == "step_000010.tmp" and store.open("latest") == (None, [])
+    fill(partial, contents("ten"))
+    path = store.commit(partial)
+    assert path == store.directory / "step_000010" and held(path) == contents("ten")
+    assert names(store.directory) == ["latest", "step_000010"]
+    assert (store.directory / "latest").read_text() == "step_000010\n"
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in sorted(contents("ten").items())
+    }
+    assert list(manifest["files"]) == sorted(FILES)
+    verify(path)
+    assert store.open("latest") == store.open(str(path)) == (path, [])
+    assert store.open("none") == (None, [])
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(store: CheckpointDirectory) -> None:
+    """What a power cut would tell: the files, the manifest and both directories are synced before the rename, the
+    rename and the pointer's text before the pointer is replaced, and that after."""
+    partial, calls = store.begin(step(10), None), []
+
+    def note(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function in (os.fsync, os.rename, os.replace):
+            calls.append(function)
+
+    fill(partial, contents("ten"))
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        store.commit(partial)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert calls == [os.fsync] * (len(FILES) + 3) + [os.rename, os.fsync, os.fsync, os.replace, os.fsync]
+
+
+def test_the_newest_is_the_one_written_last(store: CheckpointDirectory) -> None:
+    """A run goes to step 30, then on from step 10 once more. What it saves from there on is the newest, though its
+    former future bears higher numbers; that stays until the run gets there."""
+    store.keep = 2
+    for number in (10, 20, 30):
+        save(store, step(number), "first")
+    assert names(store.directory) == ["latest", "step_000020", "step_000030"]
+    for position, left in [
+        (step(12), ["latest", "step_000012", "step_000020", "step_000030"]),
+        (step(12, 3), ["latest", "step_000012", "step_000012_update_003", "step_000020", "step_000030"]),
+        (step(20), ["latest", "step_000012_update_003", "step_000020", "step_000030"]),
+        (step(31), ["latest", "step_000020", "step_000031"]),
+    ]:
+        path = save(store, position, "second")
+        assert names(store.directory) == left
+        assert store.newest_whole() == (path, []) and held(path) == contents("second")
+    assert held(store.directory / "step_000020") == contents("second")
+
+
+def test_times_of_files_say_nothing(two: CheckpointDirectory) -> None:
+    os.utime(two.directory / "step_000010", (2e9, 2e9))
+    os.utime(two.directory / "step_000010" / "manifest.json", (2e9, 2e9))
+    assert two.newest_whole() == (two.directory / "step_000020", [])
+
+
+def test_begin_clears_what_dead_processes_left(two: CheckpointDirectory) -> None:
+    for name in ("step_000020_update_001.tmp", "step_000030.tmp", "notes.tmp"):
+        (two.directory / name).mkdir()
+        (two.directory / name / "half").write_text("x")
+    partial = two.begin(step(30), None)
+    assert list(partial.iterdir()) == []
+    assert names(two.directory) == ["latest", "notes.tmp", "step_000010", "step_000020", "step_000030.tmp"]
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def truncate(file: Path, other: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path, other: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 8
+    file.write_bytes(content)
+
+
+def remove(file: Path, other: Path) -> None:
+    file.unlink()
+
+
+def take_the_other_steps(file: Path, other: Path) -> None:
+    shutil.copy2(other, file)
+
+
+def make_unreadable(file: Path, other: Path) -> None:
+    file.unlink()
+    file.symlink_to(UNREADABLE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "found"),
+    [
+        *((truncate, name, "bytes, not the") for name in FILES if contents(0)[name]),
+        *((flip, name, "does not hold what was written") for name in FILES if contents(0)[name]),
+        *((remove, name, "is missing") for name in FILES),
+        *((take_the_other_steps, name, "does not hold what was written") for name in FILES if contents(0)[name]),
+        (make_unreadable, "run.json", "cannot be read ([Errno 5] Input/output error)"),
+        (lambda file, other: file.write_bytes(b"x"), "empty", "1 bytes, not the 0"),
+        (lambda file, other: file.touch(), "model/shard_2.bin", "is foreign"),
+        (truncate, "manifest.json", "does not hold what was written"),
+        (remove, "manifest.json", "is missing"),
+        (take_the_other_steps, "manifest.json", "is that of step_000010"),
+        (lambda file, other: file.write_text("[]"), "manifest.json", "does not hold what was written"),
+        (lambda file, other: file.write_bytes(b"\xff\xfe"), "manifest.json", "does not hold what was written"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
+    damage: Callable[[Path, Path], Any], name: str, found: str, two: CheckpointDirectory
+) -> None:
+    old, new = two.directory / "step_000010", two.directory / "step_000020"
+    damage(new / name, old / name)
+    before = names(two.directory), os.listdir(new), tree(old)
+    with pytest.raises(CheckpointError) as error:
+        verify(new)
+    assert str(error.value).startswith(f"{new}: {name} ") and found in str(error.value)
+    path, problems = two.newest_whole()
+    assert path == old and problems[0] == str(error.value)
+    assert two.open("latest") == (path, problems)
+    assert (names(two.directory), os.listdir(new), tree(old)) == before
+    with pytest.raises(CheckpointError) as refused:
+        two.open(str(new))
+    assert str(error.value) in str(refused.value) and f"set checkpoint.load={old}" in str(refused.value)
+
+
+def test_files_swapped_between_two_steps_damage_both(two: CheckpointDirectory) -> None:
+    old, new = two.directory / "step_000010", two.directory / "step_000020"
+    (new / FILES[0]).write_bytes(contents(step(10))[FILES[0]])
+    (old / FILES[0]).write_bytes(contents(step(20))[FILES[0]])
+    before = tree(two.directory)
+    path, problems = two.newest_whole()
+    assert path is None and [p.split(":")[0] for p in problems[:2]] == [str(new), str(old)]
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*shard_0.*; set checkpoint\.load=none"):
+        two.open("latest")
+    assert tree(two.directory) == before
+
+
+def test_every_byte_of_the_manifest_counts(store: CheckpointDirectory) -> None:
+    path = save_files(store, step(10), {"run.json": b"{}"})
+    whole = (path / "manifest.json").read_bytes()
+    for i in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << i % 8
+        (path / "manifest.json").write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="does not hold what was written"):
+            verify(path)
+
+
+def test_checkpoints_under_each_others_names(two: CheckpointDirectory) -> None:
+    old, new = two.directory / "step_000010", two.directory / "step_000020"
+    os.rename(old, aside := two.directory / "best")
+    verify(aside)  # a copy may bear any name but that of another position
+    os.rename(new, old)
+    os.rename(aside, new)
+    path, problems = two.newest_whole()
+    assert path is None
+    assert f"{new}: manifest.json is that of step_000010" in problems
+    assert f"{old}: manifest.json is that of step_000020" in problems
+
+
+def test_a_manifest_of_a_later_format_is_not_guessed_at(two: CheckpointDirectory) -> None:
+    file = two.directory / "step_000020" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"]
+    manifest["format"] = 2
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(CheckpointError, match="has format 2, this version of gspo_megatron reads 1"):
+        verify(file.parent)
+
+
+def test_a_damaged_checkpoint_is_overtaken_but_not_deleted(two: CheckpointDirectory) -> None:
+    """What is visibly damaged is not one of the `keep` that stay; the run writes on from the one before."""
+    remove(two.directory / "step_000020" / FILES[0], Path())
+    for number in (22, 24):
+        path = save(two, step(number))
+    assert names(two.directory) == ["latest", "step_000020", "step_000022", "step_000024"]
+    assert two.newest_whole() == (path, [])
+
+
+def test_a_directory_that_cannot_be_listed_is_no_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        CheckpointDirectory(tmp_path / "checkpoints", keep=1).open("latest")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("step_000030\n", "names 'step_000030'"),
+        ("step_000010\n", "names 'step_000010'"),
+        ("\xff\0", "names "),
+        ("", "is missing or empty"),
+        (None, "is missing or empty"),
+    ],
+)
+def test_a_stale_pointer_is_reported_and_not_believed(
+    content: str | None, found: str, two: CheckpointDirectory
+) -> None:
+    pointer, new = two.directory / "latest", two.directory / "step_000020"
+    pointer.unlink() if content is None else pointer.write_bytes(content.encode("latin-1"))
+    path, [problem] = two.open("latest")
+    assert path == new and problem.startswith(f"{pointer} {found}") and problem.endswith("checkpoint is step_000020")
+    save(two, step(21))
+    assert two.open("latest") == (two.directory / "step_000021", [])
+
+
+def test_a_pointer_to_a_damaged_checkpoint(two: CheckpointDirectory) -> None:
+    flip(two.directory / "step_000020" / FILES[0], Path())
+    path, problems = two.newest_whole()
+    assert path == two.directory / "step_000010" and len(problems) == 2
+    assert "names 'step_000020'; the newest whole checkpoint is step_000010" in problems[1]
+
+
+def test_a_pointer_alone_is_no_fresh_start(store: CheckpointDirectory) -> None:
+    """Something was saved here, and is gone."""
+    store.directory.mkdir(parents=True)
+    (store.directory / "latest").write_text("step_000010\n")
+    with pytest.raises(CheckpointError, match="names 'step_000010'"):
+        store.open("latest")
+
+
+def test_a_path_that_holds_nothing(two: CheckpointDirectory, tmp_path: Path) -> None:
+    newest = two.directory / "step_000020"
+    for path in (two.directory / "step_000030", tmp_path / "elsewhere" / "step_000010"):
+        with pytest.raises(CheckpointError) as error:
+            two.open(str(path))
+        assert f"checkpoint.load='{path}': {path} holds no checkpoint" in str(error.value)
+        assert f"set checkpoint.load={newest}" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint: set checkpoint\.load=none"):
+        CheckpointDirectory(tmp_path / "empty", keep=1).open(str(tmp_path / "nothing"))
+
+
+# ----------------------------------------------------------------------------------------------------------- retention
+
+
+@pytest.mark.parametrize(
+    ("saved", "keep", "keep_every", "gone"),
+    [
+        ("10", 1, 0, ""),
+        ("10 20", 1, 0, "10"),
+        ("10 20 30 40", 2, 0, "10 20"),
+        ("10 20 30 40", 9, 0, ""),
+        ("10 20 30 40", 1, 20, "10 30"),
+        ("10 15 15.1 15.2 20", 1, 5, "15.1 15.2"),
+        ("w10 w20 0.1 1", 2, 0, "w10 w20"),
+        ("w10 w20 0.1 1", 1, 10, "w10 w20 0.1"),
+        ("10 20 30 12", 1, 0, "10"),
+        ("10 20 30 12 14", 2, 0, "10"),
+        ("10 13 12 14", 2, 0, "10 13"),
+        ("10 20 30 12 20", 2, 0, "10 20"),
+        ("40 w10", 1, 0, ""),
+    ],
+)
+def test_which_checkpoints_go(saved: str, keep: int, keep_every: int, gone: str) -> None:
+    """Written 10, 15.1 (a step and the update after it), w20 (warm start), in the order they were saved."""
+
+    def positions(text: str) -> list[Position]:
+        words = [word.partition(".") for word in text.split()]
+        return [Position(int(a[1:]), 0, 0) if a[0] == "w" else Position(0, int(a), int(b or 0)) for a, _, b in words]
+
+    assert outdated(positions(saved), keep=keep, keep_every=keep_every) == positions(gone)
+
+
+def test_a_store_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
+    store = CheckpointDirectory(tmp_path, keep=2, keep_every=4)
+    for position in (Position(5, 0, 0), *(step(number) for number in range(1, 8)), step(7, 1)):
+        save(store, position)
+    assert names(tmp_path) == ["latest", "step_000004", "step_000007", "step_000007_update_001"]
+
+
+# ------------------------------------------------------------------------------------------------- disks that give out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 18 MiB: `begin` wants 16 of them to be free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=18m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
+
+
+def test_too_little_space_is_noticed_before_a_byte_is_written(small_disk: Path) -> None:
+    store = CheckpointDirectory(small_disk / "checkpoints", keep=2)
+    old = save(store, step(10))
+    left = tree(store.directory)
+    with pytest.raises(CheckpointError) as error:
+        store.begin(step(20), 16 << 20)
+    assert f"{store.directory} has 18 MiB free, step_000020 needs 33 MiB (16 MiB, 5 % and 16 MiB to spare)" in str(
+        error.value
+    )
+    assert "lower checkpoint.keep=2" in str(error.value)
+    assert tree(store.directory) == left and store.newest_whole() == (old, [])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_disk_that_fills_up_or_turns_read_only_during_a_save(full: bool, small_disk: Path) -> None:
+    store = CheckpointDirectory(small_disk / "checkpoints", keep=2)
+    old = save(store, step(10))
+    partial = store.begin(step(20), 1 << 20)
+    fill(partial, contents("new"))
+    if full:
+        with pytest.raises(OSError, match="No space left"):
+            (partial / "more").write_bytes(bytes(20 << 20))
+    else:
+        remount(small_disk, "ro")
+    with pytest.raises(CheckpointError, match="No space left on device" if full else "Read-only file system") as error:
+        store.commit(partial)
+    assert str(error.value).startswith(f"{partial} could not be completed")
+    assert store.open("latest") == (old, []) and held(old) == contents(step(10))
+    remount(small_disk, "rw")
+    new = save(store, step(20))
+    assert store.open("latest") == (new, []) and names(store.directory) == ["latest", "step_000010", "step_000020"]
+
+
+def test_a_read_only_directory(small_disk: Path) -> None:
+    store = CheckpointDirectory(small_disk / "checkpoints", keep=2)
+    old = save(store, step(10))
+    remount(small_disk, "ro")
+    with pytest.raises(CheckpointError, match=r"takes no checkpoint .*Read-only file system.*make it writable"):
+        store.begin(step(20), None)
+    assert store.open("latest") == (old, [])
+    with pytest.raises(ConfigError, match=r"cannot be written .*Read-only file system"), RunLock(small_disk):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- sudden deaths
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory where there is one: what kill -9 leaves behind does not depend on the disk."""
+    shared_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as directory:
+        yield Path(directory)
+
+
+FEW = {seed: {"model/shard": seed.encode(), "run.json": b"{}"} for seed in ("old", "new")}
+
+
+def save_and_die(store: CheckpointDirectory, position: Position, deadline: int) -> None:
+    """kill -9 before the file system is asked for the `deadline`-th time to open, make, rename or remove something."""
+    asked = iter(range(deadline))
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and next(asked, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save_files(store, position, FEW["new"])
+
+
+@pytest.mark.parametrize(
+    ("before", "position", "after"),
+    [
+        ([], step(10), {"step_000010"}),
+        ([step(9), step(10)], step(11), {"step_000010", "step_000011"}),
+        ([step(9), step(10)], step(10), {"step_000010", "step_000010.before_3"}),
+    ],
+    ids=["the first", "another, one goes", "the same again"],
+)
+def test_killed_anywhere_in_a_save(before: list[Position], position: Position, after: set[str], memory: Path) -> None:
+    """The newest is the old one or the new one, whole; the next save works, and clears what this one left undone."""
+    (memory / "saved").mkdir()
+    for saved in before:
+        save_files(CheckpointDirectory(memory / "saved", keep=2), saved, FEW["old"])
+    outcomes: list[str] = []
+    exit_code: int = -signal.SIGKILL
+    while exit_code == -signal.SIGKILL:
+        store = CheckpointDirectory(memory / f"killed_{len(outcomes)}", keep=2)
+        shutil.copytree(memory / "saved", store.directory)
+        child = _fork.Process(target=save_and_die, args=(store, position, len(outcomes)))
+        child.start()
+        child.join()
+        assert child.exitcode is not None
+        exit_code = child.exitcode
+        newest, _ = store.newest_whole()
+        outcomes.append((newest / "model" / "shard").read_text() if newest else "none")
+        last = save_files(store, step(20), FEW["new"])
+        assert store.newest_whole() == (last, [])
+        latest, *kept, twenty = names(store.directory)
+        assert (latest, twenty) == ("latest", "step_000020") and len(kept) <= 1 and {*kept} <= after
+    assert exit_code == 0 and len(outcomes) > 20
+    turn = outcomes.index("new")
+    assert {*outcomes[:turn]} == {"old" if before else "none"} and {*outcomes[turn:]} == {"new"}
+
+
+def shards(position: Position) -> dict[str, bytes]:
+    return {f"shard_{i}": random.Random(f"{position} {i}").randbytes(20_000) for i in range(60)}
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Twenty times in one directory, each time as it was left."""
+    store, draws, exit_codes = CheckpointDirectory(tmp_path, keep=2), random.Random(4), []
+    start_s = time.perf_counter()
+    save_files(store, step(1), shards(step(1)))
+    whole_save_s = time.perf_counter() - start_s
+    newest = step(1)
+    for number in range(2, 22):
+        child = _fork.Process(target=save_files, args=(store, step(number), shards(step(number))))
+        child.start()
+        time.sleep(draws.uniform(0, whole_save_s))
+        child.kill()
+        child.join()
+        exit_codes.append(child.exitcode)
+        path, _ = store.newest_whole()
+        assert path and path.name in (name_of(newest), name_of(step(number)))
+        newest = newest if path.name == name_of(newest) else step(number)
+        assert {name: (path / name).read_bytes() for name in shards(newest)} == shards(newest)
+    assert -signal.SIGKILL in exit_codes
+
+
+# ---------------------------------------------------------------------------------------------------------------- lock
+
+
+def hold(directory: Path, held: Event) -> None:
+    with RunLock(directory):
+        held.set()
+        time.sleep(60)
+
+
+def test_one_run_a_directory_until_its_process_dies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    held = _fork.Event()
+    child = _fork.Process(target=hold, args=(run, held))
+    child.start()
+    try:
+        assert held.wait(20)
+        with pytest.raises(ConfigError) as error, RunLock(run):
+            pass
+        holder = f"process {child.pid} on {socket.gethostname()}, started 20"
+        assert f"run.dir={run} is in use by {holder}" in str(error.value) and "set another run.dir" in str(error.value)
+        assert (run / "run.lock").read_text().startswith(holder)  # a refusal leaves the holder's name
+    finally:
+        child.kill()
+        child.join()
+    with RunLock(run) as lock:  # the dead one's file is still there
+        assert lock.warning == ""
+        assert (run / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "), RunLock(run):
+            pass
+    with RunLock(run):
+        pass
+
+
+def test_runs_in_two_directories_and_a_directory_that_is_none(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "a"), RunLock(tmp_path / "b"):
+        pass
+    with pytest.raises(ConfigError, match="cannot be written"), RunLock(tmp_path / "a" / "run.lock"):
+        pass

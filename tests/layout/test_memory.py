@@ -1,0 +1,139 @@
+"""The plan of a run. That its counts are those of the real model on every layout is in test_model.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gspo_megatron.build.checks import check_config
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config, ModelConfig
+from gspo_megatron.layout.layout import Layout
+from gspo_megatron.layout.memory import count_parameters, describe_plan, parameters_per_rank, sequence_cost
+
+FIT = "train.tokens_per_micro_batch=32768"
+SMALL = (
+    "model.num_layers=4",
+    "model.hidden_size=24",
+    "model.head_dim=6",
+    "model.num_experts=4",
+    "model.expert_ffn_size=20",
+    "model.vocab_size=13",
+)
+
+
+def totals(*overrides: str) -> tuple[int, int]:
+    """Parameters in all, and those that one token passes through."""
+    m = load_config(None, [*overrides, FIT]).model
+    n = count_parameters(m)
+    return n.total(m.num_layers, m.num_experts), n.total(m.num_layers, m.experts_per_token)
+
+
+def test_the_presets_have_the_sizes_in_their_names() -> None:
+    """Totals are those of the published checkpoints; the authors give the active ones as 3.3B and 22B."""
+    assert totals("model.preset=qwen3_30b_a3b") == (30_532_122_624, pytest.approx(3.3e9, rel=0.02))
+    assert totals("model.preset=qwen3_235b_a22b") == (235_093_634_560, pytest.approx(22e9, rel=0.01))
+    assert totals("model.preset=tiny_moe", "model.vocab_size=100")[0] == pytest.approx(1e6, rel=0.2)
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    untied, tied = totals(*SMALL), totals(*SMALL, "model.tie_embeddings=true")
+    assert untied[0] - tied[0] == 13 * 24
+
+
+def gib(plan: str) -> dict[str, float]:
+    """The memory estimate of a plan, by purpose."""
+    line = next(line for line in plan.splitlines() if line.startswith("memory estimate"))
+    return {name: float(size) for name, size in re.findall(r"([A-Za-z][A-Za-z ]*?) ([0-9.]+)(?=[,;]|$)", line)}
+
+
+def plan_of(world_size: int, *overrides: str, with_reference: bool = False) -> tuple[str, Config, Layout]:
+    config = load_config(None, ["model.preset=qwen3_30b_a3b", FIT, "precision.dtype=bf16", *overrides])
+    layout = check_config(config, world_size)
+    return describe_plan(config, layout, with_reference=with_reference), config, layout
+
+
+def test_a_plan_says_layout_parameters_and_memory() -> None:
+    text, config, layout = plan_of(64, "parallel.tp=4", "parallel.pp=2", "parallel.ep=8")
+    dense, experts = parameters_per_rank(config.model, layout)
+    assert "layout: 64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in text
+    assert "parameters: 30,532,122,624 in all, 3,353,032,704 active a token" in text
+    assert f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)" in text
+    sizes = gib(text)
+    assert sizes["weights"] == pytest.approx((dense + experts) * 2 / 2**30, abs=0.006)
+    assert sizes["gradients"] == pytest.approx((dense + experts) * 4 / 2**30, abs=0.006)
+    assert sizes["optimizer"] == pytest.approx(12 * (dense / 8 + experts / 4) / 2**30, abs=0.006)
+    assert "reference" not in sizes
+    parts = [size for name, size in sizes.items() if name != "in all"]
+    assert sizes["in all"] == pytest.approx(sum(parts), abs=0.05)
+
+
+def test_a_reference_costs_a_second_set_of_weights() -> None:
+    sizes = gib(plan_of(8, "parallel.ep=8", with_reference=True)[0])
+    assert sizes["reference"] == sizes["weights"] > 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "factor"),
+    [
+        (("parallel.recompute=full",), "activations", 0.1),
+        (("train.tokens_per_micro_batch=65536",), "activations", 2),
+        (("rollout.max_batch=16",), "KV cache at full length", 0.5),
+        (("optimizer.distributed=false",), "optimizer", 8),
+        (("precision.dtype=fp32",), "weights", 2),
+    ],
+)
+def test_what_a_setting_does_to_the_estimate(overrides: tuple[str, ...], name: str, factor: float) -> None:
+    """8 processes with ep 1: all of dense and expert state is sharded eightfold."""
+    before = gib(plan_of(8, "rollout.prompts_per_step=32")[0])
+    after = gib(plan_of(8, "rollout.prompts_per_step=32", *overrides)[0])
+    if factor < 0.2:
+        assert after[name] < factor * before[name]
+    else:
+        assert after[name] == pytest.approx(factor * before[name], rel=0.01)
+
+
+def forward_flops(m: ModelConfig, length: int) -> int:
+    """Of every matrix product of a forward pass written out, as PyTorch counts them; attention token by token."""
+    assert m.vocab_size is not None
+    width = m.head_dim
+    query, kv = m.num_attention_heads * width, m.num_query_groups * width
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns)
+
+    x = torch.zeros(length, m.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(m.num_layers):
+            q, k, v = x @ weight(m.hidden_size, query), x @ weight(m.hidden_size, kv), x @ weight(m.hidden_size, kv)
+            for head in range(m.num_attention_heads):
+                group = head * m.num_query_groups // m.num_attention_heads
+                mine, shared = (slice(i * width, (i + 1) * width) for i in (head, group))
+                for t in range(length):
+                    scores = q[t : t + 1, mine] @ k[: t + 1, shared].T
+                    scores @ v[: t + 1, shared]
+            q @ weight(query, m.hidden_size)
+            x @ weight(m.hidden_size, m.num_experts)
+            for _ in range(m.experts_per_token):
+                gate, up = x @ weight(m.hidden_size, m.expert_ffn_size), x @ weight(m.hidden_size, m.expert_ffn_size)
+                (gate * up) @ weight(m.expert_ffn_size, m.hidden_size)
+        x @ weight(m.hidden_size, m.vocab_size)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("overrides", [(), ("model.tie_embeddings=true", "model.experts_per_token=3")])
+def test_the_cost_of_a_sequence_is_its_forward_flops(length: int, overrides: tuple[str, ...]) -> None:
+    m = load_config(None, [*SMALL, *overrides]).model
+    assert sequence_cost(m)(length) == forward_flops(m, length)
+
+
+def test_long_sequences_cost_more_than_their_tokens() -> None:
+    """Twice the tokens: twice the weights' work, and nearly four times the attention's."""
+    cost = sequence_cost(load_config(None, ["model.preset=qwen3_30b_a3b", FIT]).model)
+    growth = [cost(2 * length) / cost(length) for length in (1, 1000, 10_000, 100_000, 10_000_000)]
+    assert growth == sorted(growth) and growth[0] > 2 and growth[-1] == pytest.approx(4, rel=1e-2)
+    assert growth[1] == pytest.approx(2, rel=0.1)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo_megatron.base.batches import Prompt, Rollout
+from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.rewards.rewards import Rewards, find_reward
+from gspo_megatron.rewards.rules import REWARDS
+
+
+def rollout(text: str, answer: str = "", id: int = 0, prompt: str = "what?") -> Rollout:
+    return Rollout(id, Prompt(5, prompt, (2, 3), answer), [4], [-0.1], False, 0, text=text)
+
+
+def judge(name: str, response: str, answer: str) -> float:
+    return REWARDS[name](prompt="what?", response=response, answer=answer)
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module, importable as Python imports from the working folder."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(prompt, response, answer):\n    return 1 / (1 + len(response)) + (prompt == answer)\n"
+        "def exact(*, response, answer, **_):\n    return response == answer\n"
+        "def raises(**_):\n    raise KeyError('lost')\n"
+        "def nan(**_):\n    return float('nan')\n"
+        "def infinite(**_):\n    return 1e999\n"
+        "def text(**_):\n    return '1.0'\n"
+        "def nothing(**_):\n    pass\n"
+        "def other_arguments(text):\n    return 1.0\n"
+        "number = 3\n"
+    )
+    (tmp_path / "broken_rewards.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [(" 123\n", "123", 1), ("123", " 123 ", 1), ("1234", "123", 0), ("", "123", 0), ("12 3", "123", 0)],
+)
+def test_exact_match(response: str, answer: str, reward: float) -> None:
+    assert judge("exact_match", response, answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("so 72\n#### 72", "48+24=72\n#### 72", 1),
+        ("#### 72.0", "#### 72", 1),
+        ("####72.", "#### 72", 1),
+        ("#### $1,200.50", "#### 1200.5", 1),
+        ("#### -3", "#### -3", 1),
+        ("#### +3", "#### 3", 1),
+        ("#### .5", "#### 0.5", 1),
+        ("#### 3 and then #### 72 \nmore", "72", 1),
+        ("#### 9007199254740993", "#### 9007199254740992", 0),
+        ("72", "#### 72", 0),
+        ("#### 3", "#### -3", 0),
+        ("#### 72\n#### 73", "#### 72", 0),
+        ("#### 72 or 73", "#### 72", 0),
+        ("#### 72/3", "#### 72", 0),
+        ("#### 1,2", "#### 12", 0),
+        ("#### 7e1", "#### 70", 0),
+        ("#### \n72", "#### 72", 0),
+        ("", "#### 72", 0),
+    ],
+)
+def test_final_number(response: str, answer: str, reward: float) -> None:
+    assert judge("final_number", response, answer) == reward
+
+
+@pytest.mark.parametrize("answer", ["", "seven", "#### seven", "it is 7"])
+def test_final_number_needs_an_answer_with_a_number(answer: str) -> None:
+    with pytest.raises(ValueError, match="nor is it a number"):
+        judge("final_number", "#### 7", answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("I think\n#### 7", 1),
+        ("#### -1,000.5\n", 1),
+        ("#### 7\nDone.", 0),
+        ("#### 7\n#### 7", 0),
+        ("It is #### 7", 0),
+        ("####", 0),
+        ("#### seven", 0),
+        ("7", 0),
+        ("", 0),
+    ],
+)
+def test_format(response: str, reward: float) -> None:
+    assert judge("format", response, "#### 1") == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("7+5-3", 1),
+        ("5+7-3\n", 1),
+        ("7-3+5", 1),
+        ("7+5-3-0", 0),
+        ("7+5", 0),
+        ("7+3-5", 0),
+        ("9", 0),
+        ("7 + 5 - 3", 0),
+        ("+7+5-3", 0),
+        ("7+5--3", 0),
+        ("7+5-3=9", 0),
+        ("__import__('os')", 0),
+        ("9" * 10_000, 0),
+        ("", 0),
+    ],
+)
+def test_countdown_evaluates_the_expression(response: str, reward: float) -> None:
+    assert judge("countdown", response, "7,5,3=9") == reward
+
+
+def test_countdown_uses_each_number_as_often_as_it_is_given() -> None:
+    assert judge("countdown", "4+4-2", "4,2,4=6") == 1
+    assert judge("countdown", "4+2", "4,2,4=6") == 0
+    with pytest.raises(ValueError, match="no countdown exercise"):
+        judge("countdown", "1", "#### 72")
+
+
+def test_the_reward_is_the_weighted_sum_and_the_terms_stay_raw(user_module: None) -> None:
+    rewards = Rewards({"final_number": 1.0, "format": 0.25, "my_rewards:brevity": 2, "exact_match": 0})
+    good, bad = rollout("#### 7", "#### 7.0", prompt="#### 7.0"), rollout("#### 8\n", "7", id=1)
+    rewards.score([good, bad])
+    brevity = 1 / 7 + 1
+    assert good.reward_terms == {"final_number": 1, "format": 1, "my_rewards:brevity": brevity, "exact_match": 0}
+    assert good.reward == pytest.approx(1.25 + 2 * brevity, abs=1e-15)
+    assert bad.reward == pytest.approx(0.25 + 2 / 8, abs=1e-15)
+    assert [rewards.accuracy(good), rewards.accuracy(bad)] == [1.0, 0.0]
+    assert not good.reward_error and not bad.reward_error
+    rewards.raise_errors([good, bad])
+
+
+def test_accuracy_is_the_named_term_whatever_its_weight(user_module: None) -> None:
+    rewards = Rewards({"format": 1.0, "my_rewards:exact": 0.0}, accuracy="my_rewards:exact")
+    answered = rollout("#### 7", "#### 7")
+    rewards.score([answered])
+    assert (answered.reward, rewards.accuracy(answered)) == (1.0, 1.0)
+    assert rewards.accuracy(rollout_with(rewards, "#### 8", "#### 7")) == 0.0
+
+
+def rollout_with(rewards: Rewards, text: str, answer: str) -> Rollout:
+    scored = rollout(text, answer)
+    rewards.score([scored])
+    return scored
+
+
+FAILURES = [
+    ("my_rewards:raises", "KeyError: 'lost'"),
+    ("my_rewards:nan", "returned 'nan'"),
+    ("my_rewards:infinite", "returned 'inf'"),
+    ("my_rewards:text", r"returned '1.0' \(str\)"),
+    ("my_rewards:nothing", r"returned 'None' \(NoneType\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), FAILURES)
+def test_a_failing_reward_stops_the_run_and_names_the_rollout(user_module: None, name: str, reason: str) -> None:
+    rewards = Rewards({"exact_match": 1.0, name: 0.5})
+    failed = rollout("a", "a", id=1234, prompt="How many?")
+    rewards.score([failed])
+    assert math.isnan(failed.reward)
+    message = rf"(?s)1 rollouts.*rollout 1234, prompt 5 'How many\?': reward '{name}' failed: .*{reason}"
+    with pytest.raises(DataError, match=message):
+        rewards.raise_errors([rollout("b"), failed])
+
+
+@pytest.mark.parametrize(("name", "reason"), FAILURES)
+def test_a_failing_reward_can_count_as_zero(user_module: None, name: str, reason: str) -> None:
+    rewards = Rewards({"exact_match": 1.0, name: 0.5}, on_error="count")
+    failed = rollout_with(rewards, "a", "a")
+    assert failed.reward == 1.0
+    assert failed.reward_terms == {"exact_match": 1.0, name: 0.0}
+    assert name in failed.reward_error
+    rewards.raise_errors([failed])
+
+
+def test_many_failures_are_counted_and_the_first_are_listed(user_module: None) -> None:
+    rewards = Rewards({"my_rewards:raises": 1.0})
+    failed = [rollout("a", id=100 + number) for number in range(7)]
+    rewards.score(failed)
+    with pytest.raises(DataError) as caught:
+        rewards.raise_errors(failed)
+    assert "7 rollouts" in str(caught.value)
+    assert [number for number in range(100, 107) if f"rollout {number}," in str(caught.value)] == [100, 101, 102]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exactmatch", r"unknown reward 'exactmatch'; did you mean 'exact_match'\?.*'module:function', called with"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("broken_rewards:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("my_rewards:brevety", "AttributeError: .*'brevety'"),
+        ("my_rewards:number", "TypeError: 3 is not a callable object"),
+        ("my_rewards:other_arguments", r"TypeError: .*expected a function f\(prompt, response, answer\)"),
+    ],
+)
+def test_a_reward_that_cannot_be_found_or_called(user_module: None, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"functions": {}}, "names no reward"),
+        ({"functions": {"format": math.nan}}, "weight nan of reward 'format'"),
+        ({"functions": {"format": 1.0}, "accuracy": "exact_match"}, "none of the rewards format.*weight 0"),
+        ({"functions": {"format": 1.0}, "on_error": "skip"}, "'stop' or 'count'"),
+    ],
+)
+def test_reward_settings_that_cannot_work(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Rewards(**arguments)

@@ -1,0 +1,128 @@
+"""Stopping as asked: real signals, sent to real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.run.stop import SAME_S, StopRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+def process(body: str) -> subprocess.Popen[str]:
+    """A process that runs `body` with StopRequest's classes at hand, and says "ready" when it may be signalled."""
+    code = """
+import os, signal, sys, threading, time
+from gspo_megatron.run import stop
+from gspo_megatron.run.stop import StopRequest
+"""
+    started = subprocess.Popen(
+        [sys.executable, "-c", code + textwrap.dedent(body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert started.stdout and started.stdout.readline() == "ready\n"
+    return started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals) -> None:
+    child = process(
+        """
+        with StopRequest() as stop_request:
+            print("ready", flush=True)
+            while not stop_request():
+                time.sleep(0.01)
+        print(stop_request.reason, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+        """
+    )
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (0, f"{number.name} True\n", "")
+
+
+def test_signals_that_come_together_are_one() -> None:
+    """Slurm signals every process of a job, and torchrun hands on what it gets."""
+    child = process(
+        """
+        stop.URGENT_S = 0.5
+        with StopRequest(grace_s=60) as asked:
+            print("ready", flush=True)
+            time.sleep(1)
+            time.sleep(1.5)
+        print("saved")
+        """
+    )
+    for _ in range(5):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (0, "saved\n", "")
+
+
+def test_a_second_signal_leaves_little_time() -> None:
+    child = process(
+        """
+        stop.URGENT_S, stop.SAME_S = 0.5, 0.1
+        with StopRequest(grace_s=60) as asked:
+            print("ready", flush=True)
+            time.sleep(1)
+            time.sleep(30)
+        """
+    )
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    started = time.monotonic()
+    child.send_signal(signal.SIGUSR1)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 1 and time.monotonic() - started < 5
+    assert "SIGUSR1, a second signal: 0.5 s are left to save" in err
+    assert "most recent call first" in err and 'File "<string>"' in err
+
+
+def test_a_process_that_hangs_is_ended_with_its_stacks() -> None:
+    """The main thread waits where no Python runs, as in a collective: here for the other end of a pipe."""
+    child = process(
+        """
+        nobody_reads, nobody_writes = os.pipe()
+        with StopRequest(grace_s=0.5) as asked:
+            signal.siginterrupt(signal.SIGTERM, False)
+            print("ready", flush=True)
+            os.read(nobody_reads, 1)
+        """
+    )
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 1
+    assert "Timeout (0:00:00.500000)!" in err and err.count("most recent call first") >= 2
+
+
+def test_the_clock() -> None:
+    with StopRequest(exit_after_s=1.5) as stop_request:
+        assert not stop_request()
+        time.sleep(1.55)
+        assert stop_request() and stop_request.reason == "checkpoint.exit_after_s=1.5 is over"
+    with StopRequest() as stop_request:
+        assert not stop_request()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    for _ in range(3):
+        with StopRequest() as stop_request:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            deadline = time.monotonic() + SAME_S
+            while not stop_request() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stop_request.reason == "SIGUSR1"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before

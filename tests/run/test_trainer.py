@@ -1,0 +1,593 @@
+"""The loop by itself: a table policy with a true gradient, replicas that are threads, no Megatron, no processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.base.batches import IGNORED, Position, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.errors import ConfigError, DataError, StopRequested
+from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.run.step_state import StepState
+from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.testing.fakes import (
+    TOKENIZER,
+    Notebook,
+    OneRank,
+    Prompts,
+    Replicas,
+    Shelf,
+    TablePolicy,
+    TableSampler,
+    config_of,
+    trainer_of,
+)
+
+KEYS_OF_A_STEP = [
+    "step",
+    "policy_version",
+    "loss",
+    "grad_norm",
+    "lr",
+    "reward/mean",
+    "reward/std",
+    "ratio/mean",
+    "ratio/min",
+    "ratio/max",
+    "clip_fraction",
+    "kl/old",
+    "kl/ref",
+    "entropy",
+    "response_length/mean",
+    "truncated_fraction",
+    "groups/zero_variance_fraction",
+    "tokens",
+    "tokens_per_second",
+    "time/rollout_s",
+    "time/update_s",
+    "time/step_s",
+]
+"""What the documentation promises in every row of metrics.jsonl."""
+
+
+class Rows(RunWriter):
+    """A writer that keeps its rows in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.samples: dict[int, list[dict[str, Any]]] = {}
+
+    def metrics(self, row: Any) -> None:
+        self.rows.append(dict(row))
+
+    def rollouts(self, step: int, rows: Any) -> None:
+        self.samples[step] = list(rows)
+
+
+def run(*overrides: str, ranks: Ranks | None = None, **parts: Any) -> tuple[Trainer, list[dict[str, Any]]]:
+    """A whole fit; the trainer and its rows."""
+    writer = Rows()
+    trainer = trainer_of(config_of(*overrides), ranks, writer=writer, **parts)
+    trainer.fit()
+    return trainer, writer.rows
+
+
+def policy_of(trainer: Trainer) -> TablePolicy:
+    assert isinstance(trainer.policy, TablePolicy)
+    return trainer.policy
+
+
+def sampler_of(trainer: Trainer) -> TableSampler:
+    assert isinstance(trainer.sampler, TableSampler)
+    return trainer.sampler
+
+
+def warnings_of(trainer: Trainer) -> list[str]:
+    assert isinstance(trainer.console, Notebook)
+    return trainer.console.warnings
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+# --- rewards a user may bring: `fakes:...` and `test_trainer:...` are modules on the path of the tests ---
+
+
+def shortness(*, prompt: str, response: str, answer: str) -> float:
+    return -float(len(response))
+
+
+def constant(*, prompt: str, response: str, answer: str) -> float:
+    return 3.0
+
+
+def nearly_constant(*, prompt: str, response: str, answer: str) -> float:
+    return 1e-8 * len(response)
+
+
+def breaks_at_a(*, prompt: str, response: str, answer: str) -> float:
+    if answer == "a":
+        raise RuntimeError("no a's today")
+    return float(response == answer)
+
+
+def not_a_number(*, prompt: str, response: str, answer: str) -> float:
+    return math.nan
+
+
+# --- the run as a whole ---
+
+
+@pytest.mark.parametrize("variant", ["gspo", "gspo_sum", "gspo_token", "grpo"])
+def test_the_reward_rises(variant: str) -> None:
+    _, rows = run("train.steps=30", f"algorithm.variant={variant}")
+    first, last = (sum(row["reward/mean"] for row in part) / 3 for part in (rows[1:4], rows[-3:]))
+    assert first < 0.3 and rows[0]["eval/accuracy"] < 0.6
+    assert last > 0.9 and rows[-1]["eval/accuracy"] == 1.0
+    assert 0.1 < max(row["clip_fraction"] for row in rows[1:]) < 0.5
+
+
+def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
+    shelf, config = Shelf(), config_of("train.steps=5", "train.eval_every=2", "checkpoint.save_every=2")
+    writer = RunWriter(tmp_path, tensorboard=False, first_step=0)
+    trainer_of(config, writer=writer, checkpoints=shelf).fit()
+
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["policy_version"] for row in rows] == [0, 2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 5]
+    for row in rows[1:]:
+        assert set(KEYS_OF_A_STEP) <= set(row), set(KEYS_OF_A_STEP) - set(row)
+        assert all(math.isfinite(row[key]) for key in KEYS_OF_A_STEP if key != "kl/ref")
+        assert row["kl/ref"] is None
+    assert [position for position, _ in shelf.saved] == [(0, step, 0) for step in (2, 4, 5)]
+    assert [state["policy_version"] for _, state in shelf.saved] == [4, 8, 10]
+
+    samples = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
+    assert len(samples) == config.logging.rollouts_per_step
+    for sample in samples:
+        assert TOKENIZER.decode(sample["tokens"]) == sample["text"]
+        assert sample["reward"] == float(sample["text"] == sample["answer"]) == sample["reward_terms"]["exact_match"]
+        assert len(sample["log_probs"]) == len(sample["tokens"])
+        assert sample["policy_version"] == 4
+
+
+def test_the_stages_come_in_the_order_of_the_algorithm() -> None:
+    trainer, _ = run("train.steps=2", "train.warm_start_steps=2", "train.warm_start_lr=0.5", "algorithm.kl_coef=0.1")
+    step = ["sample", "log-probs", "reference log-probs", "update, lr 5", "update, lr 5"]
+    assert policy_of(trainer).calls == [
+        *["update, lr 0.5"] * 2,
+        "begin, reference True",
+        "sample greedily",
+        *step * 2,
+        "sample greedily",
+    ]
+
+
+def test_a_step_writes_what_it_did() -> None:
+    """The numbers of a row, from the rollouts and rewards that were kept."""
+    writer = Rows()
+    config = config_of("train.steps=1", "logging.rollouts_per_step=-1", "reward.functions.format=-0.5")
+    config.reward.functions["exact_match"] = 2.0
+    trainer_of(config, writer=writer).fit()
+    row, samples = writer.rows[1], writer.samples[1]
+    n = len(samples)
+    assert n == 8 * 4
+    rewards = [2.0 * s["reward_terms"]["exact_match"] - 0.5 * s["reward_terms"]["format"] for s in samples]
+    mean = sum(rewards) / n
+    assert row["reward/mean"] == pytest.approx(mean)
+    assert row["reward/std"] == pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / n))
+    assert row["reward/exact_match"] == pytest.approx(sum(s["text"] == s["answer"] for s in samples) / n)
+    assert row["truncated_fraction"] == pytest.approx(sum(s["tokens"][-1] != TOKENIZER.eos_id for s in samples) / n)
+    assert row["response_length/mean"] == pytest.approx(sum(len(s["tokens"]) for s in samples) / n)
+    assert row["tokens"] == sum(len(s["prompt"]) + len(s["tokens"]) for s in samples)
+    for group in (samples[i : i + 4] for i in range(0, n, 4)):
+        assert len({s["prompt_id"] for s in group}) == 1
+        assert sum(s["advantage"] for s in group) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_loss_of_a_row_is_the_mean_over_its_updates() -> None:
+    trainer, rows = run("algorithm.updates_per_rollout=4", "algorithm.entropy_coef=0.1", "train.warm_start_steps=5")
+    losses = policy_of(trainer).losses[5:]
+    means = [sum(losses[i : i + 4]) / 4 for i in range(0, 12, 4)]
+    assert [row["loss"] for row in rows[1:]] == pytest.approx(means)
+    assert len({round(loss, 6) for loss in losses}) == 12
+
+
+def test_the_first_update_finds_ratio_one() -> None:
+    _, rows = run("algorithm.updates_per_rollout=1")
+    for row in rows[1:]:
+        assert row["ratio/min"] == pytest.approx(1, abs=1e-12)
+        assert row["ratio/max"] == pytest.approx(1, abs=1e-12)
+        assert row["kl/old"] == pytest.approx(0, abs=1e-12)
+        assert row["clip_fraction"] == 0
+
+
+def test_later_updates_move_away_from_the_old_policy() -> None:
+    _, rows = run("algorithm.updates_per_rollout=4")
+    assert all(row["ratio/max"] > 1.001 and row["kl/old"] > 0 for row in rows[1:])
+
+
+def test_the_reference_is_the_policy_as_the_first_step_found_it() -> None:
+    _, rows = run("algorithm.kl_coef=0.1", "algorithm.updates_per_rollout=1", "train.warm_start_steps=3")
+    assert rows[1]["kl/ref"] == pytest.approx(0, abs=1e-12)
+    assert rows[2]["kl/ref"] > 1e-6
+    assert rows[3]["kl/ref"] > rows[2]["kl/ref"]
+
+
+def test_the_samplers_log_probs_are_used_when_asked_for() -> None:
+    """The table sampler draws from the very policy, so both ways are the same run; only one of them scores."""
+    recomputed, rows = run()
+    reused, same_rows = run("algorithm.old_log_probs=rollout")
+    assert policy_of(recomputed).calls.count("log-probs") == 3
+    assert "log-probs" not in policy_of(reused).calls
+    for row, same in zip(without_times(rows), without_times(same_rows), strict=True):
+        assert row == pytest.approx(same, abs=1e-12)
+    batch = policy_of(reused).batches[0].micro_batches[0]
+    assert batch.old_log_probs_R is not None
+    assert batch.old_log_probs_R.dtype == torch.float64
+
+
+# --- prompts, rollout ids, shares ---
+
+
+def test_no_rollout_id_comes_twice_and_no_prompt_before_all_have_come() -> None:
+    """3 warm-start batches of 8, 5 steps of 8 prompts: 64 in all, which is how many the source has."""
+    trainer, _ = run(
+        "train.steps=5", "train.warm_start_steps=3", "train.warm_start_batch=8", train_prompts=Prompts(size=64)
+    )
+    sampled = [
+        (ids, prompts) for ids, prompts in zip(sampler_of(trainer).ids, sampler_of(trainer).prompts, strict=True)
+    ]
+    steps = [call for call in sampled if len(call[0]) == 32]
+    ids = [i for ids, _ in steps for i in ids]
+    assert len(set(ids)) == len(ids) == 5 * 32
+    of_steps = Counter(p for _, prompts in steps for p in prompts)
+    assert set(of_steps.values()) == {4}
+    of_warm_start = Counter(trainer.order[k] for k in range(24))
+    assert sorted([*of_steps, *of_warm_start]) == list(range(64))
+    assert [b.num_sequences for b in policy_of(trainer).batches[:3]] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("dp_size", [2, 3])
+def test_the_shares_of_the_replicas_partition_a_step(dp_size: int) -> None:
+    config = config_of()
+    wanted = trainer_of(config).sample(1)
+    replicas = Replicas(dp_size)
+    trainers = [trainer_of(config, ranks) for ranks in replicas.ranks]
+    gathered = replicas.run(lambda ranks: trainers[ranks.dp_rank].sample(1))
+    asked = [sampler_of(t).ids[0] for t in trainers]
+    assert sorted(i for ids in asked for i in ids) == [r.id for g in wanted for r in g.rollouts]
+    assert max(map(len, asked)) - min(map(len, asked)) <= config.rollout.group_size
+    for groups in gathered:
+        assert groups == wanted
+        assert [[r.prompt for r in g.rollouts] for g in groups] == [[g.prompt] * 4 for g in groups]
+
+
+@pytest.mark.parametrize(("dp_size", "tokens_per_micro_batch"), [(1, 1000), (1, 8), (2, 12), (3, 9), (5, 1000)])
+def test_a_run_is_the_same_on_any_number_of_replicas_and_micro_batches(
+    dp_size: int, tokens_per_micro_batch: int
+) -> None:
+    """With 5 replicas and 2 updates of 4 groups some micro-batches are empty; with 8 tokens each holds one or two."""
+    settings = ("train.warm_start_steps=2", "train.warm_start_batch=6", "algorithm.kl_coef=0.05", "train.eval_every=1")
+    alone, rows = run(*settings)
+    few = f"train.tokens_per_micro_batch={tokens_per_micro_batch}"
+    for trainer, same_rows in Replicas(dp_size).run(lambda ranks: run(*settings, few, ranks=ranks)):
+        torch.testing.assert_close(policy_of(trainer).logits_VV, policy_of(alone).logits_VV, rtol=0, atol=1e-12)
+        for row, same in zip(without_times(rows), without_times(same_rows), strict=True):
+            assert same == pytest.approx(row, abs=1e-11)
+
+
+def test_a_replica_without_anything_to_do_takes_part() -> None:
+    settings = ("rollout.prompts_per_step=2", "rollout.group_size=2", "train.steps=1", "data.eval_size=1")
+    alone, rows = run(*settings)
+    for trainer, same_rows in Replicas(6).run(lambda ranks: run(*settings, ranks=ranks)):
+        assert without_times(same_rows)[1] == pytest.approx(without_times(rows)[1], abs=1e-12)
+        assert policy_of(trainer).calls == policy_of(alone).calls
+
+
+def batches_of(trainer: Trainer, sequences: list[Sequence], number: int) -> list[UpdateBatch]:
+    groups = [RolloutGroup(trainer.train_prompts[0], [])] * (len(sequences) // trainer.config.rollout.group_size)
+    step = StepState(number, groups, sequences)
+    trainer.pack(step)
+    return step.batches
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -> None:
+    config = config_of("algorithm.updates_per_rollout=4")
+    alone = trainer_of(config)
+    sequences = alone.sequences(alone.sample(1))
+    for i, sequence in enumerate(sequences):
+        sequence.advantage = i + 0.5  # to be recognised by, and not 0
+    trainers = [trainer_of(config, ranks) for ranks in Replicas(dp_size).ranks]
+    packed = [batches_of(trainer, sequences, 1) for trainer in trainers]
+
+    seen: list[float] = []
+    for update, reference in enumerate(batches_of(alone, sequences, 1)):
+        batches = [of_rank[update] for of_rank in packed]
+        members = sorted(a for b in batches for m in b.micro_batches for a in m.advantages_S.tolist())
+        assert members == sorted(a for m in reference.micro_batches for a in m.advantages_S.tolist())
+        groups = Counter(int(a) // 4 for a in members)
+        assert len(groups) == 2 and set(groups.values()) == {4}
+        lengths = [sequences[int(a)].response_length for a in members]
+        for batch in batches:
+            assert (batch.num_sequences, batch.num_tokens) == (len(members), sum(lengths))
+        scored = sum(int((m.targets_T != IGNORED).sum()) for b in batches for m in b.micro_batches)
+        assert scored == sum(lengths)
+        assert len({len(b.micro_batches) for b in batches}) == 1
+        seen += members
+    assert sorted(seen) == [i + 0.5 for i in range(32)]
+
+
+def test_mini_batches_are_shuffled_anew_in_every_step() -> None:
+    trainer = trainer_of(config_of())
+    sequences = trainer.sequences(trainer.sample(1))
+    for i, sequence in enumerate(sequences):
+        sequence.advantage = float(i)
+
+    def first_groups(step: int) -> set[int]:
+        batch = batches_of(trainer, sequences, step)[0]
+        return {int(a) // 4 for m in batch.micro_batches for a in m.advantages_S.tolist()}
+
+    assert first_groups(1) == first_groups(1)
+    assert len({frozenset(first_groups(step)) for step in range(1, 9)}) > 4
+
+
+# --- rates, warm start, continuing ---
+
+
+@pytest.mark.parametrize(
+    ("decay", "halfway", "last"),
+    [("constant", 5.0, 5.0), ("linear", 3.0, 1.2), ("cosine", 3.0, 1 + 4 * (1 + math.cos(math.pi * 0.95)) / 2)],
+)
+def test_the_learning_rate(decay: str, halfway: float, last: float) -> None:
+    """12 steps of 2 updates: a warm-up of 4, then 20 updates from lr towards min_lr."""
+    trainer = trainer_of(
+        config_of(
+            "train.steps=12", "optimizer.min_lr=1", "optimizer.lr_warmup_updates=4", f"optimizer.lr_decay={decay}"
+        )
+    )
+    assert [trainer.learning_rate(k) for k in range(5)] == pytest.approx([1.25, 2.5, 3.75, 5, 5])
+    assert trainer.learning_rate(14) == pytest.approx(halfway)
+    assert trainer.learning_rate(23) == pytest.approx(last)
+    # A continued run with fewer updates a step may be past its end: no rate below the last one.
+    assert trainer.learning_rate(40) == pytest.approx(5 if decay == "constant" else trainer.config.optimizer.min_lr)
+    rates = [trainer.learning_rate(k) for k in range(4, 24)]
+    assert rates == sorted(rates, reverse=True)
+    assert min(rates) >= 1
+
+
+def test_the_rate_of_a_row_is_that_of_its_last_update() -> None:
+    trainer, rows = run("train.steps=3", "optimizer.lr_decay=linear", "optimizer.lr_warmup_updates=2")
+    asked = [float(call.removeprefix("update, lr ")) for call in policy_of(trainer).calls if call.startswith("update")]
+    assert asked == pytest.approx([2.5, 5, 5, 3.75, 2.5, 1.25])
+    assert [row["lr"] for row in rows[1:]] == pytest.approx(asked[1::2])
+
+
+def test_the_warm_start_learns_the_solutions() -> None:
+    losses: list[float] = []
+
+    class Listener(Notebook):
+        def warm_start(self, step: int, steps: int, loss: float) -> None:
+            losses.append(loss)
+
+    settings = ("train.warm_start_steps=60", "train.warm_start_lr=20", "train.steps=0")
+    _, rows = run(*settings, console=Listener())
+    before = trainer_of(config_of(*settings))
+    table_VV = policy_of(before).logits_VV.log_softmax(dim=-1)
+    prompts = [before.train_prompts[before.order[k]] for k in range(before.config.train.warm_start_batch)]
+    total = 0.0
+    for prompt in prompts:
+        a, b = prompt.tokens[-1], TOKENIZER.encode(prompt.solution)[0]
+        total -= float(table_VV[a, b] + table_VV[b, TOKENIZER.eos_id])
+    assert losses[0] == pytest.approx(total / (2 * len(prompts)))
+    assert losses[-1] < 0.1
+    assert rows == [rows[0]] and rows[0]["eval/accuracy"] == 1.0
+
+
+def test_a_solution_is_cut_at_the_context() -> None:
+    trainer = trainer_of(config_of())
+    prompt = trainer.train_prompts[0]
+    long = TOKENIZER.encode("abababab")
+    cut = trainer.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "abababab"))
+    assert cut.tokens[2:] == long[:6] and cut.prompt_length == 2
+    whole = trainer.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "ababa"))
+    assert whole.tokens[2:] == [*long[:5], TOKENIZER.eos_id]
+
+
+def continued(settings: tuple[str, ...], stops: list[int], ranks: Ranks) -> tuple[TablePolicy, Rows, list[Position]]:
+    """A run that is told to stop when it asks for the n-th time, for each n of `stops`, and then continued. Its policy
+    is kept in memory, all else goes through JSON."""
+    policy, writer, state, positions = TablePolicy(ranks), Rows(), None, []
+    for n in [*stops, 0]:
+        asked, shelf = itertools.count(1), Shelf()
+        parts = {"writer": writer, "checkpoints": shelf, "state": state}
+        trainer = trainer_of(
+            config_of(*settings), ranks, policy, **parts, stop=lambda asked=asked, n=n: next(asked) == n
+        )
+        if n == 0:
+            trainer.fit()
+            return policy, writer, positions
+        with pytest.raises(StopRequested):
+            trainer.fit()
+        if shelf.saved:  # nothing, when it was stopped where it had been continued
+            _, state = shelf.saved[-1]
+        positions.append(trainer.position)
+    raise AssertionError
+
+
+WITH_EVERYTHING = (
+    "train.steps=3",
+    "train.warm_start_steps=2",
+    "optimizer.lr_decay=cosine",
+    "algorithm.kl_coef=0.1",
+    "algorithm.updates_per_rollout=4",
+    "train.eval_every=2",
+)
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_a_run_that_is_stopped_anywhere_goes_on_as_if_it_had_not(dp_size: int) -> None:
+    """Asked to stop at each of its safe points in turn: between warm-start updates, steps, updates of a step."""
+    whole, rows = run(*WITH_EVERYTHING)
+    [(expected, _), *_] = Replicas(dp_size).run(lambda ranks: (policy_of(run(*WITH_EVERYTHING, ranks=ranks)[0]), 0))
+    seen = set()
+    for n in range(1, 15):
+        runs = Replicas(dp_size).run(lambda ranks, n=n: continued(WITH_EVERYTHING, [n], ranks))
+        for policy, writer, positions in runs:
+            seen.update(positions)
+            assert torch.equal(policy.logits_VV, expected.logits_VV), positions
+            for row, same in zip(without_times(rows), without_times(writer.rows), strict=True):
+                assert same == (row if dp_size == 1 else pytest.approx(row, abs=1e-11)), positions
+    assert {(0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 0, 3), (2, 1, 0), (2, 1, 2), (2, 2, 1)} <= seen
+    assert policy_of(whole).version == 12
+
+
+def test_a_run_may_be_stopped_again_and_again() -> None:
+    _, rows = run(*WITH_EVERYTHING)
+    _, writer, positions = continued(WITH_EVERYTHING, [2, 3, 1, 2, 2, 4], OneRank())
+    assert positions == sorted(positions) and len(positions) == 6
+    assert without_times(writer.rows) == without_times(rows)
+
+
+def test_a_step_under_way_goes_on_with_other_ranks() -> None:
+    """Stopped after two of four updates on three replicas, continued on one and on two."""
+    _, rows = run(*WITH_EVERYTHING)
+
+    def stopped(ranks: Ranks) -> tuple[dict[str, Any], TablePolicy, Rows]:
+        policy, writer, shelf, asked = TablePolicy(ranks), Rows(), Shelf(), itertools.count(1)
+        parts = {"writer": writer, "checkpoints": shelf, "stop": lambda: next(asked) == 9}
+        with pytest.raises(StopRequested):
+            trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, **parts).fit()
+        return shelf.saved[-1][1], policy, writer
+
+    (state, before, written), *_ = Replicas(3).run(stopped)
+    assert state["position"] == [2, 1, 2] and len(state["step"]["updates"]) == 3
+
+    def go_on(ranks: Ranks) -> Rows:
+        policy, writer = TablePolicy(ranks), Rows()
+        policy.logits_VV, policy.reference_VV, policy.version = before.logits_VV, before.reference_VV, before.version
+        trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, writer=writer, state=state).fit()
+        return writer
+
+    for size in (1, 2):
+        for writer in Replicas(size).run(go_on):
+            for row, same in zip(without_times(rows), without_times([*written.rows, *writer.rows]), strict=True):
+                assert same == pytest.approx(row, abs=1e-11)
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize("function", ["constant", "nearly_constant"])
+def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
+    """`nearly_constant` differs by 1e-8, far below six digits of a metric, but not of itself: it does teach."""
+    trainer, rows = run(f"reward.functions.test_trainer:{function}=1", "train.steps=2")
+    before = TablePolicy(OneRank()).logits_VV
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    if function == "constant":
+        assert [row["groups/zero_variance_fraction"] for row in rows[1:]] == [1.0, 1.0]
+        assert torch.equal(policy_of(trainer).logits_VV, before)
+        first, second = warnings_of(trainer)
+        assert "step 1: all 8 groups have equal rewards (such as 3)" in first
+        assert "step 2" in second
+    else:
+        assert rows[1]["groups/zero_variance_fraction"] < 1
+        assert not torch.equal(policy_of(trainer).logits_VV, before)
+        assert warnings_of(trainer) == []
+
+
+def test_a_group_of_one_teaches_nothing_and_says_so() -> None:
+    trainer, rows = run("rollout.group_size=1", "train.steps=1")
+    assert rows[1]["groups/zero_variance_fraction"] == 1.0
+    assert rows[1]["grad_norm"] == 0
+    assert len(warnings_of(trainer)) == 1
+
+
+def test_a_reward_of_the_users_own() -> None:
+    _, rows = run("reward.functions={test_trainer:shortness: 1.0}", "train.steps=25")
+    assert rows[-1]["response_length/mean"] < rows[1]["response_length/mean"] - 0.5
+    assert rows[-1]["reward/test_trainer:shortness"] == rows[-1]["reward/mean"]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("breaks_at_a", r"rollout \d+, prompt \d+ '[AB]*A': reward 'test_trainer:breaks_at_a' failed: .*no a's today"),
+        ("not_a_number", r"rollout \d+, prompt \d+ '.*': .*it returned 'nan' \(float\); expected a finite number"),
+    ],
+)
+def test_a_reward_that_fails_stops_every_replica_and_names_the_rollout(
+    function: str, message: str, dp_size: int
+) -> None:
+    config = config_of(f"reward.functions={{test_trainer:{function}: 1}}")
+    replicas = Replicas(dp_size)
+
+    def fails(ranks: Ranks) -> bool:
+        with pytest.raises(DataError, match=message):
+            trainer_of(config, ranks).fit()
+        return True
+
+    assert replicas.run(fails) == [True] * dp_size
+
+
+def test_a_reward_that_fails_is_counted_when_configured() -> None:
+    writer = Rows()
+    config = config_of(
+        "reward.functions={test_trainer:breaks_at_a: 1}", "reward.on_error=count", "logging.rollouts_per_step=-1"
+    )
+    trainer_of(config, writer=writer).fit()
+    assert len(writer.rows) == 4
+    for row in writer.rows[1:]:
+        samples = writer.samples[row["step"]]
+        failed = [s for s in samples if s["answer"] == "a"]
+        assert row["reward/errors"] == len(failed) > 0
+        assert all(s["reward"] == 0 and "no a's today" in s["reward_error"] for s in failed)
+        assert not any(s["reward_error"] for s in samples if s["answer"] != "a")
+
+
+def test_ids_beyond_the_tokenizer_are_tokens_but_no_text() -> None:
+    """A vocabulary rounded up: the policy draws what the tokenizer does not know."""
+    policy = TablePolicy(OneRank(), vocab_size=TOKENIZER.vocab_size + 6)
+    writer = Rows()
+    config = config_of("logging.rollouts_per_step=-1", f"model.vocab_size={TOKENIZER.vocab_size + 6}")
+    trainer_of(config, policy=policy, writer=writer).fit()
+    samples = [s for step in writer.samples.values() for s in step]
+    unknown = [s for s in samples if max(s["tokens"]) >= TOKENIZER.vocab_size]
+    assert len(unknown) > 10
+    for sample in unknown:
+        known = [t for t in sample["tokens"] if t < TOKENIZER.vocab_size]
+        assert sample["text"] == TOKENIZER.decode(known)
+        assert len(sample["log_probs"]) == len(sample["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.variant=gpso", "variant 'gpso' is unknown; did you mean 'gspo'?"),
+        ("algorithm.kl_coef=-1", "kl_coef=-1.0"),
+        ("reward.accuracy=format", "reward.accuracy='format' is none of the rewards exact_match"),
+        ("reward.functions.exakt_match=1", "unknown reward 'exakt_match'; did you mean 'exact_match'?"),
+    ],
+)
+def test_names_that_nothing_answers_to(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        trainer_of(config_of(override))
+    assert message in str(caught.value)
+
+
+def test_a_clip_range_that_cannot_act_is_a_warning() -> None:
+    trainer, _ = run("algorithm.clip_low=0.2", "algorithm.clip_high=0.2", "train.steps=0")
+    (warning,) = warnings_of(trainer)
+    assert "clip_low=0.2" in warning and "can hardly act" in warning

@@ -1,0 +1,241 @@
+"""`python -m gspo_megatron.train` as a user meets it: what a dry run prints, one clear line for what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_megatron.base.errors import CheckpointError, ConfigError
+from gspo_megatron.build import parts
+from gspo_megatron.build.parts import wants_transformer_engine
+from gspo_megatron.checkpoint.lock import RunLock
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.device import Device, open_device
+from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.run.resume import changed_settings
+from gspo_megatron.train import leave_status, main
+
+ROOT = Path(__file__).parents[1]
+DEMO = str(ROOT / "examples" / "cpu_tiny_moe.yaml")
+SMALL = (
+    "precision.device=cpu",
+    "model.num_layers=1",
+    "model.hidden_size=16",
+    "model.max_sequence_length=24",
+    "model.num_experts=2",
+    "rollout.max_new_tokens=8",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=2",
+    "data.eval_size=4",
+    "data.task.max_length=6",
+    "data.tokenizer=characters:0123456789>",
+)
+CLUSTER = (
+    "model.preset=qwen3_30b_a3b",
+    "precision.device=cuda",
+    "precision.dtype=bf16",
+    "train.tokens_per_micro_batch=32768",
+    "parallel.tp=4",
+    "parallel.pp=2",
+    "parallel.ep=8",
+)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gspo_megatron.train", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr with which the command gives up, with exit status 2."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert "Traceback" not in printed.out
+    return line
+
+
+# --- as a process ---
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = command("--config", DEMO, "--dry-run", "--world-size", "2", f"run.dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    settings, _, plan = done.stdout.partition("layout: ")
+    path = tmp_path / "printed.yaml"
+    path.write_text(settings)
+    resolved = load_config(DEMO, [f"run.dir={run_dir}"])
+    resolved.model.vocab_size = load_tokenizer(resolved.data.tokenizer).vocab_size
+    assert load_config(path) == resolved
+    assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
+    m = resolved.model
+    assert f"parameters: {count_parameters(m).total(m.num_layers, m.num_experts):,} in all" in plan
+    assert "memory estimate, GiB" in plan
+    assert not run_dir.exists()
+
+
+def test_a_layout_that_does_not_fit_ends_with_status_2_and_one_line() -> None:
+    done = command("--config", DEMO)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: etp(1) * ep(2) * pp(1) = 2 does not divide the 1 processes; start a")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_one_process_trains_without_torchrun(tmp_path: Path) -> None:
+    """With a vocabulary rounded up from 13 to 16, which is said once and is no error."""
+    sizes = ("train.steps=2", "train.warm_start_steps=1", "model.vocab_size=16", "logging.tensorboard=false")
+    done = command(*SMALL, *sizes, f"run.dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if "vocab" in line]
+    assert note.startswith("model.vocab_size=16 goes beyond the tokenizer's 13 ids")
+    assert [json.loads(row)["step"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert load_config(tmp_path / "config.yaml").model.vocab_size == 16
+
+
+# --- in this process ---
+
+
+def test_the_plan_of_a_cluster_is_printed_on_any_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--world-size", "64", *CLUSTER]) == 0
+    printed = capsys.readouterr()
+    assert "64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in printed.out
+    assert "parameters: 30,532,122,624 in all, 3,353,032,704 active a token" in printed.out
+    assert "model.vocab_size=151936 goes beyond the tokenizer's 98 ids" in printed.out
+    assert "reference" not in printed.out.partition("memory estimate")[2]
+    assert printed.err == ""
+
+
+def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.CaptureFixture[str]) -> None:
+    """gspo_sum has a KL term of its own."""
+    assert main(["--dry-run", "--world-size", "64", *CLUSTER, "algorithm.variant=gspo_sum"]) == 0
+    assert "reference" in capsys.readouterr().out.partition("memory estimate")[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("parallel.tp=2",), ("ConfigError: tp(2) * pp(1) * cp(1) = 2 does not divide the 1 processes",)),
+        (("optimizer.lrr=1",), ("ConfigError: unknown config key 'optimizer.lrr'; did you mean 'lr'?",)),
+        (("precision.dtype=fp33",), ("ConfigError: precision.dtype='fp33' is not one of fp32, bf16, fp64",)),
+        (("precision.device=gpu",), ("ConfigError: precision.device='gpu' is not one of auto, cpu, cuda",)),
+        (("data.train=task:sort_digit",), ("DataError: unknown task 'sort_digit'; did you mean 'sort_digits'?",)),
+        (("data.task={max_lenth: 3}",), ("has no parameter 'max_lenth'; did you mean 'max_length'?",)),
+        (("data.train=nowhere/train.jsonl",), ("DataError: the file nowhere/train.jsonl does not exist",)),
+        (("data.tokenizer=nowhere.model",), ("DataError: tokenizer 'nowhere.model' is neither",)),
+        (("data.tokenizer=characters:0123",), ("DataError: character '4' at position 4 of '0123456789>'",)),
+        (
+            ("model.vocab_size=12",),
+            ("ConfigError: the tokenizer", "has 13 ids, more than model.vocab_size=12", "set model.vocab_size to 13"),
+        ),
+        (("reward.functions.exact=1",), ("ConfigError: unknown reward 'exact'",)),
+        (("reward.functions.my.rewards:f=1",), ("ConfigError: reward 'my.rewards:f' cannot be used (ModuleNotFound",)),
+        (("reward.accuracy=format",), ("ConfigError: reward.accuracy='format' is none of the rewards exact_match",)),
+        (("algorithm.variant=gpso",), ("ConfigError: variant 'gpso' is unknown; did you mean 'gspo'?",)),
+        (("algorithm.clip_low=2",), ("ConfigError: clip_low=2.0",)),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_settings_that_cannot_work_end_before_any_process_group(
+    capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], parts: tuple[str, ...], dry: bool
+) -> None:
+    line = refused(capsys, *SMALL, *overrides, *(["--dry-run"] if dry else []))
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "12>", "answer": "12"', "prompts.jsonl:3: not JSON in UTF-8"),
+        ('{"promt": "12>", "answer": "12"}', "prompts.jsonl:3: no field 'prompt'; did you mean 'promt'?"),
+        ('{"prompt": "12>"}', "prompts.jsonl:3: no field 'answer'"),
+        ('{"prompt": "", "answer": "12"}', "prompts.jsonl:3: field 'prompt' is empty"),
+        (
+            json.dumps({"prompt": "1" * 17, "answer": "1"}),
+            "prompts.jsonl:3: the prompt has 17 tokens, the limit is 16; raise data.max_prompt_tokens",
+        ),
+        ('{"prompt": "12?", "answer": "12"}', "prompts.jsonl:3: character '?' at position 2 of '12?'"),
+    ],
+)
+def test_a_bad_line_of_a_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str, message: str
+) -> None:
+    """A context of 24 with 8 new tokens leaves 16 for the prompt."""
+    path = tmp_path / "prompts.jsonl"
+    good = json.dumps({"prompt": "1" * 16, "answer": "1"})
+    path.write_text(f"{good}\n\n{line}\n")
+    assert message in refused(capsys, *SMALL, f"data.train={path}")
+    path.write_text(f"{good}\n")
+    assert main([*SMALL, f"data.train={path}", "--dry-run"]) == 0
+
+
+def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    near = DEMO.replace("moe.yaml", "mo.yaml")
+    assert f"config file {near!r} does not exist; did you mean {DEMO!r}?" in refused(capsys, "--config", near)
+    path = tmp_path / "config.yaml"
+    path.write_text("run: {seed: 1\nmodel: {}\n")
+    assert f"config file {str(path)!r} is not YAML" in refused(capsys, "--config", str(path))
+    for arguments in (["--world-size", "2"], ["--dry-run", "--world-size", "0"], ["--dri-run"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
+    here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.float32, 1, 0)
+    for installed in (False, True):
+        monkeypatch.setattr(parts, "transformer_engine_available", lambda installed=installed: installed)
+        assert not wants_transformer_engine(load_config(None), here)
+        assert wants_transformer_engine(load_config(None), there) == installed
+        assert not wants_transformer_engine(load_config(None, ["precision.transformer_engine=off"]), there)
+        for overrides in (["precision.transformer_engine=on"], ["precision.fp8=blockwise", "precision.dtype=bf16"]):
+            with pytest.raises(ConfigError, match=r"needs a GPU .* set precision.transformer_engine"):
+                wants_transformer_engine(load_config(None, overrides), here)
+
+
+def test_the_plan_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text().replace("\\\n", " ")
+    (command,) = (line for line in readme.splitlines() if "--dry-run --world-size" in line)
+    assert main(command.split("gspo_megatron.train")[1].split()) == 0
+    assert "64 processes = tp 4 x pp 1 x cp 1 x dp 16; experts: ep 8" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLock(tmp_path):
+        message = refused(capsys, f"run.dir={tmp_path}")
+    assert f"run.dir={tmp_path} is in use by process {os.getpid()}" in message
+
+
+def test_the_first_process_to_leave_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_status(2)
+    file = tmp_path / "status"
+    monkeypatch.setenv("GSPO_STATUS_FILE", str(file))
+    leave_status(75)
+    leave_status(1)
+    assert file.read_text() == "75\n"
+
+
+def test_settings_that_changed_are_said_and_some_are_refused() -> None:
+    config = load_config(None)
+    state = {"config": json.loads(json.dumps(asdict(config))), "step": None}
+    assert changed_settings(state, config) == []
+    other = load_config(None, ["optimizer.lr=0.5", "run.seed=7", "parallel.ep=2", "run.dir=x", "rollout.group_size=2"])
+    changed = ["rollout.group_size: 2, was 8", "optimizer.lr: 0.5, was 1e-06", "run.seed: 7, was 1"]
+    assert changed_settings(state, other) == changed
+    with pytest.raises(CheckpointError, match=r"inside a step .*\(rollout.group_size: 2, was 8; run.seed: 7, was 1\)"):
+        changed_settings({**state, "step": {"number": 3}}, other)
