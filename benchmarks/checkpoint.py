@@ -29,6 +29,8 @@ from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.testing.fakes import PlainState
 
 if TYPE_CHECKING:
     from gspo_megatron.mcore.policy import MegatronPolicy
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device.start_processes(60)
     groups = Groups(check_config(config, 1), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    policy = MegatronPolicy(config, groups, device, use_te=False)
+    policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         checkpoints = MegatronCheckpoints(policy, CheckpointDirectory(Path(folder), keep=1), print)
         found = measure(checkpoints, policy, Path(folder), options.repeats)
@@ -79,7 +81,7 @@ def measure(checkpoints: MegatronCheckpoints, policy: MegatronPolicy, folder: Pa
 
     def save(*, wait: bool) -> float:
         position = Position(0, next(steps), 0)
-        return seconds(lambda: checkpoints.save(position, {}, wait=wait))
+        return seconds(lambda: checkpoints.save(position, PlainState({}), wait=wait))
 
     waited = [save(wait=True) for _ in range(repeats)]
     [newest] = [path for path in folder.iterdir() if path.is_dir()]
@@ -91,7 +93,7 @@ def measure(checkpoints: MegatronCheckpoints, policy: MegatronPolicy, folder: Pa
     for _ in range(repeats):
         background.append(save(wait=False))
         finished.append(background[-1] + seconds(checkpoints.finish))
-    load = [seconds(lambda: checkpoints.load("latest")) for _ in range(repeats)]
+    load = [seconds(lambda: checkpoints.load("latest", lambda about, shares: about)) for _ in range(repeats)]
     median = {
         "save_waited_for_s": statistics.median(waited),
         "save_in_background_pause_s": statistics.median(background),

@@ -29,7 +29,7 @@ import torch
 from benchmarks import step_vs_trl
 from benchmarks.reports import machine, versions, write_between_marks
 from benchmarks.step_tables import PARTS, tables
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.parts import open_trainer
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
@@ -93,13 +93,12 @@ def rewrite(files: list[Path], markdown: Path) -> None:
 
 def measured(config: Config, device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """What this process, or those of torchrun, measured together."""
-    with open_trainer(config, device, load_inputs(config), Console(on=device.rank == 0)) as trainer:
+    with open_trainer(settle(config, device.world_size), device, Console(on=device.rank == 0)) as trainer:
         if options.against == "pretraining":
             from benchmarks.step_vs_pretraining import measure
 
             return measure(trainer, config, options.steps, options.warmup)
-        trainer.warm_start()
-        trainer.policy.begin(with_reference=trainer.variant.kl_coef > 0)
+        trainer.begin()
         rows = [trainer.step(step) for step in range(1, options.warmup + options.steps + 1)][options.warmup :]
         return by_parts(rows, max(trainer.ranks.gather([device.peak_memory_gib()])))
 

@@ -35,6 +35,7 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.schedule import model_input
+from gspo_megatron.run.stages import score
 from gspo_megatron.run.trainer import Trainer
 
 
@@ -89,20 +90,21 @@ class Pretraining:
 def measure(trainer: Trainer, config: Config, steps: int, warmup: int) -> dict[str, Any]:
     """Seconds of `steps` updates of each, in turn, and how many tokens they saw and scored."""
     policy: Any = trainer.policy
-    plain = Pretraining(MegatronPolicy(config, policy.groups, policy.device, policy.use_te))
+    plain = Pretraining(MegatronPolicy(policy.config, policy.groups, policy.device, policy.use_te, policy.scoring))
     number = config.rollout.prompts_per_step * config.rollout.group_size // config.algorithm.updates_per_rollout
-    solved = [trainer.with_solution(trainer.train_prompts[trainer.order[i]]) for i in range(number)]
+    warm_start, packer = trainer.parts.warm_start, trainer.parts.packer
+    solved = [warm_start.with_solution(prompt) for prompt in warm_start.prompts.take(0, number)]
     sequences = [replace(s, advantage=(-1.0) ** i) for i, s in enumerate(solved)]
-    responses = trainer.update_batch(sequences)
-    # A prompt of one token: every other one is predicted. Equal lengths are packed alike.
-    every = trainer.update_batch([replace(s, prompt_length=1) for s in sequences])
+    responses = packer.update_batch(sequences)
+    # Every token but the first is predicted. Equal lengths are packed alike.
+    every = packer.update_batch([replace(s, trained=torch.arange(len(s)) > 0) for s in sequences])
     pairs = zip(responses.micro_batches, every.micro_batches, strict=True)
     assert all(torch.equal(a.tokens_T, b.tokens_T) for a, b in pairs)
-    trainer.score([responses, every])
+    score([responses, every], policy, trainer.algorithm)
 
     works: dict[str, Callable[[], object]] = {
-        "update": lambda: policy.update(responses, trainer.policy_loss, lr=0.0, accept=trainer.guards.accept),
-        "update_every_token": lambda: policy.update(every, trainer.policy_loss, lr=0.0, accept=trainer.guards.accept),
+        "update": lambda: policy.update(responses, trainer.loss, lr=0.0, accept=trainer.guards.accept),
+        "update_every_token": lambda: policy.update(every, trainer.loss, lr=0.0, accept=trainer.guards.accept),
         "pretraining": lambda: plain.step(every),
     }
     seconds = in_turn(works, warmup + steps, policy.device)

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from benchmarks.reports import median_ratio
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.parts import open_trainer
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.rewards.rewards import find_reward
-from gspo_megatron.run.algorithm import variant_of
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -115,10 +115,11 @@ def run_ours(connection: Connection, config: Config, steps: int, exchange: Path)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = open_device("cpu", config.precision.dtype)
-    with open_trainer(config, device, load_inputs(config), Console(on=False)) as trainer:
-        trainer.warm_start()
-        trainer.policy.begin(with_reference=trainer.variant.kl_coef > 0)
-        samples = [trainer.with_solution(trainer.train_prompts[i]).tokens for i in range(8)]
+    with open_trainer(settle(config, 1), device, Console(on=False)) as trainer:
+        trainer.begin()
+        warm_start = trainer.parts.warm_start
+        solved = [warm_start.with_solution(warm_start.prompts.source[i]) for i in range(8)]
+        samples = [sequence.tokens.tolist() for sequence in solved]
         policy: Any = trainer.policy
         torch.save(
             {
@@ -141,7 +142,7 @@ def prompts(trainer: Trainer, steps: int) -> list[dict[str, str]]:
     """Those of `Trainer.sample`, step by step."""
     t, size = trainer.config.train, trainer.config.rollout.prompts_per_step
     first = t.warm_start_steps * t.warm_start_batch
-    chosen = (trainer.train_prompts[trainer.order[first + i]] for i in range(steps * size))
+    chosen = trainer.parts.warm_start.prompts.take(first, steps * size)
     return [{"prompt": prompt.text, "answer": prompt.answer} for prompt in chosen]
 
 
@@ -210,7 +211,8 @@ def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, 
     import trl
 
     given = torch.load(exchange)
-    tokenizer = load_inputs(config).tokenizer
+    inputs = settle(config, 1)
+    config, tokenizer = inputs.config, inputs.tokenizer
     model = hf_model(config.model, tokenizer, given["weights"], experts)
     difference = compare(model, given["samples"], given["logits"])
     steps_of_update = config.algorithm.updates_per_rollout
@@ -257,7 +259,7 @@ def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, 
 
 def settings(config: Config, steps: int) -> dict[str, Any]:
     """GRPOConfig's arguments: one generation of all the step's rollouts, one optimizer step on each of their parts."""
-    r, a, o, variant = config.rollout, config.algorithm, config.optimizer, variant_of(config)
+    r, a, o, variant = config.rollout, config.algorithm, config.optimizer, Algorithm.of(config).variant
     if (variant.level, variant.aggregate, variant.baseline) != ("sequence_mean", "sequence_mean", "mean_std"):
         raise ConfigError(f"algorithm.variant={a.variant} is not what TRL runs beside it; set algorithm.variant=gspo")
     return {

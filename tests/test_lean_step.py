@@ -36,7 +36,7 @@ THREE_STEPS = (
 
 def trained(*settings: str) -> tuple[Trainer, TablePolicy]:
     trainer = trainer_of(config_of(*THREE_STEPS, *settings))
-    trainer.fit()
+    trainer.run()
     assert isinstance(trainer.policy, TablePolicy)
     return trainer, trainer.policy
 
@@ -94,7 +94,10 @@ def test_several_updates_are_scored_once_ahead_of_them() -> None:
 def test_nothing_in_a_micro_batch_waits_for_the_device(entropy: bool) -> None:
     """The meta device has shapes and no values: whoever asks it for one, or for a size that hangs on one, fails."""
     device = torch.device("meta")
-    sequences = [Sequence([1, 2, 3, 4], 2, 1.0, torch.zeros(2)), Sequence([1, 2, 3], 1, -1.0, torch.zeros(2))]
+    sequences = [
+        Sequence.after_prompt([1, 2, 3, 4], 2, 1.0, {"old_log_probs": torch.zeros(2)}),
+        Sequence.after_prompt([1, 2, 3], 1, -1.0, {"old_log_probs": torch.zeros(2)}),
+    ]
     micro_batch = pack(sequences, pad_id=0, max_tokens=16)[0].to(device)
     hidden = torch.empty(7, 1, 8, device=device, requires_grad=True)
     weight_VH = torch.empty(13, 8, device=device, requires_grad=True)
@@ -105,9 +108,10 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(entropy: bool) -> None:
     scoring = schedule.Scoring(0.7, with_entropy=entropy, store_bytes=100, skip_zero_rows=False)
     log_probs_R, entropy_R = schedule.response_log_probs(module, groups, micro_batch, hidden, scoring)
     objective = PolicyObjective(resolve_variant("gspo"), entropy_coef=0.1 * entropy)
-    segments = Segments.from_lengths(micro_batch.response_lengths, index_R=micro_batch.sequence_R, device=device)
-    assert micro_batch.old_log_probs_R is not None
-    terms = objective(log_probs_R, micro_batch.old_log_probs_R, micro_batch.advantages_S, segments, entropy_T=entropy_R)
+    segments = Segments.from_lengths(micro_batch.trained_lengths, index_R=micro_batch.sequence_R, device=device)
+    terms = objective(
+        log_probs_R, micro_batch.columns["old_log_probs"], micro_batch.advantages_S, segments, entropy_T=entropy_R
+    )
     merge([terms.metrics, terms.metrics])
     terms.loss.backward()
     assert hidden.grad is not None and hidden.grad.device == device

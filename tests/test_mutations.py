@@ -17,14 +17,14 @@ import check_layout
 import pytest
 from check_layout import Drawn, LayoutRequest, Report, compare
 
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data import packing
 from gspo_megatron.log_probs import rows, shards, torch_kernels
 from gspo_megatron.mcore import compat, context_parallel, model, optimizer, parameters, sampler, schedule
 from gspo_megatron.mcore.groups import Groups
-from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.run import stages
 
 # A layer for each of four virtual stages; 2 + 11 ids, so that tensor parallel fills the vocabulary up; responses of
 # different lengths, on micro-batches of a few sequences; KL and entropy.
@@ -68,12 +68,12 @@ MUTATIONS = {
     "micro-batches forgotten in the loss scale": Mutation(DP, schedule.train, "len(batch.micro_batches) * ", ""),
     "1 / cp too much": Mutation(CP, schedule.train, "groups.dp_size", "groups.dp_size / groups.cp_size"),
     "each micro-batch divided by its own count": Mutation(
-        DP, Trainer.policy_loss, "num_sequences=batch.num_sequences", "num_sequences=None"
+        DP, stages.PolicyLoss.__call__, "num_sequences=batch.num_sequences", "num_sequences=None"
     ),
     "the update divided by one rank's count": Mutation(
         DP,
-        Trainer.update_batch,
-        "num_sequences=len(responses)",
+        stages.Packer.update_batch,
+        "num_sequences=len(trained)",
         "num_sequences=sum(len(m.index) for m in micro_batches)",
     ),
     # Data parallel
@@ -135,15 +135,15 @@ MUTATIONS = {
     ),
     "length of the part": Mutation(
         CP,
-        Trainer.segments,
-        "micro_batch.response_lengths",
+        stages.segments_of,
+        "micro_batch.trained_lengths",
         "micro_batch.sequence_R.bincount(minlength=len(micro_batch.index)).tolist()",
     ),
     "padding counted in the length": Mutation(
         CP,
         packing.build_micro_batch,
-        "response_lengths=response_lengths,",
-        "response_lengths=[n - s.prompt_length for n, s in zip(segments, packed)],",
+        "trained_lengths=trained_lengths,",
+        "trained_lengths=[n - int((~s.trained).sum()) for n, s in zip(segments, packed)],",
     ),
     # Experts and virtual stages
     "experts of the other rank": Mutation(
@@ -180,8 +180,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
     def on(layout: str, *given_and_work: Any) -> Report:
         asked = LayoutRequest.parse(layout)
-        config = load_config(file, [*check_layout.FIXED, *asked.overrides])
-        load_inputs(config)
+        config = settle(load_config(file, [*check_layout.FIXED, *asked.overrides]), asked.world_size).config
         return check_layout.run(config, asked.world_size, 30.0, *given_and_work)
 
     return on

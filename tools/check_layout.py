@@ -33,14 +33,15 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.parts import open_trainer
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.layout.memory import count_parameters
 from gspo_megatron.monitor.console import Console
+from gspo_megatron.run.stages import reduced as reduced_metrics
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.local_ranks import RankError, run_distributed
@@ -133,10 +134,9 @@ def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float
     # 0.19.2 tells every rank that its own GPTModel is deprecated.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     device = open_device(config.precision.device, config.precision.dtype)
-    inputs = load_inputs(config)
     with tempfile.TemporaryDirectory() as folder:
-        config.run.dir = folder
-        with open_trainer(config, device, inputs, Console(on=False)) as trainer:
+        inputs = settle(replaced(config, {"run.dir": folder}), device.world_size)
+        with open_trainer(inputs, device, Console(on=False)) as trainer:
             drawn, metrics = one_update(trainer, given)
             assert isinstance(trainer.policy, MegatronPolicy)
             slices = [(place, grad.detach().cpu().clone()) for place, grad in trainer.policy.gradients()]
@@ -145,29 +145,31 @@ def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float
 
 def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, float]]:
     """Samples, disturbs, scores and updates; returns what was sampled and the metrics of all ranks."""
-    with_reference = trainer.variant.kl_coef > 0
-    trainer.policy.begin(with_reference=with_reference)
+    algorithm = trainer.algorithm
+    trainer.policy.begin(with_reference=algorithm.needs_reference)
     groups = trainer.sample(1)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     drawn = [(r.id, r.tokens, r.log_probs) for r in rollouts]
     for rollout, (_, tokens, log_probs) in zip(rollouts, given or drawn, strict=True):
         rollout.tokens, rollout.log_probs = tokens, log_probs
-    sequences = trainer.sequences(groups)
-    clip = (trainer.variant.clip_low + trainer.variant.clip_high) / 2
+    sequences = trainer.advantages(groups)
+    clip = (algorithm.variant.clip_low + algorithm.variant.clip_high) / 2
     for rollout, sequence in zip(rollouts, sequences, strict=True):
         draw = random.Random(f"{trainer.config.run.seed}:{rollout.id}")
         own = torch.tensor(rollout.log_probs, dtype=trainer.policy.score_dtype)
         sequence.advantage = draw.gauss(0, 1)
         # A shift of the whole response, which moves a sequence's ratio, and one of each token.
-        shift = draw.gauss(0, 2 * clip) / (len(own) if trainer.variant.level == "sequence_sum" else 1)
-        sequence.old_log_probs = own + torch.tensor([shift + draw.gauss(0, clip) for _ in own]).to(own)
-        if with_reference:
-            sequence.ref_log_probs = own + torch.tensor([draw.gauss(0, 0.3) for _ in own]).to(own)
+        shift = draw.gauss(0, 2 * clip) / (len(own) if algorithm.variant.level == "sequence_sum" else 1)
+        noise = torch.tensor([shift + draw.gauss(0, clip) for _ in own])
+        sequence.columns["old_log_probs"] = own + noise.to(own)
+        if algorithm.needs_reference:
+            sequence.columns["ref_log_probs"] = own + torch.tensor([draw.gauss(0, 0.3) for _ in own]).to(own)
     step = StepState(1, groups, sequences)
     trainer.pack(step)
     [batch] = step.batches
     scored = trainer.policy.log_probs(batch.micro_batches)
-    metrics = trainer.reduce([trainer.policy.update(batch, trainer.policy_loss, lr=trainer.config.optimizer.lr)])
+    update = trainer.policy.update(batch, trainer.loss, lr=trainer.config.optimizer.lr)
+    metrics = reduced_metrics([update], trainer.ranks)
     # Each context-parallel rank has scored its own part of the sequences.
     metrics["log_probs"] = math.fsum(trainer.ranks.gather([sum(float(part.sum()) for part in scored)]))
     if broken := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
@@ -332,18 +334,16 @@ def check(options: argparse.Namespace) -> list[Row]:
     for name, layout in layouts.items():
         if layout != asked[name]:
             print(f"{name} {asked[name]} is reduced to {layout}, for --max-processes {options.max_processes}")
-    if config.model.vocab_size is None:
-        load_inputs(config)
+    config = settle(config, 1).config
     if count_parameters(config.model).total(config.model.num_layers, config.model.num_experts) > SMALL:
         smaller = shrunk(config, list(layouts.values()))
         print(f"the model has more than {SMALL:,} parameters and is shrunk: {' '.join(smaller)}, on task:sort_digits")
         settings += [*smaller, *task_instead()]
     reports: dict[str, Report] = {}
     for name, layout in layouts.items():
-        config = load_config(options.config, [*settings, *layout.overrides])
-        described = check_config(config, layout.world_size)
-        load_inputs(config)
-        print(f"{name}: {layout.world_size} processes = {described}, {config.precision.dtype}", flush=True)
+        inputs = settle(load_config(options.config, [*settings, *layout.overrides]), layout.world_size)
+        config = inputs.config
+        print(f"{name}: {layout.world_size} processes = {inputs.layout}, {config.precision.dtype}", flush=True)
         given = reports["reference"].rollouts if reports else None
         reports[name] = run(config, layout.world_size, options.timeout_s, given)
     return compare(reports["reference"], reports["layout"], config.precision.dtype)

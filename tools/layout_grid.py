@@ -27,7 +27,7 @@ from check_layout import FIXED, LayoutRequest, Report, Row, compare, run
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import AXES
@@ -77,8 +77,7 @@ def settings(case: Case) -> Config:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(CONFIG)
         file.flush()
-        config = load_config(file.name, [*FIXED, *case.overrides])
-    load_inputs(config)
+        config = settle(load_config(file.name, [*FIXED, *case.overrides]), 1).config
     return config
 
 

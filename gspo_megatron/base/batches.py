@@ -1,14 +1,16 @@
-"""The nouns of a step, in the order in which a step makes them, and the two protocols that the trainer drives.
+"""The nouns of a step, in the order in which a step makes them.
 
 Shape suffixes used in the whole package:
     T  packed tokens of a micro-batch (prompts, responses, padding)      S  sequences
-    N  rows handed to the log-prob (one per predicted token)             R  response tokens, the predicted ones of all S
+    N  rows handed to the log-prob (one per predicted token)             R  trained tokens, the predicted ones of all S
     V  vocabulary      Vp  this tensor-parallel rank's vocabulary shard  H  hidden size
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,19 +66,72 @@ class RolloutGroup:
     rollouts: list[Rollout]
 
 
+@dataclass(frozen=True)
+class Column:
+    """What is known of every trained token of a sequence, such as its log-prob under another policy.
+
+    Attributes:
+        name: its key in `Sequence.columns`, in micro-batches, in a checkpoint and in guards/*.jsonl.
+        title: what a message calls one value.
+        dtype: of its values; None: that of log-probs (`Policy.score_dtype`).
+        shape: of the value of one token; () is a number.
+        every_token: there is a value for every token of the sequence, not only for those that are trained on.
+        fill: what padding holds, where every token has a value.
+        finite: a value that is not finite stops the run before it is trained on.
+    """
+
+    name: str
+    title: str
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()
+    every_token: bool = False
+    fill: float = 0.0
+    finite: bool = True
+
+
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        Column("old_log_probs", "old log-prob"),
+        Column("ref_log_probs", "reference log-prob"),
+    )
+}
+"""Per-token data. Packing, the state of a step, guards and checkpoints loop over it: a new kind of data is a line."""
+
+
 @dataclass
 class Sequence:
-    """A trainable prompt + response. `old_log_probs` and `ref_log_probs` hold one float32 per response token."""
+    """What is trained on: tokens, and which of them. Any number of spans may be trained; a prompt and its response have
+    one.
 
-    tokens: list[int]
-    prompt_length: int
+    Attributes:
+        tokens: [L] int64.
+        trained: [L] bool. A token is predicted from those before it, so the first one is never trained.
+        advantage: of the whole sequence.
+        columns: by the names of COLUMNS, a value for each trained token in order, [R, *shape], or for every token,
+            [L, *shape].
+    """
+
+    tokens: Tensor
+    trained: Tensor
     advantage: float = 0.0
-    old_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def response_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
+    @classmethod
+    def after_prompt(
+        cls, tokens: Seq[int], prompt_length: int, advantage: float = 0.0, columns: dict[str, Tensor] | None = None
+    ) -> Sequence:
+        """A prompt of `prompt_length` tokens and a response, all of which is trained on."""
+        trained = torch.arange(len(tokens)) >= prompt_length
+        return cls(torch.tensor(tokens, dtype=torch.int64), trained, advantage, columns or {})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """|y|: the tokens that a sequence-level ratio averages over."""
+        return int(self.trained.sum())
 
 
 @dataclass(frozen=True)
@@ -102,12 +157,15 @@ class MicroBatch:
 
     Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
     own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is
-    that token's id where it belongs to a response, IGNORED elsewhere. `rows_R` are the rows that predict one, and
-    `sequence_R` tells which sequence (0 to S - 1) the predicted token belongs to. `index` names the sequences
-    (positions in the list the micro-batches were cut from).
+    that token's id where it is trained on, IGNORED elsewhere. `rows_R` are the rows that predict a trained token, and
+    `sequence_R` tells which sequence (0 to S - 1) that token belongs to. `trained_lengths` are the numbers of trained
+    tokens of the sequences. `index` names the sequences (positions in the list the micro-batches were cut from).
+
+    `columns` holds the sequences' columns by name: [R, *shape] in the order of `rows_R`, or [T, *shape] where every
+    token has a value. One that a sequence does not have yet is not there.
 
     Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
-    tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `response_lengths` stay those of whole sequences.
+    tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `trained_lengths` stay those of whole sequences.
     """
 
     tokens_T: Tensor
@@ -115,20 +173,19 @@ class MicroBatch:
     targets_T: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
-    response_lengths: list[int]
+    trained_lengths: list[int]
     rows_R: Tensor
     sequence_R: Tensor
     index: list[int]
     advantages_S: Tensor
-    old_log_probs_R: Tensor | None = None
-    ref_log_probs_R: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`, by copies that nothing waits for. `targets_T` stays on the
         host, where `log_probs` decides which rows it needs."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "targets_T"}
         moved: dict[str, Any] = {k: on_device(v, device) for k, v in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **moved, columns={name: on_device(v, device) for name, v in self.columns.items()})
 
 
 @dataclass

@@ -78,11 +78,21 @@ class Ranks(Protocol):
         """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""
 
 
-class Checkpoints(Protocol):
-    """Where a run is kept. All ranks call it together."""
+class SavedState(Protocol):
+    """What a checkpoint keeps besides the policy."""
 
-    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
-        """Keeps the policy and `state` (JSON); without `wait` the files may still be written when it returns."""
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and text, the same on every process."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This process's share of what is too large for JSON."""
+
+
+class Checkpoints(Protocol):
+    """Where a run is kept. All ranks call every method together."""
+
+    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
+        """Keeps the policy and `state`; without `wait` the files may still be written when it returns."""
 
     def finish(self, *, wait: bool = True) -> None:
         """Completes a save that is still being written; without `wait`, if it is ready for that."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.layout.layout import Layout, layout_of
+from gspo_megatron.run.algorithm import Algorithm
 
 
 def check_config(config: Config, world_size: int) -> Layout:
     """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
     check_values(config)
+    algorithm = Algorithm.of(config)
     _check_model(config.model)
     _check_precision(config)
     layout = layout_of(config, world_size)
@@ -22,7 +25,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_guards(config.guards)
     _check_data(config.data)
     _check_batches(config)
-    _check_savings(config)
+    _check_savings(config, algorithm)
     return layout
 
 
@@ -60,13 +63,16 @@ def _check_precision(config: Config) -> None:
 
 
 def _check_data(d: DataConfig) -> None:
-    kinds = {spec.startswith("task:") for spec in (d.train, d.eval)}
-    if d.task and kinds == {False}:
-        raise ConfigError(f"data.task={d.task} has no effect: neither data.train nor data.eval is a generated task")
-    for key in ("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"):
-        if kinds == {True} and getattr(d, key) != getattr(DataConfig(), key):
+    """A setting that only some sources read must concern one of those that are used."""
+    schemes = {scheme_of(source) for source in (d.train, d.eval)}
+    read = frozenset[str]().union(*(SOURCES[scheme].reads for scheme in schemes))
+    of_any = frozenset[str]().union(*(source.reads for source in SOURCES.values()))
+    for key in sorted(of_any - read):
+        if getattr(d, key) != getattr(DataConfig(), key):
+            readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
             raise ConfigError(
-                f"data.{key}={getattr(d, key)!r} has no effect on generated tasks; leave it out, or name a JSONL file"
+                f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and data.eval={d.eval} do not "
+                f"read it, sources of kind {readers} do; leave it out"
             )
 
 
@@ -118,9 +124,9 @@ def _check_batches(config: Config) -> None:
         )
 
 
-def _check_savings(config: Config) -> None:
+def _check_savings(config: Config, algorithm: Algorithm) -> None:
     a, t = config.algorithm, config.train
-    if config.guards.ratio_noise and a.updates_per_rollout == 1 and a.old_log_probs == "auto":
+    if config.guards.ratio_noise and algorithm.old_log_probs == "update":
         raise ConfigError(
             f"guards.ratio_noise={config.guards.ratio_noise} has no effect where the one update of a rollout batch "
             "tells its own old log-probs: set algorithm.old_log_probs=recompute, or guards.ratio_noise=0"
@@ -132,27 +138,25 @@ def _check_savings(config: Config) -> None:
         )
 
 
-def config_warnings(config: Config, *, kl_coef: float) -> list[str]:
-    """What works but is probably not meant. The variant's own warnings (clip ranges) come from the objective."""
-    notes = []
+def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
+    """What works but is probably not meant."""
+    notes = algorithm.variant.warnings()
     if config.rollout.group_size == 1:
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.model.aux_loss_coef > 0:
+    if algorithm.balances_load:
         notes.append(
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
             f"micro-batch, so the gradient depends on the layout"
         )
-    if config.algorithm.kl_estimator == "k1" and kl_coef > 0:
+    if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
         notes.append(
             "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
         )
-    if kl_coef == 0 and config.algorithm.kl_estimator != "k3":
-        notes.append(
-            f"algorithm.kl_estimator={config.algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0"
-        )
+    if algorithm.kl_estimator != "k3" and not algorithm.needs_reference:
+        notes.append(f"algorithm.kl_estimator={algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")
     return notes
 
 

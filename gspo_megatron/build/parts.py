@@ -6,29 +6,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gspo_megatron.base.batches import Position
-from gspo_megatron.base.errors import CheckpointError, ConfigError
-from gspo_megatron.build.checks import check_config
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.protocols import Checkpoints, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.device import Device, transformer_engine_available
+from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.layout.memory import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
-from gspo_megatron.run.algorithm import variant_of
-from gspo_megatron.run.resume import changed_settings, describe
-from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.rollout.collective import CollectiveSource
+from gspo_megatron.run.evaluation import Evaluation
+from gspo_megatron.run.guards import Guards
+from gspo_megatron.run.resume import Continuation, describe
+from gspo_megatron.run.stages import Packer
+from gspo_megatron.run.state import GuardState, RunState
+from gspo_megatron.run.trainer import Parts, Trainer
+from gspo_megatron.run.warm_start import WarmStart
+
+
+def never() -> bool:
+    return False
 
 
 @contextmanager
 def open_trainer(
-    config: Config, device: Device, inputs: Inputs, console: Console, stop: Callable[[], bool] = lambda: False
+    inputs: Inputs, device: Device, console: Console, stop: Callable[[], bool] = never
 ) -> Iterator[Trainer]:
-    """The run's parts on this process, put together and, at the end, closed. Collective: every process of the run
+    """The trainer of a run on this process and, at the end, all of it closed. Collective: every process of the run
     calls it. `stop` is asked at safe points.
 
-    Raises CheckpointError when checkpoint.load names something that cannot be loaded.
+    Raises:
+        CheckpointError: checkpoint.load names something that cannot be loaded.
     """
     # Megatron-Core is imported only now: the device has to be open before.
     from gspo_megatron.mcore import compat
@@ -37,43 +50,112 @@ def open_trainer(
     from gspo_megatron.mcore.sampler import MegatronSampler
     from gspo_megatron.mcore.saving import MegatronCheckpoints
 
+    config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     use_te = wants_transformer_engine(config, device)
     device.start_processes(config.parallel.timeout_s)
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
-        groups = Groups(check_config(config, device.world_size), device.torch_device)
+        groups = Groups(inputs.layout, device.torch_device)
         compat.apply_patches(device.on_cpu)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
-        policy = MegatronPolicy(config, groups, device, use_te)
-        sampler = MegatronSampler(policy, eos_id=inputs.tokenizer.eos_id, pad_id=inputs.tokenizer.pad_id, stop=stop)
+        policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
+        sampler = MegatronSampler(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, stop=stop)
         c = config.checkpoint
-        store = CheckpointDirectory(Path(config.run.dir) / "checkpoints", keep=c.keep, keep_every=c.keep_every)
-        checkpoints = MegatronCheckpoints(policy, store, console.warn)
-        state = checkpoints.load(c.load)
-        if state and state["began"] and variant_of(config).kl_coef > 0 and policy.reference is None:
-            raise CheckpointError(
-                f"checkpoint.load={c.load}: that run had no reference policy, so algorithm.kl_coef above 0 has nothing "
-                "to hold against; set algorithm.kl_coef=0, or start anew with checkpoint.load=none"
-            )
-        for setting in changed_settings(state, config) if state else ():
+        directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
+        checkpoints = MegatronCheckpoints(policy, directory, console.warn)
+        state = checkpoints.load(c.load, RunState.from_saved)
+        continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
+        for setting in continuation.changed:
             console.warn(f"continuing with another {setting}")
-        own = c.load == "latest" or Path(c.load).resolve().parent == store.directory.resolve()
-        first_step = state["position"][1] + 1 if state and state["began"] else 0
         if state:
-            console.say(f"continuing after {describe(Position(*state['position']))}")
-        fresh = not (state and own)
-        writer = RunWriter.of_run(config, first_step=first_step, fresh=fresh) if groups.is_main else None
-        parts = (policy, sampler, groups, inputs.tokenizer, inputs.train_prompts, inputs.eval_prompts)
+            console.say(f"continuing after {describe(state.position)}")
+        writer = None
+        if groups.is_main:
+            writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
+        parts = assemble(
+            inputs,
+            policy,
+            sampler,
+            groups,
+            console=console,
+            writer=writer,
+            checkpoints=checkpoints,
+            guards=state.guards if state else None,
+            stop=stop,
+            note=watchdog.note,
+        )
         try:
-            yield Trainer(config, *parts, checkpoints, writer, console, state=state, stop=stop, note=watchdog.note)
+            yield Trainer(parts, continuation)
         finally:
             if writer:
                 writer.close()
         groups.close()
 
 
+def assemble(
+    inputs: Inputs,
+    policy: Policy,
+    sampler: Sampler,
+    ranks: Ranks,
+    *,
+    console: Console,
+    writer: RunWriter | None = None,
+    checkpoints: Checkpoints | None = None,
+    guards: GuardState | None = None,
+    stop: Callable[[], bool] = never,
+    note: Callable[[str], None] = lambda where: None,
+) -> Parts:
+    """What a trainer drives, over a policy, a sampler and the processes of a run."""
+    config, algorithm = inputs.config, inputs.algorithm
+    r, t, vocab_size = config.rollout, config.train, config.model.vocab_size
+    assert vocab_size is not None, "settle gives it its value"
+    prompts = OrderedPrompts(inputs.train_prompts, config.run.seed)
+    source = CollectiveSource(
+        sampler=sampler,
+        ranks=ranks,
+        reward=inputs.rewards,
+        tokenizer=inputs.tokenizer,
+        prompts=prompts,
+        first_prompt=t.warm_start_steps * t.warm_start_batch,
+        prompts_per_step=r.prompts_per_step,
+        group_size=r.group_size,
+        vocab_size=vocab_size,
+    )
+    packer = Packer(
+        ranks=ranks,
+        pad_id=inputs.tokenizer.pad_id,
+        max_tokens=t.tokens_per_micro_batch,
+        rules=packing_rules(config),
+        cost=sequence_cost(config.model),
+        group_size=r.group_size,
+        updates_per_rollout=algorithm.updates_per_rollout,
+        seed=config.run.seed,
+    )
+    watch = Guards(config, ranks, writer, console.warn, guards)
+    return Parts(
+        config=config,
+        algorithm=algorithm,
+        ranks=ranks,
+        policy=policy,
+        source=source,
+        packer=packer,
+        warm_start=WarmStart(config, policy, ranks, prompts, inputs.tokenizer, packer, watch, console, note),
+        evaluation=Evaluation(source, inputs.eval_prompts, config.data.eval_size, inputs.rewards.accuracy),
+        accuracy=inputs.rewards.accuracy,
+        guards=watch,
+        console=console,
+        writer=writer,
+        checkpoints=checkpoints,
+        stop=stop,
+        note=note,
+    )
+
+
 def wants_transformer_engine(config: Config, device: Device) -> bool:
-    """Whether the model is built from Transformer Engine layers, which need a GPU. Raises ConfigError when they are
-    asked for and cannot be had."""
+    """Whether the model is built from Transformer Engine layers, which need a GPU.
+
+    Raises:
+        ConfigError: they are asked for and cannot be had.
+    """
     wanted = config.precision.transformer_engine
     available = not device.on_cpu and transformer_engine_available()
     if (wanted == "on" or config.precision.fp8 != "none") and not available:

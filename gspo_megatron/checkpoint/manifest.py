@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron import __version__
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.names import position_of
 
 MANIFEST = "manifest.json"
 
 
-FORMAT = 1
+FORMAT = 2
+"""2: the tokens and columns of a step are tensors; in 1 they were text in run.json."""
+READABLE = (1, 2)
 
 
 CHUNK_BYTES = 4 << 20
@@ -50,7 +53,10 @@ def seal(path: Path, number: int) -> None:
         digests = list(pool.map(_sha256, [path / name for name in sizes]))
         list(pool.map(sync, [path / name for name in sizes]))
     files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in zip(sizes, digests, strict=True)}
-    write_synced(path / MANIFEST, _render({"format": FORMAT, "name": path.stem, "number": number, "files": files}))
+    write_synced(
+        path / MANIFEST,
+        _render({"format": FORMAT, "written_by": __version__, "name": path.stem, "number": number, "files": files}),
+    )
     for directory in [*(p for p in path.rglob("*") if p.is_dir()), path]:
         sync(directory)
 
@@ -77,10 +83,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise CheckpointError(f"{path}: {MANIFEST} does not hold what was written")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in READABLE:
         raise CheckpointError(
-            f"{path}: {MANIFEST} has format {manifest['format']}, this version of gspo_megatron reads {FORMAT}; use "
-            "the version that wrote it"
+            f"{path}: {MANIFEST} has format {manifest['format']}, written by gspo_megatron "
+            f"{manifest.get('written_by', 'of another version')}; version {__version__} reads formats "
+            f"{' and '.join(map(str, READABLE))}. Use the version that wrote it"
         )
     return manifest
 

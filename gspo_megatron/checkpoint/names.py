@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Position
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run directory."""
 PARTIAL, BEFORE = ".tmp", ".before_"
 
 

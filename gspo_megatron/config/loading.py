@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
     check_values(config)
     return config
+
+
+def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The same settings but for these, by `section.key`. Raises ConfigError as `load_config` does."""
+    changed: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        _check_section(section)
+        _declared_type(section, key)
+        changed[section] = replace(changed.get(section, getattr(config, section)), **{key: value})
+    result = replace(config, **changed)
+    check_values(result)
+    return result
 
 
 def to_yaml(config: Config) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from gspo_megatron.base.batches import Prompt
+from gspo_megatron.data.sources import PromptSource
+
 
 class PromptOrder:
     """Position k of a run -> index of a prompt: k itself in an endless source, else pi_e[k - e * size], e = k // size.
@@ -27,3 +30,14 @@ class PromptOrder:
             self._permutation = sorted(range(self._size), key=lambda _: random.random())
             self._epoch = epoch
         return self._permutation[offset]
+
+
+class OrderedPrompts:
+    """The prompts of a source in the order of a run."""
+
+    def __init__(self, source: PromptSource, seed: int) -> None:
+        self.source, self.order = source, PromptOrder(source.size, seed)
+
+    def take(self, position: int, count: int) -> list[Prompt]:
+        """`count` prompts from `position` on."""
+        return [self.source[self.order[position + i]] for i in range(count)]

@@ -2,7 +2,7 @@
 
     pack = plan_micro_batches, the same on every rank, then build_micro_batch for those of this rank
 
-S sequences of a micro-batch, T packed tokens (padding included), R response tokens.
+S sequences of a micro-batch, T packed tokens (padding included), R trained tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import IGNORED, MicroBatch, PackingRules, Sequence
+from gspo_megatron.base.batches import COLUMNS, IGNORED, MicroBatch, PackingRules, Sequence
 from gspo_megatron.base.errors import ConfigError, DataError
 
 FREE = PackingRules()
@@ -39,7 +39,7 @@ def pack(
     `plan_micro_batches` says what `max_tokens` and `cost` mean, `build_micro_batch` what a context-parallel rank holds.
     With rules.same_tokens the k-th micro-batch is padded to the largest of the data-parallel ranks' k-th ones.
     """
-    lengths = [len(sequence.tokens) for sequence in sequences]
+    lengths = [len(sequence) for sequence in sequences]
     plan = plan_micro_batches(lengths, dp_size, max_tokens, cost=cost, rules=rules)
     micro_batches = []
     for index_by_rank in zip(*plan, strict=True):
@@ -82,7 +82,9 @@ def plan_micro_batches(
     sequence, by default its tokens. What pads a micro-batch as a whole comes on top: with it one may hold `max_tokens`
     rounded up to its multiple. The same lengths in another order give the same micro-batches, up to which of several
     equally long sequences is where.
-    Errors: ConfigError when one sequence alone exceeds `max_tokens`.
+
+    Raises:
+        ConfigError: one sequence alone exceeds `max_tokens`.
     """
     padded = _padded(lengths, rules)
     if max(padded, default=0) > max_tokens:
@@ -116,48 +118,75 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Packs sequences[i], i in `index`, one behind the other, as int64 tensors of T tokens (`cu_seqlens` int32).
 
-    Row t of a sequence of length L and prompt length P predicts its token t + 1 where P - 1 <= t < L - 1; every other
-    row is IGNORED. Positions count from 0 in each sequence and go on in the padding behind its tokens. Padding behind
-    all sequences brings T to a multiple of rules.token_multiple, or to `num_tokens`; without sequences all of T is
-    padding, since every rank has to take part in the collectives of a forward pass. It is cut into segments no longer
-    than the longest of `sequences`, so that it neither reaches a position nor costs attention that they do not.
+    Row t of a sequence predicts its token t + 1 where that one is trained on; every other row is IGNORED. Positions
+    count from 0 in each sequence and go on in the padding behind its tokens. Padding behind all sequences brings T to a
+    multiple of rules.token_multiple, or to `num_tokens`; without sequences all of T is padding, since every rank has to
+    take part in the collectives of a forward pass. It is cut into segments no longer than the longest of `sequences`,
+    so that it neither reaches a position nor costs attention that they do not.
 
     With context parallel everything in T and R is the part that `zigzag` gives to `cp_rank`; the rest is of whole
-    sequences. Old and reference log-probs are there when the sequences have them.
-    Errors: DataError for a sequence without prompt tokens.
+    sequences. Columns are there when the sequences have them.
+
+    Raises:
+        DataError: the first token of a sequence is trained on.
     """
     packed = [sequences[i] for i in index]
     for i, sequence in zip(index, packed, strict=True):
-        if sequence.prompt_length < 1:
-            raise DataError(f"sequence {i} has no prompt token to predict its first response token from; add a prompt")
-    padded = _padded([len(sequence.tokens) for sequence in sequences], rules)
+        if not len(sequence) or sequence.trained[0]:
+            raise DataError(f"sequence {i} has no prompt token to predict its first trained token from; add a prompt")
+    lengths, padded = [len(sequence) for sequence in packed], _padded([len(s) for s in sequences], rules)
     segments = [padded[i] for i in index]
     size = num_tokens or _packed_size(segments, rules)
     padding = size - sum(segments)
     assert padding >= 0 and size % _packed_size([], rules) == 0, f"{segments} cannot be padded to {size} tokens"
-    pieces = _cut(padding, max(padded, default=rules.sequence_multiple))
-    # A sequence that is all prompt predicts nothing.
-    rows, segments = packed + [Sequence([pad_id] * piece, piece) for piece in pieces], segments + pieces
+    segments = segments + _cut(padding, max(padded, default=rules.sequence_multiple))
+    cu_seqlens = torch.tensor([0, *segments]).cumsum(0)
 
-    targets_T = torch.tensor(_filled([_targets(row) for row in rows], segments, IGNORED))
+    # Where the sequences' tokens go, [sum of lengths].
+    first = cu_seqlens[: len(packed)] - torch.tensor([0, *lengths]).cumsum(0)[: len(packed)]
+    places = torch.repeat_interleave(first, torch.tensor(lengths, dtype=torch.int64)) + torch.arange(sum(lengths))
+
+    def laid_out(values: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> Tensor:
+        """[size, *shape]: a value for each token of the sequences, `fill` in the padding."""
+        empty = torch.full((size, *shape), fill, dtype=dtype)
+        return empty.index_copy(0, places, torch.cat([s.to(dtype) for s in values])) if values else empty
+
+    tokens_T = laid_out([s.tokens for s in packed], (), torch.int64, pad_id)
+    trained_T = laid_out([s.trained for s in packed], (), torch.bool, 0)
+    # No sequence begins with a trained token, so none is predicted from the sequence before it.
+    targets_T = torch.where(trained_T, tokens_T, IGNORED).roll(-1)
     held_T = zigzag(segments, cp_rank, cp_size)
-    # A response token's place in R, at the row that predicts it; then those of the rows held here.
+    # A trained token's place in R, at the row that predicts it; then those of the rows held here.
     scored_T = targets_T != IGNORED
     held_R = (scored_T.cumsum(0) - 1)[held_T][scored_T[held_T]]
-    response_lengths = [sequence.response_length for sequence in packed]
+    trained_lengths = [sequence.num_trained for sequence in packed]
+
+    columns = {}
+    for name, column in COLUMNS.items():
+        values = [sequence.columns[name] for sequence in packed if name in sequence.columns]
+        if len(values) < len(packed):
+            assert not values, f"some sequences of a micro-batch have {name}, others have none"
+            continue
+        counts = lengths if column.every_token else trained_lengths
+        assert [len(of_sequence) for of_sequence in values] == counts, f"{name} has not a value for each of its tokens"
+        dtype = column.dtype or (values[0].dtype if values else torch.float32)
+        if column.every_token:
+            columns[name] = laid_out(values, column.shape, dtype, column.fill)[held_T]
+        else:
+            columns[name] = torch.cat([torch.empty(0, *column.shape, dtype=dtype), *values])[held_R]
+
     return MicroBatch(
-        tokens_T=torch.tensor(_filled([row.tokens for row in rows], segments, pad_id))[held_T],
+        tokens_T=tokens_T[held_T],
         positions_T=torch.cat([torch.arange(length) for length in segments])[held_T],
         targets_T=targets_T[held_T],
-        cu_seqlens=torch.tensor([0, *segments]).cumsum(0).to(torch.int32),
+        cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=max(segments),
-        response_lengths=response_lengths,
+        trained_lengths=trained_lengths,
         rows_R=scored_T[held_T].nonzero().flatten(),
-        sequence_R=torch.repeat_interleave(torch.tensor(response_lengths, dtype=torch.int64))[held_R],
+        sequence_R=torch.repeat_interleave(torch.tensor(trained_lengths, dtype=torch.int64))[held_R],
         index=list(index),
         advantages_S=torch.tensor([sequence.advantage for sequence in packed], dtype=torch.float32),
-        old_log_probs_R=_joined([sequence.old_log_probs for sequence in packed], response_lengths, held_R),
-        ref_log_probs_R=_joined([sequence.ref_log_probs for sequence in packed], response_lengths, held_R),
+        columns=columns,
     )
 
 
@@ -207,26 +236,3 @@ def _cut(length: int, longest: int) -> list[int]:
     """`length` in pieces of `longest`, and what is left."""
     whole, rest = divmod(length, longest)
     return [longest] * whole + [rest] * (rest > 0)
-
-
-def _filled(rows: Iterable[list[int]], lengths: Iterable[int], fill: int) -> list[int]:
-    """The rows one behind the other, each filled up to its length."""
-    return [value for row, n in zip(rows, lengths, strict=True) for value in row + [fill] * (n - len(row))]
-
-
-def _targets(sequence: Sequence) -> list[int]:
-    """Each row's next token where that is a response token; the last row has none."""
-    prompt_rows = [IGNORED] * (sequence.prompt_length - 1)
-    targets = [*prompt_rows, *sequence.tokens[sequence.prompt_length :], IGNORED]
-    assert len(targets) == len(sequence.tokens), "the prompt is longer than the whole sequence"
-    return targets
-
-
-def _joined(log_probs: list[Tensor | None], response_lengths: list[int], held_R: Tensor) -> Tensor | None:
-    """Those held here of the sequences' log-probs; None when they have none. Without sequences: no elements."""
-    present = [values for values in log_probs if values is not None]
-    assert len(present) in (0, len(log_probs)), "some sequences of a micro-batch have log-probs, others have none"
-    if len(present) < len(log_probs):
-        return None
-    assert [len(values) for values in present] == response_lengths
-    return torch.cat([torch.empty(0), *present])[held_R]

@@ -1,12 +1,14 @@
-"""Where prompts come from, generated tasks or JSONL files, and the order in which a run takes them."""
+"""Where prompts come from: a table of sources, each a scheme and the function that opens it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.data.generated import GeneratedPrompts, find_task
 from gspo_megatron.data.jsonl import JsonlPrompts
 from gspo_megatron.data.tokenizers import Tokenizer
@@ -25,40 +27,105 @@ class PromptSource(Protocol):
     def __getitem__(self, index: int) -> Prompt: ...
 
 
-def load_prompts(
-    spec: str,
-    tokenizer: Tokenizer,
-    *,
-    split: str,
-    seed: int,
-    max_prompt_tokens: int,
-    size: int | None = None,
-    task_parameters: Mapping[str, Any] | None = None,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    solution_field: str | None = None,
-    prompt_template: str = "{prompt}",
-    overlong: str = "error",
-) -> PromptSource:
-    """The prompts that `spec` names: a generated task ("task:sort_digits") or the path of a JSONL file.
+@dataclass(frozen=True)
+class DataSpec:
+    """A source of prompts, and how it is read.
 
-    `split` ("train" or "eval"), `seed` and `task_parameters` concern tasks only; the fields, the template and
-    `overlong` files only. `size` is exact for a task's eval split and an upper bound for a file.
-    Errors: those of find_task, GeneratedPrompts and JsonlPrompts; ConfigError for a size below 1.
+    Attributes:
+        source: `scheme:name` (`task:sort_digits`) or the path of a file.
+        split: `train` or `eval`.
+        size: the number of prompts: exact for the eval split of a task, an upper bound for a file. None: all.
+        max_prompt_tokens: longest prompt.
+        task and the fields behind it: settings of section `data` of the same names, which not every source reads.
     """
-    if size is not None and size < 1:
-        raise ConfigError(f"{size} {split} prompts were asked for; expected at least 1")
-    if spec.startswith("task:"):
-        task = find_task(spec.removeprefix("task:"), **(task_parameters or {}))
-        return GeneratedPrompts(task, tokenizer, split=split, seed=seed, size=size, max_prompt_tokens=max_prompt_tokens)
+
+    source: str
+    split: str
+    max_prompt_tokens: int
+    size: int | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    solution_field: str | None = None
+    prompt_template: str = "{prompt}"
+    overlong: str = "error"
+
+    @property
+    def name(self) -> str:
+        """What stands behind the scheme."""
+        return self.source.removeprefix(f"{scheme_of(self.source)}:")
+
+
+class Source(NamedTuple):
+    """A row of SOURCES.
+
+    Attributes:
+        open: (spec, tokenizer, seed of the run) -> its prompts.
+        reads: the settings of section `data` that this source reads and others may not.
+        reward: (spec) -> the reward of a run that names none.
+    """
+
+    open: Callable[[DataSpec, Tokenizer, int], PromptSource]
+    reads: frozenset[str]
+    reward: Callable[[DataSpec], str]
+
+
+def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+    task, limit = find_task(spec.name, **spec.task), spec.max_prompt_tokens
+    return GeneratedPrompts(task, tokenizer, split=spec.split, seed=seed, size=spec.size, max_prompt_tokens=limit)
+
+
+def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
     return JsonlPrompts(
-        spec,
+        spec.name,
         tokenizer,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        solution_field=solution_field,
-        prompt_template=prompt_template,
-        max_prompt_tokens=max_prompt_tokens,
-        overlong=overlong,
-        size=size,
+        prompt_field=spec.prompt_field,
+        answer_field=spec.answer_field,
+        solution_field=spec.solution_field,
+        prompt_template=spec.prompt_template,
+        max_prompt_tokens=spec.max_prompt_tokens,
+        overlong=spec.overlong,
+        size=spec.size,
     )
+
+
+OF_FILES = frozenset({"prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"})
+SOURCES: dict[str, Source] = {
+    "task": Source(_open_task, frozenset({"task"}), lambda spec: find_task(spec.name, **spec.task).reward),
+    "jsonl": Source(_open_jsonl, OF_FILES, lambda spec: "exact_match"),
+}
+"""By scheme. A source without one is the path of a JSONL file."""
+
+
+def scheme_of(source: str) -> str:
+    """The row of SOURCES that `source` belongs to."""
+    scheme, colon, _ = source.partition(":")
+    return scheme if colon and scheme in SOURCES else "jsonl"
+
+
+def open_source(spec: DataSpec, tokenizer: Tokenizer, *, seed: int) -> PromptSource:
+    """The prompts of `spec`.
+
+    Raises:
+        ConfigError: a size below 1, or parameters that a task does not have.
+        DataError: no such task or file, or one that cannot be used.
+    """
+    if spec.size is not None and spec.size < 1:
+        raise ConfigError(f"{spec.size} {spec.split} prompts were asked for; expected at least 1")
+    return SOURCES[scheme_of(spec.source)].open(spec, tokenizer, seed)
+
+
+def checked_tokens(prompt: Prompt, response: Seq[int], vocab_size: int) -> list[int]:
+    """Prompt and response, one after the other.
+
+    Raises:
+        DataError: an id that the embedding has no row for.
+    """
+    tokens = [*prompt.tokens, *response]
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        position, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab_size)
+        raise DataError(
+            f"prompt {prompt.id} ({prompt.text[:60]!r}): token {position} of {len(tokens)} has id {token}, but "
+            f"model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}; is data.tokenizer that of the model?"
+        )
+    return tokens

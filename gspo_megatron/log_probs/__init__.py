@@ -9,6 +9,6 @@ blocks.py           the rows of a chunk against one shard, block by block, and w
 torch_kernels.py    the arithmetic of a block, element by element; triton_kernels.py the same for accelerators
 """
 
-from gspo_megatron.log_probs.linear import linear_log_probs, vocab_parallel_logits
+from gspo_megatron.log_probs.linear import Scoring, linear_log_probs, vocab_parallel_logits
 
-__all__ = ["linear_log_probs", "vocab_parallel_logits"]
+__all__ = ["Scoring", "linear_log_probs", "vocab_parallel_logits"]

@@ -17,7 +17,7 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,15 @@ from gspo_megatron.log_probs.shards import Shards, merge
 
 BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
 """Modules with the kernels of a block, see `blocks.Kernels`."""
+
+
+class Scoring(NamedTuple):
+    """How trained tokens are scored: the arguments of `linear_log_probs` of these names."""
+
+    temperature: float
+    with_entropy: bool = False
+    store_bytes: int = 0
+    skip_zero_rows: bool = True
 
 
 def linear_log_probs(

@@ -15,6 +15,7 @@ from gspo_megatron.base.protocols import Accept, Loss
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
+from gspo_megatron.log_probs import Scoring
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
@@ -26,8 +27,10 @@ from gspo_megatron.mcore.replica_check import differing_replicas
 class MegatronPolicy:
     """`Policy` of base/protocols.py on Megatron-Core, whatever the layout."""
 
-    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool) -> None:
+    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
+        """`scoring`: how an update scores trained tokens; `log_probs` goes by its temperature."""
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
+        self.scoring = scoring
         self._model = build_model(config, groups, device, use_te)
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
@@ -63,7 +66,7 @@ class MegatronPolicy:
         if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
         micro_batches = [self._here(m) for m in micro_batches]
-        scored = schedule.log_probs(chunks, self.groups, micro_batches, temperature=self.config.rollout.temperature)
+        scored = schedule.log_probs(chunks, self.groups, micro_batches, temperature=self.scoring.temperature)
         counts = [len(m.sequence_R) for m in micro_batches]
         joined = (
             torch.cat(scored)
@@ -82,7 +85,7 @@ class MegatronPolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
-        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self._scoring()))
+        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self.scoring))
         with self.device.optimizer_scope():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
@@ -105,18 +108,6 @@ class MegatronPolicy:
                 if clip_grad > 0 and (parameters := part.get_parameters()):
                     clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
             self.optimizer.step_with_ready_grads()
-
-    def _scoring(self) -> schedule.Scoring:
-        config, a = self.config, self.config.algorithm
-        return schedule.Scoring(
-            temperature=config.rollout.temperature,
-            with_entropy=True,
-            # The gradient of an entropy needs the logits themselves.
-            store_bytes=0 if a.entropy_coef else int(config.train.log_prob_store_gib * 2**30),
-            # The one update of a rollout batch finds its own ratios, which are 1: the clip holds nothing.
-            skip_zero_rows=config.train.skip_zero_gradient
-            and (a.updates_per_rollout > 1 or a.old_log_probs == "rollout"),
-        )
 
     def differing_replicas(self) -> list[str]:
         """See `Policy.differing_replicas`."""

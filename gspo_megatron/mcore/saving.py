@@ -2,6 +2,7 @@
 
     rank_00000.safetensors ...   a file for each process, with its shards (see checkpoint/shards.py), by global names:
                                  policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME
+    step_00000.safetensors ...   inside a step, a file for each process: its share of the tokens, old log-probs, ...
     run.json                     numbers and text: Adam's step count, the random generators of every process, what the
                                  model is, versions, the trainer's state
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +32,11 @@ from torch import Tensor
 from gspo_megatron import __version__
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.protocols import SavedState
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.manifest import FORMAT
 from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
+from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
@@ -56,6 +60,7 @@ POLL_S = 0.02
 """How often the processes ask one another whether one of them still works on files."""
 
 Result = TypeVar("Result")
+State = TypeVar("State")
 Keyed = tuple[str, Shard, Tensor]
 """A key of a checkpoint file, the shard, its elements."""
 
@@ -100,18 +105,21 @@ class MegatronCheckpoints:
 
     # ------------------------------------------------------------------------------------------------------- saving
 
-    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
-        """Keeps the policy, the optimizer, the reference and `state` (JSON).
+    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
+        """Keeps the policy, the optimizer, the reference and `state`.
 
         With `wait`, the checkpoint is complete on return. Otherwise it is a copy in host memory, which a thread writes:
         it is complete after `finish`, and a failure is raised there. Raises CheckpointError, on all ranks.
         """
         self.finish()
         tensors = list(self._to_write())
-        num_bytes = sum(self._from_all(sum(elements.nbytes for _, _, elements in tensors)))
+        of_state = state.tensors()
+        own_bytes = sum(elements.nbytes for _, _, elements in tensors) + sum(x.nbytes for x in of_state.values())
+        num_bytes = sum(self._from_all(own_bytes))
         directory = self._on_main(lambda: self.store.begin(position, num_bytes))
         about = {
-            "state": state,
+            "format": FORMAT,
+            "state": state.to_json() if self.groups.is_main else None,
             "policy_version": self.policy.version,
             "adam_step": get_step_count(self.policy.optimizer),
             "has_reference": self.policy.reference is not None,
@@ -122,7 +130,7 @@ class MegatronCheckpoints:
         }
         if not wait:
             tensors = self._host.of(tensors)
-        self._saving = Saving(directory, self._writer.submit(self._write, directory, about, tensors))
+        self._saving = Saving(directory, self._writer.submit(self._write, directory, about, tensors, of_state))
         if wait:
             self.finish()
 
@@ -143,8 +151,12 @@ class MegatronCheckpoints:
                 commit = partial(self.store.commit, saving.directory) if self.groups.is_main else lambda: None
                 self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
 
-    def _write(self, directory: Path, about: dict[str, Any], tensors: Sequence[Keyed]) -> None:
+    def _write(
+        self, directory: Path, about: dict[str, Any], tensors: Sequence[Keyed], of_state: Mapping[str, Tensor]
+    ) -> None:
         write_shards(directory / _file_name(dist.get_rank()), tensors)
+        if of_state:
+            write_tensors(directory / f"step_{dist.get_rank():05d}.safetensors", of_state)
         if self.groups.is_main:
             (directory / "run.json").write_text(json.dumps(about))
 
@@ -180,8 +192,9 @@ class MegatronCheckpoints:
 
     # ------------------------------------------------------------------------------------------------------ loading
 
-    def load(self, which: str) -> dict[str, Any] | None:
-        """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it.
+    def load(self, which: str, read_state: Callable[[dict[str, Any], list[dict[str, Tensor]]], State]) -> State | None:
+        """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it, as
+        `read_state` makes it of its JSON and of the tensors of all processes.
 
         The layout, the optimizer's cut and the number format may be others than those it was saved from. Raises
         CheckpointError when the one that is meant is damaged, or of another model.
@@ -192,11 +205,17 @@ class MegatronCheckpoints:
         if path is None:
             return None
         about = self._on_main(lambda: _read_json(path / "run.json"))
+        if about.get("format", 1) < FORMAT:
+            self.warn(
+                f"{path} has format {about.get('format', 1)}, written by gspo_megatron "
+                f"{about['versions']['gspo_megatron']}; it is loaded, and the next save has format {FORMAT}"
+            )
         self._check_model(path, about["model"])
         if about["has_reference"]:
             self.policy.freeze_reference()
-        failure = None
+        failure, of_state = None, []
         try:
+            of_state = [read_tensors(file) for file in sorted(path.glob("step_*.safetensors"))]
             self._read(ShardFiles([path / _file_name(rank) for rank in range(about["num_files"])]))
         except CheckpointError as error:
             failure = error
@@ -205,7 +224,7 @@ class MegatronCheckpoints:
         if len(about["random"]) == dist.get_world_size():
             self.policy.device.set_random_state(about["random"][dist.get_rank()])
         self.policy.version = about["policy_version"]
-        return about["state"]
+        return read_state(about["state"], of_state)
 
     @torch.no_grad()
     def _read(self, files: ShardFiles) -> None:

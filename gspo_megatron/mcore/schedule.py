@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -25,7 +25,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import MicroBatch, UpdateBatch
 from gspo_megatron.base.metrics import Metric
 from gspo_megatron.base.protocols import Loss
-from gspo_megatron.log_probs import linear_log_probs
+from gspo_megatron.log_probs import Scoring, linear_log_probs
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import wait_for_weight
@@ -34,15 +34,6 @@ from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 ModelInput = tuple[Tensor, PackedTokens]
 Chunks = Sequence[Any]
 """This rank's parts of the model, wrapped for training or bare."""
-
-
-class Scoring(NamedTuple):
-    """How response tokens are scored; see `linear_log_probs`."""
-
-    temperature: float
-    with_entropy: bool = False
-    store_bytes: int = 0
-    skip_zero_rows: bool = True
 
 
 def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring) -> list[dict[str, Metric]]:

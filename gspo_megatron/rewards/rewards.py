@@ -6,8 +6,9 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Rollout
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
@@ -16,13 +17,29 @@ from gspo_megatron.rewards.rules import REWARDS, RewardFunction
 LISTED_ERRORS = 3
 
 
+class Score(NamedTuple):
+    """What a rollout is worth: the weighted sum, the raw value of every reward by name, and what went wrong."""
+
+    reward: float
+    terms: dict[str, float]
+    error: str = ""
+
+
+class Reward(Protocol):
+    """Judges a batch of rollouts, whose text has been decoded."""
+
+    def score(self, rollouts: Seq[Rollout]) -> list[Score]:
+        """One score for each rollout, in order. A reward of NaN says that a rollout could not be judged, and `error`
+        why: the run stops then."""
+
+
 class Rewards:
     """reward = sum_f weight_f * f(prompt, response, answer), over the functions f of a run.
 
     `functions` maps names of REWARDS, or a user's `module:function`, to weights; weight 0 only measures. `accuracy` is
     the function that decides whether a response is right (default: the first one). A function that raises, or returns
-    anything but a finite number, is noted in `rollout.reward_error`; with on_error="count" it then gives 0, with
-    "stop" NaN, for `raise_errors` to stop the run.
+    anything but a finite number, is noted in the score's `error`; with on_error="count" it then gives 0, with "stop"
+    NaN, for `refuse_unjudged` to stop the run.
     Errors: ConfigError for an unknown name, a function that cannot be imported or called, a weight that is not finite.
     """
 
@@ -44,41 +61,48 @@ class Rewards:
             )
         self._stop = on_error == "stop"
 
-    def score(self, rollouts: Iterable[Rollout]) -> None:
-        """Fills `reward_terms` (raw values, before weights), `reward` and `reward_error` in place."""
-        for rollout in rollouts:
-            errors = []
-            rollout.reward_terms = {}
-            for name, function in self._functions.items():
-                try:
-                    value = _call(function, rollout)
-                except Exception as error:
-                    value = math.nan if self._stop else 0.0
-                    errors.append(f"reward {name!r} failed: {type(error).__name__}: {error}")
-                rollout.reward_terms[name] = value
-            rollout.reward = sum(weight * rollout.reward_terms[name] for name, weight in self._weights.items())
-            rollout.reward_error = "; ".join(errors)
+    def score(self, rollouts: Seq[Rollout]) -> list[Score]:
+        """See `Reward.score`. The terms are raw values, before weights."""
+        return [self._score(rollout) for rollout in rollouts]
 
-    def raise_errors(self, rollouts: Iterable[Rollout]) -> None:
-        """Raises DataError when a rollout has a reward_error and on_error is "stop".
-
-        Apart from `score`, so that all ranks can gather their rollouts first and then stop together.
-        """
-        failed = [rollout for rollout in rollouts if rollout.reward_error]
-        if not failed or not self._stop:
-            return
-        listed = "\n".join(
-            f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
-            for rollout in failed[:LISTED_ERRORS]
-        )
-        raise DataError(
-            f"{len(failed)} rollouts could not be judged; mend the reward or the data, or set reward.on_error=count to "
-            f"give such a reward 0. The first of them:\n{listed}"
-        )
+    def _score(self, rollout: Rollout) -> Score:
+        terms, errors = {}, []
+        for name, function in self._functions.items():
+            try:
+                terms[name] = _call(function, rollout)
+            except Exception as error:
+                terms[name] = math.nan if self._stop else 0.0
+                errors.append(f"reward {name!r} failed: {type(error).__name__}: {error}")
+        total = sum(weight * terms[name] for name, weight in self._weights.items())
+        return Score(total, terms, "; ".join(errors))
 
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""
         return float(rollout.reward_terms[self._accuracy] >= 1)
+
+
+def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
+    """Fills `reward`, `reward_terms` and `reward_error` of the rollouts in place."""
+    for rollout, score in zip(rollouts, reward.score(rollouts), strict=True):
+        rollout.reward, rollout.reward_terms, rollout.reward_error = score
+
+
+def refuse_unjudged(rollouts: Iterable[Rollout]) -> None:
+    """Raises DataError when a rollout has an error and a reward of NaN.
+
+    Apart from `score`, so that all ranks can gather their rollouts first and then stop together.
+    """
+    failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
+    if not failed:
+        return
+    listed = "\n".join(
+        f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
+        for rollout in failed[:LISTED_ERRORS]
+    )
+    raise DataError(
+        f"{len(failed)} rollouts could not be judged; mend the reward or the data, or set reward.on_error=count to "
+        f"give such a reward 0. The first of them:\n{listed}"
+    )
 
 
 def find_reward(name: str) -> RewardFunction:

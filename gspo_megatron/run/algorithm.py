@@ -1,23 +1,86 @@
-"""The algorithm that the settings name."""
+"""The algorithm that the settings name, and the facts about it that the rest of a run asks for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gspo_megatron.config.sections import Config
-from gspo_megatron.objective import (
-    Variant,
-    resolve_variant,
-)
-from gspo_megatron.rewards.rewards import Rewards
+from gspo_megatron.log_probs import Scoring
+from gspo_megatron.objective import PolicyObjective, Variant, resolve_variant
 
 
-def variant_of(config: Config) -> Variant:
-    """The algorithm that the settings name, with their overrides. Raises ConfigError for one that makes no sense."""
-    a = config.algorithm
-    return resolve_variant(
-        a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
-    )
+@dataclass(frozen=True)
+class Algorithm:
+    """What is minimised, and how rollouts are used for it.
 
+    Attributes:
+        variant: the row of the table of algorithms, with the settings' overrides.
+        updates_per_rollout: mini-batches that a rollout batch is cut into, each used for one update.
+        old_log_probs: who tells the log-probs of the policy that a step began with: a pass of the `trainer`, the
+            `sampler`, or the `update` itself, where a rollout batch has only one.
+        balances_load: the router's load-balancing loss is on; every token has a gradient then.
+        skip_zero_gradient: leave out what has no gradient, where that is possible.
+        temperature: of the distribution that is sampled and scored, softmax(z / temperature).
+        cache_bytes: memory in which log-probs may keep exponentials for their backward.
+    """
 
-def rewards_of(config: Config) -> Rewards:
-    """The rewards that the settings name. Raises ConfigError for a name or function that cannot be used."""
-    return Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    variant: Variant
+    kl_estimator: str
+    entropy_coef: float
+    updates_per_rollout: int
+    old_log_probs: str
+    balances_load: bool
+    skip_zero_gradient: bool
+    temperature: float
+    cache_bytes: int
+
+    @classmethod
+    def of(cls, config: Config) -> Algorithm:
+        """Raises ConfigError for a name or a combination that makes no sense."""
+        a = config.algorithm
+        variant = resolve_variant(
+            a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
+        )
+        by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1
+        return cls(
+            variant=variant,
+            kl_estimator=a.kl_estimator,
+            entropy_coef=a.entropy_coef,
+            updates_per_rollout=a.updates_per_rollout,
+            old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
+            balances_load=config.model.aux_loss_coef > 0,
+            skip_zero_gradient=config.train.skip_zero_gradient,
+            temperature=config.rollout.temperature,
+            cache_bytes=int(config.train.log_prob_store_gib * 2**30),
+        )
+
+    @property
+    def objective(self) -> PolicyObjective:
+        return PolicyObjective(self.variant, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the policy, as the first step found it, is kept and scored."""
+        return self.variant.kl_coef > 0
+
+    @property
+    def scores_old(self) -> bool:
+        """Whether a forward pass ahead of the updates scores the old log-probs."""
+        return self.old_log_probs == "trainer"
+
+    @property
+    def drops_zero_advantage(self) -> bool:
+        """Whether sequences of advantage 0 stay out of an update: nothing but the advantage gives them a gradient."""
+        return self.skip_zero_gradient and not (self.needs_reference or self.entropy_coef or self.balances_load)
+
+    @property
+    def scoring(self) -> Scoring:
+        """How an update scores trained tokens."""
+        return Scoring(
+            temperature=self.temperature,
+            with_entropy=True,
+            # The gradient of an entropy needs the logits themselves.
+            store_bytes=0 if self.entropy_coef else self.cache_bytes,
+            # An update that tells its own old log-probs finds ratios of 1: the clip holds nothing.
+            skip_zero_rows=self.skip_zero_gradient and self.old_log_probs != "update",
+        )

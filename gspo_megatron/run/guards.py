@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gspo_megatron.base.batches import Prompt, Rollout, Sequence
-from gspo_megatron.base.errors import DataError, GuardError
+import torch
+
+from gspo_megatron.base.batches import COLUMNS, Rollout, Sequence
+from gspo_megatron.base.errors import GuardError
 from gspo_megatron.base.metrics import Metric
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.run_directory import RunWriter
-from gspo_megatron.run.step_state import StepState, listed, rollout_row
+from gspo_megatron.run.state import GuardState
+from gspo_megatron.run.step_state import StepState, rollout_row
 
 WINDOW, FEWEST = 20, 5
 """Updates whose gradient norms a new one is held against, and how many there must be."""
@@ -47,16 +49,16 @@ class Guards:
         ranks: Ranks,
         writer: RunWriter | None,
         warn: Callable[[str], None],
-        state: Mapping[str, Any] | None = None,
+        state: GuardState | None = None,
     ) -> None:
         self.settings, self.ranks, self.writer, self.warn = config.guards, ranks, writer, warn
         self.folder = Path(config.run.dir) / "guards"
-        self.grad_norms: list[float] = list(state["grad_norms"]) if state else []
-        self.skipped_in_a_row: int = state["skipped_in_a_row"] if state else 0
+        state = state or GuardState()
+        self.grad_norms, self.skipped_in_a_row = list(state.grad_norms), state.skipped_in_a_row
         self.objection: Objection | None = None
 
-    def state(self) -> dict[str, Any]:
-        return {"grad_norms": self.grad_norms, "skipped_in_a_row": self.skipped_in_a_row}
+    def state(self) -> GuardState:
+        return GuardState(tuple(self.grad_norms), self.skipped_in_a_row)
 
     def begin(self) -> None:
         """The loss is another one from here on: what its gradients are usually like is not known yet."""
@@ -107,23 +109,26 @@ class Guards:
 
     # ------------------------------------------------------------------------------------------------------- a step
 
-    def check_log_probs(self, step: StepState) -> None:
-        """Raises GuardError where a log-prob of the step is not finite: the sampler's, an old or a reference one."""
+    def check_columns(self, step: StepState) -> None:
+        """Raises GuardError where a value that must be finite is not: a log-prob of the sampler, or one of the step's
+        columns."""
         of_sampler = (log_prob for rollout in step.rollouts for log_prob in rollout.log_probs)
         micro_batches = [m for batch in step.batches for m in batch.micro_batches]
-        scored = [v for m in micro_batches for v in (m.old_log_probs_R, m.ref_log_probs_R) if v is not None]
-        finite = all(map(math.isfinite, of_sampler)) and all(bool(values.isfinite().all()) for values in scored)
+        values = [v for m in micro_batches for name, v in m.columns.items() if COLUMNS[name].finite]
+        finite = all(map(math.isfinite, of_sampler)) and all(bool(v.isfinite().all()) for v in values)
         if not self.ranks.any_rank(not finite):
             return
         step.collect_columns(self.ranks)
         pairs = zip(step.rollouts, step.sequences, strict=True)
-        offenders = [(rollout, s) for rollout, s in pairs if broken_log_prob(rollout, s)]
-        first = broken_log_prob(*offenders[0]) if offenders else "a log-prob is not finite on a rank that shares none"
-        path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, [s for _, s in offenders]))
+        offenders = [i for i, (rollout, sequence) in enumerate(pairs) if not_finite(rollout, sequence)]
+        first = "a log-prob is not finite on a rank that shares none"
+        if offenders:
+            first = not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
+        path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, offenders))
         raise GuardError(
-            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have such a one: {path}. "
-            "The weights, or the forward pass that scored or sampled, are broken: continue from an earlier checkpoint, "
-            "with a lower optimizer.lr or another precision.dtype"
+            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have one that is not: "
+            f"{path}. The weights, or the forward pass that scored or sampled, are broken: continue from an earlier "
+            "checkpoint, with a lower optimizer.lr or another precision.dtype"
         )
 
     def check_ratio_noise(self, step: int, noise: float) -> None:
@@ -154,39 +159,28 @@ class Guards:
         return self.folder / f"{file}.jsonl"
 
 
-def rows_of(step: StepState, sequences: Seq[Sequence]) -> list[dict[str, Any]]:
-    """The rollouts behind `sequences` of the step, with advantages, old and reference log-probs."""
-    wanted = set(map(id, sequences))
+def rows_of(step: StepState, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """The rollouts behind these sequences of the step, in order, with advantages and columns."""
     return [
-        rollout_row(rollout, s) | {"old_log_probs": listed(s.old_log_probs), "ref_log_probs": listed(s.ref_log_probs)}
-        for rollout, s in zip(step.rollouts, step.sequences, strict=True)
-        if id(s) in wanted
+        rollout_row(step.rollouts[i], sequence)
+        | {name: sequence.columns[name].tolist() if name in sequence.columns else None for name in COLUMNS}
+        for i, sequence in ((i, step.sequences[i]) for i in sorted(numbers))
     ]
 
 
-def broken_log_prob(rollout: Rollout, sequence: Sequence) -> str:
-    """Which of the log-probs of a response is the first that is not finite; empty where all are."""
-    for name, log_probs in (
-        ("sampler's", rollout.log_probs),
-        ("old", listed(sequence.old_log_probs)),
-        ("reference", listed(sequence.ref_log_probs)),
-    ):
-        for position, log_prob in enumerate(log_probs or ()):
-            if not math.isfinite(log_prob):
-                return (
-                    f"the {name} log-prob of token {position} of the response (id {rollout.tokens[position]}) of "
-                    f"rollout {rollout.id}, prompt {rollout.prompt.id}, is {log_prob}"
-                )
+def not_finite(rollout: Rollout, sequence: Sequence) -> str:
+    """Which value of a response is the first that is not finite and must be; empty where all are."""
+    of_columns = ((COLUMNS[name], values) for name, values in sequence.columns.items())
+    checked = [("sampler's log-prob", torch.tensor(rollout.log_probs), False)]
+    checked += [(column.title, values, column.every_token) for column, values in of_columns if column.finite]
+    for title, values, every_token in checked:
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            place = at[0]
+            token = sequence.tokens[place] if every_token else sequence.tokens[sequence.trained][place]
+            return (
+                f"the {title} of token {place} of the {'sequence' if every_token else 'response'} (id {int(token)}) of "
+                f"rollout {rollout.id}, prompt {rollout.prompt.id}, is {float(values[at])}"
+            )
     return ""
-
-
-def checked_tokens(prompt: Prompt, response: Seq[int], vocab_size: int) -> list[int]:
-    """Prompt and response, one behind the other. Raises DataError for an id that the embedding has no row for."""
-    tokens = [*prompt.tokens, *response]
-    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-        position, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab_size)
-        raise DataError(
-            f"prompt {prompt.id} ({prompt.text[:60]!r}): token {position} of {len(tokens)} has id {token}, but "
-            f"model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}; is data.tokenizer that of the model?"
-        )
-    return tokens

@@ -1,44 +1,104 @@
-"""How a run continues from a checkpoint."""
+"""How a run goes on: from its beginning, or from what a checkpoint holds."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.state import RunState, settings_of
+
+FREE_SECTIONS = ("run", "parallel", "checkpoint", "logging")
+"""Settings that a run may change without another future."""
+CUTTING = (
+    "run.seed",
+    "rollout.group_size",
+    "rollout.prompts_per_step",
+    "algorithm.updates_per_rollout",
+    "algorithm.variant",
+    "algorithm.kl_coef",
+    "algorithm.entropy_coef",
+    "model.aux_loss_coef",
+    "train.skip_zero_gradient",
+)
+"""What cuts a step's rollouts into updates, and decides which of them take part."""
 
 
-def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
+@dataclass(frozen=True)
+class Continuation:
+    """How a run goes on.
+
+    Attributes:
+        state: what it continues from. None: it begins.
+        own: whether `state` is from this run's own directory. Otherwise what an earlier run left there is moved aside.
+        is_newest: whether it is the newest there. Any other is saved again, so that it becomes that.
+        changed: settings that are not what they were, `optimizer.lr: 0.001, was 0.003`.
+    """
+
+    state: RunState | None = None
+    own: bool = False
+    is_newest: bool = False
+    changed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, state: RunState | None, config: Config, algorithm: Algorithm, *, has_reference: bool) -> Continuation:
+        """From what checkpoint.load named; `has_reference`: whether a reference policy was loaded with it.
+
+        Raises:
+            CheckpointError: the settings need what the checkpoint does not have, or would cut the step that it is
+                inside of otherwise.
+        """
+        if state is None:
+            return cls()
+        if state.began and algorithm.needs_reference and not has_reference:
+            raise CheckpointError(
+                f"checkpoint.load={config.checkpoint.load}: that run had no reference policy, so algorithm.kl_coef "
+                "above 0 has nothing to compare with; set algorithm.kl_coef=0, or start from the beginning with "
+                "checkpoint.load=none"
+            )
+        load = config.checkpoint.load
+        in_own_directory = Path(load).resolve().parent == (Path(config.run.dir) / CHECKPOINTS).resolve()
+        changed = tuple(changed_settings(state, config))
+        return cls(state, own=load == "latest" or in_own_directory, is_newest=load == "latest", changed=changed)
+
+    @property
+    def first_step(self) -> int:
+        """Rows of metrics from this step on are still to be written."""
+        return self.state.position.steps + 1 if self.state and self.state.began else 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether what an earlier run left in the directory is moved aside."""
+        return not (self.state and self.own)
+
+
+def changed_settings(state: RunState, config: Config) -> list[str]:
     """`optimizer.lr: 0.001, was 0.003` for every setting that decides the run's future and is not what it was.
 
-    Raises CheckpointError where a step under way was begun with settings that cut its rollouts otherwise.
+    Raises:
+        CheckpointError: the state is inside a step that was begun with settings that cut its rollouts otherwise.
     """
-    changed = []
-    for section, was in state["config"].items():
-        now = asdict(getattr(config, section))
-        if section not in ("run", "parallel", "checkpoint", "logging"):
-            changed += [f"{section}.{k}: {now[k]!r}, was {was[k]!r}" for k in now if k in was and was[k] != now[k]]
-    if state["config"]["run"]["seed"] != config.run.seed:
-        changed.append(f"run.seed: {config.run.seed}, was {state['config']['run']['seed']}")
-    # What cuts a step's rollouts into updates, and which of them take part.
-    cuts = (
-        *("run.seed", "rollout.group_size", "rollout.prompts_per_step", "algorithm.updates_per_rollout"),
-        *(
-            "algorithm.variant",
-            "algorithm.kl_coef",
-            "algorithm.entropy_coef",
-            "model.aux_loss_coef",
-            "train.skip_zero_gradient",
-        ),
-    )
-    if state["step"] and (wrong := [text for text in changed if text.startswith(cuts)]):
+    now: Mapping[str, Any] = settings_of(asdict(config))
+    changed = {
+        name: f"{name}: {value!r}, was {state.settings[name]!r}"
+        for name, value in now.items()
+        if name in state.settings
+        and state.settings[name] != value
+        and (name == "run.seed" or name.partition(".")[0] not in FREE_SECTIONS)
+    }
+    wrong = [text for name, text in changed.items() if name in CUTTING]
+    if state.step is not None and wrong:
         raise CheckpointError(
             f"this checkpoint is inside a step that was begun with other settings ({'; '.join(wrong)}); put them back "
             "until the next step is saved, or load an earlier checkpoint"
         )
-    return changed
+    return list(changed.values())
 
 
 def describe(position: Position) -> str:

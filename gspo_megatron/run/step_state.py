@@ -1,13 +1,19 @@
-"""The step under way: what it holds between its updates, and how a checkpoint keeps it.
+"""The state of a step: what it holds between its updates, and how a checkpoint keeps it.
 
 Old log-probs are those of the policy as the step found it, which is gone after the first update. So a run that is
-stopped between two updates keeps the step's rollouts with their rewards, advantages and log-probs, and its metrics.
+stopped between two updates keeps the step's rollouts with their rewards, advantages and columns, and its metrics.
+
+Tokens and columns are kept as tensors, of which every process writes a share: of the tokens, which all have, an equal
+part, and of the columns those of its own micro-batches. A value is found again by the place of its token, counted over
+all sequences of the step.
+
+S  sequences of the step      L  tokens of all of them      R  trained tokens
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,20 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.batches import COLUMNS, MicroBatch, Prompt, Rollout, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.base.metrics import Metric, merge, on_host
 from gspo_megatron.base.protocols import Ranks
+
+Values = dict[str, tuple[Tensor, Tensor]]
+"""Column name -> (places of tokens, a value for each)."""
 
 
 @dataclass
 class StepState:
-    """Rollout groups, a trainable sequence for each rollout, and the updates: the sequences of each, what of it this
-    rank computes, and the metrics of those that are done, as this rank has them."""
+    """Rollout groups, a trainable sequence for each rollout, and the updates.
+
+    Attributes:
+        mini_batches: of each update, which sequences take part in it.
+        batches: of each update, what this rank computes.
+        updates: metrics of the updates that are done, as this rank has them.
+    """
 
     number: int
     groups: list[RolloutGroup]
     sequences: list[Sequence]
-    mini_batches: list[list[Sequence]] = field(default_factory=list)
+    mini_batches: list[list[int]] = field(default_factory=list)
     batches: list[UpdateBatch] = field(default_factory=list)
     updates: list[dict[str, Metric]] = field(default_factory=list)
 
@@ -36,15 +51,12 @@ class StepState:
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
-    def row(self, reduced: dict[str, float], accuracy: Callable[[Rollout], float]) -> dict[str, Any]:
-        """Metrics of the step: the updates' `reduced` ones, and those of its rollouts."""
+    def metrics(self, accuracy: Callable[[Rollout], float]) -> dict[str, Any]:
+        """What the rollouts of the step tell, for its row of metrics."""
         rollouts, size = self.rollouts, len(self.groups[0].rollouts)
         groups = [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
         rewards = [r.reward for r in rollouts]
         return {
-            "step": self.number,
-            **reduced,
-            "kl/ref": reduced.get("kl/ref"),
             "reward/mean": statistics.fmean(rewards),
             "reward/std": statistics.pstdev(rewards),
             "reward/errors": sum(bool(r.reward_error) for r in rollouts),
@@ -52,74 +64,175 @@ class StepState:
             "response_length/mean": statistics.fmean(len(r.tokens) for r in rollouts),
             "truncated_fraction": statistics.fmean(r.truncated for r in rollouts),
             "groups/zero_variance_fraction": statistics.fmean(not any(s.advantage for s in g) for g in groups),
-            "tokens": sum(len(s.tokens) for s in self.sequences),
+            "tokens": sum(len(s) for s in self.sequences),
             **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
         }
 
-    def state(self, ranks: Ranks) -> dict[str, Any]:
-        """Plain numbers and text, the same on every process. Collective. A float64 survives JSON to the last bit."""
-        self.collect_columns(ranks)
-        mine = [{name: tuple(metric) for name, metric in on_host(update).items()} for update in self.updates]
+    # ---------------------------------------------------------------------------------------------------- its columns
+
+    def column_values(self) -> Values:
+        """The columns of this rank's micro-batches."""
+        lengths_S = torch.tensor([len(s) for s in self.sequences], dtype=torch.int64)
+        starts_S = lengths_S.cumsum(0) - lengths_S
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for mini_batch, batch in zip(self.mini_batches, self.batches, strict=True):
+            numbers = torch.tensor(mini_batch, dtype=torch.int64)
+            for m in batch.micro_batches:
+                own = numbers[m.index]
+                for name in m.columns:
+                    found.setdefault(name, []).append(_places_and_values(m, starts_S[own], lengths_S[own], name))
         return {
-            "number": self.number,
-            "prompts": [asdict(group.prompt) for group in self.groups],
-            "rollouts": [[_without_prompt(rollout) for rollout in group.rollouts] for group in self.groups],
-            "advantages": [s.advantage for s in self.sequences],
-            "old_log_probs": [listed(s.old_log_probs) for s in self.sequences],
-            "ref_log_probs": [listed(s.ref_log_probs) for s in self.sequences],
-            "updates": ranks.gather([mine]),
+            name: (torch.cat([at for at, _ in parts]), torch.cat([values for _, values in parts]))
+            for name, parts in found.items()
         }
 
-    @classmethod
-    def of_state(cls, state: dict[str, Any], ranks: Ranks, dtype: torch.dtype) -> StepState:
-        """What `state` wrote, on this rank of a layout that may be another one. Its batches are still to be packed.
+    def collect_columns(self, ranks: Ranks) -> None:
+        """Gives every sequence its columns, which are spread over the micro-batches of the ranks. Collective."""
+        self.set_columns(ranks.gather([self.column_values()]))
 
-        Metrics return to the rank they came from; where the number of reporters is another one, all to the first.
+    def set_columns(self, shares: Seq[Values]) -> None:
+        """Gives the sequences what the shares of all ranks hold of their columns.
+
+        Raises:
+            CheckpointError: a sequence has a value for some of its tokens, and none for others.
         """
+        lengths = [len(s) for s in self.sequences]
+        trained_L = torch.cat([torch.empty(0, dtype=torch.bool), *(s.trained for s in self.sequences)])
+        for name, column in COLUMNS.items():
+            parts = [share[name] for share in shares if name in share and len(share[name][0])]
+            if not parts:
+                continue
+            values_L = torch.full((sum(lengths), *column.shape), column.fill, dtype=parts[0][1].dtype)
+            known_L = torch.zeros(sum(lengths), dtype=torch.bool)
+            for at, values in parts:
+                values_L[at], known_L[at] = values, True
+            wanted_L = torch.ones_like(trained_L) if column.every_token else trained_L
+            of_each = zip(values_L.split(lengths), known_L.split(lengths), wanted_L.split(lengths), strict=True)
+            for number, (sequence, (values, known, wanted)) in enumerate(zip(self.sequences, of_each, strict=True)):
+                known = known & wanted
+                if not known.any():
+                    continue
+                if not torch.equal(known, wanted):
+                    raise CheckpointError(
+                        f"{name} of sequence {number} of step {self.number} is known for {int(known.sum())} of "
+                        f"{int(wanted.sum())} tokens; continue from an earlier checkpoint"
+                    )
+                sequence.columns[name] = values[wanted]
+
+    # ----------------------------------------------------------------------------------------------- in a checkpoint
+
+    def snapshot(self, ranks: Ranks) -> StepSnapshot:
+        """What a checkpoint keeps. Collective: `about` is the same on every process, `tensors` are this one's share."""
+        mine = [{name: tuple(metric) for name, metric in on_host(update).items()} for update in self.updates]
+        about = {
+            "number": self.number,
+            "prompts": [asdict(group.prompt) for group in self.groups],
+            "rollouts": [[_without_tokens(rollout) for rollout in group.rollouts] for group in self.groups],
+            "updates": ranks.gather([mine]),
+        }
+        tensors: dict[str, Tensor] = {}
+        if ranks.is_reporter:
+            own, size = _place_among_reporters(ranks)
+            first, last = (len(self.sequences) * i // size for i in (own, own + 1))
+            sequences, rollouts = self.sequences[first:last], self.rollouts[first:last]
+            tensors = {
+                "first_sequence": torch.tensor([first]),
+                "lengths_S": torch.tensor([len(s) for s in sequences], dtype=torch.int64),
+                "advantages_S": torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
+                "tokens_L": torch.cat([torch.empty(0, dtype=torch.int32), *(s.tokens.int() for s in sequences)]),
+                "trained_L": torch.cat([torch.empty(0, dtype=torch.bool), *(s.trained for s in sequences)]),
+                "sampler_log_probs_R": torch.tensor([p for r in rollouts for p in r.log_probs], dtype=torch.float64),
+            }
+            for name, (at, values) in self.column_values().items():
+                tensors |= {f"{name}.places": at, f"{name}.values": values.cpu()}
+        return StepSnapshot(about, tensors)
+
+    @classmethod
+    def restore(
+        cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]], ranks: Ranks, dtype: torch.dtype
+    ) -> StepState:
+        """What the snapshots of all processes kept, on this rank of a layout that may be another one. Its batches are
+        still to be packed. `dtype` is that of log-probs here.
+
+        Metrics return to the rank they came from; where the number of reporters is another one, all go to the first.
+        """
+        shares = sorted((s for s in shares if s), key=lambda share: int(share["first_sequence"]))
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([share[name] for share in shares])
+
+        lengths = joined("lengths_S").tolist()
+        tokens, trained = joined("tokens_L").long().split(lengths), joined("trained_L").split(lengths)
+        advantages = joined("advantages_S").tolist()
+        sequences = [Sequence(*of_one) for of_one in zip(tokens, trained, advantages, strict=True)]
+        sampled = iter(joined("sampler_log_probs_R").split([s.num_trained for s in sequences]))
+        numbers = iter(sequences)
         groups = []
-        for prompt, rollouts in zip(state["prompts"], state["rollouts"], strict=True):
+        for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
             asked = Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])})
-            groups.append(RolloutGroup(asked, [Rollout(prompt=asked, **rollout) for rollout in rollouts]))
-        step = cls(state["number"], groups, [])
-        columns = (state["advantages"], state["old_log_probs"], state["ref_log_probs"])
-        for rollout, advantage, old, ref in zip(step.rollouts, *columns, strict=True):
-            tokens, prompt_length = [*rollout.prompt.tokens, *rollout.tokens], len(rollout.prompt.tokens)
-            step.sequences.append(Sequence(tokens, prompt_length, advantage, _tensor(old, dtype), _tensor(ref, dtype)))
-        reporters = [[{k: Metric(*m) for k, m in update.items()} for update in mine] for mine in state["updates"]]
-        own = ranks.dp_rank * ranks.cp_size + ranks.cp_rank
-        if len(reporters) == ranks.dp_size * ranks.cp_size:
-            step.updates = reporters[own]
-        else:
-            together = [merge(updates) for updates in zip(*reporters, strict=True)]
-            step.updates = together if own == 0 else [{} for _ in together]
+            groups.append(RolloutGroup(asked, []))
+            for rollout in rollouts:
+                sequence = next(numbers)
+                drawn = {"tokens": sequence.tokens[sequence.trained].tolist(), "log_probs": next(sampled).tolist()}
+                groups[-1].rollouts.append(Rollout(prompt=asked, **drawn, **rollout))
+        step = cls(about["number"], groups, sequences)
+        step.set_columns([_values_of(share, dtype) for share in shares])
+        step.updates = _metrics_of(about["updates"], ranks)
         return step
 
-    def collect_columns(self, ranks: Ranks) -> None:
-        """Gives every sequence its old and reference log-probs, which are spread over the ranks' micro-batches.
-        Collective."""
-        mine = []
-        for number, batch in enumerate(self.batches):
-            for m in batch.micro_batches:
-                # The row of a predicted token stands one before it.
-                at = (m.positions_T[m.rows_R] + 1).tolist()
-                old, ref = listed(m.old_log_probs_R), listed(m.ref_log_probs_R)
-                mine.append((number, m.index, m.sequence_R.tolist(), at, old, ref))
-        for number, index, sequence_R, at, *columns in ranks.gather(mine):
-            sequences = [self.mini_batches[number][i] for i in index]
-            for name, values in zip(("old_log_probs", "ref_log_probs"), columns, strict=True):
-                for row, (s, position) in enumerate(zip(sequence_R, at, strict=True)):
-                    if values is None:
-                        break
-                    sequence = sequences[s]
-                    if getattr(sequence, name) is None:
-                        setattr(sequence, name, torch.zeros(sequence.response_length, dtype=torch.float64))
-                    getattr(sequence, name)[position - sequence.prompt_length] = values[row]
+
+@dataclass(frozen=True)
+class StepSnapshot:
+    """A step as a checkpoint has it: `about` in JSON, and one process's share of its tensors."""
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
-def _without_prompt(rollout: Rollout) -> dict[str, Any]:
+def _places_and_values(m: MicroBatch, first_S: Tensor, lengths_S: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(places of the tokens, their values) of a column of one micro-batch, whose sequences begin at `first_S` and have
+    `lengths_S` tokens. Padding has no place."""
+    values, positions_T = m.columns[name].cpu(), m.positions_T.cpu()
+    if not COLUMNS[name].every_token:
+        # The row of a predicted token stands one before it.
+        return first_S[m.sequence_R.cpu()] + positions_T[m.rows_R.cpu()] + 1, values
+    borders = m.cu_seqlens.cpu().long()
+    # Under context parallel this rank has an equal part of every segment.
+    num_parts = int(borders[-1]) // len(positions_T)
+    segment_T = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff() // num_parts)
+    of_sequences_T = (segment_T < len(lengths_S)).nonzero().flatten()
+    segment, position = segment_T[of_sequences_T], positions_T[of_sequences_T]
+    inside = position < lengths_S[segment]
+    return first_S[segment[inside]] + position[inside], values[of_sequences_T[inside]]
+
+
+def _without_tokens(rollout: Rollout) -> dict[str, Any]:
     row = asdict(rollout)
-    del row["prompt"]
+    for kept_elsewhere in ("prompt", "tokens", "log_probs"):
+        del row[kept_elsewhere]
     return row
+
+
+def _place_among_reporters(ranks: Ranks) -> tuple[int, int]:
+    """(which of the reporters this process is or would be, how many there are)."""
+    return ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
+
+
+def _values_of(share: Mapping[str, Tensor], dtype: torch.dtype) -> Values:
+    return {
+        name: (share[f"{name}.places"], share[f"{name}.values"].to(column.dtype or dtype))
+        for name, column in COLUMNS.items()
+        if f"{name}.places" in share
+    }
+
+
+def _metrics_of(of_reporters: Seq[Seq[Mapping[str, Any]]], ranks: Ranks) -> list[dict[str, Metric]]:
+    reporters = [[{k: Metric(*m) for k, m in update.items()} for update in mine] for mine in of_reporters]
+    own, size = _place_among_reporters(ranks)
+    if len(reporters) == size:
+        return reporters[own]
+    together = [merge(updates) for updates in zip(*reporters, strict=True)]
+    return together if own == 0 else [{} for _ in together]
 
 
 def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
@@ -133,11 +246,3 @@ def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
         **row,
         "advantage": sequence.advantage,
     }
-
-
-def listed(values: Tensor | None) -> list[float] | None:
-    return None if values is None else values.tolist()
-
-
-def _tensor(values: Seq[float] | None, dtype: torch.dtype) -> Tensor | None:
-    return None if values is None else torch.tensor(values, dtype=dtype)

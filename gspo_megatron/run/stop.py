@@ -31,7 +31,7 @@ SAME_S = 5.0
 
 
 class StopRequest:
-    """A flag that a signal or the clock raises on this process. Calling it asks whether it is up; `reason` says why.
+    """A flag that a signal or the clock raises on this process; `reason` says why.
 
     Args:
         exit_after_s: raise it so many seconds after now; 0: never.
@@ -44,7 +44,7 @@ class StopRequest:
         self._deadline = time.monotonic() + exit_after_s if exit_after_s > 0 else None
         self._first_signal: float | None = None
 
-    def __call__(self) -> bool:
+    def is_set(self) -> bool:
         if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = f"checkpoint.exit_after_s={self._exit_after_s:g} is over"
         return bool(self.reason)

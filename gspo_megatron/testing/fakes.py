@@ -19,12 +19,20 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
-from gspo_megatron.base.protocols import Accept, Loss, Ranks
+from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
+from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.parts import assemble
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import CharacterTokenizer
+from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
+from gspo_megatron.rewards.rewards import Rewards
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.resume import Continuation
+from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
 
 Result = TypeVar("Result")
@@ -236,22 +244,73 @@ class Notebook(Console):
         self.warnings.append(text)
 
 
+class PlainState:
+    """`SavedState` of base/protocols.py that has no tensors."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        self.about = about
+
+    def to_json(self) -> dict[str, Any]:
+        return self.about
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+def plain(about: dict[str, Any], shares: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Reads a PlainState: what it was made of."""
+    return about
+
+
 class Shelf:
-    """`Checkpoints` of base/protocols.py that only remembers which were saved, as JSON has them."""
+    """`Checkpoints` of base/protocols.py that only remembers what was saved, as it is read again: through JSON, with
+    the tensors of all ranks."""
 
-    def __init__(self) -> None:
-        self.saved: list[tuple[Position, dict[str, Any]]] = []
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or OneRank()
+        self.saved: list[tuple[Position, RunState]] = []
 
-    def save(self, position: Position, state: dict[str, Any], *, wait: bool) -> None:
-        self.saved.append((position, json.loads(json.dumps(state))))
+    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
+        shares = self.ranks.gather([state.tensors()])
+        self.saved.append((position, RunState.from_saved(json.loads(json.dumps(state.to_json())), shares)))
 
     def finish(self, *, wait: bool = True) -> None:
         pass
 
 
-def trainer_of(config: Config, ranks: Ranks | None = None, policy: TablePolicy | None = None, **parts: Any) -> Trainer:
-    """A trainer of fakes; `parts` go to Trainer by their names."""
+def trainer_of(
+    config: Config,
+    ranks: Ranks | None = None,
+    policy: TablePolicy | None = None,
+    *,
+    sampler: Sampler | None = None,
+    train_prompts: PromptSource | None = None,
+    eval_prompts: PromptSource | None = None,
+    console: Console | None = None,
+    state: RunState | None = None,
+    **parts: Any,
+) -> Trainer:
+    """A trainer of fakes, put together as a real one is. `state`: what it continues from; `parts` go to
+    `build.parts.assemble`."""
     ranks = ranks or OneRank()
     policy = policy or TablePolicy(ranks)
-    defaults: dict[str, Any] = {"train_prompts": Prompts(), "eval_prompts": Prompts(seed=1), "console": Notebook()}
-    return Trainer(config, policy, TableSampler(policy, config), ranks, TOKENIZER, **defaults | parts)
+    inputs = Inputs(
+        config,
+        Layout(1),
+        Algorithm.of(config),
+        TOKENIZER,
+        Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error),
+        train_prompts or Prompts(),
+        eval_prompts or Prompts(seed=1),
+    )
+    assembled = assemble(
+        inputs,
+        policy,
+        sampler or TableSampler(policy, config),
+        ranks,
+        console=console or Notebook(),
+        guards=state.guards if state else None,
+        **parts,
+    )
+    newest = config.checkpoint.load == "latest"
+    return Trainer(assembled, Continuation(state, own=newest, is_newest=newest))

@@ -25,6 +25,7 @@ from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.objective import LikelihoodObjective, Segments
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -46,16 +47,16 @@ def likelihood(max_tokens: int) -> list[tuple[float, float, dict[str, Tensor]]]:
     device = open_device("cpu", "fp32")
     groups = Groups(check_config(config, 1), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    ours, theirs = (MegatronPolicy(config, groups, device, use_te=False) for _ in range(2))
+    ours, theirs = (MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring) for _ in range(2))
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(2, 12, (15,), generator=generator).tolist()
     # One token of prompt: all others count in both.
-    sequences = [Sequence(torch.randint(13, (n,), generator=generator).tolist(), 1) for n in lengths]
+    sequences = [Sequence.after_prompt(torch.randint(13, (n,), generator=generator).tolist(), 1) for n in lengths]
     micro_batches = pack(sequences, pad_id=0, max_tokens=max_tokens)
     batch = UpdateBatch(micro_batches, len(lengths), sum(lengths) - len(lengths))
 
     def loss(log_probs_R: Tensor, entropy_R: Tensor | None, m: MicroBatch, batch: UpdateBatch) -> LossTerms:
-        segments = Segments.from_lengths(m.response_lengths)
+        segments = Segments.from_lengths(m.trained_lengths)
         return LikelihoodObjective()(log_probs_R, segments, num_tokens=batch.num_tokens)
 
     metrics = ours.update(batch, loss, lr=0.0)

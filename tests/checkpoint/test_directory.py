@@ -312,10 +312,12 @@ def test_a_manifest_of_a_later_format_is_not_guessed_at(two: CheckpointDirectory
     file = two.directory / "step_000020" / "manifest.json"
     manifest = json.loads(file.read_text())
     del manifest["sha256"]
-    manifest["format"] = 2
+    manifest["format"] = 3
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n")
-    with pytest.raises(CheckpointError, match="has format 2, this version of gspo_megatron reads 1"):
+    with pytest.raises(
+        CheckpointError, match=r"has format 3, written by gspo_megatron 0\.1\.0; version 0\.1\.0 reads formats 1 and 2"
+    ):
         verify(file.parent)
 
 

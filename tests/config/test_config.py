@@ -15,6 +15,7 @@ from gspo_megatron.build.checks import check_config, config_warnings, prompt_lim
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, PRESETS, Config
 from gspo_megatron.layout.layout import Layout, nearest_layouts, packing_rules, token_multiple
+from gspo_megatron.run.algorithm import Algorithm
 
 WHOLE_CLUSTER = ("model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768")
 
@@ -374,7 +375,7 @@ def test_what_a_layout_asks_of_micro_batches(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (("data.overlong=drop",), ("data.overlong='drop' has no effect on generated tasks",)),
+        (("data.overlong=drop",), ("data.overlong='drop' has no effect: data.train=task:sort_digits",)),
         (("data.train=a.jsonl", "data.eval=b.jsonl", "data.task.max_length=5"), ("data.task=", "has no effect")),
         (("optimizer.min_lr=1e-7",), ("optimizer.min_lr=1e-07 has no effect with optimizer.lr_decay=constant",)),
         (("optimizer.min_lr=1", "optimizer.lr_decay=linear"), ("optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06",)),
@@ -430,10 +431,10 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
     ],
 )
 def test_what_works_but_is_hardly_meant_is_a_warning(override: str, part: str) -> None:
-    assert config_warnings(load_config(None), kl_coef=0.0) == []
+    assert config_warnings(load_config(None), Algorithm.of(load_config(None))) == []
     config = load_config(None, [override])
     check_config(config, 1)
-    (warning,) = config_warnings(config, kl_coef=0.0)
+    (warning,) = config_warnings(config, Algorithm.of(config))
     assert part in warning
 
 

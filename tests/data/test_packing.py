@@ -124,7 +124,7 @@ def test_a_sequence_longer_than_a_micro_batch_is_an_error_with_the_fix() -> None
 
 
 def sequence(tokens: list[int], prompt_length: int, advantage: float, old: list[float]) -> Sequence:
-    return Sequence(tokens, prompt_length, advantage, old_log_probs=torch.tensor(old))
+    return Sequence.after_prompt(tokens, prompt_length, advantage, {"old_log_probs": torch.tensor(old)})
 
 
 SEQUENCES = [
@@ -142,16 +142,15 @@ def test_a_packed_micro_batch_written_out() -> None:
     assert batch.targets_T.tolist() == [31, 32, no, no, no, no, 12, 13, 14, no, *[no] * 4]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 10, 14]
     assert batch.max_seqlen == 5
-    assert batch.response_lengths == [2, 0, 3]
+    assert batch.trained_lengths == [2, 0, 3]
     assert batch.sequence_R.tolist() == [0, 0, 2, 2, 2]
     assert batch.index == [2, 1, 0]
     assert batch.advantages_S.tolist() == [-1.5, 7.0, 0.5]
-    assert batch.old_log_probs_R is not None
-    assert batch.old_log_probs_R.tolist() == [-4.0, -5.0, -1.0, -2.0, -3.0]
-    assert batch.ref_log_probs_R is None
+    assert batch.columns["old_log_probs"].tolist() == [-4.0, -5.0, -1.0, -2.0, -3.0]
+    assert batch.columns.keys() == {"old_log_probs"}
     types = [batch.tokens_T.dtype, batch.positions_T.dtype, batch.targets_T.dtype, batch.sequence_R.dtype]
     assert types == [torch.int64] * 4 and batch.cu_seqlens.dtype == torch.int32
-    assert batch.advantages_S.dtype == batch.old_log_probs_R.dtype == torch.float32
+    assert batch.advantages_S.dtype == batch.columns["old_log_probs"].dtype == torch.float32
 
 
 def test_context_parallel_parts_written_out() -> None:
@@ -169,10 +168,9 @@ def test_context_parallel_parts_written_out() -> None:
     assert outer.targets_T.tolist() == [31, no, no, 12, no, no, no, no, no, no]
     assert inner.targets_T.tolist() == [32, no, 13, 14, no, no, no, no, no, no]
     for part, sequence_R, old_log_probs_R in ((outer, [0, 1], [-4.0, -1.0]), (inner, [0, 1, 1], [-5.0, -2.0, -3.0])):
-        assert part.old_log_probs_R is not None
-        assert part.sequence_R.tolist() == sequence_R and part.old_log_probs_R.tolist() == old_log_probs_R
+        assert part.sequence_R.tolist() == sequence_R and part.columns["old_log_probs"].tolist() == old_log_probs_R
         assert part.cu_seqlens.tolist() == [0, 4, 12, 20] and part.max_seqlen == 8
-        assert part.response_lengths == [2, 3] and part.advantages_S.tolist() == [-1.5, 0.5]
+        assert part.trained_lengths == [2, 3] and part.advantages_S.tolist() == [-1.5, 0.5]
 
 
 def test_a_full_micro_batch_gets_no_padding_segment() -> None:
@@ -198,21 +196,21 @@ def test_an_empty_micro_batch_is_all_padding(rules: PackingRules, num_tokens: in
     assert batch.tokens_T.tolist() == [PAD] * borders[-1]
     assert batch.targets_T.tolist() == [IGNORED] * borders[-1]
     assert batch.cu_seqlens.tolist() == borders
-    assert (batch.max_seqlen, batch.response_lengths, batch.index) == (borders[1], [], [])
-    assert batch.old_log_probs_R is not None
-    assert batch.advantages_S.shape == batch.old_log_probs_R.shape == batch.sequence_R.shape == (0,)
+    assert (batch.max_seqlen, batch.trained_lengths, batch.index) == (borders[1], [], [])
+    assert batch.advantages_S.shape == batch.columns["old_log_probs"].shape == batch.sequence_R.shape == (0,)
 
 
 def test_log_probs_of_a_float64_run_stay_float64() -> None:
-    double = Sequence([1, 2], 1, old_log_probs=torch.tensor([-0.1], dtype=torch.float64))
-    batch = build_micro_batch([double, Sequence([3], 1, old_log_probs=torch.empty(0))], [1, 0], pad_id=PAD)
-    assert batch.old_log_probs_R is not None
-    assert batch.old_log_probs_R.item() == -0.1
+    double = Sequence.after_prompt([1, 2], 1, columns={"old_log_probs": torch.tensor([-0.1], dtype=torch.float64)})
+    batch = build_micro_batch(
+        [double, Sequence.after_prompt([3], 1, columns={"old_log_probs": torch.empty(0)})], [1, 0], pad_id=PAD
+    )
+    assert batch.columns["old_log_probs"].item() == -0.1
 
 
 def test_a_sequence_without_a_prompt_is_an_error() -> None:
     with pytest.raises(DataError, match="sequence 1 has no prompt token"):
-        build_micro_batch([Sequence([1, 2], 1), Sequence([1, 2], 0)], [0, 1], pad_id=PAD)
+        build_micro_batch([Sequence.after_prompt([1, 2], 1), Sequence.after_prompt([1, 2], 0)], [0, 1], pad_id=PAD)
 
 
 @pytest.mark.parametrize("num_tokens", [4, 9])
@@ -259,7 +257,8 @@ def packings(draw: st.DrawFn) -> tuple[list[Sequence], PackingRules, int, int]:
         tokens = list(range(start, start + prompt_length + response_length))
         start += len(tokens)
         old_log_probs = -torch.tensor(tokens[prompt_length:], dtype=torch.float64)
-        sequences.append(Sequence(tokens, prompt_length, len(tokens) / 8, old_log_probs, old_log_probs - 0.5))
+        columns = {"old_log_probs": old_log_probs, "ref_log_probs": old_log_probs - 0.5}
+        sequences.append(Sequence.after_prompt(tokens, prompt_length, len(tokens) / 8, columns))
     cp_size = draw(st.integers(1, 3))
     rules = draw(RULES)
     if cp_size > 1:
@@ -294,7 +293,7 @@ def test_packed_whole(packing: tuple[list[Sequence], PackingRules, int, int]) ->
     assert sorted(i for batch in batches for i in batch.index) == list(range(len(sequences)))
     assert len({len(rank) for rank in ranks}) == 1
     multiple = math.lcm(rules.sequence_multiple, rules.token_multiple)
-    longest = up(max((len(s.tokens) for s in sequences), default=1), rules.sequence_multiple)
+    longest = up(max((len(s) for s in sequences), default=1), rules.sequence_multiple)
     for batch in batches:
         size = len(batch.tokens_T)
         assert size % multiple == 0 and 0 < size <= up(MAX_TOKENS, multiple)
@@ -308,14 +307,14 @@ def test_packed_whole(packing: tuple[list[Sequence], PackingRules, int, int]) ->
         assert all(segment.tolist() == list(range(len(segment))) for segment in positions)
         here = [sequences[i] for i in batch.index]
         for number, s in enumerate(here):
-            behind = [PAD] * (-len(s.tokens) % rules.sequence_multiple)
-            assert tokens[number].tolist() == s.tokens + behind
-            response = s.tokens[s.prompt_length :]
-            assert targets[number].tolist() == [no] * (s.prompt_length - 1) + response + [no] * (1 + len(behind))
+            behind = [PAD] * (-len(s) % rules.sequence_multiple)
+            assert tokens[number].tolist() == s.tokens.tolist() + behind
+            following = [t if trained else no for t, trained in zip(s.tokens.tolist(), s.trained.tolist(), strict=True)]
+            assert targets[number].tolist() == following[1:] + [no] * (1 + len(behind))
         assert {t for segment in tokens[len(here) :] for t in segment.tolist()} <= {PAD}
         assert {t for segment in targets[len(here) :] for t in segment.tolist()} <= {no}
         assert rules.same_tokens or size == max(up(sum(lengths[: len(here)]), multiple), multiple)
-        assert batch.response_lengths == [s.response_length for s in here]
+        assert batch.trained_lengths == [s.num_trained for s in here]
         assert batch.advantages_S.tolist() == [s.advantage for s in here]
 
 
@@ -339,8 +338,7 @@ def test_the_same_tokens_on_every_data_parallel_rank(packing: tuple[list[Sequenc
 
 def rows(batch: MicroBatch) -> list[tuple[float | None, ...]]:
     """(token, position, target, sequence, old log-prob, reference log-prob) of every row."""
-    assert batch.old_log_probs_R is not None and batch.ref_log_probs_R is not None
-    columns = (batch.sequence_R, batch.old_log_probs_R, batch.ref_log_probs_R)
+    columns = (batch.sequence_R, batch.columns["old_log_probs"], batch.columns["ref_log_probs"])
     of_response = zip(*(column.tolist() for column in columns), strict=True)
     fixed = zip(batch.tokens_T.tolist(), batch.positions_T.tolist(), batch.targets_T.tolist(), strict=True)
     result = [(*row, *(next(of_response) if row[2] != no else (None, None, None))) for row in fixed]
@@ -361,11 +359,11 @@ def test_context_parallel_parts_make_up_the_whole(packing: tuple[list[Sequence],
                 assert len(part.tokens_T) == len(whole.tokens_T) // cp_size
                 assert torch.equal(part.cu_seqlens, whole.cu_seqlens) and part.max_seqlen == whole.max_seqlen
                 assert torch.equal(part.advantages_S, whole.advantages_S) and part.index == whole.index
-                assert part.response_lengths == whole.response_lengths
+                assert part.trained_lengths == whole.trained_lengths
                 # What a token's log-prob is told by its number, and that of its sequence by its place in `index`.
                 for _, _, target, number, old, ref in rows(part):
                     if target != no:
                         assert (old, ref) == (-target, -target - 0.5)
-                        assert target in sequences[part.index[number]].tokens
+                        assert target in sequences[part.index[number]].tokens.tolist()
             pairs = {int((part.positions_T + 1).sum()) for part in parts}
             assert len(pairs) == 1, f"work differs: {pairs}"

@@ -9,7 +9,7 @@ import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.data.order import PromptOrder
-from gspo_megatron.data.sources import PromptSource, load_prompts
+from gspo_megatron.data.sources import DataSpec, PromptSource, open_source
 from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.rewards.rules import REWARDS
 
@@ -29,8 +29,8 @@ def gsm8k(tmp_path: Path) -> Path:
 
 
 def load(path: str | Path, **options: Any) -> PromptSource:
-    defaults = {"split": "train", "seed": 0, "max_prompt_tokens": 200}
-    return load_prompts(str(path), TOKENIZER, **{**defaults, **options})
+    defaults = {"split": "train", "max_prompt_tokens": 200}
+    return open_source(DataSpec(str(path), **{**defaults, **options}), TOKENIZER, seed=0)
 
 
 def write(tmp_path: Path, *lines: bytes | dict[str, Any]) -> Path:
@@ -129,15 +129,15 @@ def test_a_task_is_an_endless_source_to_train_on_and_a_fixed_list_to_evaluate() 
         assert prompt.id == index
         assert TOKENIZER.decode(prompt.tokens) == prompt.text == source[index].text
         assert prompt.answer == "".join(sorted(prompt.text.removesuffix(">")))
-    longer = load("task:sort_digits", task_parameters={"min_length": 12, "max_length": 12})
+    longer = load("task:sort_digits", task={"min_length": 12, "max_length": 12})
     assert len(longer[0].tokens) == 13
 
 
 def test_a_task_that_the_tokenizer_or_the_limit_cannot_hold() -> None:
     with pytest.raises(DataError, match="character '>'"):
-        load_prompts("task:sort_digits", CharacterTokenizer("0123456789"), split="train", seed=0, max_prompt_tokens=9)
+        open_source(DataSpec("task:sort_digits", "train", 9), CharacterTokenizer("0123456789"), seed=0)
     with pytest.raises(DataError, match="has 9 tokens, the limit is 8; raise"):
-        source = load("task:sort_digits", task_parameters={"min_length": 8}, max_prompt_tokens=8)
+        source = load("task:sort_digits", task={"min_length": 8}, max_prompt_tokens=8)
         source[0]
     with pytest.raises(ConfigError, match="needs a size"):
         load("task:sort_digits", split="eval")

@@ -31,6 +31,7 @@ from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -64,11 +65,11 @@ def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
     for mend in compat.PATCHES + compat.CPU_PATCHES:
         if mend.__name__ != without:
             mend()
-    sequences = [Sequence([3, 4, 5, 6, 7, 8], 2), Sequence([7, 8, 9, 10], 1)]
+    sequences = [Sequence.after_prompt([3, 4, 5, 6, 7, 8], 2), Sequence.after_prompt([7, 8, 9, 10], 1)]
     micro_batches = [build_micro_batch(sequences, [i], pad_id=0, rules=packing_rules(config)) for i in range(2)]
     callbacks = len(torch.cuda._queued_calls)
     try:
-        policy = MegatronPolicy(config, groups, device, use_te=False)
+        policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
         policy.update(UpdateBatch(micro_batches, 2, 7), lambda x, *_: LossTerms(-x.sum() / 7, {}), lr=1e-3)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -122,7 +123,7 @@ def marks_by_megatron() -> set[bool]:
     device = open_device("cpu", "fp32")
     groups = Groups(check_config(config, 2), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    [model] = MegatronPolicy(config, groups, device, use_te=False).model
+    [model] = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring).model
     assert groups.experts_have_own_groups
     return {p.allreduce for name, p in model.named_parameters() if ".experts." in name}
 

@@ -21,7 +21,7 @@ def decayed(distributed: bool) -> dict[str, tuple[int, bool]]:
     def no_loss(log_probs_R: Tensor, entropy_R: Tensor | None, m: MicroBatch, batch: UpdateBatch) -> LossTerms:
         return LossTerms((log_probs_R * 0).sum(), {})
 
-    batch = UpdateBatch([build_micro_batch([Sequence([3, 4, 5, 1], 2)], [0], pad_id=0)], 1, 2)
+    batch = UpdateBatch([build_micro_batch([Sequence.after_prompt([3, 4, 5, 1], 2)], [0], pad_id=0)], 1, 2)
     policy.update(batch, no_loss, lr=0.1)
     return {
         name: (p.dim(), bool((p.detach() - 0.95 * before[name]).abs().max() < 1e-6))

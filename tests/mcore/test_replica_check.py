@@ -23,6 +23,7 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.optimizer import get_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -33,13 +34,17 @@ def policies(count: int, world_size: int, *settings: str) -> list[MegatronPolicy
     device = open_device("cpu", config.precision.dtype)
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    return [MegatronPolicy(config, groups, device, use_te=False) for _ in range(count)]
+    return [MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring) for _ in range(count)]
 
 
 def update(policy: MegatronPolicy, accept: Any = None, *, scale: float = 1.0, spoil: str = "") -> float:
     """One update of likelihoods; `spoil` makes the loss or its gradient of this rank not a number. The norm."""
     groups = policy.groups
-    sequences = [Sequence([3, 4, 5, 6, 7, 8], 2), Sequence([7, 8, 9, 10], 1), Sequence([1, 2, 3, 11, 12], 2)]
+    sequences = [
+        Sequence.after_prompt([3, 4, 5, 6, 7, 8], 2),
+        Sequence.after_prompt([7, 8, 9, 10], 1),
+        Sequence.after_prompt([1, 2, 3, 11, 12], 2),
+    ]
     micro_batches = pack(
         sequences,
         pad_id=0,

@@ -29,6 +29,7 @@ from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -50,7 +51,7 @@ def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple
     device = open_device("cpu", dtype)
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    policy = MegatronPolicy(config, groups, device, use_te=False)
+    policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
     return policy, MegatronSampler(policy, eos_id=EOS, pad_id=PAD)
 
 
@@ -108,11 +109,11 @@ def test_a_response_ends_with_eos_or_at_the_limit(rollouts: list[Rollout]) -> No
 def sampled_and_recomputed(world_size: int, dtype: str, overrides: tuple[str, ...]) -> tuple[list[float], list[float]]:
     policy, sampler = open_sampler(world_size, *overrides, dtype=dtype)
     drawn = sampler.generate(PROMPTS * 8, range(40))
-    sequences = [Sequence([*r.prompt.tokens, *r.tokens], len(r.prompt.tokens)) for r in drawn]
+    sequences = [Sequence.after_prompt([*r.prompt.tokens, *r.tokens], len(r.prompt.tokens)) for r in drawn]
     micro_batches = pack(sequences, pad_id=PAD, max_tokens=64, rules=packing_rules(policy.config))
     recomputed = {}
     for m, log_probs in zip(micro_batches, policy.log_probs(micro_batches), strict=True):
-        recomputed.update(zip(m.index, (part.tolist() for part in log_probs.split(m.response_lengths)), strict=True))
+        recomputed.update(zip(m.index, (part.tolist() for part in log_probs.split(m.trained_lengths)), strict=True))
     return [x for r in drawn for x in r.log_probs], [x for i in range(len(drawn)) for x in recomputed[i]]
 
 

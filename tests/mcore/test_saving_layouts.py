@@ -32,6 +32,8 @@ from gspo_megatron.mcore.parameters import global_name
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.saving import MegatronCheckpoints
 from gspo_megatron.objective import LikelihoodObjective, Segments
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.testing.fakes import PlainState, plain
 from gspo_megatron.testing.local_ranks import RankError, run_distributed
 from tests.support.small import SMALL
 
@@ -47,7 +49,7 @@ class Run:
         device = open_device("cpu", config.precision.dtype)
         self.config, self.groups = config, Groups(check_config(config, world_size), device.torch_device)
         compat.apply_patches(on_cpu=True)
-        self.policy = MegatronPolicy(config, self.groups, device, use_te=False)
+        self.policy = MegatronPolicy(config, self.groups, device, False, Algorithm.of(config).scoring)
         self.warnings: list[str] = []
         self.checkpoints = MegatronCheckpoints(self.policy, CheckpointDirectory(folder, keep=100), self.warnings.append)
 
@@ -56,21 +58,21 @@ class Run:
         draw, sequences = random.Random(number), []
         for _ in range(12):
             tokens = [draw.randrange(2, 13) for _ in range(draw.randint(4, 12))]
-            sequences.append(Sequence(tokens, 2))
+            sequences.append(Sequence.after_prompt(tokens, 2))
         ranks, rules = self.groups, packing_rules(self.config)
         share = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "cp_rank": ranks.cp_rank, "cp_size": ranks.cp_size}
         micro_batches = pack(sequences, pad_id=0, max_tokens=48, rules=rules, **share)
-        responses = sum(s.response_length for s in sequences)
+        responses = sum(s.num_trained for s in sequences)
         over_ranks = ranks.sum_over_parts if ranks.cp_size > 1 else None
 
         def loss(log_probs_R: Tensor, entropy_R: Tensor | None, m: MicroBatch, batch: UpdateBatch) -> LossTerms:
-            segments = Segments.from_lengths(m.response_lengths, index_R=m.sequence_R, over_ranks=over_ranks)
+            segments = Segments.from_lengths(m.trained_lengths, index_R=m.sequence_R, over_ranks=over_ranks)
             return LikelihoodObjective()(log_probs_R, segments, num_tokens=batch.num_tokens)
 
         self.policy.update(UpdateBatch(micro_batches, len(sequences), responses), loss, lr=0.01)
 
     def save(self, updates: int, *, wait: bool = True) -> None:
-        self.checkpoints.save(Position(0, 0, updates), {"updates": updates}, wait=wait)
+        self.checkpoints.save(Position(0, 0, updates), PlainState({"updates": updates}), wait=wait)
 
 
 def first_run(world_size: int, folder: Path, settings: Seq[str], updates: int) -> None:
@@ -86,14 +88,14 @@ def first_run(world_size: int, folder: Path, settings: Seq[str], updates: int) -
 def continued(world_size: int, folder: Path, settings: Seq[str], checkpoint: str) -> None:
     """Loads a checkpoint and saves it again as it stands, in `loaded`; then makes the next update and saves that."""
     run = Run(world_size, folder, *settings)
-    state = run.checkpoints.load(checkpoint)
+    state = run.checkpoints.load(checkpoint, plain)
     assert state is not None and run.policy.version == state["updates"]
     for chunk in run.policy.model:
         for parameter in chunk.parameters():
             if getattr(parameter, "main_param", None) is not None and parameter.main_param.numel() == parameter.numel():
                 assert torch.equal(parameter, parameter.main_param.view_as(parameter).to(parameter.dtype))
     again = MegatronCheckpoints(run.policy, CheckpointDirectory(folder / "loaded", keep=100), print)
-    again.save(Position(0, 0, state["updates"]), state, wait=True)
+    again.save(Position(0, 0, state["updates"]), PlainState(state), wait=True)
     run.update(state["updates"] + 1)
     run.save(state["updates"] + 1)
 

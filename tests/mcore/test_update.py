@@ -18,6 +18,7 @@ from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.objective import PolicyObjective, Segments, resolve_variant
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -34,7 +35,9 @@ def sequences() -> list[Sequence]:
         prompt = draw.randint(1, 6)
         old = torch.tensor([-2.5 + draw.gauss(0, 0.4) for _ in range(length)], dtype=torch.float64)
         tokens = [draw.randrange(2, 13) for _ in range(prompt + length)]
-        made.append(Sequence(tokens, prompt, draw.gauss(0, 1), old_log_probs=old, ref_log_probs=old + 0.1))
+        made.append(
+            Sequence.after_prompt(tokens, prompt, draw.gauss(0, 1), {"old_log_probs": old, "ref_log_probs": old + 0.1})
+        )
     return made
 
 
@@ -44,18 +47,17 @@ def updates(variant: str, ways: list[tuple[list[int], int, PackingRules]]) -> li
     device = open_device("cpu", "fp64")
     groups = Groups(check_config(config, 1), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    policy = MegatronPolicy(config, groups, device, use_te=False)
+    policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
     objective = PolicyObjective(resolve_variant(variant, kl_coef=0.05), entropy_coef=0.01)
 
     def loss(log_probs_R: Tensor, entropy_R: Tensor | None, m: MicroBatch, batch: UpdateBatch) -> LossTerms:
-        assert m.old_log_probs_R is not None
         counts = {"num_sequences": batch.num_sequences, "num_tokens": batch.num_tokens}
-        segments = Segments.from_lengths(m.response_lengths)
-        terms = {"ref_log_probs_T": m.ref_log_probs_R, "entropy_T": entropy_R}
-        return objective(log_probs_R, m.old_log_probs_R, m.advantages_S, segments, **terms, **counts)
+        segments = Segments.from_lengths(m.trained_lengths)
+        terms = {"ref_log_probs_T": m.columns["ref_log_probs"], "entropy_T": entropy_R}
+        return objective(log_probs_R, m.columns["old_log_probs"], m.advantages_S, segments, **terms, **counts)
 
     found, data = [], sequences()
-    lengths = [s.response_length for s in data]
+    lengths = [s.num_trained for s in data]
     for order, max_tokens, rules in ways:
         micro_batches = pack([data[i] for i in order], pad_id=0, max_tokens=max_tokens, rules=rules)
         batch = UpdateBatch(micro_batches, sum(map(bool, lengths)), sum(lengths))

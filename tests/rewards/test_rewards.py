@@ -8,7 +8,7 @@ import pytest
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.rewards.rewards import Rewards, find_reward
+from gspo_megatron.rewards.rewards import Rewards, find_reward, refuse_unjudged, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
 
 
@@ -130,27 +130,27 @@ def test_countdown_uses_each_number_as_often_as_it_is_given() -> None:
 def test_the_reward_is_the_weighted_sum_and_the_terms_stay_raw(user_module: None) -> None:
     rewards = Rewards({"final_number": 1.0, "format": 0.25, "my_rewards:brevity": 2, "exact_match": 0})
     good, bad = rollout("#### 7", "#### 7.0", prompt="#### 7.0"), rollout("#### 8\n", "7", id=1)
-    rewards.score([good, bad])
+    score_rollouts(rewards, [good, bad])
     brevity = 1 / 7 + 1
     assert good.reward_terms == {"final_number": 1, "format": 1, "my_rewards:brevity": brevity, "exact_match": 0}
     assert good.reward == pytest.approx(1.25 + 2 * brevity, abs=1e-15)
     assert bad.reward == pytest.approx(0.25 + 2 / 8, abs=1e-15)
     assert [rewards.accuracy(good), rewards.accuracy(bad)] == [1.0, 0.0]
     assert not good.reward_error and not bad.reward_error
-    rewards.raise_errors([good, bad])
+    refuse_unjudged([good, bad])
 
 
 def test_accuracy_is_the_named_term_whatever_its_weight(user_module: None) -> None:
     rewards = Rewards({"format": 1.0, "my_rewards:exact": 0.0}, accuracy="my_rewards:exact")
     answered = rollout("#### 7", "#### 7")
-    rewards.score([answered])
+    score_rollouts(rewards, [answered])
     assert (answered.reward, rewards.accuracy(answered)) == (1.0, 1.0)
     assert rewards.accuracy(rollout_with(rewards, "#### 8", "#### 7")) == 0.0
 
 
 def rollout_with(rewards: Rewards, text: str, answer: str) -> Rollout:
     scored = rollout(text, answer)
-    rewards.score([scored])
+    score_rollouts(rewards, [scored])
     return scored
 
 
@@ -167,11 +167,11 @@ FAILURES = [
 def test_a_failing_reward_stops_the_run_and_names_the_rollout(user_module: None, name: str, reason: str) -> None:
     rewards = Rewards({"exact_match": 1.0, name: 0.5})
     failed = rollout("a", "a", id=1234, prompt="How many?")
-    rewards.score([failed])
+    score_rollouts(rewards, [failed])
     assert math.isnan(failed.reward)
     message = rf"(?s)1 rollouts.*rollout 1234, prompt 5 'How many\?': reward '{name}' failed: .*{reason}"
     with pytest.raises(DataError, match=message):
-        rewards.raise_errors([rollout("b"), failed])
+        refuse_unjudged([rollout("b"), failed])
 
 
 @pytest.mark.parametrize(("name", "reason"), FAILURES)
@@ -181,15 +181,15 @@ def test_a_failing_reward_can_count_as_zero(user_module: None, name: str, reason
     assert failed.reward == 1.0
     assert failed.reward_terms == {"exact_match": 1.0, name: 0.0}
     assert name in failed.reward_error
-    rewards.raise_errors([failed])
+    refuse_unjudged([failed])
 
 
 def test_many_failures_are_counted_and_the_first_are_listed(user_module: None) -> None:
     rewards = Rewards({"my_rewards:raises": 1.0})
     failed = [rollout("a", id=100 + number) for number in range(7)]
-    rewards.score(failed)
+    score_rollouts(rewards, failed)
     with pytest.raises(DataError) as caught:
-        rewards.raise_errors(failed)
+        refuse_unjudged(failed)
     assert "7 rollouts" in str(caught.value)
     assert [number for number in range(100, 107) if f"rollout {number}," in str(caught.value)] == [100, 101, 102]
 

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import MicroBatch, Prompt, Rollout, UpdateBatch
-from gspo_megatron.base.errors import ConfigError, DataError, GuardError, StopRequested
+from gspo_megatron.base.errors import ConfigError, DataError, GuardError
 from gspo_megatron.base.metrics import LossTerms, Metric
-from gspo_megatron.base.protocols import Accept, Loss, Ranks
+from gspo_megatron.base.protocols import Accept, Loss, Ranks, SavedState
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.monitor.run_directory import RunWriter
-from gspo_megatron.run.guards import FEWEST, MOST_SKIPPED, WINDOW, Guards, checked_tokens
+from gspo_megatron.run.guards import FEWEST, MOST_SKIPPED, WINDOW, Guards
+from gspo_megatron.run.state import GuardState, RunState
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fakes import (
     OneRank,
@@ -69,11 +71,9 @@ class Watched(TablePolicy):
         return metrics
 
 
-def started(
-    config: Config, ranks: Ranks, policy: TablePolicy, state: dict[str, Any] | None = None, **parts: Any
-) -> Trainer:
+def started(config: Config, ranks: Ranks, policy: TablePolicy, state: RunState | None = None, **parts: Any) -> Trainer:
     """A trainer whose main process writes to config.run.dir."""
-    first_step = state["position"][1] + 1 if state else 0
+    first_step = state.position.steps + 1 if state else 0
     writer = RunWriter(Path(config.run.dir), tensorboard=False, first_step=first_step) if ranks.is_main else None
     return trainer_of(config, ranks, policy, writer=writer, state=state, **parts)
 
@@ -96,7 +96,7 @@ def test_an_update_that_is_not_finite_stops_all_replicas_before_it(change: Chang
     def stopped(ranks: Ranks) -> tuple[str, Watched]:
         policy = Watched(ranks, [3], change)
         with pytest.raises(GuardError) as caught:
-            started(config, ranks, policy).fit()
+            started(config, ranks, policy).run()
         return str(caught.value), policy
 
     for message, policy in Replicas(2).run(stopped):
@@ -121,8 +121,8 @@ def test_an_update_that_is_not_finite_is_left_out(change: Change, tmp_path: Path
     def run(ranks: Ranks) -> tuple[Watched, list[str]]:
         policy = Watched(ranks, [2], change)
         trainer = started(config, ranks, policy)
-        trainer.fit()
-        return policy, trainer.console.warnings
+        trainer.run()
+        return policy, trainer.parts.console.warnings
 
     for policy, warnings in Replicas(2).run(run):
         same = [torch.equal(a, b) for a, b in itertools.pairwise(policy.tables)]
@@ -137,7 +137,7 @@ def test_an_update_that_is_not_finite_is_left_out(change: Change, tmp_path: Path
 def test_the_warm_start_is_watched_too(tmp_path: Path) -> None:
     config = config_of(f"run.dir={tmp_path}", "train.warm_start_steps=3", "train.warm_start_batch=5")
     with pytest.raises(GuardError, match=r"^warm start, update 2: the loss is not finite"):
-        started(config, OneRank(), Watched(OneRank(), [1])).fit()
+        started(config, OneRank(), Watched(OneRank(), [1])).run()
     kept = read(tmp_path / "guards" / "warm_start_000002.jsonl")
     assert len(kept) == 5 and all(row["solution"] for row in kept)
 
@@ -146,7 +146,7 @@ def test_a_run_that_only_skips_ends(tmp_path: Path) -> None:
     config = config_of(f"run.dir={tmp_path}", "guards.on_nonfinite=skip", "train.steps=20")
     policy = Watched(OneRank(), range(3, 100))
     with pytest.raises(GuardError, match=f"^step 12, update 1: .* {MOST_SKIPPED} updates in a row were left out"):
-        started(config, OneRank(), policy).fit()
+        started(config, OneRank(), policy).run()
     assert policy.version == 3 + MOST_SKIPPED
 
 
@@ -165,7 +165,7 @@ class Waiting(Shelf):
         super().__init__()
         self.writing = False
 
-    def save(self, position: Any, state: dict[str, Any], *, wait: bool) -> None:
+    def save(self, position: Any, state: SavedState, *, wait: bool) -> None:
         super().save(position, state, wait=wait)
         self.writing = True
 
@@ -181,14 +181,14 @@ def test_the_checkpoint_under_way_is_finished(tmp_path: Path) -> None:
             OneRank(),
             Watched(OneRank(), [3]),
             checkpoints=shelf,
-        ).fit()
+        ).run()
     assert [position for position, _ in shelf.saved] == [(0, 1, 0)] and not shelf.writing
 
 
 # --- spikes ---
 
 
-def guards(*settings: str, state: dict[str, Any] | None = None) -> Guards:
+def guards(*settings: str, state: GuardState | None = None) -> Guards:
     return Guards(config_of("guards.grad_norm_spike=10", *settings), OneRank(), None, print, state)
 
 
@@ -230,13 +230,11 @@ def test_a_spike_is_left_out_and_remembered_by_a_run_that_continues(dp_size: int
         config = config_of(*SPIKES, f"run.dir={folder}")
         policy, state = Watched(ranks, [6, 8], large_gradient), None
         for n in filter(None, [stop_at, -1]):
-            asked, shelf = itertools.count(1), Shelf()
+            asked, shelf = itertools.count(1), Shelf(ranks)
             trainer = started(
                 config, ranks, policy, checkpoints=shelf, state=state, stop=lambda asked=asked, n=n: next(asked) == n
             )
-            try:
-                trainer.fit()
-            except StopRequested:
+            if not trainer.run():
                 state = shelf.saved[-1][1]
         return policy
 
@@ -251,7 +249,7 @@ def test_a_spike_is_left_out_and_remembered_by_a_run_that_continues(dp_size: int
 def test_a_spike_stops_when_asked_to(tmp_path: Path) -> None:
     config = config_of(*SPIKES, f"run.dir={tmp_path}", "guards.on_spike=stop")
     with pytest.raises(GuardError, match=r"^step 4, update 1: the gradient norm .* times .*guards.grad_norm_spike=100"):
-        started(config, OneRank(), Watched(OneRank(), [6], large_gradient)).fit()
+        started(config, OneRank(), Watched(OneRank(), [6], large_gradient)).run()
 
 
 # --- log-probs, ratios, replicas ---
@@ -285,11 +283,10 @@ def test_a_log_prob_that_is_not_finite_is_found_on_every_replica(whose: str, val
 
     def stopped(ranks: Ranks) -> str:
         policy = TablePolicy(ranks) if whose == "sampler's" else BadScorer(ranks, whose == "reference")
-        trainer = started(config, ranks, policy)
-        if whose == "sampler's":
-            trainer.sampler = BadSampler(policy, config)
+        sampler = BadSampler(policy, config) if whose == "sampler's" else None
+        trainer = started(config, ranks, policy, sampler=sampler)
         with pytest.raises(GuardError) as caught:
-            trainer.fit()
+            trainer.run()
         assert policy.version == 0
         return str(caught.value)
 
@@ -309,11 +306,11 @@ def test_ratios_that_do_not_start_at_one(tmp_path: Path) -> None:
         def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
             return [values + 1e-3 for values in super().log_probs(micro_batches)]
 
-    started(config_of(f"run.dir={tmp_path}", "guards.ratio_noise=1e-9"), OneRank(), TablePolicy(OneRank())).fit()
-    started(config_of(f"run.dir={tmp_path}"), OneRank(), Shifted(OneRank())).fit()
+    started(config_of(f"run.dir={tmp_path}", "guards.ratio_noise=1e-9"), OneRank(), TablePolicy(OneRank())).run()
+    started(config_of(f"run.dir={tmp_path}"), OneRank(), Shifted(OneRank())).run()
     config = config_of(f"run.dir={tmp_path}", "guards.ratio_noise=5e-4")
     with pytest.raises(GuardError, match=r"^step 1: .* by up to 0.001, more than guards.ratio_noise=0.0005"):
-        started(config, OneRank(), Shifted(OneRank())).fit()
+        started(config, OneRank(), Shifted(OneRank())).run()
 
 
 def test_replicas_that_differ_are_named_when_it_is_time_to_look() -> None:
@@ -329,12 +326,12 @@ def test_replicas_that_differ_are_named_when_it_is_time_to_look() -> None:
     def stopped(ranks: Ranks) -> int:
         policy = Drifting(ranks)
         with pytest.raises(GuardError, match=r"^after step 4 1 parameters .* the first: logits on ranks 0 \| 1\."):
-            trainer_of(config, ranks, policy).fit()
+            trainer_of(config, ranks, policy).run()
         return policy.version
 
     assert Replicas(2).run(stopped) == [8, 8]
-    config.guards.check_replicas_every = 0
-    Replicas(2).run(lambda ranks: trainer_of(config, ranks, Drifting(ranks)).fit())
+    config = replaced(config, {"guards.check_replicas_every": 0})
+    Replicas(2).run(lambda ranks: trainer_of(config, ranks, Drifting(ranks)).run())
 
 
 # --- token ids ---
@@ -364,7 +361,7 @@ class WrongPrompts(Prompts):
 def test_such_a_prompt_reaches_neither_sampler_nor_policy(which: str, settings: tuple[str, ...]) -> None:
     trainer = trainer_of(config_of(*settings), **{which: WrongPrompts()})
     with pytest.raises(DataError, match="has id 99"):
-        trainer.fit()
+        trainer.run()
     assert isinstance(trainer.policy, TablePolicy)
     assert (
         trainer.policy.calls

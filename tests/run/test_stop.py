@@ -41,7 +41,7 @@ def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals
         """
         with StopRequest() as stop_request:
             print("ready", flush=True)
-            while not stop_request():
+            while not stop_request.is_set():
                 time.sleep(0.01)
         print(stop_request.reason, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
         """
@@ -109,11 +109,11 @@ def test_a_process_that_hangs_is_ended_with_its_stacks() -> None:
 
 def test_the_clock() -> None:
     with StopRequest(exit_after_s=1.5) as stop_request:
-        assert not stop_request()
+        assert not stop_request.is_set()
         time.sleep(1.55)
-        assert stop_request() and stop_request.reason == "checkpoint.exit_after_s=1.5 is over"
+        assert stop_request.is_set() and stop_request.reason == "checkpoint.exit_after_s=1.5 is over"
     with StopRequest() as stop_request:
-        assert not stop_request()
+        assert not stop_request.is_set()
 
 
 def test_handlers_are_given_back() -> None:
@@ -122,7 +122,7 @@ def test_handlers_are_given_back() -> None:
         with StopRequest() as stop_request:
             os.kill(os.getpid(), signal.SIGUSR1)
             deadline = time.monotonic() + SAME_S
-            while not stop_request() and time.monotonic() < deadline:
+            while not stop_request.is_set() and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert stop_request.reason == "SIGUSR1"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before

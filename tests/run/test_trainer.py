@@ -13,9 +13,15 @@ import pytest
 import torch
 
 from gspo_megatron.base.batches import IGNORED, Position, RolloutGroup, Sequence, UpdateBatch
-from gspo_megatron.base.errors import ConfigError, DataError, StopRequested
+from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.build.checks import config_warnings
+from gspo_megatron.config.loading import replaced
+from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.rollout.collective import CollectiveSource
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.state import RunState
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fakes import (
@@ -76,7 +82,7 @@ def run(*overrides: str, ranks: Ranks | None = None, **parts: Any) -> tuple[Trai
     """A whole fit; the trainer and its rows."""
     writer = Rows()
     trainer = trainer_of(config_of(*overrides), ranks, writer=writer, **parts)
-    trainer.fit()
+    trainer.run()
     return trainer, writer.rows
 
 
@@ -86,13 +92,18 @@ def policy_of(trainer: Trainer) -> TablePolicy:
 
 
 def sampler_of(trainer: Trainer) -> TableSampler:
-    assert isinstance(trainer.sampler, TableSampler)
-    return trainer.sampler
+    source = trainer.parts.source
+    assert isinstance(source, CollectiveSource) and isinstance(source.sampler, TableSampler)
+    return source.sampler
+
+
+def prompts_of(trainer: Trainer) -> OrderedPrompts:
+    return trainer.parts.warm_start.prompts
 
 
 def warnings_of(trainer: Trainer) -> list[str]:
-    assert isinstance(trainer.console, Notebook)
-    return trainer.console.warnings
+    assert isinstance(trainer.parts.console, Notebook)
+    return trainer.parts.console.warnings
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +150,7 @@ def test_the_reward_rises(variant: str) -> None:
 def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
     shelf, config = Shelf(), config_of("train.steps=5", "train.eval_every=2", "checkpoint.save_every=2")
     writer = RunWriter(tmp_path, tensorboard=False, first_step=0)
-    trainer_of(config, writer=writer, checkpoints=shelf).fit()
+    trainer_of(config, writer=writer, checkpoints=shelf).run()
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
@@ -150,7 +161,7 @@ def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
         assert all(math.isfinite(row[key]) for key in KEYS_OF_A_STEP if key != "kl/ref")
         assert row["kl/ref"] is None
     assert [position for position, _ in shelf.saved] == [(0, step, 0) for step in (2, 4, 5)]
-    assert [state["policy_version"] for _, state in shelf.saved] == [4, 8, 10]
+    assert [state.settings["train.steps"] for _, state in shelf.saved] == [5, 5, 5]
 
     samples = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
     assert len(samples) == config.logging.rollouts_per_step
@@ -177,8 +188,8 @@ def test_a_step_writes_what_it_did() -> None:
     """The numbers of a row, from the rollouts and rewards that were kept."""
     writer = Rows()
     config = config_of("train.steps=1", "logging.rollouts_per_step=-1", "reward.functions.format=-0.5")
-    config.reward.functions["exact_match"] = 2.0
-    trainer_of(config, writer=writer).fit()
+    config = replaced(config, {"reward.functions": {**config.reward.functions, "exact_match": 2.0}})
+    trainer_of(config, writer=writer).run()
     row, samples = writer.rows[1], writer.samples[1]
     n = len(samples)
     assert n == 8 * 4
@@ -233,8 +244,8 @@ def test_the_samplers_log_probs_are_used_when_asked_for() -> None:
     for row, same in zip(without_times(rows), without_times(same_rows), strict=True):
         assert row == pytest.approx(same, abs=1e-12)
     batch = policy_of(reused).batches[0].micro_batches[0]
-    assert batch.old_log_probs_R is not None
-    assert batch.old_log_probs_R.dtype == torch.float64
+    assert batch.columns.keys() == {"old_log_probs"}
+    assert batch.columns["old_log_probs"].dtype == torch.float64
 
 
 # --- prompts, rollout ids, shares ---
@@ -253,7 +264,7 @@ def test_no_rollout_id_comes_twice_and_no_prompt_before_all_have_come() -> None:
     assert len(set(ids)) == len(ids) == 5 * 32
     of_steps = Counter(p for _, prompts in steps for p in prompts)
     assert set(of_steps.values()) == {4}
-    of_warm_start = Counter(trainer.order[k] for k in range(24))
+    of_warm_start = Counter(prompts_of(trainer).order[k] for k in range(24))
     assert sorted([*of_steps, *of_warm_start]) == list(range(64))
     assert [b.num_sequences for b in policy_of(trainer).batches[:3]] == [8, 8, 8]
 
@@ -296,7 +307,7 @@ def test_a_replica_without_anything_to_do_takes_part() -> None:
 
 
 def batches_of(trainer: Trainer, sequences: list[Sequence], number: int) -> list[UpdateBatch]:
-    groups = [RolloutGroup(trainer.train_prompts[0], [])] * (len(sequences) // trainer.config.rollout.group_size)
+    groups = [RolloutGroup(prompts_of(trainer).source[0], [])] * (len(sequences) // trainer.config.rollout.group_size)
     step = StepState(number, groups, sequences)
     trainer.pack(step)
     return step.batches
@@ -306,7 +317,7 @@ def batches_of(trainer: Trainer, sequences: list[Sequence], number: int) -> list
 def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -> None:
     config = config_of("algorithm.updates_per_rollout=4")
     alone = trainer_of(config)
-    sequences = alone.sequences(alone.sample(1))
+    sequences = alone.advantages(alone.sample(1))
     for i, sequence in enumerate(sequences):
         sequence.advantage = i + 0.5  # to be recognised by, and not 0
     trainers = [trainer_of(config, ranks) for ranks in Replicas(dp_size).ranks]
@@ -319,7 +330,7 @@ def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -
         assert members == sorted(a for m in reference.micro_batches for a in m.advantages_S.tolist())
         groups = Counter(int(a) // 4 for a in members)
         assert len(groups) == 2 and set(groups.values()) == {4}
-        lengths = [sequences[int(a)].response_length for a in members]
+        lengths = [sequences[int(a)].num_trained for a in members]
         for batch in batches:
             assert (batch.num_sequences, batch.num_tokens) == (len(members), sum(lengths))
         scored = sum(int((m.targets_T != IGNORED).sum()) for b in batches for m in b.micro_batches)
@@ -331,7 +342,7 @@ def test_packing_counts_all_ranks_and_cuts_the_same_mini_batches(dp_size: int) -
 
 def test_mini_batches_are_shuffled_anew_in_every_step() -> None:
     trainer = trainer_of(config_of())
-    sequences = trainer.sequences(trainer.sample(1))
+    sequences = trainer.advantages(trainer.sample(1))
     for i, sequence in enumerate(sequences):
         sequence.advantage = float(i)
 
@@ -385,7 +396,7 @@ def test_the_warm_start_learns_the_solutions() -> None:
     _, rows = run(*settings, console=Listener())
     before = trainer_of(config_of(*settings))
     table_VV = policy_of(before).logits_VV.log_softmax(dim=-1)
-    prompts = [before.train_prompts[before.order[k]] for k in range(before.config.train.warm_start_batch)]
+    prompts = [*prompts_of(before).take(0, before.config.train.warm_start_batch)]
     total = 0.0
     for prompt in prompts:
         a, b = prompt.tokens[-1], TOKENIZER.encode(prompt.solution)[0]
@@ -397,12 +408,12 @@ def test_the_warm_start_learns_the_solutions() -> None:
 
 def test_a_solution_is_cut_at_the_context() -> None:
     trainer = trainer_of(config_of())
-    prompt = trainer.train_prompts[0]
+    prompt = prompts_of(trainer).source[0]
     long = TOKENIZER.encode("abababab")
-    cut = trainer.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "abababab"))
-    assert cut.tokens[2:] == long[:6] and cut.prompt_length == 2
-    whole = trainer.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "ababa"))
-    assert whole.tokens[2:] == [*long[:5], TOKENIZER.eos_id]
+    cut = trainer.parts.warm_start.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "abababab"))
+    assert cut.tokens[2:].tolist() == long[:6] and cut.trained.tolist() == [False] * 2 + [True] * 6
+    whole = trainer.parts.warm_start.with_solution(type(prompt)(0, "AB", tuple(TOKENIZER.encode("AB")), "", "ababa"))
+    assert whole.tokens[2:].tolist() == [*long[:5], TOKENIZER.eos_id]
 
 
 def continued(settings: tuple[str, ...], stops: list[int], ranks: Ranks) -> tuple[TablePolicy, Rows, list[Position]]:
@@ -410,16 +421,15 @@ def continued(settings: tuple[str, ...], stops: list[int], ranks: Ranks) -> tupl
     is kept in memory, all else goes through JSON."""
     policy, writer, state, positions = TablePolicy(ranks), Rows(), None, []
     for n in [*stops, 0]:
-        asked, shelf = itertools.count(1), Shelf()
+        asked, shelf = itertools.count(1), Shelf(ranks)
         parts = {"writer": writer, "checkpoints": shelf, "state": state}
         trainer = trainer_of(
             config_of(*settings), ranks, policy, **parts, stop=lambda asked=asked, n=n: next(asked) == n
         )
         if n == 0:
-            trainer.fit()
+            trainer.run()
             return policy, writer, positions
-        with pytest.raises(StopRequested):
-            trainer.fit()
+        assert not trainer.run()
         if shelf.saved:  # nothing, when it was stopped where it had been continued
             _, state = shelf.saved[-1]
         positions.append(trainer.position)
@@ -464,20 +474,19 @@ def test_a_step_under_way_goes_on_with_other_ranks() -> None:
     """Stopped after two of four updates on three replicas, continued on one and on two."""
     _, rows = run(*WITH_EVERYTHING)
 
-    def stopped(ranks: Ranks) -> tuple[dict[str, Any], TablePolicy, Rows]:
-        policy, writer, shelf, asked = TablePolicy(ranks), Rows(), Shelf(), itertools.count(1)
+    def stopped(ranks: Ranks) -> tuple[RunState, TablePolicy, Rows]:
+        policy, writer, shelf, asked = TablePolicy(ranks), Rows(), Shelf(ranks), itertools.count(1)
         parts = {"writer": writer, "checkpoints": shelf, "stop": lambda: next(asked) == 9}
-        with pytest.raises(StopRequested):
-            trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, **parts).fit()
+        assert not trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, **parts).run()
         return shelf.saved[-1][1], policy, writer
 
     (state, before, written), *_ = Replicas(3).run(stopped)
-    assert state["position"] == [2, 1, 2] and len(state["step"]["updates"]) == 3
+    assert state.position == (2, 1, 2) and len(state.step.about["updates"]) == len(state.step.shares) == 3
 
     def go_on(ranks: Ranks) -> Rows:
         policy, writer = TablePolicy(ranks), Rows()
         policy.logits_VV, policy.reference_VV, policy.version = before.logits_VV, before.reference_VV, before.version
-        trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, writer=writer, state=state).fit()
+        trainer_of(config_of(*WITH_EVERYTHING), ranks, policy, writer=writer, state=state).run()
         return writer
 
     for size in (1, 2):
@@ -499,7 +508,7 @@ def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
         assert [row["groups/zero_variance_fraction"] for row in rows[1:]] == [1.0, 1.0]
         assert torch.equal(policy_of(trainer).logits_VV, before)
         first, second = warnings_of(trainer)
-        assert "step 1: all 8 groups have equal rewards (such as 3)" in first
+        assert "step 1: in each of the 8 groups all rewards are equal (in the first 3)" in first
         assert "step 2" in second
     else:
         assert rows[1]["groups/zero_variance_fraction"] < 1
@@ -536,7 +545,7 @@ def test_a_reward_that_fails_stops_every_replica_and_names_the_rollout(
 
     def fails(ranks: Ranks) -> bool:
         with pytest.raises(DataError, match=message):
-            trainer_of(config, ranks).fit()
+            trainer_of(config, ranks).run()
         return True
 
     assert replicas.run(fails) == [True] * dp_size
@@ -547,7 +556,7 @@ def test_a_reward_that_fails_is_counted_when_configured() -> None:
     config = config_of(
         "reward.functions={test_trainer:breaks_at_a: 1}", "reward.on_error=count", "logging.rollouts_per_step=-1"
     )
-    trainer_of(config, writer=writer).fit()
+    trainer_of(config, writer=writer).run()
     assert len(writer.rows) == 4
     for row in writer.rows[1:]:
         samples = writer.samples[row["step"]]
@@ -562,7 +571,7 @@ def test_ids_beyond_the_tokenizer_are_tokens_but_no_text() -> None:
     policy = TablePolicy(OneRank(), vocab_size=TOKENIZER.vocab_size + 6)
     writer = Rows()
     config = config_of("logging.rollouts_per_step=-1", f"model.vocab_size={TOKENIZER.vocab_size + 6}")
-    trainer_of(config, policy=policy, writer=writer).fit()
+    trainer_of(config, policy=policy, writer=writer).run()
     samples = [s for step in writer.samples.values() for s in step]
     unknown = [s for s in samples if max(s["tokens"]) >= TOKENIZER.vocab_size]
     assert len(unknown) > 10
@@ -588,6 +597,6 @@ def test_names_that_nothing_answers_to(override: str, message: str) -> None:
 
 
 def test_a_clip_range_that_cannot_act_is_a_warning() -> None:
-    trainer, _ = run("algorithm.clip_low=0.2", "algorithm.clip_high=0.2", "train.steps=0")
-    (warning,) = warnings_of(trainer)
+    config = config_of("algorithm.clip_low=0.2", "algorithm.clip_high=0.2")
+    (warning,) = config_warnings(config, Algorithm.of(config))
     assert "clip_low=0.2" in warning and "can hardly act" in warning

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.inputs import load_inputs
+from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.layout.memory import count_parameters
 
@@ -111,9 +111,7 @@ def test_a_shrunk_model_fits_both_layouts(preset: str, reference: str, layout: s
         settings = [*base, *shrunk(large, both), *task_instead(), *ON_CPU]
         for one in both:
             config = load_config(None, [*settings, *one.overrides])
-            check_config(config, one.world_size)
-            load_inputs(config)
-            m = config.model
+            m = settle(config, one.world_size).config.model
             assert count_parameters(m).total(m.num_layers, m.num_experts) < SMALL
             # There is more than one of everything, and a choice to make.
             assert m.num_layers > 1 and m.num_attention_heads > m.num_query_groups > 1

@@ -1,0 +1,69 @@
+"""Rollouts sampled by the model under training: every data-parallel rank a share of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup
+from gspo_megatron.base.protocols import Ranks, Sampler
+from gspo_megatron.data.order import OrderedPrompts
+from gspo_megatron.data.sources import checked_tokens
+from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.rewards.rewards import Reward, refuse_unjudged, score_rollouts
+
+
+@dataclass(frozen=True)
+class CollectiveSource:
+    """`RolloutSource` over a `Sampler`.
+
+    Attributes:
+        first_prompt: the position in `prompts` of the first step's first prompt.
+        vocab_size: ids that the embedding has.
+    """
+
+    sampler: Sampler
+    ranks: Ranks
+    reward: Reward
+    tokenizer: Tokenizer
+    prompts: OrderedPrompts
+    first_prompt: int
+    prompts_per_step: int
+    group_size: int
+    vocab_size: int
+
+    def groups(self, step: int) -> list[RolloutGroup]:
+        """See `RolloutSource.groups`. Rollout j of prompt i of step s has the id (s * prompts_per_step + i) *
+        group_size + j, which seeds its random numbers."""
+        prompts = self.prompts.take(self.first_prompt + (step - 1) * self.prompts_per_step, self.prompts_per_step)
+        size, first_id = self.group_size, step * self.prompts_per_step * self.group_size
+        asked = [(p, first_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
+        rollouts = self._judged(asked, size, greedy=False)
+        return [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+
+    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
+        """See `RolloutSource.greedy`."""
+        return self._judged([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
+
+    def _judged(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
+        """A rollout for each (prompt, id), with its reward, in the order of the ids. Items of `together` in a row go to
+        one rank."""
+        for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
+            checked_tokens(prompt, (), self.vocab_size)
+        mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
+        rollouts = self.sampler.generate([p for p, _ in mine], [i for _, i in mine], greedy=greedy)
+        if self.ranks.is_reporter:
+            for rollout in rollouts:
+                # model.vocab_size may exceed the tokenizer's, rounded up for speed: ids beyond it are no text.
+                rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
+            score_rollouts(self.reward, rollouts)
+        gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
+        refuse_unjudged(gathered)
+        return gathered
+
+    def _share(self, stop: int, stride: int) -> range:
+        """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and
+        context-parallel ranks, since all of them hold the whole of a response then."""
+        ranks = self.ranks
+        rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
+        return range(rank * stride, stop, count * stride)

@@ -1,0 +1,158 @@
+"""The stages of a step between its rollouts and its updates: advantages, packing, scores; and the loss of an update.
+
+S  sequences      R  trained tokens
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.batches import MicroBatch, PackingRules, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.metrics import LossTerms, Metric, merge, on_host, values
+from gspo_megatron.base.protocols import Policy, Ranks
+from gspo_megatron.data.packing import pack
+from gspo_megatron.data.sources import checked_tokens
+from gspo_megatron.objective import PolicyObjective, Segments, group_advantages
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.step_state import StepState
+
+
+def sequences_of(
+    groups: Seq[RolloutGroup], algorithm: Algorithm, *, vocab_size: int, dtype: torch.dtype
+) -> list[Sequence]:
+    """One trainable sequence a rollout, group by group, with its advantage. Log-probs are of `dtype`.
+
+    Raises:
+        DataError: a token id that the embedding does not have.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    advantages = group_advantages(rewards, group_ids, baseline=algorithm.variant.baseline).tolist()
+    sequences = []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
+        sequences.append(Sequence.after_prompt(tokens, len(rollout.prompt.tokens), advantage))
+        if algorithm.old_log_probs == "sampler":
+            sequences[-1].columns["old_log_probs"] = torch.tensor(rollout.log_probs, dtype=dtype)
+    return sequences
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Sequences into this rank's micro-batches.
+
+    Attributes:
+        max_tokens, rules, cost: as in `data.packing.pack`.
+        group_size, updates_per_rollout, seed: how a step's groups are cut into mini-batches.
+    """
+
+    ranks: Ranks
+    pad_id: int
+    max_tokens: int
+    rules: PackingRules
+    cost: Callable[[int], float]
+    group_size: int
+    updates_per_rollout: int
+    seed: int
+
+    def pack(self, step: StepState, *, drop_zero_advantage: bool) -> None:
+        """Cuts the step into mini-batches of whole groups, shuffled by (seed, step), each packed for this rank.
+        Sequences of advantage 0 may stay out of it: they count, and their term of the loss is 0 with gradient 0."""
+        draws = random.Random(f"{self.seed}:{step.number}")
+        # Sorted by draws: of Python's generator only random() is promised to stay the same over versions.
+        order = [g for _, g in sorted((draws.random(), g) for g in range(len(step.groups)))]
+        share = len(order) // self.updates_per_rollout
+        for i in range(self.updates_per_rollout):
+            groups = order[i * share : (i + 1) * share]
+            everything = [g * self.group_size + j for g in groups for j in range(self.group_size)]
+            with_gradient = [n for n in everything if step.sequences[n].advantage or not drop_zero_advantage]
+            step.mini_batches.append(with_gradient)
+            step.batches.append(
+                self.update_batch([step.sequences[n] for n in with_gradient], [step.sequences[n] for n in everything])
+            )
+
+    def update_batch(self, sequences: Seq[Sequence], counted: Seq[Sequence] | None = None) -> UpdateBatch:
+        """This rank's micro-batches of an update on `sequences`, and the counts over all ranks that normalise its loss:
+        those of `counted`, by default the same."""
+        micro_batches = pack(
+            sequences,
+            pad_id=self.pad_id,
+            max_tokens=self.max_tokens,
+            rules=self.rules,
+            cost=self.cost,
+            dp_rank=self.ranks.dp_rank,
+            dp_size=self.ranks.dp_size,
+            cp_rank=self.ranks.cp_rank,
+            cp_size=self.ranks.cp_size,
+        )
+        trained = [s.num_trained for s in (sequences if counted is None else counted) if s.num_trained]
+        return UpdateBatch(micro_batches, num_sequences=len(trained), num_tokens=sum(trained))
+
+
+def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> None:
+    """Old log-probs, unless the sampler or the update tells them, and reference log-probs, in the micro-batches of the
+    updates."""
+    micro_batches = [m for b in batches for m in b.micro_batches]
+    scores = {"old_log_probs": False} if algorithm.scores_old else {}
+    scores |= {"ref_log_probs": True} if algorithm.needs_reference else {}
+    for column, of_reference in scores.items():
+        scored = policy.log_probs(micro_batches, reference=of_reference)
+        for micro_batch, log_probs_R in zip(micro_batches, scored, strict=True):
+            micro_batch.columns[column] = log_probs_R
+
+
+def segments_of(micro_batch: MicroBatch, ranks: Ranks) -> Segments:
+    """Which of its sequences each trained token belongs to."""
+    return Segments.from_lengths(
+        micro_batch.trained_lengths,
+        index_R=micro_batch.sequence_R,
+        over_ranks=ranks.sum_over_parts if ranks.cp_size > 1 else None,
+        device=micro_batch.sequence_R.device,
+    )
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The objective on a micro-batch (`Loss` of base/protocols.py)."""
+
+    objective: PolicyObjective
+    ranks: Ranks
+    with_reference: bool
+
+    def __call__(
+        self, log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
+    ) -> LossTerms:
+        return self.objective(
+            log_probs_R,
+            # The only update of a rollout batch starts from the policy that is old: the ratio is 1, with a gradient.
+            micro_batch.columns.get("old_log_probs", log_probs_R.detach()),
+            micro_batch.advantages_S,
+            segments_of(micro_batch, self.ranks),
+            ref_log_probs_T=micro_batch.columns["ref_log_probs"] if self.with_reference else None,
+            entropy_T=entropy_R,
+            num_sequences=batch.num_sequences,
+            num_tokens=batch.num_tokens,
+        )
+
+
+def reduced(updates: Seq[dict[str, Metric]], ranks: Ranks) -> dict[str, float]:
+    """Metrics of several updates over all ranks; `loss` is the mean over the updates. Collective."""
+    found = values(merge(ranks.gather([on_host(merge(updates))])))
+    return found | {"loss": found["loss"] / len(updates)}
+
+
+def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
+    """max |ratio - 1| before anything was learned from the rollouts: what numerical noise alone moves, to be held
+    against the clip band. Empty off the last pipeline stage, which has no ratios."""
+    if "ratio/min" not in first_update:
+        return {}
+    low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
+    # 0 where no sequence has a gradient.
+    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1, 0.0), reduction="max")}

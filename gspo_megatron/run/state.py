@@ -1,0 +1,133 @@
+"""The state of a run: all that decides its future, apart from the policy and its optimizer.
+
+Everything else is a function of the settings and the position: the order of prompts, the random number of every token,
+mini-batches, the learning rate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.batches import COLUMNS, Position
+from gspo_megatron.config.loading import to_yaml
+from gspo_megatron.config.sections import Config
+from gspo_megatron.run.step_state import StepSnapshot
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guards remember: gradient norms of the last updates, and how many in a row were left out."""
+
+    grad_norms: tuple[float, ...] = ()
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A step that was stopped between two updates: what `StepState.snapshot` kept, with the tensors of all
+    processes."""
+
+    about: Mapping[str, Any]
+    shares: tuple[Mapping[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        position: how far the run has come.
+        began: whether its first step has begun: the reference is frozen, and row 0 is written.
+        settings: the settings that it ran with, by `section.key`.
+        guards: what the guards remember.
+        step: the step it is inside of, if it is: this process's snapshot when saved, all processes' when loaded.
+    """
+
+    position: Position
+    began: bool
+    settings: Mapping[str, Any]
+    guards: GuardState
+    step: StepSnapshot | SavedStep | None = None
+    config_sha256: str = ""
+
+    @classmethod
+    def of(
+        cls, config: Config, position: Position, *, began: bool, guards: GuardState, step: StepSnapshot | None
+    ) -> RunState:
+        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+        return cls(position, began, settings_of(asdict(config)), guards, step, digest)
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and text. A float64 survives JSON to the last bit."""
+        config: dict[str, dict[str, Any]] = {}
+        for name, value in self.settings.items():
+            section, _, key = name.partition(".")
+            config.setdefault(section, {})[key] = value
+        return {
+            "position": list(self.position),
+            "began": self.began,
+            "config": config,
+            "config_sha256": self.config_sha256,
+            "guards": asdict(self.guards),
+            "step": None if self.step is None else self.step.about,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This process's share of what is too large for JSON."""
+        return self.step.tensors if isinstance(self.step, StepSnapshot) else {}
+
+    @classmethod
+    def from_saved(cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]]) -> RunState:
+        """What `to_json` wrote, and `tensors` of every process."""
+        guards, step = about["guards"], about["step"]
+        if step is not None and "advantages" in step:
+            step, shares = _step_of_format_1(step)
+        return cls(
+            Position(*about["position"]),
+            about["began"],
+            settings_of(about["config"]),
+            GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
+            None if step is None else SavedStep(step, tuple(shares)),
+            about["config_sha256"],
+        )
+
+
+def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`{"train": {"steps": 3}}` -> `{"train.steps": 3}`."""
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def _step_of_format_1(step: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """The first format of checkpoints had every token of a step in JSON."""
+    prompts = [
+        prompt["tokens"] for prompt, rollouts in zip(step["prompts"], step["rollouts"], strict=True) for _ in rollouts
+    ]
+    drawn = [rollout for rollouts in step["rollouts"] for rollout in rollouts]
+    lengths = torch.tensor([len(p) + len(r["tokens"]) for p, r in zip(prompts, drawn, strict=True)])
+    trained = [torch.arange(n) >= len(p) for n, p in zip(lengths.tolist(), prompts, strict=True)]
+    share = {
+        "first_sequence": torch.tensor([0]),
+        "lengths_S": lengths,
+        "advantages_S": torch.tensor(step["advantages"], dtype=torch.float64),
+        "tokens_L": torch.tensor([t for p, r in zip(prompts, drawn, strict=True) for t in (*p, *r["tokens"])]),
+        "trained_L": torch.cat(trained),
+        "sampler_log_probs_R": torch.tensor([p for r in drawn for p in r["log_probs"]], dtype=torch.float64),
+    }
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    for name in COLUMNS:
+        known = [i for i, values in enumerate(step.get(name, ())) if values is not None]
+        if known:
+            places = [starts[i] + trained[i].nonzero().flatten() for i in known]
+            share[f"{name}.places"] = torch.cat(places)
+            share[f"{name}.values"] = torch.tensor([v for i in known for v in step[name][i]], dtype=torch.float64)
+    for rollout in drawn:
+        del rollout["tokens"], rollout["log_probs"]
+    kept = {key: step[key] for key in ("number", "prompts", "rollouts", "updates")}
+    return kept, [share]
