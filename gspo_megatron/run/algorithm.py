@@ -14,7 +14,7 @@ def variant_of(config: Config) -> Variant:
     """The algorithm that the settings name, with their overrides. Raises ConfigError for one that makes no sense."""
     a = config.algorithm
     return resolve_variant(
-        a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
+        a.variant, dials=a.dials, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
     )
 
 
