@@ -14,7 +14,7 @@ surrogate), an aggregate (which mean over tokens) and a baseline (what a reward 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,7 @@ from gspo_megatron.objective.advantage import BASELINES, GroupMean, GroupMeanStd
 from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMean
 from gspo_megatron.objective.clips import CLIPS, PpoClip
 from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Dial, Level, make_dial, no_such_parameter
-from gspo_megatron.objective.levels import (
-    LEVELS,
-    SequenceMeanLevel,
-    SequenceSumLevel,
-    SequenceTokenLevel,
-    TokenLevel,
-)
+from gspo_megatron.objective.levels import LEVELS, SequenceMeanLevel, SequenceSumLevel, SequenceTokenLevel, TokenLevel
 
 DIALS: dict[str, Mapping[str, type[Dial]]] = {
     "level": LEVELS,
@@ -73,9 +67,11 @@ class Variant:
             raise ConfigError(f"kl_coef={self.kl_coef}: a penalty has a finite weight; set it to 0 or more")
         for kind, dial in self.dials.items():
             if self.level.unit not in dial.units:
+                others = _either(name for name, other in DIALS[kind].items() if self.level.unit in other.units)
+                levels = _either(name for name, level in LEVELS.items() if level.unit in dial.units)
                 raise ConfigError(
                     f"level={self.level.name!r} has one ratio per {self.level.unit}, and {kind}={dial.name!r} "
-                    f"{dial.unit_reason}; set {kind}={_either(kind, self.level.unit)}, or level={_levels(dial)}"
+                    f"{dial.unit_reason}; set {kind}={others}, or level={levels}"
                 )
 
     @property
@@ -105,12 +101,8 @@ class Variant:
         return [warning for dial in self.dials.values() for warning in dial.warnings(self.level)]
 
 
-def _either(kind: str, unit: str) -> str:
-    return " or ".join(repr(name) for name, dial in DIALS[kind].items() if unit in dial.units)
-
-
-def _levels(dial: Dial) -> str:
-    return " or ".join(repr(name) for name, level in LEVELS.items() if level.unit in dial.units)
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 VARIANTS = {

@@ -60,8 +60,9 @@ MEAN_TOKEN = Level("token", stopped_ratios, MEAN.log_ratio, lambda length: 1)
 
 
 class PpoClip(NamedTuple):
-    """A clip says its term; its slope, the derivative by the log of the ratio; which bound holds it, "low", "high" or
-    neither; and `low` and `high`, the distances from 1 around which tests place ratios."""
+    """A clip says its term, of a ratio that is a tensor or a plain number; its slope, the term's derivative by the log
+    of the ratio; which bound holds it, "low", "high" or None; and `low` and `high`, the distances from 1 around which
+    tests place ratios."""
 
     low: float
     high: float
