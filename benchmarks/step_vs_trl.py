@@ -260,7 +260,8 @@ def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, 
 def settings(config: Config, steps: int) -> dict[str, Any]:
     """GRPOConfig's arguments: one generation of all the step's rollouts, one optimizer step on each of their parts."""
     r, a, o, variant = config.rollout, config.algorithm, config.optimizer, Algorithm.of(config).variant
-    if (variant.level, variant.aggregate, variant.baseline) != ("sequence_mean", "sequence_mean", "mean_std"):
+    names = {kind: dial.name for kind, dial in variant.dials.items()}
+    if names != {"level": "sequence_mean", "clip": "ppo", "aggregate": "sequence_mean", "baseline": "mean_std"}:
         raise ConfigError(f"algorithm.variant={a.variant} is not what TRL runs beside it; set algorithm.variant=gspo")
     return {
         "importance_sampling_level": "sequence",

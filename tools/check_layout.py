@@ -153,13 +153,13 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     for rollout, (_, tokens, log_probs) in zip(rollouts, given or drawn, strict=True):
         rollout.tokens, rollout.log_probs = tokens, log_probs
     sequences = trainer.advantages(groups)
-    clip = (algorithm.variant.clip_low + algorithm.variant.clip_high) / 2
+    clip = algorithm.variant.clip.reach
     for rollout, sequence in zip(rollouts, sequences, strict=True):
         draw = random.Random(f"{trainer.config.run.seed}:{rollout.id}")
         own = torch.tensor(rollout.log_probs, dtype=trainer.policy.score_dtype)
         sequence.advantage = draw.gauss(0, 1)
         # A shift of the whole response, which moves a sequence's ratio, and one of each token.
-        shift = draw.gauss(0, 2 * clip) / (len(own) if algorithm.variant.level == "sequence_sum" else 1)
+        shift = draw.gauss(0, 2 * clip) / (len(own) if algorithm.variant.level.name == "sequence_sum" else 1)
         noise = torch.tensor([shift + draw.gauss(0, clip) for _ in own])
         sequence.columns["old_log_probs"] = own + noise.to(own)
         if algorithm.needs_reference:

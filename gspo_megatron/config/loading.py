@@ -18,9 +18,12 @@ from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, PRESETS, Co
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults < preset < YAML file < `section.key=value` overrides, every value checked by itself.
 
-    A mapping (`reward.functions`, `data.task`) replaces the one of a lower layer; `reward.functions.NAME=weight`, where
-    NAME may hold dots, adds an entry to it. Raises ConfigError for a missing file, an unknown section or key (with the
-    nearest right name), a value of the wrong type or out of range.
+    A mapping (`reward.functions`, `algorithm.dials`, `data.task`) replaces the one of a lower layer;
+    `reward.functions.NAME=weight`, where NAME may hold dots, adds an entry to it.
+
+    Raises:
+        ConfigError: a missing file, an unknown section or key (with the nearest right name), a value of the wrong type
+            or out of range.
     """
     asked: dict[str, dict[str, Any]] = {}
     for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
@@ -167,8 +170,7 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{key}={_value(config, key)} must be at least 0 and below 1")
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be at most 1 (1 switches it off)")
-    for function, weight in config.reward.functions.items():
-        if not isinstance(weight, float) or not math.isfinite(weight):
-            raise ConfigError(
-                f"reward.functions.{function}={weight} must be a finite number, the weight of that reward"
-            )
+    for key, what in (("reward.functions", "the weight of that reward"), ("algorithm.dials", "a dial's parameter")):
+        for name, value in _value(config, key).items():
+            if not isinstance(value, float) or not math.isfinite(value):
+                raise ConfigError(f"{key}.{name}={value} must be a finite number, {what}")

@@ -140,6 +140,9 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0
     advantage: str | None = None
     """None: the variant's baseline; mean_std or mean."""
+    dials: dict[str, float] = field(default_factory=dict)
+    """Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are
+    shorthand."""
     updates_per_rollout: int = 4
     """Mini-batches a rollout batch is cut into; each is used for one update."""
     old_log_probs: str = "auto"

@@ -1,4 +1,7 @@
-"""The objective in pure torch: from log-probs and rewards to a loss, without process groups, devices or Megatron."""
+"""The objective in pure torch: from log-probs and rewards to a loss, without process groups, devices or Megatron.
+
+variants.py says how an algorithm is composed of dials, and how to add one.
+"""
 
 from gspo_megatron.objective.advantage import BASELINES, group_advantages
 from gspo_megatron.objective.kl import KL_ESTIMATORS

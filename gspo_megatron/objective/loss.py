@@ -13,10 +13,8 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, lookup
 from gspo_megatron.base.metrics import LossTerms, Metric
-from gspo_megatron.objective.aggregates import AGGREGATES
-from gspo_megatron.objective.clips import CLIPS, Surrogate
+from gspo_megatron.objective.dials import Surrogate
 from gspo_megatron.objective.kl import KL_ESTIMATORS, k3
-from gspo_megatron.objective.levels import LEVELS
 from gspo_megatron.objective.segments import Segments
 from gspo_megatron.objective.variants import Variant
 
@@ -86,12 +84,10 @@ class PolicyObjective:
         variant, dtype = self.variant, torch.promote_types(log_probs_T.dtype, torch.float32)
         log_probs_R, old_log_probs_R = log_probs_T.to(dtype), old_log_probs_T.detach().to(dtype)
 
-        surrogate = CLIPS[variant.clip](
+        surrogate = variant.clip.surrogate(
             log_probs_R - old_log_probs_R,
             segments.spread(advantages_S.detach().to(dtype)),
-            variant.clip_low,
-            variant.clip_high,
-            lambda log_ratio_R: LEVELS[variant.level].log_ratio(log_ratio_R, segments),
+            lambda log_ratio_R: variant.level.log_ratio(log_ratio_R, segments),
         )
         terms_R = -surrogate.terms_R
         metrics = self._ratio_metrics(surrogate, segments)
@@ -108,13 +104,12 @@ class PolicyObjective:
         # An update without any token divides 0 by 1.
         num_sequences = max(segments.num_sequences if num_sequences is None else num_sequences, 1)
         num_tokens = max(segments.num_tokens if num_tokens is None else num_tokens, 1)
-        loss = AGGREGATES[variant.aggregate].share(terms_R, segments, num_sequences, num_tokens)
+        loss = variant.aggregate.share(terms_R, segments, num_sequences, num_tokens)
         return LossTerms(loss.to(dtype), metrics)
 
     def _ratio_metrics(self, surrogate: Surrogate, segments: Segments) -> dict[str, Metric]:
         ratio_R = surrogate.ratio_R.detach()
-        per_sequence = LEVELS[self.variant.level].unit == "sequence"
-        weight_R = segments.share_R if per_sequence else torch.ones_like(segments.share_R)
+        weight_R = segments.share_R if self.variant.level.unit == "sequence" else torch.ones_like(segments.share_R)
         some = ratio_R.numel() > 0
         return {
             "ratio/mean": Metric((ratio_R * weight_R).sum(), weight_R.sum()),

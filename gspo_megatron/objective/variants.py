@@ -1,15 +1,40 @@
-"""One row per algorithm: which dial it turns where, and where its equation is printed."""
+"""One row per algorithm: its dials, and where its equation is printed.
+
+A row names one dial of each kind, with the dial's parameters: a level (what the ratio is the ratio of), a clip (the
+surrogate), an aggregate (which mean over tokens) and a baseline (what a reward is compared with). To add an algorithm:
+1. Made of dials that exist, it is a row of VARIANTS below.
+2. A dial of its own is a frozen dataclass that extends Level, Clip, Aggregate or Baseline (dials.py): `name`, its
+   parameters as fields, their ranges in `__post_init__`, and one method, the equation. It goes into a file of its own,
+   or into that of its kind.
+3. One line puts it into the table of its kind (LEVELS, CLIPS, AGGREGATES or BASELINES). It can then be chosen by name;
+   loss.py, the settings and the trainer stay as they are. Its parameters are set by `algorithm.dials.clip.low=0.1`.
+4. tests/support/oracles.py gets the equation once more, as a plain loop: a row of ORACLES. Tests refuse a row without.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from gspo_megatron.base.errors import ConfigError, lookup
-from gspo_megatron.objective.advantage import BASELINES
-from gspo_megatron.objective.aggregates import AGGREGATES
-from gspo_megatron.objective.clips import CLIPS
-from gspo_megatron.objective.levels import LEVELS
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup
+from gspo_megatron.objective.advantage import BASELINES, GroupMean, GroupMeanStd
+from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMean
+from gspo_megatron.objective.clips import CLIPS, PpoClip
+from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Dial, Level, make_dial, no_such_parameter
+from gspo_megatron.objective.levels import LEVELS, SequenceMeanLevel, SequenceSumLevel, SequenceTokenLevel, TokenLevel
+
+DIALS: dict[str, Mapping[str, type[Dial]]] = {
+    "level": LEVELS,
+    "clip": CLIPS,
+    "aggregate": AGGREGATES,
+    "baseline": BASELINES,
+}
+"""Kinds of dials, which are fields of Variant, and the dials of each kind by name."""
+
+SHORTHAND = {"clip_low": "clip.low", "clip_high": "clip.high"}
+"""Parameters that `resolve_variant` also takes by a name of their own."""
 
 
 @dataclass(frozen=True)
@@ -18,49 +43,66 @@ class Variant:
 
     Attributes:
         name, source: what it is called, and the equations it comes from.
-        level, clip, aggregate, baseline: keys of LEVELS, CLIPS, AGGREGATES and advantage.BASELINES.
-        clip_low, clip_high: the ratio is held to [1 - clip_low, 1 + clip_high]; clip_high may be inf (no bound).
+        level, clip, aggregate, baseline: its dials, each with its parameters.
         kl_coef: weight of the KL term to a frozen reference; 0 needs no reference.
 
     Raises:
-        ConfigError: an unknown key, a bound out of range, or two dials that contradict each other.
+        ConfigError: a dial of the wrong kind, a weight out of range, or two dials that contradict each other.
     """
 
     name: str
-    level: str
-    clip: str
-    aggregate: str
-    clip_low: float
-    clip_high: float
-    baseline: str
+    level: Level
+    clip: Clip
+    aggregate: Aggregate
+    baseline: Baseline
     kl_coef: float
     source: str
 
     def __post_init__(self) -> None:
-        level, aggregate = lookup(LEVELS, self.level, "level"), lookup(AGGREGATES, self.aggregate, "aggregate")
-        lookup(CLIPS, self.clip, "clip")
-        lookup(BASELINES, self.baseline, "baseline")
-        # Written so that NaN fails every one of them.
-        if not 0 <= self.clip_low < 1:
-            raise ConfigError(f"clip_low={self.clip_low}: the lowest ratio is 1 - clip_low; set it in [0, 1)")
-        if not self.clip_high >= 0:
-            raise ConfigError(f"clip_high={self.clip_high}: the highest ratio is 1 + clip_high; set it to 0 or more")
-        if not 0 <= self.kl_coef < math.inf:
+        for kind, dial in self.dials.items():
+            if not isinstance(dial, Dial) or dial.kind != kind:
+                classes = ", ".join(f"{row.__name__}(...)" for row in DIALS[kind].values())
+                raise ConfigError(f"{kind}={dial!r} of variant {self.name!r} is not a {kind}; there are: {classes}")
+        if not 0 <= self.kl_coef < math.inf:  # written so that NaN fails
             raise ConfigError(f"kl_coef={self.kl_coef}: a penalty has a finite weight; set it to 0 or more")
-        if level.unit == "sequence" and aggregate.unit == "token":
-            raise ConfigError(
-                f"level={self.level!r} has one ratio per sequence, and aggregate={self.aggregate!r} would weight it by "
-                "the length of the response; set aggregate='sequence_mean', or level='token' or 'sequence_token'"
-            )
+        for kind, dial in self.dials.items():
+            if self.level.unit not in dial.units:
+                others = _either(name for name, other in DIALS[kind].items() if self.level.unit in other.units)
+                levels = _either(name for name, level in LEVELS.items() if level.unit in dial.units)
+                raise ConfigError(
+                    f"level={self.level.name!r} has one ratio per {self.level.unit}, and {kind}={dial.name!r} "
+                    f"{dial.unit_reason}; set {kind}={others}, or level={levels}"
+                )
+
+    @property
+    def dials(self) -> dict[str, Dial]:
+        """Its dials by kind."""
+        return {kind: getattr(self, kind) for kind in DIALS}
+
+    @property
+    def clip_low(self) -> float:
+        """`clip.low`. Raises ConfigError where the clip has no such parameter."""
+        return self._parameter("clip_low")
+
+    @property
+    def clip_high(self) -> float:
+        """`clip.high`. Raises ConfigError where the clip has no such parameter."""
+        return self._parameter("clip_high")
+
+    def _parameter(self, short: str) -> float:
+        kind, _, name = SHORTHAND[short].partition(".")
+        dial = self.dials[kind]
+        if name not in dial.parameter_names():
+            raise ConfigError(no_such_parameter(type(dial), name, short))
+        return dial.parameters()[name]
 
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one sentence each: a clip range too wide to act at this level."""
-        widest = LEVELS[self.level].widest_clip
-        wide = [f"{name}={getattr(self, name)}" for name in ("clip_low", "clip_high") if getattr(self, name) > widest]
-        return wide and [
-            f"{', '.join(wide)} can hardly act at level {self.level!r}, where the ratio is a mean over the response "
-            f"and stays within {widest} of 1; usual: clip_low=3e-4, clip_high=4e-4, for about ten tokens 3e-2 and 4e-2"
-        ]
+        return [warning for dial in self.dials.values() for warning in dial.warnings(self.level)]
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 VARIANTS = {
@@ -68,35 +110,29 @@ VARIANTS = {
     for row in (
         Variant(
             name="gspo",
-            level="sequence_mean",
-            clip="ppo",
-            aggregate="sequence_mean",
-            clip_low=3e-4,
-            clip_high=4e-4,
-            baseline="mean_std",
+            level=SequenceMeanLevel(),
+            clip=PpoClip(low=3e-4, high=4e-4),
+            aggregate=SequenceMean(),
+            baseline=GroupMeanStd(),
             kl_coef=0.0,
             source="arXiv:2507.18071 Eq. 5-7, clip range of section 5.1",
         ),
         Variant(
             name="gspo_token",
-            level="sequence_token",
-            clip="ppo",
-            aggregate="sequence_mean",
-            clip_low=3e-4,
-            clip_high=4e-4,
-            baseline="mean_std",
+            level=SequenceTokenLevel(),
+            clip=PpoClip(low=3e-4, high=4e-4),
+            aggregate=SequenceMean(),
+            baseline=GroupMeanStd(),
             kl_coef=0.0,
             source="arXiv:2507.18071 Eq. 13-14",
         ),
         # The ratio of whole responses, without the 1 / |y| of Eq. 7.
         Variant(
             name="gspo_sum",
-            level="sequence_sum",
-            clip="ppo",
-            aggregate="sequence_mean",
-            clip_low=0.2,
-            clip_high=0.2,
-            baseline="mean",
+            level=SequenceSumLevel(),
+            clip=PpoClip(low=0.2, high=0.2),
+            aggregate=SequenceMean(),
+            baseline=GroupMean(),
             kl_coef=0.01,
             source="the tutorial chapter on GSPO, sections 4.1 and 4.2",
         ),
@@ -104,41 +140,82 @@ VARIANTS = {
         # paper writes both without KL, and a comparison should not cost one side a second model in memory.
         Variant(
             name="grpo",
-            level="token",
-            clip="ppo",
-            aggregate="sequence_mean",
-            clip_low=0.2,
-            clip_high=0.2,
-            baseline="mean_std",
+            level=TokenLevel(),
+            clip=PpoClip(low=0.2, high=0.2),
+            aggregate=SequenceMean(),
+            baseline=GroupMeanStd(),
             kl_coef=0.0,
             source="arXiv:2402.03300 Eq. 3 without its KL term = arXiv:2507.18071 Eq. 2-3",
         ),
         Variant(
             name="dapo",
-            level="token",
-            clip="ppo",
-            aggregate="token_mean",
-            clip_low=0.2,
-            clip_high=0.28,
-            baseline="mean_std",
+            level=TokenLevel(),
+            clip=PpoClip(low=0.2, high=0.28),
+            aggregate=TokenMean(),
+            baseline=GroupMeanStd(),
             kl_coef=0.0,
             source="arXiv:2503.14476 Eq. 8",
         ),
     )
 }
 
-_DIALS = {field.name: field for field in fields(Variant) if field.name not in ("name", "source")}
+_OVERRIDES = dict.fromkeys((*DIALS, *SHORTHAND, "kl_coef"))
 
 
-def resolve_variant(name: str, /, **overrides: str | float | None) -> Variant:
-    """The row `name` of VARIANTS with some of its dials turned; None leaves a dial as it is.
+def resolve_variant(
+    name: str, /, *, dials: Mapping[str, float] | None = None, **overrides: str | float | Dial | None
+) -> Variant:
+    """The row `name` of VARIANTS with some of its dials turned; None leaves a setting as it is.
 
-    Example: resolve_variant("gspo", clip_low=3e-2, clip_high=4e-2).
+    Example: resolve_variant("gspo", clip_low=3e-2, clip_high=4e-2)
+           = resolve_variant("gspo", dials={"clip.low": 3e-2, "clip.high": 4e-2}).
+
+    Args:
+        dials: parameters by `dial.parameter`, of the row's dials or of those that `overrides` chooses.
+        overrides: `kl_coef`; `level`, `clip`, `aggregate`, `baseline`: another dial, by its name or as an object (the
+            name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two of `dials`.
 
     Raises:
-        ConfigError: unknown name or dial (with the nearest right one), or a combination that Variant refuses.
+        ConfigError: unknown name, setting, dial or parameter (with the nearest right one), a parameter given twice, or
+            a value or combination that a dial or Variant refuses.
     """
     row = lookup(VARIANTS, name, "variant")
-    for dial in overrides:
-        lookup(_DIALS, dial, "variant setting")
-    return replace(row, **{dial: value for dial, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    for setting in overrides:
+        lookup(_OVERRIDES, setting, "variant setting")
+    given: dict[str, Any] = {setting: value for setting, value in overrides.items() if value is not None}
+    chosen = {kind: _chosen(dial, given.pop(kind, None)) for kind, dial in row.dials.items()}
+    _set_parameters(chosen, dials or {}, {short: given.pop(short) for short in SHORTHAND if short in given})
+    turned: dict[str, Any] = {kind: make_dial(dial, parameters) for kind, (dial, parameters) in chosen.items()}
+    return replace(row, **turned, **given)
+
+
+def _chosen(dial: Dial, choice: str | Dial | None) -> tuple[type[Dial], dict[str, float]]:
+    """What the row's dial becomes: the class, and the parameters that it starts from."""
+    if choice is None or choice == dial.name:
+        return type(dial), dial.parameters()
+    if isinstance(choice, Dial):
+        return type(choice), choice.parameters()
+    return lookup(DIALS[dial.kind], choice, dial.kind), {}
+
+
+def _set_parameters(
+    chosen: Mapping[str, tuple[type[Dial], dict[str, float]]], dials: Mapping[str, float], shorthand: dict[str, float]
+) -> None:
+    """Writes `dials` and `shorthand` into the parameters of the chosen dials."""
+    settings = [(key, key, value) for key, value in dials.items()]
+    settings += [(short, SHORTHAND[short], value) for short, value in shorthand.items()]
+    for spelled, key, value in settings:
+        kind, _, name = key.partition(".")
+        if kind not in chosen:
+            known = [f"{dial.kind}.{has}" for dial, _ in chosen.values() for has in dial.parameter_names()]
+            near = did_you_mean(key, known) or did_you_mean(kind, DIALS)
+            raise ConfigError(
+                f"{key}={value}: {kind!r} is not one of the dials {', '.join(DIALS)}{near}; their parameters here: "
+                f"{', '.join(known) or 'none'}"
+            )
+        dial, parameters = chosen[kind]
+        if name not in dial.parameter_names():
+            raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}"))
+        if spelled != key and key in dials:
+            raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set one parameter; leave one of them out")
+        parameters[name] = value

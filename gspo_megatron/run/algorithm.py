@@ -39,7 +39,12 @@ class Algorithm:
         """Raises ConfigError for a name or a combination that makes no sense."""
         a = config.algorithm
         variant = resolve_variant(
-            a.variant, clip_low=a.clip_low, clip_high=a.clip_high, baseline=a.advantage, kl_coef=a.kl_coef
+            a.variant,
+            dials=a.dials,
+            clip_low=a.clip_low,
+            clip_high=a.clip_high,
+            baseline=a.advantage,
+            kl_coef=a.kl_coef,
         )
         by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1
         return cls(

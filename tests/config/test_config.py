@@ -99,6 +99,15 @@ def test_rewards_asked_for_replace_those_of_a_lower_layer(tmp_path: Path) -> Non
     assert load_config(path, ["reward.functions.format=2"]).reward.functions == {"final_number": 1.0, "format": 2.0}
 
 
+def test_parameters_of_dials_are_set_by_names_with_dots(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "algorithm: {dials: {clip.low: 0.1, aggregate.length: 8}}")
+    config = load_config(path, ["algorithm.dials.clip.low=0.2"])
+    assert config.algorithm.dials == {"clip.low": 0.2, "aggregate.length": 8.0}
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load_config(again) == config
+
+
 def test_a_reward_whose_name_has_dots_can_be_set_from_the_command_line() -> None:
     config = load_config(None, ["reward.functions.my_pkg.mod:fn=1", "reward.functions.exact_match=0.5"])
     assert config.reward.functions == {"my_pkg.mod:fn": 1.0, "exact_match": 0.5}
@@ -126,6 +135,9 @@ def test_a_reward_whose_name_has_dots_can_be_set_from_the_command_line() -> None
         ("reward.functions.format=high", r"reward.functions.format: Value 'high' .* could not be converted to Float"),
         ("reward.functions={a: {b: 1}}", r"reward.functions.a={'b': 1} must be a finite number"),
         ("reward.functions.format=.nan", r"reward.functions.format=nan must be a finite number"),
+        ("algorithm.dials=[a]", r"algorithm.dials must hold names with values, got \['a'\]"),
+        ("algorithm.dials.clip.low=wide", r"algorithm.dials.clip.low: Value 'wide' .* could not be converted to Float"),
+        ("algorithm.dials.clip.low=.nan", r"algorithm.dials.clip.low=nan must be a finite number, a dial's parameter"),
         ("optimizer.lr=.inf", r"optimizer.lr=inf must be a finite number"),
         ("rollout.temperature=.nan", r"rollout.temperature=nan must be a finite number"),
         ("model.preset=qwen3_30b", r"model.preset='qwen3_30b' is not one of .*; did you mean 'qwen3_30b_a3b'\?"),

@@ -1,32 +1,30 @@
 from __future__ import annotations
 
-import statistics
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.objective import group_advantages
+from gspo_megatron.objective import BASELINES, group_advantages
+from tests.support import oracles as oracles
 
 
 def loop(rewards, groups, baseline):
-    result = []
-    for reward, group in zip(rewards, groups, strict=True):
-        mine = [r for r, g in zip(rewards, groups, strict=True) if g == group]
-        spread = statistics.stdev(mine) if baseline == "mean_std" else 1.0
-        result.append((reward - statistics.mean(mine)) / spread)
-    return result
+    equation = oracles.find(oracles.BASELINES, baseline)
+    pairs = list(zip(rewards, groups, strict=True))
+    return [equation(reward, [r for r, g in pairs if g == group]) for reward, group in pairs]
 
 
-@pytest.mark.parametrize("baseline", ["mean_std", "mean"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_groups_in_any_order_and_of_any_size(baseline):
     rewards = [1.0, 0.0, 0.25, 1.0, -1.0, 0.5, 0.0]
     groups = [7, 3, 7, 3, 3, 7, 7]
     advantages_S = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), baseline)
     assert advantages_S.dtype == torch.float64
     assert advantages_S.tolist() == pytest.approx(loop(rewards, groups, baseline), rel=1e-14)
+    dial = BASELINES[baseline]()
+    assert torch.equal(group_advantages(torch.tensor(rewards).double(), torch.tensor(groups), dial), advantages_S)
 
 
 def test_one_right_answer_of_four():
@@ -34,7 +32,7 @@ def test_one_right_answer_of_four():
     assert group_advantages([1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]).tolist() == [1.5, -0.5, -0.5, -0.5]
 
 
-@pytest.mark.parametrize("baseline", ["mean_std", "mean"])
+@pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize(
     "rewards",
     [

@@ -8,9 +8,15 @@ import torch
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.metrics import Metric
 from gspo_megatron.objective import VARIANTS, LikelihoodObjective, PolicyObjective, Segments, resolve_variant
+from gspo_megatron.objective.advantage import GroupMean
+from gspo_megatron.objective.aggregates import TokenMean
+from gspo_megatron.objective.clips import PpoClip
+from gspo_megatron.objective.levels import TokenLevel
+from gspo_megatron.objective.variants import DIALS
 from tests.support import oracles as oracles
 
 ROWS = list(VARIANTS)
+PPO_ROWS = [name for name in ROWS if VARIANTS[name].clip.name == "ppo"]
 LENGTHS = [5, 1, 0, 7, 1, 3, 4, 2, 0]
 # The ratio of each sequence in clip ranges (beyond 1 is outside), and its advantage: all six branches of min().
 RANGES = [3.0, -3.0, 0.1, 3.0, 0.3, -3.0, -0.3, 3.0, 0.2]
@@ -23,18 +29,16 @@ def batch(name: str, lengths=LENGTHS):
 
     Every sequence has the mean (gspo_sum: the sum) of RANGES; around it its tokens are spread by the range.
     """
-    row, draw = VARIANTS[name], torch.Generator().manual_seed(0)
+    oracle, draw = oracles.find(oracles.ORACLES, name), torch.Generator().manual_seed(0)
 
     def noise(count, scale=1.0):
         return scale * torch.randn(count, generator=draw, dtype=torch.float64)
 
     log_ratio = []
     for i, length in enumerate(lengths):
-        centre = RANGES[i % 9] * (row.clip_high if RANGES[i % 9] > 0 else row.clip_low)
-        around = noise(length, row.clip_low)
-        log_ratio.append(
-            centre / (length if length and name == "gspo_sum" else 1) + around - around.sum() / max(length, 1)
-        )
+        centre = RANGES[i % 9] * (oracle.clip.high if RANGES[i % 9] > 0 else oracle.clip.low)
+        around = noise(length, oracle.clip.low)
+        log_ratio.append(centre / max(oracle.level.moves(length), 1) + around - around.sum() / max(length, 1))
     old_R = -noise(sum(lengths)).abs() - 0.1
     new_R = old_R + torch.cat(log_ratio)
     ref_R = new_R + noise(sum(lengths), 0.3)
@@ -63,6 +67,30 @@ def gradients(loss, *inputs):
 # --- against the equations ---
 
 
+def test_every_row_and_every_dial_has_an_oracle():
+    for name in ROWS:
+        oracles.find(oracles.ORACLES, name)
+    for name in DIALS["baseline"]:
+        oracles.find(oracles.BASELINES, name)
+    for kind, table in DIALS.items():
+        used = {row.dials[kind].name: type(row.dials[kind]) for row in VARIANTS.values()}
+        for name, dial in used.items():
+            assert table.get(name) is dial, (
+                f"{kind} {name!r} of a row is not in the table of its kind: add a line there"
+            )
+        unused = table.keys() - used.keys() if kind != "baseline" else ()  # a baseline has an oracle of its own
+        assert not unused, (
+            f"{kind} {', '.join(unused)} is in no row, so no oracle covers it: add a row of VARIANTS that has it, and "
+            "the row's oracle to ORACLES in tests/support/oracles.py"
+        )
+
+
+def test_a_row_without_an_oracle_is_refused():
+    message = r"'mine' has no oracle.*tests/support/oracles.py, ORACLES: 'mine': Oracle"
+    with pytest.raises(AssertionError, match=message):
+        batch("mine")
+
+
 @pytest.mark.parametrize("estimator", [None, "k1", "k2", "k3"])
 @pytest.mark.parametrize("name", ROWS)
 def test_value_and_gradient_of_every_row(name, estimator):
@@ -75,7 +103,7 @@ def test_value_and_gradient_of_every_row(name, estimator):
     )
 
     new, old, ref, entropy = (x_R.split(LENGTHS) for x_R in (new_R, old_R, ref_R, entropy_R))
-    expected = oracles.policy_loss(name, new, old, advantages_S.tolist(), row.clip_low, row.clip_high)
+    expected = oracles.policy_loss(name, new, old, advantages_S.tolist())
     if estimator:
         expected = expected + kl_coef * oracles.aggregated(name, oracles.kl(estimator, new, ref))
         expected = expected - entropy_coef * oracles.aggregated(name, entropy)
@@ -87,25 +115,29 @@ def test_value_and_gradient_of_every_row(name, estimator):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_metrics_of_every_row(name):
-    row = VARIANTS[name]
+    oracle = oracles.find(oracles.ORACLES, name)
     new_R, old_R, ref_R, entropy_R, advantages_S = batch(name)
-    objective = PolicyObjective(row, kl_coef=0.0, kl_estimator="k1")
+    objective = PolicyObjective(VARIANTS[name], kl_coef=0.0, kl_estimator="k1")
     _, metrics = objective(
         new_R, old_R, advantages_S, Segments.from_lengths(LENGTHS), ref_log_probs_T=ref_R, entropy_T=entropy_R
     )
     assert not any(torch.is_tensor(m.total) and m.total.requires_grad for m in metrics.values())
     found = reduced([metrics])
 
-    ratios = oracles.ratios(name, new_R.detach().split(LENGTHS), old_R.split(LENGTHS))
+    pairs = zip(new_R.detach().split(LENGTHS), old_R.split(LENGTHS), strict=True)
+    ratios = [oracle.level.ratios(y_new, y_old) if len(y_new) else [] for y_new, y_old in pairs]
     tokens = [(w.item(), a) for ratio, a in zip(ratios, advantages_S.tolist(), strict=True) for w in ratio]
-    units = [ratio[0].item() for ratio in ratios if ratio] if name in ("gspo", "gspo_sum") else [w for w, _ in tokens]
-    low = sum(w < 1 - row.clip_low and a < 0 for w, a in tokens) / len(tokens)
-    high = sum(w > 1 + row.clip_high and a > 0 for w, a in tokens) / len(tokens)
+    per_sequence = oracle.level.unit == "sequence"
+    units = [ratio[0].item() for ratio in ratios if ratio] if per_sequence else [w for w, _ in tokens]
+    held = [oracle.clip.held(w, a) for w, a in tokens]
+    low, high = held.count("low") / len(tokens), held.count("high") / len(tokens)
     # Every branch of min() is there, so that the comparison with the equations has met them all.
-    assert low > 0 and high > 0
-    assert any(w > 1 + row.clip_high and a < 0 for w, a in tokens)
-    assert any(w < 1 - row.clip_low and a > 0 for w, a in tokens)
-    assert {a > 0 for w, a in tokens if 1 - row.clip_low < w < 1 + row.clip_high} == {True, False}
+    assert any(w > 1 + oracle.clip.high and a > 0 for w, a in tokens)
+    assert any(w < 1 - oracle.clip.low and a < 0 for w, a in tokens)
+    assert any(w > 1 + oracle.clip.high and a < 0 for w, a in tokens)
+    assert any(w < 1 - oracle.clip.low and a > 0 for w, a in tokens)
+    assert {a > 0 for w, a in tokens if 1 - oracle.clip.low < w < 1 + oracle.clip.high} == {True, False}
+    assert name not in PPO_ROWS or (low > 0 and high > 0)
 
     log_ratio_R = (new_R - old_R).detach()
     expected = {
@@ -123,9 +155,8 @@ def test_metrics_of_every_row(name):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ROWS if name != "gspo_token"]
-)  # its sg[] is not what a difference sees
+# The sg[] of a sequence_token level is not what a difference sees.
+@pytest.mark.parametrize("name", [name for name in ROWS if VARIANTS[name].level.name != "sequence_token"])
 def test_gradcheck(name):
     new_R, old_R, ref_R, entropy_R, advantages_S = batch(name)
     objective = PolicyObjective(VARIANTS[name], kl_coef=0.1, entropy_coef=0.1)
@@ -155,8 +186,10 @@ def test_all_rows_are_one_where_every_response_is_one_token():
         PolicyObjective(resolve_variant(name, clip_low=0.2, clip_high=0.25, kl_coef=0.0))(
             new_R, old_R, advantages_S, segments
         ).loss
-        for name in ROWS
+        for name in PPO_ROWS
+        if VARIANTS[name].aggregate.name in ("sequence_mean", "token_mean")
     ]
+    assert len(losses) >= 5
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], **EXACT)
         torch.testing.assert_close(gradients(loss, new_R), gradients(losses[0], new_R), **EXACT)
@@ -164,13 +197,22 @@ def test_all_rows_are_one_where_every_response_is_one_token():
 
 def test_at_the_old_policy_every_row_is_the_policy_gradient():
     """2507.18071 Eq. 10 and 12 at ratio 1: grad J = (1/S) sum A (1/|y|) sum_t grad log pi, over all tokens for dapo.
-    The ratio of gspo_sum has |y| times the gradient. Nothing is clipped, whether or not old is detached."""
+    The ratio of gspo_sum has |y| times the gradient. Nothing is clipped, whether or not old is detached.
+    Other rows have the scale that their oracle says."""
     new_R, _, _, _, advantages_S = batch("gspo")
     segments = Segments.from_lengths(LENGTHS)
     length_R = segments.spread(segments.lengths_S)
     advantages_R = segments.spread(advantages_S)
     for name in ROWS:
-        scale_R = {"gspo_sum": torch.ones(23) / 7, "dapo": torch.ones(23) / 23}.get(name, 1 / length_R / 7)
+        oracle = oracles.find(oracles.ORACLES, name)
+        said_R = torch.tensor(
+            [oracle.share(length, 7, 23) * oracle.level.moves(length) for length in length_R.tolist()]
+        )
+        scale_R = {
+            **dict.fromkeys(("gspo", "gspo_token", "grpo"), 1 / length_R / 7),
+            "gspo_sum": torch.ones(23) / 7,
+            "dapo": torch.ones(23) / 23,
+        }.get(name, said_R)
         loss, metrics = PolicyObjective(VARIANTS[name], kl_coef=0.0)(new_R, new_R, advantages_S, segments)
         torch.testing.assert_close(gradients(loss, new_R)[0], -advantages_R * scale_R, check_dtype=False)
         found = reduced([metrics])
@@ -302,7 +344,7 @@ def test_likelihood_adds_up():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", PPO_ROWS)
 def test_extreme_log_ratios(name, dtype):
     """A > 0 and A < 0, each with every token's log-ratio at +1000 and at -1000, beside a response that is fine."""
     lengths = [3, 3, 3, 3, 3]
@@ -314,7 +356,9 @@ def test_extreme_log_ratios(name, dtype):
     assert loss.dtype == dtype and torch.isfinite(loss)
     assert all(math.isfinite(value) for value in reduced([metrics]).values())
 
-    share = {"gspo_sum": 1 / 5}.get(name, 1 / 15)
+    oracle = oracles.find(oracles.ORACLES, name)
+    said = oracle.share(3, 5, 15) * oracle.level.moves(3)
+    share = {"gspo_sum": 1 / 5, **dict.fromkeys(("gspo", "gspo_token", "grpo", "dapo"), 1 / 15)}.get(name, said)
     # Clipped; pushed back at the cap; its ratio is 0; clipped; the policy gradient.
     expected = torch.tensor([0, math.exp(20) * share, 0, 0, -share], dtype=dtype).repeat_interleave(3)
     torch.testing.assert_close(gradients(loss, new_R)[0], expected)
@@ -359,9 +403,21 @@ def test_half_precision_is_raised_and_what_is_only_measured_cannot_spoil_the_los
 
 def test_overrides():
     row = resolve_variant("gspo", clip_low=3e-2, clip_high=None, baseline="mean")
-    assert (row.clip_low, row.clip_high, row.baseline, row.name) == (3e-2, 4e-4, "mean", "gspo")
+    assert (row.clip_low, row.clip_high, row.baseline, row.name) == (3e-2, 4e-4, GroupMean(), "gspo")
+    assert row.clip == PpoClip(low=3e-2, high=4e-4) and row.clip.reach == (3e-2 + 4e-4) / 2
     assert VARIANTS["gspo"].clip_low == 3e-4
     assert PolicyObjective(row, kl_coef=0.5).variant.kl_coef == 0.5
+    assert resolve_variant("gspo") == VARIANTS["gspo"]
+
+
+def test_the_long_form_and_dials_as_objects_are_the_same():
+    short = resolve_variant("dapo", clip_low=0.1, clip_high=0.3, level="token", baseline="mean", kl_coef=0.5)
+    assert resolve_variant("dapo", dials={"clip.low": 0.1, "clip.high": 0.3}, baseline="mean", kl_coef=0.5) == short
+    assert resolve_variant("dapo", dials={"clip.low": 0.1}, clip_high=0.3, baseline="mean", kl_coef=0.5) == short
+    objects = {"clip": PpoClip(0.1, 0.3), "level": TokenLevel(), "baseline": GroupMean()}
+    assert resolve_variant("dapo", **objects, kl_coef=0.5) == short
+    assert resolve_variant("dapo", clip=PpoClip(0.1, 0.2), clip_high=0.3, baseline="mean", kl_coef=0.5) == short
+    assert resolve_variant("gspo", clip="ppo", clip_high=1).clip == PpoClip(3e-4, 1)  # the rest stays the row's
 
 
 @pytest.mark.parametrize(
@@ -381,6 +437,15 @@ def test_overrides():
         ("grpo", {"clip_high": -0.1}, "clip_high=-0.1"),
         ("grpo", {"clip_high": math.nan}, "clip_high=nan"),
         ("grpo", {"kl_coef": -0.1}, "kl_coef=-0.1"),
+        ("grpo", {"dials": {"clip.low": 1.0}}, "clip_low=1.0"),
+        ("grpo", {"dials": {"clip.lo": 0.1}}, r"clip.lo=0.1: clip 'ppo' has no parameter 'lo'; did you mean 'low'"),
+        ("grpo", {"dials": {"clip.tau": 1.0}}, r"clip 'ppo' has no parameter 'tau'; it has: clip.low, clip.high"),
+        ("grpo", {"dials": {"clp.low": 1.0}}, r"'clp' is not one of the dials level, clip.*did you mean 'clip.low'"),
+        ("grpo", {"dials": {"low": 1.0}}, r"did you mean 'clip.low'\?; their parameters here: clip.low, clip.high"),
+        ("grpo", {"dials": {"aggregate.length": 8}}, r"'sequence_mean' has no parameter 'length'; it has: none"),
+        ("grpo", {"dials": {"clip.low": "0.1"}}, r"clip.low='0.1': a parameter of a dial is a number"),
+        ("grpo", {"dials": {"clip.low": 0.1}, "clip_low": 0.2}, "clip_low=0.2 and clip.low=0.1 set one parameter"),
+        ("grpo", {"clip": TokenMean()}, r"clip=TokenMean\(\) of variant 'grpo' is not a clip; there are: PpoClip"),
     ],
 )
 def test_refused_variants(name, overrides, message):
@@ -401,7 +466,7 @@ def test_refused_terms():
 
 
 def test_a_gspo_token_loss_may_count_tokens():
-    assert resolve_variant("gspo_token", aggregate="token_mean").aggregate == "token_mean"
+    assert resolve_variant("gspo_token", aggregate="token_mean").aggregate == TokenMean()
 
 
 def test_warnings():

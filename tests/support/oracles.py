@@ -1,85 +1,166 @@
 """The equations once more, as plain loops over sequences and tokens. Shares no code with the package.
 
-Every function takes lists with one float64 tensor (of its tokens) or one number per sequence.
+Every function takes lists with one float64 tensor (of its tokens) or one number per sequence. A new row of VARIANTS
+gets a row of ORACLES; a new baseline a row of BASELINES.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-
-def clipped_term(ratio, advantage, low, high):
-    clipped = min(max(ratio, 1 - low), 1 + high)
-    return min(ratio * advantage, clipped * advantage)
+# --- levels ---
 
 
-def ratios(name: str, new: list[Tensor], old: list[Tensor]) -> list[list[Tensor]]:
-    """The ratio that each token sees, per sequence."""
-    result = []
-    for y_new, y_old in zip(new, old, strict=True):
-        length = len(y_new)
-        if length == 0:
-            result.append([])
-            continue
-        log_ratio = [y_new[t] - y_old[t] for t in range(length)]
-        if name == "gspo":
-            result.append([torch.exp(sum(log_ratio) / length)] * length)
-        elif name == "gspo_sum":
-            result.append([torch.exp(sum(log_ratio))] * length)
-        elif name == "gspo_token":
-            product = math.prod(math.exp(x.item()) for x in log_ratio)
-            p = [torch.exp(x) for x in y_new]
-            result.append([product ** (1 / length) * p[t] / p[t].detach() for t in range(length)])
-        else:
-            result.append([torch.exp(x) for x in log_ratio])
-    return result
+class Level(NamedTuple):
+    """`unit` has one ratio of its own. `ratios(y_new, y_old)`: the ratio that each token of a response sees.
+    `log_ratio(y, t)`: its log at token t, from the response's log-ratios as plain numbers. `moves(|y|)`: by how much
+    the log-prob of one token moves the log-ratios of all tokens of its response, added up."""
+
+    unit: str
+    ratios: Callable[[Tensor, Tensor], list[Tensor]]
+    log_ratio: Callable[[list[float], int], float]
+    moves: Callable[[int], int]
 
 
-def policy_loss(name: str, new, old, advantages, low: float, high: float):
-    """-J of 2507.18071 Eq. 5 (gspo, gspo_sum), Eq. 13 (gspo_token), Eq. 2 (grpo) and 2503.14476 Eq. 8 (dapo)."""
-    objective, num_sequences, num_tokens = 0.0, 0, 0
-    for ratio, advantage in zip(ratios(name, new, old), advantages, strict=True):
-        length = len(ratio)
-        if length == 0:
-            continue
-        num_sequences += 1
-        num_tokens += length
-        if name in ("gspo", "gspo_sum"):
-            objective += clipped_term(ratio[0], advantage, low, high)
-        elif name in ("gspo_token", "grpo"):
-            objective += sum(clipped_term(w, advantage, low, high) for w in ratio) / length
-        else:
-            objective += sum(clipped_term(w, advantage, low, high) for w in ratio)
-    return -objective / (num_tokens if name == "dapo" else num_sequences)
+def token_ratios(y_new: Tensor, y_old: Tensor) -> list[Tensor]:
+    return [torch.exp(y_new[t] - y_old[t]) for t in range(len(y_new))]
 
 
-def value_and_gradient(name: str, log_ratios: list[list[float]], advantages: list[float], low: float, high: float):
+def mean_ratios(y_new: Tensor, y_old: Tensor) -> list[Tensor]:
+    length = len(y_new)
+    return [torch.exp(sum(y_new[t] - y_old[t] for t in range(length)) / length)] * length
+
+
+def sum_ratios(y_new: Tensor, y_old: Tensor) -> list[Tensor]:
+    length = len(y_new)
+    return [torch.exp(sum(y_new[t] - y_old[t] for t in range(length)))] * length
+
+
+def stopped_ratios(y_new: Tensor, y_old: Tensor) -> list[Tensor]:
+    length = len(y_new)
+    product = math.prod(math.exp((y_new[t] - y_old[t]).item()) for t in range(length))
+    p = [torch.exp(x) for x in y_new]
+    return [product ** (1 / length) * p[t] / p[t].detach() for t in range(length)]
+
+
+TOKEN = Level("token", token_ratios, lambda y, t: y[t], lambda length: 1)
+# A token moves log s by 1 / |y| in each of |y| terms.
+MEAN = Level("sequence", mean_ratios, lambda y, t: math.fsum(y) / len(y), lambda length: 1)
+SUM = Level("sequence", sum_ratios, lambda y, t: math.fsum(y), lambda length: length)
+MEAN_TOKEN = Level("token", stopped_ratios, MEAN.log_ratio, lambda length: 1)
+
+
+# --- clips ---
+
+
+class PpoClip(NamedTuple):
+    """A clip says its term, of a ratio that is a tensor or a plain number; its slope, the term's derivative by the log
+    of the ratio; which bound holds it, "low", "high" or None; and `low` and `high`, the distances from 1 around which
+    tests place ratios."""
+
+    low: float
+    high: float
+
+    def term(self, ratio, advantage):
+        clipped = min(max(ratio, 1 - self.low), 1 + self.high)
+        return min(ratio * advantage, clipped * advantage)
+
+    def slope(self, ratio: float, advantage: float) -> float:
+        return 0.0 if self.held(ratio, advantage) else ratio * advantage
+
+    def held(self, ratio: float, advantage: float) -> str | None:
+        if ratio > 1 + self.high and advantage > 0:
+            return "high"
+        return "low" if ratio < 1 - self.low and advantage < 0 else None
+
+
+# --- aggregates: what the term of one token counts for, from (|y|, num_sequences, num_tokens) ---
+
+
+def sequence_mean(length: int, num_sequences: int, num_tokens: int) -> float:
+    return 1 / length / num_sequences
+
+
+def token_mean(length: int, num_sequences: int, num_tokens: int) -> float:
+    return 1 / num_tokens
+
+
+# --- rows ---
+
+
+class Oracle(NamedTuple):
+    level: Level
+    clip: PpoClip
+    share: Callable[[int, int, int], float]
+
+
+ORACLES = {
+    "gspo": Oracle(MEAN, PpoClip(3e-4, 4e-4), sequence_mean),  # 2507.18071 Eq. 5
+    "gspo_token": Oracle(MEAN_TOKEN, PpoClip(3e-4, 4e-4), sequence_mean),  # 2507.18071 Eq. 13
+    "gspo_sum": Oracle(SUM, PpoClip(0.2, 0.2), sequence_mean),
+    "grpo": Oracle(TOKEN, PpoClip(0.2, 0.2), sequence_mean),  # 2507.18071 Eq. 2
+    "dapo": Oracle(TOKEN, PpoClip(0.2, 0.28), token_mean),  # 2503.14476 Eq. 8
+}
+
+BASELINES: dict[str, Callable[[float, list[float]], float]] = {
+    "mean_std": lambda reward, group: (reward - statistics.mean(group)) / statistics.stdev(group),
+    "mean": lambda reward, group: reward - statistics.mean(group),
+}
+"""(reward, all rewards of its group) -> advantage."""
+
+Row = TypeVar("Row")
+
+
+def find(table: Mapping[str, Row], name: str) -> Row:
+    """The oracle `name`, or what is to be done about its absence."""
+    assert name in table, (
+        f"{name!r} has no oracle. A new row of VARIANTS needs one in tests/support/oracles.py, ORACLES: "
+        f"{name!r}: Oracle(level, clip, share), its equation as plain loops that share no code with the package. "
+        "level, clip and share of other rows can be used again; a new dial needs one of its own (Level: ratio of each "
+        "token and its derivative; a class like PpoClip: term, slope, held; share: what a token counts for). A new "
+        "baseline needs (reward, rewards of its group) -> advantage in BASELINES."
+    )
+    return table[name]
+
+
+def policy_loss(name: str, new: list[Tensor], old: list[Tensor], advantages: list[float]):
+    """-J, the sum over responses and their tokens."""
+    oracle = find(ORACLES, name)
+    num_sequences, num_tokens = sum(len(y) > 0 for y in new), sum(len(y) for y in new)
+    objective = 0.0
+    for y_new, y_old, advantage in zip(new, old, advantages, strict=True):
+        if len(y_new) > 0:
+            terms = sum(oracle.clip.term(ratio, advantage) for ratio in oracle.level.ratios(y_new, y_old))
+            objective += oracle.share(len(y_new), num_sequences, num_tokens) * terms
+    return -objective
+
+
+def value_and_gradient(name: str, log_ratios: list[list[float]], advantages: list[float]):
     """`policy_loss`, and its gradient by the log-prob of each token, derived by hand: plain numbers, of any size. A
     ratio beyond e^20 has the value and the slope that it has there."""
+    oracle = find(ORACLES, name)
     num_sequences, num_tokens = sum(map(bool, log_ratios)), sum(map(len, log_ratios))
     loss, gradient = 0.0, []
     for y, advantage in zip(log_ratios, advantages, strict=True):
-        for x in y:
-            total = math.fsum(y)
-            log_s = {"gspo": total / len(y), "gspo_token": total / len(y), "gspo_sum": total}.get(name, x)
-            s = math.exp(min(log_s, 20.0))
-            held = s > 1 + high if advantage > 0 else s < 1 - low and advantage < 0
-            share = 1 / num_tokens if name == "dapo" else 1 / len(y) / num_sequences
-            loss -= share * clipped_term(s, advantage, low, high)
-            # A token moves log s by 1 / |y| in each of |y| terms, in gspo_sum by 1, in the others by 1 in its own term.
-            gradient.append(0.0 if held else -share * s * advantage * (len(y) if name == "gspo_sum" else 1))
+        for t in range(len(y)):
+            ratio = math.exp(min(oracle.level.log_ratio(y, t), 20.0))
+            share = oracle.share(len(y), num_sequences, num_tokens)
+            loss -= share * oracle.clip.term(ratio, advantage)
+            gradient.append(-share * oracle.clip.slope(ratio, advantage) * oracle.level.moves(len(y)))
     return loss, gradient
 
 
 def aggregated(name: str, per_token: list[list]):
     """A per-token quantity, averaged as the algorithm averages its terms."""
-    kept = [values for values in per_token if len(values)]
-    if name == "dapo":
-        return sum(sum(values) for values in kept) / sum(len(values) for values in kept)
-    return sum(sum(values) / len(values) for values in kept) / len(kept)
+    oracle, kept = find(ORACLES, name), [values for values in per_token if len(values)]
+    num_tokens = sum(len(values) for values in kept)
+    return sum(oracle.share(len(values), len(kept), num_tokens) * sum(values) for values in kept)
 
 
 def kl(estimator: str, new: list[Tensor], ref: list[Tensor]) -> list[list[Tensor]]:

@@ -1,0 +1,175 @@
+"""What a dial is: a frozen object that owns its equation and its parameters. One base class for each kind.
+
+    loss = -aggregate(clip(level(log pi(y_t) - log pi_old(y_t)), baseline(rewards)))
+
+Level, clip and aggregate work on one number per response token, [R]: a sequence-level quantity is repeated over the
+tokens of its sequence. So a micro-batch, or a context-parallel rank, that holds some of the tokens computes its share
+of the loss by the same code; an empty response, having no token, takes part in nothing; and KL and entropy terms fit
+every row.
+
+    R  response tokens of all sequences, packed one behind the other      S  sequences      G  groups
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import ClassVar, Literal, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from gspo_megatron.base.errors import ConfigError, did_you_mean
+from gspo_megatron.objective.segments import Segments
+
+Unit = Literal["sequence", "token"]
+
+
+@dataclass(frozen=True)
+class Dial(ABC):
+    """Its dataclass fields, all of them numbers, are its parameters; `__post_init__` refuses what is out of range.
+
+    Attributes:
+        kind: the field of Variant that it goes into; set by the four base classes below.
+        name: what a user calls it, and its key in the table of its kind.
+        units: the units of a level that it can be combined with.
+        unit_reason: completes "has one ratio per sequence, and this dial ..." where `units` leaves one out.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    units: ClassVar[tuple[Unit, ...]] = ("sequence", "token")
+    unit_reason: ClassVar[str] = ""
+
+    @classmethod
+    def parameter_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def parameters(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.parameter_names()}
+
+    def warnings(self, level: Level) -> list[str]:
+        """What is allowed at this level but hardly meant, one sentence each."""
+        return []
+
+
+class Level(Dial):
+    """What a ratio is the ratio of.
+
+    Attributes:
+        unit: what has one ratio of its own.
+        widest_clip: a clip range beyond it hardly ever acts at this level.
+        clip_advice: where `widest_clip` is finite, completes "can hardly act at level 'x', where ...".
+    """
+
+    kind = "level"
+    unit: ClassVar[Unit]
+    widest_clip: ClassVar[float] = math.inf
+    clip_advice: ClassVar[str] = ""
+
+    @abstractmethod
+    def log_ratio(self, log_ratio_R: Tensor, segments: Segments) -> Tensor:
+        """log pi(y_t) - log pi_old(y_t) of every token -> the log-ratio that every token sees, [R]."""
+
+
+class Surrogate(NamedTuple):
+    """Each token's term of the objective (to be maximised), its ratio, and where the lower or upper bound is the reason
+    that the term has no gradient (bool; a rule without such a bound says False)."""
+
+    terms_R: Tensor
+    ratio_R: Tensor
+    clipped_low_R: Tensor
+    clipped_high_R: Tensor
+
+
+class Clip(Dial):
+    """The surrogate of one token, and whether a bound holds it."""
+
+    kind = "clip"
+
+    @abstractmethod
+    def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
+        """The level comes as a function, so that a rule decides whether it bounds what goes into the level or what
+        comes out."""
+
+    @property
+    def reach(self) -> float:
+        """A distance of the ratio from 1 at which this rule acts. Tools draw their batches around it."""
+        return 0.2
+
+
+class Aggregate(Dial):
+    """From the terms of tokens to this micro-batch's share of the update's loss."""
+
+    kind = "aggregate"
+
+    @abstractmethod
+    def share(self, terms_R: Tensor, segments: Segments, num_sequences: int, num_tokens: int) -> Tensor:
+        """A scalar, summed in float64. The two counts, 1 or more, are those of the whole update over all ranks."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which of the G groups each of the S sequences belongs to.
+
+    Attributes:
+        index_S: the group of each sequence, int64.
+        size_S: the number of sequences in that group.
+        num_groups: G.
+    """
+
+    index_S: Tensor
+    size_S: Tensor
+    num_groups: int
+
+    def sum(self, values_S: Tensor) -> Tensor:
+        """The sum over the group of each sequence: [S] -> [S]."""
+        return values_S.new_zeros(self.num_groups).index_add(0, self.index_S, values_S)[self.index_S]
+
+    def mean(self, values_S: Tensor) -> Tensor:
+        """The mean over the group of each sequence: [S] -> [S]."""
+        return self.sum(values_S) / self.size_S
+
+
+class Baseline(Dial):
+    """What a reward is compared with."""
+
+    kind = "baseline"
+
+    @abstractmethod
+    def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:
+        """[S] float64 -> [S]. Where all rewards of a group are equal the result is not read: it may be NaN."""
+
+
+AnyDial = TypeVar("AnyDial", bound=Dial)
+
+
+def table(*classes: type[AnyDial]) -> dict[str, type[AnyDial]]:
+    """The dials of one kind, by name."""
+    return {dial.name: dial for dial in classes}
+
+
+def make_dial(dial: type[AnyDial], parameters: Mapping[str, float]) -> AnyDial:
+    """The dial with these parameters, and its own defaults for others.
+
+    Raises:
+        ConfigError: a parameter that it does not have, one without a default that is missing, or a value that is not a
+            number or that the dial refuses.
+    """
+    for name, value in parameters.items():
+        if name not in dial.parameter_names():
+            raise ConfigError(no_such_parameter(dial, name, f"{dial.kind}.{name}={value}"))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{dial.kind}.{name}={value!r}: a parameter of a dial is a number")
+    required = [field.name for field in fields(dial) if field.default is MISSING]
+    if missing := [f"{dial.kind}.{name}" for name in required if name not in parameters]:
+        raise ConfigError(f"{dial.kind} {dial.name!r} needs {', '.join(missing)}: no default; set it in dials")
+    return dial(**parameters)
+
+
+def no_such_parameter(dial: type[Dial], name: str, given: str) -> str:
+    """`clip.hihg=0.2: clip 'ppo' has no parameter 'hihg'; did you mean 'high'?; it has: clip.low, clip.high`."""
+    near = did_you_mean(name, dial.parameter_names())
+    has = ", ".join(f"{dial.kind}.{known}" for known in dial.parameter_names()) or "none"
+    return f"{given}: {dial.kind} {dial.name!r} has no parameter {name!r}{near}; it has: {has}"

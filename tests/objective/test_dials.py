@@ -1,0 +1,162 @@
+"""A new dial is a class and a line of a table: the dials here have parameters that nothing in the package knows of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.objective import VARIANTS, PolicyObjective, Segments, Variant, group_advantages, resolve_variant
+from gspo_megatron.objective.advantage import BASELINES, GroupMean
+from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMean
+from gspo_megatron.objective.clips import CLIPS, PpoClip
+from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Groups, Surrogate
+from gspo_megatron.objective.levels import SequenceMeanLevel, TokenLevel
+from gspo_megatron.run.algorithm import variant_of
+
+
+@dataclass(frozen=True)
+class FixedLength(Aggregate):
+    """(1 / num_sequences) sum_y (1 / length) sum_t terms_t"""
+
+    name = "fixed_length"
+    units = ("token",)
+    unit_reason = "would weight it by the length of the response"
+    length: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.length < math.inf:
+            raise ConfigError(f"aggregate.length={self.length}: a sum is divided by it; set it above 0")
+
+    def share(self, terms_R: Tensor, segments: Segments, num_sequences: int, num_tokens: int) -> Tensor:
+        return terms_R.sum(dtype=torch.float64) / (num_sequences * self.length)
+
+
+@dataclass(frozen=True)
+class Gate(Clip):
+    """(4 / tau) sigmoid(tau (s - 1)) A"""
+
+    name = "gate"
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name, tau in self.parameters().items():
+            if not 0 < tau < math.inf:
+                raise ConfigError(f"clip.{name}={tau}: a temperature is finite; set it above 0")
+
+    def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
+        ratio_R = level(log_ratio_R).exp()
+        tau_R = torch.full_like(advantages_R, self.tau_neg).masked_fill(advantages_R > 0, self.tau_pos)
+        never_R = torch.zeros_like(ratio_R, dtype=torch.bool)
+        return Surrogate(4 / tau_R * torch.sigmoid(tau_R * (ratio_R - 1)) * advantages_R, ratio_R, never_R, never_R)
+
+
+@dataclass(frozen=True)
+class Shifted(Baseline):
+    name = "shifted"
+    by: float = 0.0
+
+    def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:
+        return rewards_S - groups.mean(rewards_S) - self.by
+
+
+ROW = Variant(
+    name="mine",
+    level=TokenLevel(),
+    clip=Gate(),
+    aggregate=FixedLength(length=16),
+    baseline=Shifted(),
+    kl_coef=0.0,
+    source="this file",
+)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AGGREGATES, "fixed_length", FixedLength)
+    monkeypatch.setitem(CLIPS, "gate", Gate)
+    monkeypatch.setitem(BASELINES, "shifted", Shifted)
+    monkeypatch.setitem(VARIANTS, "mine", ROW)
+
+
+def test_its_parameters_are_set_by_name():
+    row = resolve_variant("mine", dials={"aggregate.length": 8, "clip.tau_neg": 2.0, "baseline.by": 0.5}, kl_coef=0.1)
+    expected = replace(ROW, clip=Gate(1.0, 2.0), aggregate=FixedLength(8), baseline=Shifted(0.5), kl_coef=0.1)
+    assert row == expected
+    assert resolve_variant("mine") == ROW
+    assert row.clip.reach > 0 and row.warnings() == []  # what tools and the trainer ask every row for
+
+
+def test_its_parameters_are_settings():
+    overrides = ["algorithm.variant=mine", "algorithm.dials.aggregate.length=8", "algorithm.dials.clip.tau_neg=2"]
+    row = variant_of(load_config(None, overrides))
+    assert (row.aggregate, row.clip) == (FixedLength(8), Gate(1.0, 2.0))
+    with pytest.raises(ConfigError, match=r"clip_low=0.1: clip 'gate' has no parameter 'low'; it has: clip.tau_pos"):
+        variant_of(load_config(None, [*overrides, "algorithm.clip_low=0.1"]))
+
+
+def test_a_row_that_exists_can_choose_it():
+    row = resolve_variant("grpo", aggregate="fixed_length", clip="gate", dials={"aggregate.length": 8})
+    assert (row.aggregate, row.clip, row.level) == (FixedLength(8), Gate(), TokenLevel())
+    back = resolve_variant("mine", clip="ppo", clip_low=0.1, clip_high=0.2, aggregate="token_mean", baseline="mean")
+    assert (back.clip, back.aggregate, back.baseline) == (PpoClip(0.1, 0.2), TokenMean(), GroupMean())
+
+
+def test_its_loss_and_gradient_are_those_of_its_equation():
+    lengths, rewards = [3, 0, 2, 1], [1.0, 5.0, 0.0, 0.5]
+    row = resolve_variant("mine", dials={"aggregate.length": 8, "clip.tau_neg": 1.05, "baseline.by": 0.1})
+    advantages_S = group_advantages(torch.tensor(rewards).double(), [0, 1, 0, 0], row.baseline)
+    assert advantages_S.tolist() == pytest.approx([0.4, 0.0, -0.6, -0.1])
+    new_R = torch.tensor([0.1, -0.2, 0.3, 0.4, -0.5, 0.6], dtype=torch.float64, requires_grad=True)
+    objective = PolicyObjective(row)
+    loss, metrics = objective(new_R, 0 * new_R, advantages_S, Segments.from_lengths(lengths))
+
+    expected, owner = 0.0, [0, 0, 0, 2, 2, 3]
+    for log_ratio, sequence in zip(new_R, owner, strict=True):
+        advantage = advantages_S[sequence].item()
+        tau = 1.0 if advantage > 0 else 1.05
+        expected = expected - 4 / tau / (1 + torch.exp(-tau * (torch.exp(log_ratio) - 1))) * advantage / (3 * 8)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, new_R)[0] for x in (loss, expected)), rtol=1e-12, atol=0)
+    assert metrics["clip_fraction"].total == 0 and metrics["ratio/mean"].weight == 6
+
+
+@pytest.mark.parametrize(
+    "name, overrides, message",
+    [
+        ("mine", {"dials": {"aggregate.length": 0}}, r"aggregate.length=0: a sum is divided by it; set it above 0"),
+        ("mine", {"dials": {"aggregate.length": math.nan}}, r"aggregate.length=nan"),
+        ("mine", {"dials": {"clip.tau_neg": -1.0}}, r"clip.tau_neg=-1.0: a temperature is finite"),
+        ("mine", {"dials": {"aggregate.lenght": 8}}, r"no parameter 'lenght'; did you mean 'length'.*aggregate.length"),
+        ("mine", {"dials": {"length": 8}}, r"did you mean 'aggregate.length'.*: clip.tau_pos, clip.tau_neg, aggregate"),
+        ("mine", {"clip_high": 0.1}, r"clip_high=0.1: clip 'gate' has no parameter 'high'; it has: clip.tau_pos, clip"),
+        ("mine", {"level": "sequence_mean"}, r"by the length of the response; set aggregate='sequence_mean'"),
+        ("mine", {"clip": "ppo", "clip_low": 0.1}, r"clip 'ppo' needs clip.high: no default"),
+        ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\?; known: ppo, .*gate"),
+        ("grpo", {"aggregate": "fixed_length"}, r"aggregate 'fixed_length' needs aggregate.length: no default"),
+        ("gspo", {"dials": {"aggregate.length": 8}}, r"aggregate 'sequence_mean' has no parameter 'length'"),
+    ],
+)
+def test_what_is_refused(name, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_variant(name, **overrides)
+
+
+def test_a_clip_without_bounds_has_no_clip_low():
+    with pytest.raises(ConfigError, match=r"clip_low: clip 'gate' has no parameter 'low'; it has: clip.tau_pos"):
+        _ = ROW.clip_low
+
+
+def test_a_row_of_the_wrong_dials_is_refused():
+    with pytest.raises(ConfigError, match=r"level='token' of variant 'mine' is not a level; there are: TokenLevel"):
+        replace(ROW, level="token")
+    with pytest.raises(ConfigError, match=r"set aggregate='sequence_mean', or level='token' or 'sequence_token'"):
+        replace(ROW, level=SequenceMeanLevel())
+    assert replace(ROW, level=SequenceMeanLevel(), aggregate=SequenceMean()).level.unit == "sequence"
