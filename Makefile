@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm check gpu clean
+.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm check docs gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -88,6 +88,9 @@ check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+docs: .venv/.installed ## Write docs/settings.md from the declared settings
+	.venv/bin/python tools/settings_page.py
 
 gpu: .venv/.installed ## Run the tests that need a CUDA device
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this torch sees no CUDA device"); \

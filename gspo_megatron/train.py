@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gspo_megatron.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", help="YAML file with the sections of docs/settings.md")
+    parser.add_argument("--config", help="YAML file; docs/settings.md lists every section and key")
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit"
     )
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_intermixed_args(argv)
     if options.world_size is not None and not (options.dry_run and options.world_size > 0):
         parser.error("--world-size plans a --dry-run for 1 or more processes; a run has those that torchrun starts")

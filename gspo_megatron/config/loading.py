@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
-from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, PRESETS, Config
+from gspo_megatron.config.declarations import Setting, settings_of
+from gspo_megatron.config.sections import PRESETS, Config
+
+SETTINGS = settings_of(Config)
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in SETTINGS))
+
+RENAMED = {"train.skip_dead": "train.skip_zero_gradient"}
+"""What a key was called before, and its name now."""
+
+REMOVED = {"rollout.backend": "nothing read it; the training model samples by itself"}
+"""Keys that went away, and why."""
+
+Values = dict[str, dict[str, Any]]
+"""Values by section and key."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -22,40 +34,61 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     `reward.functions.NAME=weight`, where NAME may hold dots, adds an entry to it.
 
     Raises:
-        ConfigError: a missing file, an unknown section or key (with the nearest right name), a value of the wrong type
-            or out of range.
+        ConfigError: for a missing file, an unknown section or key (with the nearest right name), a value of the wrong
+            type or out of range.
     """
-    asked: dict[str, dict[str, Any]] = {}
+    asked: Values = {}
     for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
-        asked[section] = {key: _meant(section, key, value) for key, value in values.items()}
+        asked[section] = {key: _meant(_declared(section, key), value) for key, value in values.items()}
     for override in overrides:
         section, key, name, value = _read_override(override)
         keys = asked.setdefault(section, {})
         keys[key] = value if name is None else {**keys.get(key, {}), name: value}
 
-    schema = OmegaConf.structured(Config)
-    try:
-        preset = OmegaConf.merge(schema, asked).model.preset
-        _check_choice("model.preset", preset)
-        merged = OmegaConf.merge(schema, {"model": PRESETS[preset]}, asked)
-        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    preset = _typed(asked).model.preset
+    _check(SETTINGS["model.preset"], preset)
+    config = _typed({"model": PRESETS[preset]}, asked)
     check_values(config)
     return config
 
 
 def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The same settings but for these, by `section.key`. Raises ConfigError as `load_config` does."""
-    changed: dict[str, Any] = {}
-    for name, value in settings.items():
-        section, _, key = name.partition(".")
+    """A copy of `config` with other values, by key: `replaced(config, {"model.vocab_size": 12, "run.dir": "x"})`. A
+    mapping is replaced as a whole.
+
+    Raises:
+        ConfigError: for an unknown key, a value of the wrong type or out of range; for model.preset, which decides
+            other settings only while they are loaded.
+    """
+    if "model.preset" in settings:
+        raise ConfigError(
+            f"model.preset={settings['model.preset']!r} cannot be replaced in settings that are loaded; "
+            "give it to load_config"
+        )
+    asked: Values = {}
+    for place, value in settings.items():
+        section, _, key = place.partition(".")
         _check_section(section)
-        _declared_type(section, key)
-        changed[section] = replace(changed.get(section, getattr(config, section)), **{key: value})
-    result = replace(config, **changed)
-    check_values(result)
-    return result
+        asked.setdefault(section, {})[key] = _meant(_declared(section, key), value)
+    typed = _typed(asked)
+    sections = {
+        section: replace(getattr(config, section), **{key: getattr(getattr(typed, section), key) for key in keys})
+        for section, keys in asked.items()
+    }
+    changed = replace(config, **sections)
+    check_values(changed)
+    return changed
+
+
+def check_values(config: Config) -> None:
+    """Every value by itself: choices, ranges, finite numbers.
+
+    Raises:
+        ConfigError: for the first value that cannot be.
+    """
+    for key, setting in SETTINGS.items():
+        section, _, name = key.partition(".")
+        _check(setting, getattr(getattr(config, section), name))
 
 
 def to_yaml(config: Config) -> str:
@@ -63,7 +96,24 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+def _typed(*layers: Values) -> Config:
+    """The defaults under these layers, lowest first. Raises ConfigError for a value of the wrong type."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    for section in SECTIONS:
+        # OmegaConf marks the sections of frozen dataclasses read-only, and merging has to write into them.
+        OmegaConf.set_readonly(schema[section], False)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, *layers))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+
+
+def _check(setting: Setting, value: Any) -> None:
+    if complaint := setting.complaint(value):
+        raise ConfigError(complaint)
+
+
+def _read_yaml(path: Path) -> Values:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {str(path)!r} does not exist{did_you_mean(str(path), siblings)}")
@@ -72,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     except Exception as error:  # the YAML parser's own message carries line and column
         raise ConfigError(f"config file {str(path)!r} is not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(_names(Config))})")
+        raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(SECTIONS)})")
     for section, values in content.items():
         _check_section(str(section))
         if not isinstance(values, dict):
@@ -88,89 +138,49 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     _check_section(section)
     key, name = rest[0], rest[1] if len(rest) > 1 else None
-    declared = _declared_type(section, key)
-    if name is not None and not declared.startswith("dict"):
+    setting = _declared(section, key)
+    if name is not None and not setting.is_mapping:
         raise ConfigError(f"override {override!r}: {section}.{key} is one value and has no entry {name!r}")
-    if declared.startswith("str") and text != "null" and text[:1] not in ("", "'", '"'):
+    if setting.is_text and text != "null" and text[:1] not in ("", "'", '"'):
         # Text is meant as it stands, also where YAML would see something else in it: off, 5, {prompt}, a b #c.
         return section, key, name, text
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except Exception as error:
         raise ConfigError(f"override {override!r} is not YAML: {_one_line(error)}") from error
-    return section, key, name, value if name is not None else _meant(section, key, value)
+    return section, key, name, value if name is not None else _meant(setting, value)
 
 
-def _meant(section: str, key: str, value: Any) -> Any:
-    """A value as YAML read it -> as its setting means it. Raises ConfigError for an unknown key, or no mapping for
-    one."""
-    if _declared_type(section, key).startswith("dict") and not isinstance(value, dict):
-        raise ConfigError(f"{section}.{key} must hold names with values, got {value!r}")
-    if isinstance(value, bool) and f"{section}.{key}" in CHOICES:
+def _meant(setting: Setting, value: Any) -> Any:
+    """A value as YAML read it -> as its setting means it. Raises ConfigError for no mapping where one is meant."""
+    if setting.is_mapping and not isinstance(value, Mapping):
+        raise ConfigError(f"{setting.key} must hold names with values, got {value!r}")
+    if isinstance(value, bool) and setting.choices:
         return "on" if value else "off"  # what a bare on or off is in YAML 1.1
     return value
 
 
 def _check_section(section: str) -> None:
-    if section not in _names(Config):
-        near = did_you_mean(str(section), _names(Config)) or "."
-        raise ConfigError(f"unknown config section {section!r}{near} Sections: {', '.join(_names(Config))}")
+    if section not in SECTIONS:
+        near = did_you_mean(str(section), SECTIONS) or "."
+        raise ConfigError(f"unknown config section {section!r}{near} Sections: {', '.join(SECTIONS)}")
 
 
-def _declared_type(section: str, key: str) -> str:
-    """The annotation of a setting, such as `str | None`. Raises ConfigError for an unknown key, with the nearest
-    right one."""
-    sections = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
-    for setting in fields(sections[section]):
-        if setting.name == key:
-            return str(setting.type)
-    elsewhere = [f"{s}.{key}" for s, t in sections.items() if key in _names(t)]
-    keys = _names(sections[section])
+def _declared(section: str, key: str) -> Setting:
+    """The declaration of a setting. Raises ConfigError for a key that was renamed or removed, and for an unknown one
+    with the nearest right one."""
+    place = f"{section}.{key}"
+    if place in SETTINGS:
+        return SETTINGS[place]
+    if place in RENAMED:
+        raise ConfigError(f"config key {place!r} is now called {RENAMED[place]!r}; use that name")
+    if place in REMOVED:
+        raise ConfigError(f"config key {place!r} was removed: {REMOVED[place]}; leave it out")
+    keys = [k.partition(".")[2] for k in SETTINGS if k.startswith(f"{section}.")]
+    elsewhere = [k for k in SETTINGS if k.partition(".")[2] == key]
     near = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(str(key), keys) or "."
-    raise ConfigError(f"unknown config key '{section}.{key}'{near} Keys of {section}: {', '.join(keys)}")
-
-
-def _names(dataclass_type: type) -> list[str]:
-    return [f.name for f in fields(dataclass_type)]
+    raise ConfigError(f"unknown config key {place!r}{near} Keys of {section}: {', '.join(keys)}")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _check_choice(key: str, value: Any) -> None:
-    if value not in CHOICES[key]:
-        raise ConfigError(
-            f"{key}={value!r} is not one of {', '.join(CHOICES[key])}{did_you_mean(str(value), CHOICES[key])}"
-        )
-
-
-def check_values(config: Config) -> None:
-    """Every value by itself: choices, ranges, finite numbers. Raises ConfigError."""
-    for key in CHOICES:
-        _check_choice(key, _value(config, key))
-    for section in fields(Config):
-        for name, value in asdict(getattr(config, section.name)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{section.name}.{name}={value} must be a finite number")
-    for key, least in MINIMA.items():
-        value = _value(config, key)
-        if value is not None and value < least:
-            raise ConfigError(f"{key}={value} must be at least {least}")
-    for key in POSITIVE:
-        if _value(config, key) <= 0:
-            raise ConfigError(f"{key}={_value(config, key)} must be above 0")
-    for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
-        if not 0 <= _value(config, key) < 1:
-            raise ConfigError(f"{key}={_value(config, key)} must be at least 0 and below 1")
-    if config.rollout.top_p > 1:
-        raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be at most 1 (1 switches it off)")
-    for key, what in (("reward.functions", "the weight of that reward"), ("algorithm.dials", "a dial's parameter")):
-        for name, value in _value(config, key).items():
-            if not isinstance(value, float) or not math.isfinite(value):
-                raise ConfigError(f"{key}.{name}={value} must be a finite number, {what}")

@@ -2,7 +2,8 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-The rules between settings, which need the number of processes, are in build/checks.py.
+A setting is declared here and nowhere else; docs/settings.md is written from these lines by `make docs`. The rules
+between settings, which need the number of processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -10,228 +11,303 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gspo_megatron.config.declarations import setting
 
-@dataclass
+
+@dataclass(frozen=True)
 class RunConfig:
-    dir: str = "runs/default"
-    """Everything the run writes goes below this directory."""
-    seed: int = 1
+    """Where the run writes, and its random numbers."""
+
+    dir: str = setting("runs/default", "Everything the run writes goes below this directory.")
+    seed: int = setting(1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Qwen3-MoE architecture: RMSNorm, q/k norm, grouped-query attention, SwiGLU experts, RoPE, softmax-top-k
     router."""
 
-    preset: str = "tiny_moe"
-    """A row of PRESETS; every other key of this section, where given, overrides it."""
-    num_layers: int = 4
-    hidden_size: int = 64
-    num_attention_heads: int = 4
-    num_query_groups: int = 2
-    head_dim: int = 16
-    num_experts: int = 8
-    experts_per_token: int = 2
-    expert_ffn_size: int = 128
-    vocab_size: int | None = None
-    """None: the tokenizer's size."""
-    max_sequence_length: int = 256
-    """Prompt + response tokens."""
-    rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = False
-    init_std: float = 0.02
-    aux_loss_coef: float = 0.0
-    """Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the gradient depend on
-    the layout."""
+    preset: str = setting(
+        "tiny_moe",
+        "A named model; every other key of this section, where given, overrides it.",
+        choices=("tiny_moe", "qwen3_30b_a3b", "qwen3_235b_a22b"),
+    )
+    num_layers: int = setting(4, "Transformer layers.", least=1)
+    hidden_size: int = setting(64, "Width of the hidden states.", least=1)
+    num_attention_heads: int = setting(4, "Query heads of a layer.", least=1)
+    num_query_groups: int = setting(2, "Key and value heads of a layer, each for a group of query heads.", least=1)
+    head_dim: int = setting(16, "Width of an attention head. Even, since RoPE rotates pairs.", least=1)
+    num_experts: int = setting(8, "Experts of a layer.", least=1)
+    experts_per_token: int = setting(2, "Experts that the router chooses for a token.", least=1)
+    expert_ffn_size: int = setting(128, "Inner width of an expert.", least=1)
+    vocab_size: int | None = setting(None, "Rows of the vocabulary matrices. null: the tokenizer's size.", least=1)
+    max_sequence_length: int = setting(256, "Prompt and response tokens together.", least=2)
+    rope_base: float = setting(10_000.0, "Base of the RoPE frequencies.", above=0)
+    norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.", above=0)
+    tie_embeddings: bool = setting(False, "One matrix for the embedding and the output.")
+    init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)
+    aux_loss_coef: float = setting(
+        0.0,
+        "Coefficient of Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the "
+        "gradient depend on the layout.",
+        least=0,
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the parallel axes; data parallel takes what is left of the processes."""
 
-    tp: int = 1
-    """Tensor parallel, with sequence parallel."""
-    pp: int = 1
-    """Pipeline stages."""
-    vpp: int = 1
-    """Virtual stages on each pipeline rank (Megatron's interleaved schedule)."""
-    cp: int = 1
-    """Context parallel: ranks that share the tokens of every sequence."""
-    ep: int = 1
-    """Expert parallel: ranks that share the experts of a layer."""
-    etp: int = 1
-    """Tensor parallel inside an expert."""
-    token_dispatcher: str = "alltoall"
-    """How tokens reach their experts: `alltoall`, or `allgather`, which pads micro-batches to one length."""
-    recompute: str = "none"
-    """`selective` recomputes the attention core in the backward pass, `full` every layer."""
-    timeout_s: float = 600.0
-    """How long a collective may wait for a rank."""
+    tp: int = setting(1, "Tensor parallel, with sequence parallel.", least=1)
+    pp: int = setting(1, "Pipeline stages.", least=1)
+    vpp: int = setting(1, "Virtual stages on each pipeline rank (Megatron's interleaved schedule).", least=1)
+    cp: int = setting(1, "Context parallel: ranks that share the tokens of every sequence.", least=1)
+    ep: int = setting(1, "Expert parallel: ranks that share the experts of a layer.", least=1)
+    etp: int = setting(1, "Tensor parallel inside an expert.", least=1)
+    token_dispatcher: str = setting(
+        "alltoall",
+        "How tokens reach their experts. allgather pads micro-batches to one length.",
+        choices=("alltoall", "allgather"),
+    )
+    recompute: str = setting(
+        "none",
+        "What the backward pass computes again, to save memory: selective, the attention core; full, every layer.",
+        choices=("none", "selective", "full"),
+    )
+    timeout_s: float = setting(600.0, "How long a collective may wait for a rank.", above=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrecisionConfig:
-    device: str = "auto"
-    dtype: str = "fp32"
-    """fp32, bf16 (float32 main weights and gradients), or fp64 (CPU, for exactness tests)."""
-    fp8: str = "none"
-    """`none`, or a Transformer Engine recipe: `tensorwise`, `blockwise`, `delayed`."""
-    transformer_engine: str = "auto"
-    """auto: Transformer Engine layers where it can be imported; on, off."""
+    """The device and its number formats."""
+
+    device: str = setting("auto", "auto: a GPU where torch sees one.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "fp32",
+        "Format of weights and activations. bf16 keeps float32 main weights and gradients; fp64 runs on the CPU, for "
+        "exactness tests.",
+        choices=("fp32", "bf16", "fp64"),
+    )
+    fp8: str = setting(
+        "none",
+        "Transformer Engine's recipe for FP8 matmuls. Needs a GPU and dtype=bf16.",
+        choices=("none", "tensorwise", "blockwise", "delayed"),
+    )
+    transformer_engine: str = setting(
+        "auto",
+        "Whether the model is built from Transformer Engine layers. auto: on a GPU where it can be imported.",
+        choices=("auto", "on", "off"),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
-    train: str = "task:sort_digits"
-    """`task:NAME` (generated) or the path of a JSONL file."""
-    eval: str = "task:sort_digits"
-    tokenizer: str = "characters"
-    """`characters` (printable ASCII), `characters:<alphabet>`, or the path of a SentencePiece .model file."""
-    task: dict[str, Any] = field(default_factory=dict)
-    """Parameters of a generated task, such as min_length and max_length."""
-    eval_size: int = 256
-    """Held-out prompts used by an evaluation: the first ones of data.eval."""
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
-    solution_field: str | None = None
-    """JSONL field that a supervised warm start learns to write; None: the answer."""
-    prompt_template: str = "{prompt}"
-    max_prompt_tokens: int | None = None
-    """None: what model.max_sequence_length leaves beside rollout.max_new_tokens."""
-    overlong: str = "error"
-    """A prompt that is too long is an `error`, or is dropped with a count (`drop`)."""
+    """Prompts and the tokenizer."""
+
+    train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
+    eval: str = setting("task:sort_digits", "Held-out prompts, given like data.train.")
+    tokenizer: str = setting(
+        "characters",
+        "characters (printable ASCII), characters:ALPHABET, or the path of a SentencePiece .model file.",
+    )
+    task: dict[str, Any] = setting({}, "Parameters of a generated task, such as min_length and max_length.")
+    eval_size: int = setting(256, "Prompts of an evaluation: the first ones of data.eval.", least=1)
+    prompt_field: str = setting("prompt", "JSONL field of the prompt.")
+    answer_field: str = setting("answer", "JSONL field of the answer that rewards compare with.")
+    solution_field: str | None = setting(
+        None, "JSONL field that a supervised warm start learns to write. null: the answer."
+    )
+    prompt_template: str = setting("{prompt}", "Text around the prompt that a JSONL file gives.")
+    max_prompt_tokens: int | None = setting(
+        None, "Longest prompt. null: model.max_sequence_length less rollout.max_new_tokens.", least=1
+    )
+    overlong: str = setting(
+        "error",
+        "What a longer prompt is: an error, or dropped and counted (drop).",
+        choices=("error", "drop"),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutConfig:
-    backend: str = "megatron"
-    """megatron: the model under training decodes by itself."""
-    group_size: int = 8
-    prompts_per_step: int = 32
-    max_new_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    """0: off."""
-    top_p: float = 1.0
-    max_batch: int = 256
-    """Rollouts of one data-parallel rank that are decoded together."""
+    """How responses are sampled."""
+
+    group_size: int = setting(8, "Rollouts of a prompt.", least=1)
+    prompts_per_step: int = setting(32, "Prompts of a step.", least=1)
+    max_new_tokens: int = setting(16, "Longest response in tokens.", least=1)
+    temperature: float = setting(1.0, "Logits are divided by it, in sampling and in training.", above=0)
+    top_k: int = setting(0, "Sample from the k most likely tokens. 0: from all.", least=0)
+    top_p: float = setting(
+        1.0, "Sample from the most likely tokens that hold this probability. 1: from all.", above=0, most=1
+    )
+    max_batch: int = setting(256, "Rollouts of one data-parallel rank that are decoded together.", least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardConfig:
-    functions: dict[str, float] = field(default_factory=dict)
-    """Weights by name: a row of REWARDS, or `package.module:function` (prompt=, response=, answer= -> number). Empty:
-    the generated task's own reward, or exact_match for a file."""
-    accuracy: str | None = None
-    """The function whose value 1 counts as correct in eval/accuracy. None: the first one."""
-    on_error: str = "stop"
-    """A function that raises or returns NaN: `stop` the run, or `count` it as reward 0."""
+    """How responses are judged."""
+
+    functions: dict[str, float] = setting(
+        {},
+        "Weights by name: a built-in reward, or package.module:function (prompt=, response=, answer= -> number). "
+        "Empty: the generated task's own reward, or exact_match for a file.",
+    )
+    accuracy: str | None = setting(
+        None, "The function whose value 1 counts as correct in eval/accuracy. null: the first one."
+    )
+    on_error: str = setting(
+        "stop",
+        "A function that raises or returns NaN: stop the run, or count it as reward 0.",
+        choices=("stop", "count"),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class AlgorithmConfig:
-    variant: str = "gspo"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    kl_coef: float | None = None
-    """None: the variant's. Above 0 a frozen copy of the starting policy is kept and scored."""
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    advantage: str | None = None
-    """None: the variant's baseline; mean_std or mean."""
-    dials: dict[str, float] = field(default_factory=dict)
-    """Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are
-    shorthand."""
-    updates_per_rollout: int = 4
-    """Mini-batches a rollout batch is cut into; each is used for one update."""
-    old_log_probs: str = "auto"
-    """`recompute`: by a forward of the trainer ahead of the updates. `auto`: the same, except where a rollout batch has
-    one update, whose own forward tells them. `rollout`: the ones the sampler drew with."""
+    """The objective. null takes the value of the variant."""
+
+    variant: str = setting("gspo", "A row of the table of algorithms in objective/variants.py.")
+    clip_low: float | None = setting(None, "The ratio is clipped below 1 - clip_low.")
+    clip_high: float | None = setting(None, "The ratio is clipped above 1 + clip_high.")
+    kl_coef: float | None = setting(
+        None,
+        "Coefficient of the KL divergence to the starting policy. Above 0 a frozen copy of that policy is kept and "
+        "scored.",
+    )
+    kl_estimator: str = setting(
+        "k3", "Estimator of that divergence, by John Schulman's names.", choices=("k1", "k2", "k3")
+    )
+    entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
+    dials: dict[str, float] = setting(
+        {},
+        "Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are "
+        "shorthand.",
+    )
+    advantage: str | None = setting(None, "How rewards of a group become advantages: mean_std or mean.")
+    updates_per_rollout: int = setting(
+        4, "Mini-batches a rollout batch is cut into; each is used for one update.", least=1
+    )
+    old_log_probs: str = setting(
+        "auto",
+        "recompute: by a forward of the trainer before the updates. auto: the same, except where a rollout batch has "
+        "one update, whose own forward gives them. rollout: those of the sampler.",
+        choices=("auto", "recompute", "rollout"),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    lr_decay: str = "constant"
-    """constant, cosine or linear, from the end of the warm-up to the end of the run."""
-    lr_warmup_updates: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    distributed: bool = True
-    """Megatron's distributed optimizer: state sharded over data-parallel ranks (not in fp64)."""
-    overlap: str = "auto"
-    """Reduce gradients while the backward still runs, and gather the distributed optimizer's parameters while the next
-    forward does: `on`, `off`, or `auto`, on a device that computes while others send."""
+    """Adam and its learning rate."""
+
+    lr: float = setting(1e-6, "Learning rate after the warm-up.", above=0)
+    min_lr: float = setting(0.0, "Learning rate at which the decay ends.", least=0)
+    lr_decay: str = setting(
+        "constant",
+        "Shape of the decay, from the end of the warm-up to the end of the run.",
+        choices=("constant", "cosine", "linear"),
+    )
+    lr_warmup_updates: int = setting(0, "Updates over which the learning rate rises to lr.", least=0)
+    adam_beta1: float = setting(0.9, "Decay of the mean of the gradient.", least=0, below=1)
+    adam_beta2: float = setting(0.95, "Decay of the mean of its square.", least=0, below=1)
+    adam_eps: float = setting(1e-8, "Added to the root of that mean.", above=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the matrices.", least=0)
+    clip_grad: float = setting(1.0, "Largest gradient norm; a larger gradient is scaled down to it. 0: off.", least=0)
+    distributed: bool = setting(
+        True, "Megatron's distributed optimizer: state sharded over data-parallel ranks. Not in fp64."
+    )
+    overlap: str = setting(
+        "auto",
+        "Reduce gradients while the backward still runs, and gather the distributed optimizer's parameters during the "
+        "next forward. auto: on a device that computes while others send.",
+        choices=("auto", "on", "off"),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100
-    warm_start_steps: int = 0
-    """Supervised updates on the training prompts' solutions before the first step; for models that begin from nothing.
-    They fit the distribution that is sampled, softmax(z / rollout.temperature)."""
-    warm_start_batch: int = 64
-    warm_start_lr: float = 1e-3
-    eval_every: int = 0
-    """0: only before the first and after the last step."""
-    tokens_per_micro_batch: int = 4096
-    skip_zero_gradient: bool = True
-    """Leave out what has no gradient: sequences of advantage 0 altogether, where neither KL, entropy nor balancing asks
-    for them, and in the backward of the vocabulary matrix the tokens that the clip holds."""
-    log_prob_store_gib: float = 0.0
-    """Memory in which log-probs may keep exponentials for their backward. 0: all of them are computed again, least
-    memory; all of a micro-batch's takes 2 to 8 bytes a response token and id of the vocabulary. Not with an entropy
-    bonus, whose gradient needs the logits."""
+    """How long the run is, and what a step may cost."""
+
+    steps: int = setting(100, "RL steps.", least=0)
+    warm_start_steps: int = setting(
+        0,
+        "Supervised updates on the training prompts' solutions before the first step, for a model that starts from "
+        "random weights. They fit the distribution that is sampled, softmax(z / rollout.temperature).",
+        least=0,
+    )
+    warm_start_batch: int = setting(64, "Prompts of such an update.", least=1)
+    warm_start_lr: float = setting(1e-3, "Learning rate of these updates.", above=0)
+    eval_every: int = setting(
+        0, "Steps between two evaluations. 0: only before the first and after the last step.", least=0
+    )
+    tokens_per_micro_batch: int = setting(4096, "Tokens that are packed into a micro-batch.", least=1)
+    skip_zero_gradient: bool = setting(
+        True,
+        "Leave out what has no gradient: sequences of advantage 0, unless a KL, entropy or balancing term uses them, "
+        "and, in the backward of the vocabulary matrix, clipped tokens.",
+    )
+    log_prob_store_gib: float = setting(
+        0.0,
+        "Memory in which log-probs may keep exponentials for their backward; all of a micro-batch's take 2 to 8 bytes "
+        "a response token and id of the vocabulary. 0: all are computed again. Not with an entropy bonus, whose "
+        "gradient needs the logits.",
+        least=0,
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
-    save_every: int = 0
-    """0: after the last step only."""
-    keep: int = 2
-    """The newest ones that stay."""
-    keep_every: int = 0
-    """Every so many steps one that stays for good. 0: none."""
-    load: str = "none"
-    """`latest` (the newest whole one of run.dir; a fresh start when there is none), a path, or `none`."""
-    asynchronous: bool = True
-    """Training goes on while the files are written."""
-    exit_after_s: float = 0.0
-    """Save and exit with status 75 so many seconds after the start. 0: never."""
-    grace_s: float = 600.0
-    """After SIGTERM or SIGUSR1, print all stacks and give up when so many seconds were not enough to save."""
+    """When the run is saved, and what it continues from."""
+
+    save_every: int = setting(0, "Steps between two checkpoints. 0: after the last step only.", least=0)
+    keep: int = setting(2, "The newest checkpoints that stay.", least=1)
+    keep_every: int = setting(0, "Checkpoints of steps divisible by this stay for good. 0: none.", least=0)
+    load: str = setting(
+        "none",
+        "latest (the newest whole checkpoint of run.dir; a fresh start where there is none), a path, or none.",
+    )
+    asynchronous: bool = setting(True, "Training goes on while the files are written.")
+    exit_after_s: float = setting(
+        0.0, "Save and exit with status 75 this many seconds after the start. 0: never.", least=0
+    )
+    grace_s: float = setting(
+        600.0,
+        "Seconds to save in after SIGTERM or SIGUSR1; then the run prints all stacks and gives up.",
+        above=0,
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class GuardConfig:
     """Checks while running. `stop` ends the run with status 70, `skip` leaves the update out; either way its rollouts
     are written to guards/."""
 
-    on_nonfinite: str = "stop"
-    """A loss or a gradient that is not finite: stop or skip. A log-prob that is not, ahead of the updates, always
-    stops."""
-    grad_norm_spike: float = 0.0
-    """A gradient norm is a spike above so many times the median of the last 20 updates. 0: none is."""
-    on_spike: str = "skip"
-    ratio_noise: float = 0.0
-    """Stop when a ratio of a step's first update is farther from 1 than this. 0: off."""
-    check_replicas_every: int = 0
-    """Steps between two checks that all copies of a parameter are equal. 0: off."""
+    on_nonfinite: str = setting(
+        "stop",
+        "A loss or a gradient that is not finite. A log-prob that is not, before the updates, always stops.",
+        choices=("stop", "skip"),
+    )
+    grad_norm_spike: float = setting(
+        0.0,
+        "A gradient norm is a spike above this many times the median of the last 20 updates. 0: off; else above 1.",
+    )
+    on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
+    ratio_noise: float = setting(
+        0.0, "Stop when a ratio of a step's first update is farther from 1 than this. 0: off.", least=0
+    )
+    check_replicas_every: int = setting(
+        0, "Steps between two checks that all copies of a parameter are equal. 0: off.", least=0
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoggingConfig:
-    tensorboard: bool = True
-    rollouts_per_step: int = 16
-    """Rollouts written to rollouts/step_*.jsonl; -1: all."""
+    """What is written besides metrics.jsonl."""
+
+    tensorboard: bool = setting(True, "Write TensorBoard events.")
+    rollouts_per_step: int = setting(16, "Rollouts written to rollouts/step_*.jsonl. -1: all.", least=-1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -279,75 +355,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_base": 1_000_000.0,
     },
 }
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.preset": tuple(PRESETS),
-    "parallel.token_dispatcher": ("alltoall", "allgather"),
-    "parallel.recompute": ("none", "selective", "full"),
-    "precision.device": ("auto", "cpu", "cuda"),
-    "precision.dtype": ("fp32", "bf16", "fp64"),
-    "precision.fp8": ("none", "tensorwise", "blockwise", "delayed"),
-    "precision.transformer_engine": ("auto", "on", "off"),
-    "data.overlong": ("error", "drop"),
-    "rollout.backend": ("megatron",),
-    "reward.on_error": ("stop", "count"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3"),
-    "algorithm.old_log_probs": ("auto", "recompute", "rollout"),
-    "optimizer.overlap": ("auto", "on", "off"),
-    "optimizer.lr_decay": ("constant", "cosine", "linear"),
-    "guards.on_nonfinite": ("stop", "skip"),
-    "guards.on_spike": ("stop", "skip"),
-}
-
-MINIMA: dict[str, float] = {
-    **{f"parallel.{axis}": 1 for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")},
-    **{
-        f"model.{key}": 1
-        for key in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "num_experts")
-    },
-    "model.vocab_size": 1,
-    "model.experts_per_token": 1,
-    "model.expert_ffn_size": 1,
-    "model.max_sequence_length": 2,
-    "model.aux_loss_coef": 0,
-    "run.seed": 0,
-    "data.eval_size": 1,
-    "data.max_prompt_tokens": 1,
-    "rollout.group_size": 1,
-    "rollout.prompts_per_step": 1,
-    "rollout.max_new_tokens": 1,
-    "rollout.top_k": 0,
-    "rollout.max_batch": 1,
-    "algorithm.updates_per_rollout": 1,
-    "algorithm.entropy_coef": 0,
-    "optimizer.min_lr": 0,
-    "optimizer.lr_warmup_updates": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_grad": 0,
-    "train.steps": 0,
-    "train.warm_start_steps": 0,
-    "train.warm_start_batch": 1,
-    "train.eval_every": 0,
-    "train.tokens_per_micro_batch": 1,
-    "train.log_prob_store_gib": 0,
-    "checkpoint.save_every": 0,
-    "checkpoint.keep_every": 0,
-    "checkpoint.exit_after_s": 0,
-    "checkpoint.keep": 1,
-    "guards.ratio_noise": 0,
-    "guards.check_replicas_every": 0,
-    "logging.rollouts_per_step": -1,
-}
-
-POSITIVE = (
-    "model.init_std",
-    "model.rope_base",
-    "model.norm_epsilon",
-    "rollout.temperature",
-    "rollout.top_p",
-    "optimizer.lr",
-    "optimizer.adam_eps",
-    "train.warm_start_lr",
-    "parallel.timeout_s",
-    "checkpoint.grace_s",
-)

@@ -42,8 +42,16 @@ train: {warm_start_steps: 2, warm_start_batch: 4, tokens_per_micro_batch: 32}
 
 def likelihood(max_tokens: int) -> list[tuple[float, float, dict[str, Tensor]]]:
     """(loss, gradient norm, gradients) of -mean log p: of MegatronPolicy.update, and of a plain pre-training step."""
-    config = load_config(None, [*SMALL, "precision.dtype=fp32", "model.init_std=0.3", "optimizer.clip_grad=1e9"])
-    config.optimizer.distributed = False
+    config = load_config(
+        None,
+        [
+            *SMALL,
+            "precision.dtype=fp32",
+            "model.init_std=0.3",
+            "optimizer.clip_grad=1e9",
+            "optimizer.distributed=false",
+        ],
+    )
     device = open_device("cpu", "fp32")
     groups = Groups(check_config(config, 1), device.torch_device)
     compat.apply_patches(on_cpu=True)

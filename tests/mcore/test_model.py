@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.place import Place
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import layout_of
 from gspo_megatron.layout.memory import count_parameters, parameters_per_rank
@@ -78,7 +78,7 @@ def test_the_plan_counts_the_parameters_of_the_real_model(overrides: tuple[str, 
 
 def preset_layer(preset: str) -> tuple[Any, int]:
     config = load_config(None, [f"model.preset={preset}", "parallel.tp=4", "parallel.pp=2", "parallel.ep=8"])
-    config.model.vocab_size = config.model.vocab_size or 97
+    config = replaced(config, {"model.vocab_size": config.model.vocab_size or 97})
     device = open_device("cpu", "bf16")
     transformer = transformer_config(config, device, use_te=False)
     transformer.pipeline_model_parallel_size = 1  # the spec would ask for this rank's stage

@@ -18,7 +18,7 @@ from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMe
 from gspo_megatron.objective.clips import CLIPS, PpoClip
 from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Groups, Surrogate
 from gspo_megatron.objective.levels import SequenceMeanLevel, TokenLevel
-from gspo_megatron.run.algorithm import variant_of
+from gspo_megatron.run.algorithm import Algorithm
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def test_its_parameters_are_set_by_name():
 
 def test_its_parameters_are_settings():
     overrides = ["algorithm.variant=mine", "algorithm.dials.aggregate.length=8", "algorithm.dials.clip.tau_neg=2"]
-    row = variant_of(load_config(None, overrides))
+    row = Algorithm.of(load_config(None, overrides)).variant
     assert (row.aggregate, row.clip) == (FixedLength(8), Gate(1.0, 2.0))
     with pytest.raises(ConfigError, match=r"clip_low=0.1: clip 'gate' has no parameter 'low'; it has: clip.tau_pos"):
-        variant_of(load_config(None, [*overrides, "algorithm.clip_low=0.1"]))
+        Algorithm.of(load_config(None, [*overrides, "algorithm.clip_low=0.1"]))
 
 
 def test_a_row_that_exists_can_choose_it():

@@ -1,0 +1,125 @@
+"""How a setting is declared: one call holds its default, its help and the range or choices of its value.
+
+@dataclass
+class TrainConfig:
+    steps: int = setting(100, "RL steps.", least=0)
+
+settings_of(Config)["train.steps"].complaint(-1)      # "train.steps=-1 must be at least 0; the default is 100"
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from gspo_megatron.base.errors import did_you_mean
+
+Default = TypeVar("Default")
+
+BOUNDS = (
+    ("least", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("most", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
+"""Keyword of `setting`, its words, and the comparison that value and bound must pass."""
+
+
+def setting(
+    default: Default,
+    help: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Default:
+    """A dataclass field with its help, a sentence or two of plain text, and what its value must keep. None, where the
+    type allows it, always passes."""
+    rules = {"help": help, "least": least, "above": above, "most": most, "below": below, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A declared setting. `key` is `section.name`, `type` the resolved annotation."""
+
+    key: str
+    type: Any
+    default: Any
+    help: str
+    least: float | None
+    above: float | None
+    most: float | None
+    below: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def is_mapping(self) -> bool:
+        return get_origin(self.type) is dict
+
+    @property
+    def is_text(self) -> bool:
+        return not self.is_mapping and str in self.kinds
+
+    @property
+    def allows_none(self) -> bool:
+        return type(None) in self.kinds
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """(int, NoneType) of `int | None`; (float,) of `float`; (str, float), name and value, of `dict[str, float]`."""
+        return get_args(self.type) or (self.type,)
+
+    @property
+    def range(self) -> str:
+        """`at least 0 and below 1`; empty where every value of the type will do."""
+        return " and ".join(f"{words} {bound:g}" for words, bound, _ in self._bounds())
+
+    def complaint(self, value: Any) -> str | None:
+        """Why this value cannot be, with the rule and a way out; None where it can. Its type is taken for granted."""
+        if value is None and self.allows_none:
+            return None
+        if self.choices and value not in self.choices:
+            return (
+                f"{self.key}={value!r} is not one of {', '.join(self.choices)}{did_you_mean(str(value), self.choices)}"
+            )
+        if self.is_mapping:
+            return self._complaint_of_mapping(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{self.key}={value} must be a finite number"
+        if not all(passes(value, bound) for _, bound, passes in self._bounds()):
+            default = "null" if self.default is None else self.default
+            return f"{self.key}={value} must be {self.range}; the default is {default}"
+        return None
+
+    def _complaint_of_mapping(self, entries: dict[str, Any]) -> str | None:
+        for name, value in entries.items():
+            if float in self.kinds and not (isinstance(value, float) and math.isfinite(value)):
+                return f"{self.key}.{name}={value} must be a finite number"
+        return None
+
+    def _bounds(self) -> list[tuple[str, float, Any]]:
+        given = ((words, getattr(self, keyword), passes) for keyword, words, passes in BOUNDS)
+        return [(words, bound, passes) for words, bound, passes in given if bound is not None]
+
+
+@cache
+def settings_of(config: type) -> dict[str, Setting]:
+    """Every setting of a dataclass of sections by its key, in the order of their declaration."""
+    found = {}
+    for section, section_type in get_type_hints(config).items():
+        types = get_type_hints(section_type)
+        for f in fields(section_type):
+            key = f"{section}.{f.name}"
+            assert "help" in f.metadata, f"{key} is not declared: write {f.name}: {f.type} = setting(default, help)"
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            found[key] = Setting(key, types[f.name], default, **f.metadata)
+    return found

@@ -1,0 +1,196 @@
+"""The rules between settings: what is refused, with which way out, and what only warns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.run.algorithm import Algorithm
+
+FP8 = ("precision.fp8=blockwise", "precision.dtype=bf16")
+
+
+def refusal(*overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_config(load_config(None, overrides), world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "complaint", "nearest"),
+    [
+        (
+            ("parallel.tp=3",),
+            6,
+            "model.num_attention_heads=4 is not divisible by tp(3)",
+            "parallel.tp=2, or parallel.tp=1",
+        ),
+        (
+            ("parallel.tp=4",),
+            4,
+            "model.num_query_groups=2 is not divisible by tp(4)",
+            "parallel.tp=2, or parallel.tp=1",
+        ),
+        (
+            ("parallel.pp=3",),
+            12,
+            "model.num_layers=4 is not divisible by pp(3) * vpp(1) = 3",
+            "parallel.pp=4, or parallel.pp=2, or parallel.pp=1",
+        ),
+        (
+            ("parallel.pp=2", "parallel.vpp=4"),
+            4,
+            "model.num_layers=4 is not divisible by pp(2) * vpp(4) = 8",
+            "parallel.vpp=2, or parallel.vpp=1",
+        ),
+        (
+            ("parallel.vpp=2",),
+            2,
+            "parallel.vpp=2 cuts the stages of a pipeline, and parallel.pp=1 has none",
+            "parallel.vpp=1, or parallel.pp=2",
+        ),
+        (
+            ("parallel.ep=6",),
+            12,
+            "model.num_experts=8 is not divisible by ep(6)",
+            "parallel.ep=4, or parallel.ep=2, or parallel.ep=1",
+        ),
+        (
+            ("parallel.etp=3", "parallel.ep=2"),
+            6,
+            "model.expert_ffn_size=128 is not divisible by etp(3)",
+            "parallel.etp=1, or parallel.ep=1 parallel.etp=2",
+        ),
+        (
+            ("parallel.cp=4", "model.max_sequence_length=204"),
+            4,
+            "parallel.cp=4 cuts every sequence into 2 * cp equal chunks, and model.max_sequence_length=204 is not "
+            "divisible by 8; set it to 200 or 208",
+            "parallel.cp=2, or parallel.cp=1",
+        ),
+        (
+            ("parallel.pp=2", "model.tie_embeddings=true"),
+            2,
+            "model.tie_embeddings with parallel.pp=2: the copies on the first and the last stage are not kept equal; "
+            "set model.tie_embeddings=false",
+            "parallel.pp=1",
+        ),
+        (
+            ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2"),
+            12,
+            "tp(2) * pp(2) * cp(2) = 8 does not divide the 12 processes; start a multiple of 8, such as 8 or 16",
+            "parallel.cp=1, or parallel.pp=1, or parallel.tp=1",
+        ),
+        (
+            ("parallel.ep=8",),
+            4,
+            "etp(1) * ep(8) * pp(1) = 8 does not divide the 4 processes; start a multiple of 8, such as 8",
+            "parallel.ep=4, or parallel.ep=2, or parallel.ep=1",
+        ),
+        (
+            ("parallel.cp=3", "parallel.ep=4", "model.max_sequence_length=252"),
+            8,
+            "tp(1) * pp(1) * cp(3) = 3 does not divide the 8 processes; start a multiple of 12, such as 12",
+            "parallel.cp=2, or parallel.cp=1",
+        ),
+        (
+            (*FP8, "parallel.etp=4", "model.expert_ffn_size=96"),
+            8,
+            "model.expert_ffn_size=96 is not divisible by 16 * etp(4) = 64 (matmuls in precision.fp8 take 16 columns "
+            "at a time)",
+            "parallel.etp=2, or parallel.etp=1",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_with_the_nearest_that_do(
+    overrides: tuple[str, ...], world_size: int, complaint: str, nearest: str
+) -> None:
+    message = refusal(*overrides, world_size=world_size)
+    assert message == f"{complaint}; nearest layouts that work on WORLD_SIZE={world_size}: {nearest}"
+    for settings in nearest.split(", or "):  # what is printed can be pasted
+        check_config(load_config(None, [*overrides, *settings.split()]), world_size)
+
+
+def test_a_model_that_no_layout_suits() -> None:
+    message = refusal(*FP8, "model.hidden_size=40", world_size=4)
+    assert message.startswith("model.hidden_size=40 is not divisible by 16 (matmuls in precision.fp8")
+    assert message.endswith("; no layout works for this model with precision.fp8=blockwise")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("data.overlong=drop",), ("data.overlong='drop' has no effect: data.train=task:sort_digits",)),
+        (("data.train=a.jsonl", "data.eval=b.jsonl", "data.task.max_length=5"), ("data.task=", "has no effect")),
+        (("optimizer.min_lr=1e-7",), ("optimizer.min_lr=1e-07 has no effect with optimizer.lr_decay=constant",)),
+        (("optimizer.min_lr=1", "optimizer.lr_decay=linear"), ("optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06",)),
+        (("model.experts_per_token=9",), ("model.experts_per_token=9 exceeds model.num_experts=8",)),
+        (("model.experts_per_token=1",), ("model.experts_per_token=1", "use 2 or more")),
+        (("model.num_query_groups=3",), ("num_attention_heads=4 must be a multiple of model.num_query_groups=3",)),
+        (("model.head_dim=15",), ("model.head_dim=15 must be even",)),
+        (("precision.dtype=fp64", "precision.device=cuda"), ("fp64", "use fp32 or bf16, or precision.device=cpu")),
+        (
+            ("precision.fp8=blockwise", "precision.dtype=bf16", "precision.transformer_engine=off"),
+            ("precision.fp8=blockwise needs Transformer Engine", "set precision.fp8=none"),
+        ),
+        (("precision.fp8=delayed", "precision.device=cpu"), ("precision.fp8=delayed needs Transformer Engine",)),
+        (("precision.fp8=delayed",), ("precision.fp8=delayed needs precision.dtype=bf16, got fp32",)),
+        (("rollout.prompts_per_step=30",), ("rollout.prompts_per_step=30", "updates_per_rollout=4")),
+        (("rollout.max_new_tokens=256",), ("rollout.max_new_tokens=256", "model.max_sequence_length=256")),
+        (
+            ("train.tokens_per_micro_batch=200",),
+            ("model.max_sequence_length=256", "raise train.tokens_per_micro_batch to 256"),
+        ),
+        (
+            ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9"),
+            ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=auto"),
+        ),
+        (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), ("rollout.top_k=5",)),
+        (
+            ("guards.ratio_noise=0.01", "algorithm.updates_per_rollout=1"),
+            ("guards.ratio_noise=0.01", "algorithm.old_log_probs=recompute"),
+        ),
+        (
+            ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01"),
+            ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01", "one of them to 0"),
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    message = refusal(*overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_config_changed_in_python_is_checked_too() -> None:
+    config = load_config(None)
+    config = replace(config, rollout=replace(config.rollout, temperature=-1.0))
+    with pytest.raises(ConfigError, match=r"rollout.temperature=-1.0 must be above 0"):
+        check_config(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
+        ("model.aux_loss_coef=0.01", "the gradient depends on the layout"),
+    ],
+)
+def test_what_works_but_is_hardly_meant_is_a_warning(override: str, part: str) -> None:
+    assert config_warnings(load_config(None), Algorithm.of(load_config(None))) == []
+    config = load_config(None, [override])
+    check_config(config, 1)
+    (warning,) = config_warnings(config, Algorithm.of(config))
+    assert part in warning
+
+
+def test_the_prompt_limit_leaves_room_for_the_response() -> None:
+    sizes = ("model.max_sequence_length=100", "rollout.max_new_tokens=30")
+    assert prompt_limit(load_config(None, sizes)) == 70
+    assert prompt_limit(load_config(None, [*sizes, "data.max_prompt_tokens=20"])) == 20
+    assert prompt_limit(load_config(None, [*sizes, "data.max_prompt_tokens=90"])) == 70

@@ -1,0 +1,68 @@
+"""How a run goes on: which settings may change, and checkpoints of the first format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gspo_megatron.base.batches import Position
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.resume import Continuation, changed_settings
+from gspo_megatron.run.state import GuardState, RunState, SavedStep
+
+
+def state_of(config: Config) -> RunState:
+    """As it comes back from a checkpoint."""
+    state = RunState.of(config, Position(0, 3, 0), began=True, guards=GuardState((1.5, 2.0), 1), step=None)
+    return RunState.from_saved(json.loads(json.dumps(state.to_json())), [])
+
+
+def test_a_state_survives_json() -> None:
+    config = load_config(None, ["reward.functions.my.module:f=0.5", "algorithm.dials.clip.low=0.1"])
+    state = state_of(config)
+    assert (state.position, state.began, state.guards) == (Position(0, 3, 0), True, GuardState((1.5, 2.0), 1))
+    assert state.settings["reward.functions"] == {"my.module:f": 0.5}
+    assert state == RunState.of(config, Position(0, 3, 0), began=True, guards=GuardState((1.5, 2.0), 1), step=None)
+
+
+def test_settings_that_changed_are_said_and_some_are_refused() -> None:
+    config = load_config(None)
+    state = state_of(config)
+    assert changed_settings(state, config) == []
+    other = load_config(None, ["optimizer.lr=0.5", "run.seed=7", "parallel.ep=2", "run.dir=x", "rollout.group_size=2"])
+    changed = ["run.seed: 7, was 1", "rollout.group_size: 2, was 8", "optimizer.lr: 0.5, was 1e-06"]
+    assert changed_settings(state, other) == changed
+    inside = replace(state, step=SavedStep({"number": 4}, ()))
+    with pytest.raises(CheckpointError, match=r"inside a step .*\(run.seed: 7, was 1; rollout.group_size: 2, was 8\)"):
+        changed_settings(inside, other)
+
+
+def test_a_setting_that_did_not_exist_then_is_no_change() -> None:
+    config = load_config(None)
+    state = state_of(config)
+    known = {name: value for name, value in state.settings.items() if name != "optimizer.lr"}
+    assert changed_settings(replace(state, settings={**known, "rollout.backend": "megatron"}), config) == []
+
+
+@pytest.mark.parametrize(
+    ("load", "own", "newest"),
+    [("latest", True, True), ("{run}/checkpoints/step_3", True, False), ("x/y", False, False)],
+)
+def test_where_a_state_comes_from_decides_what_is_moved_aside(load: str, own: bool, newest: bool, tmp_path) -> None:
+    settings = [f"run.dir={tmp_path}", f"checkpoint.load={load.format(run=tmp_path)}"]
+    config = load_config(None, settings)
+    found = Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
+    assert (found.own, found.is_newest, found.fresh, found.first_step) == (own, newest, not own, 4)
+    assert Continuation().fresh and Continuation().first_step == 0
+
+
+def test_a_reference_that_was_never_frozen_is_missed() -> None:
+    config = load_config(None, ["algorithm.kl_coef=0.1"])
+    with pytest.raises(CheckpointError, match=r"no reference policy.*set algorithm.kl_coef=0"):
+        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
+    assert Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True).state is not None

@@ -1,0 +1,59 @@
+"""Writes docs/settings.md from the declarations in gspo_megatron/config/sections.py (`make docs`).
+
+python tools/settings_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from gspo_megatron.config.declarations import Setting, settings_of
+from gspo_megatron.config.sections import Config
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+
+HEAD = """\
+# Settings
+
+<!-- Written by `make docs` from gspo_megatron/config/sections.py. -->
+
+A run's settings are a YAML file of sections, and `section.key=value` on the command line, which wins:
+
+    python -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml parallel.ep=1 optimizer.lr=3e-4
+
+A setting that neither names comes from `model.preset`, then from the defaults below. An unknown key is an error.
+`--dry-run` prints all settings of a run. A mapping in a file replaces the default one; `reward.functions.NAME=1` adds
+an entry to it.
+"""
+
+TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "value"}
+
+
+def page(config: type = Config) -> str:
+    """The whole page: one table a section, one line a setting."""
+    settings, sections = settings_of(config), get_type_hints(config)
+    return "\n".join([HEAD, *(_section(name, of, settings) for name, of in sections.items())])
+
+
+def _section(name: str, section: type, settings: dict[str, Setting]) -> str:
+    rows = [_row(setting) for key, setting in settings.items() if key.startswith(f"{name}.")]
+    about = " ".join((section.__doc__ or "").split())
+    head = ("| Key | Type | Default | Range or choices | Meaning |", "|---|---|---|---|---|")
+    return "\n".join([f"## {name}", "", about, "", *head, *rows, ""])
+
+
+def _row(setting: Setting) -> str:
+    if setting.is_mapping:
+        type_ = " with ".join(f"{word}s" for word in ("name", TYPES[setting.kinds[1]]))
+    else:
+        type_ = " or ".join(TYPES[kind] for kind in setting.kinds)
+    default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
+    allowed = ", ".join(f"`{choice}`" for choice in setting.choices) or setting.range
+    cells = (f"`{setting.key}`", type_, f"`{default}`", allowed, setting.help)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
