@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -11,3 +16,41 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
     if x.device == device or device.type == "cpu":
         return x
     return (x.pin_memory() if torch.accelerator.is_available() else x).to(device, non_blocking=True)
+
+
+def all_on_device(tensors: Tensors, device: torch.device) -> Tensors:
+    """The same (nested) named tuple with every tensor on `device`, by one copy that nothing waits for.
+
+    The tensors, of the host, keep shapes and number formats; they share no memory with `tensors`, on the CPU either.
+    Whatever is neither a tensor nor a tuple stays as it is.
+
+    Raises:
+        TypeError: a tensor's elements are not 8 bytes long. All travel together as their bits.
+    """
+    sent = list(_leaves(tensors))
+    if wrong := {str(x.dtype) for x in sent if x.element_size() != 8}:
+        raise TypeError(f"cannot send {', '.join(sorted(wrong))}: elements must be 8 bytes long; use int64 or float64")
+    if not sent:
+        return tensors
+    joined = on_device(torch.cat([x.flatten().view(torch.int64) for x in sent]), device)
+    pieces = joined.split([x.numel() for x in sent])
+    received = (piece.view(x.dtype).view(x.shape) for x, piece in zip(sent, pieces, strict=True))
+    return _with_leaves(tensors, received)
+
+
+def _leaves(tensors: Any) -> Iterator[Tensor]:
+    if isinstance(tensors, Tensor):
+        yield tensors
+    elif isinstance(tensors, tuple):
+        for field in tensors:
+            yield from _leaves(field)
+
+
+def _with_leaves(like: Any, leaves: Iterator[Tensor]) -> Any:
+    """`like` with its tensors replaced by `leaves`, in the order of `_leaves`."""
+    if isinstance(like, Tensor):
+        return next(leaves)
+    if not isinstance(like, tuple):
+        return like
+    fields = [_with_leaves(field, leaves) for field in like]
+    return type(like)._make(fields) if hasattr(like, "_make") else tuple(fields)
