@@ -27,23 +27,25 @@ def all_on_device(tensors: Tensors, device: torch.device) -> Tensors:
     Raises:
         TypeError: a tensor's elements are not 8 bytes long. All travel together as their bits.
     """
-    sent = list(_leaves(tensors))
+    sent = _leaves(tensors)
     if wrong := {str(x.dtype) for x in sent if x.element_size() != 8}:
         raise TypeError(f"cannot send {', '.join(sorted(wrong))}: elements must be 8 bytes long; use int64 or float64")
     if not sent:
         return tensors
     joined = on_device(torch.cat([x.flatten().view(torch.int64) for x in sent]), device)
-    pieces = joined.split([x.numel() for x in sent])
-    received = (piece.view(x.dtype).view(x.shape) for x, piece in zip(sent, pieces, strict=True))
-    return _with_leaves(tensors, received)
+    pieces = joined.split_with_sizes([x.numel() for x in sent])
+    # Most are flat int64, and asking costs less than two views.
+    received = [
+        piece if x.dtype == torch.int64 and x.dim() == 1 else piece.view(x.dtype).view(x.shape)
+        for x, piece in zip(sent, pieces, strict=True)
+    ]
+    return _with_leaves(tensors, iter(received))
 
 
-def _leaves(tensors: Any) -> Iterator[Tensor]:
+def _leaves(tensors: Any) -> list[Tensor]:
     if isinstance(tensors, Tensor):
-        yield tensors
-    elif isinstance(tensors, tuple):
-        for field in tensors:
-            yield from _leaves(field)
+        return [tensors]
+    return [leaf for field in tensors for leaf in _leaves(field)] if isinstance(tensors, tuple) else []
 
 
 def _with_leaves(like: Any, leaves: Iterator[Tensor]) -> Any:

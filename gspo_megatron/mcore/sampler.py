@@ -126,7 +126,7 @@ class MegatronSampler:
                 may_continue_B=torch.from_numpy(may_continue.astype(np.int64)),
                 max_continuing_W=torch.from_numpy(scheduler.max_continuing_W),
                 prompt_tokens_WM=torch.from_numpy(scheduler.prompt_tokens_WM),
-                stop=torch.tensor([int(self.stop())]),
+                stop=_joined([int(self.stop())]),
             ),
             self.device,
         )

@@ -264,7 +264,8 @@ def with_max_batch(sizes: list[int], greedy: bool) -> list[Generated]:
 @pytest.mark.parametrize("greedy", [False, True])
 def test_max_batch_does_not_matter(greedy: bool) -> None:
     """Twenty rollouts of five prompts, from one at a time to all together: the same rollouts, in one cache, for one
-    copy to the device and one read of the host a forward. Rows that have become free are taken, and no token is computed for nobody."""
+    copy to the device and one read of the host a forward. Rows that have become free are taken, and no token is
+    computed for nobody."""
     sizes = [1, 2, 3, 5, 8, 13, 16, 100]
     [answers] = run_distributed(with_max_batch, 1, sizes, greedy)
     lengths = [len(r.tokens) for r in answers[0].rollouts]

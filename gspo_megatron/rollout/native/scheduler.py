@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,9 @@ class RowCopy(NamedTuple):
     length: int
 
 
-def num_tokens_of_forward(num_continuing: Any, max_continuing_W: Integers, prompt_tokens_WM: Integers) -> Integers:
+def num_tokens_of_forward(
+    num_continuing: int | Tensor, max_continuing_W: Integers, prompt_tokens_WM: Integers
+) -> Integers:
     """[M] tokens of a forward: ceil(num_continuing / M) + sum_w prompt_tokens_WM [num_continuing <= max_continuing_W].
 
     Candidate w is admitted when at most max_continuing_W[w] rollouts continue. `num_continuing` is an int, or a tensor
