@@ -21,8 +21,8 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 def all_on_device(tensors: Tensors, device: torch.device) -> Tensors:
     """The same (nested) named tuple with every tensor on `device`, by one copy that nothing waits for.
 
-    The tensors, of the host, keep shapes and number formats; they share no memory with `tensors`, on the CPU either.
-    Whatever is neither a tensor nor a tuple stays as it is.
+    The tensors come from the host and keep their shapes and dtypes. What is returned shares no memory with them, not
+    even on the CPU. Anything that is neither a tensor nor a tuple stays as it is.
 
     Raises:
         TypeError: a tensor's elements are not 8 bytes long. All travel together as their bits.

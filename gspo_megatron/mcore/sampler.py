@@ -2,7 +2,7 @@
 
 How one forward goes:
 1. `DecodeScheduler` says, for each micro-batch, which rollouts continue and which prompts are admitted.
-2. `_inputs` lays their tokens out on the host; `all_on_device` sends everything in one copy.
+2. `_feed` lays the tokens of each out on the host; `all_on_device` sends everything in one copy.
 3. The cache copies the rows of rollouts that have moved.
 4. `_draw` runs the micro-batches through the pipeline: attention writes keys and values into the cache and reads those
    of earlier tokens, the last stage draws tokens, and the other stages receive them.
@@ -12,6 +12,8 @@ How one forward goes:
 Works on any layout. Experts are shared over data-parallel ranks, so every rank of the world takes part in every
 forward, until the last rollout of all ranks has ended. The ranks of a context-parallel group hold the same weights and
 sample different rollouts, as data-parallel ranks do. What Megatron's own layers wait for comes on top of step 6.
+
+Shapes: T tokens of a micro-batch, B rollouts that draw a token, W candidates for admission, M micro-batches.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeSched
 
 
 class Feed(NamedTuple):
-    """One micro-batch of T tokens, in which B rollouts draw: rollout b from the hidden state of token `last_token_B[b]`
-    with the random number `uniforms_B[b]`."""
+    """One micro-batch. Rollout b of it draws from the hidden state of token `last_token_B[b]`, with the random number
+    `uniforms_B[b]`."""
 
     tokens_T: Tensor
     cached: CachedTokens
@@ -50,16 +52,16 @@ class Feed(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """All that one forward sends from the host to the device, B rollouts in all micro-batches. What the fields of the
-    scheduler mean is said there."""
+    """All that one forward sends from the host to the device; B counts the rollouts of all its micro-batches."""
 
     copied_from_rows: Tensor
     copied_to_rows: Tensor
     feeds: tuple[Feed, ...]
     may_continue_B: Tensor
-    """1 where a rollout has not reached its last token, unless it draws EOS now; 0 elsewhere."""
+    """1 where a rollout has room for another token, so that only EOS can end it now; 0 elsewhere."""
     max_continuing_W: Tensor
     prompt_tokens_WM: Tensor
+    """Both as in `num_tokens_of_forward`."""
     stop: Tensor
     """[1]: 1 where this process has been asked to stop."""
 
