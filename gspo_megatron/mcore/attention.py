@@ -1,4 +1,4 @@
-"""Attention over packed tokens: RoPE by position, causal grouped-query attention inside each sequence, a KV cache.
+"""The attention core: RoPE by position, then causal grouped-query attention inside each sequence.
 
 Megatron's own local attention refuses packed sequences; this core replaces it in the layer spec. `PackedTokens` travels
 down the model in the place of Megatron's `packed_seq_params`, so no layer in between knows about it.
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gspo_megatron.mcore.context_parallel import Part, whole
+from gspo_megatron.mcore.kv_cache import CacheUse
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 
 
@@ -76,8 +77,8 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         tokens = packed_seq_params
         query, key = rotate(query, tokens), rotate(key, tokens)
-        if tokens.cache is not None:
-            return _attend_cached(query, key, value, tokens, *tokens.cache.layer(self.layer_number, key))
+        if tokens.through_cache is not None:
+            return _attend_cached(query, key, value, tokens, tokens.through_cache, self.layer_number)
         if self.fused is not None:
             return self.fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
         if tokens.part is not None:
@@ -125,19 +126,16 @@ def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
 
 
 def _attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, keys: Tensor, values: Tensor
+    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, use: CacheUse, layer: int
 ) -> Tensor:
     """New tokens against their rows of the cache, prompts within themselves, zeros for padding; all but padding is
     written into the cache first."""
-    write, seen_BL = tokens.write, tokens.seen_BL
-    assert write is not None and seen_BL is not None
-    keys[write.rows, :, write.positions] = key[write.source]
-    values[write.rows, :, write.positions] = value[write.source]
-    num_new, num_prompt_tokens = len(seen_BL), len(tokens.slots_T)
+    keys, values = use.cache.write(layer, key, value, use.write)
+    num_new, num_prompt_tokens = len(use.seen_BL), len(tokens.slots_T)
     prompts = slice(num_new, num_new + num_prompt_tokens)
     parts = []
     if num_new:
-        parts.append(_attend_rows(query[:num_new], keys, values, tokens.first_row, seen_BL))
+        parts.append(_attend_rows(query[:num_new], keys, values, use.first_row, use.seen_BL))
     if num_prompt_tokens:
         parts.append(_attend_packed(query[prompts], key[prompts], value[prompts], tokens))
     if num_padding := len(query) - prompts.stop:

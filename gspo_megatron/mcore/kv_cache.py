@@ -1,10 +1,23 @@
-"""Keys and values of the tokens that a sampler has already processed."""
+"""Keys and values of tokens that have been processed, and what one forward writes and reads of them.
+
+Shapes: T packed tokens, B continued rows, W entries that are written, L positions, K key/value heads of this
+tensor-parallel rank, D head dimension.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class CacheWrite(NamedTuple):
+    """Token `token_W[i]` of the pack becomes position `position_W[i]` of row `row_W[i]`. A token may be written to
+    several rows."""
+
+    token_W: Tensor
+    row_W: Tensor
+    position_W: Tensor
 
 
 class KVCache:
@@ -21,18 +34,25 @@ class KVCache:
             self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[number]
 
-    def move(self, from_rows: Tensor, to_rows: Tensor, length: int) -> None:
-        """Copies the first `length` positions of rows to other rows; no row is both."""
+    def write(self, layer: int, key: Tensor, value: Tensor, write: CacheWrite) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values [T, K, D] of a layer's tokens where `write` says. Returns all of that layer."""
+        keys, values = self.layer(layer, key)
+        keys[write.row_W, :, write.position_W] = key[write.token_W]
+        values[write.row_W, :, write.position_W] = value[write.token_W]
+        return keys, values
+
+    def copy_rows(self, from_rows: Tensor, to_rows: Tensor, length: int) -> None:
+        """Copies the first `length` positions of rows to other rows; no row is in both."""
         for layer in self._layers.values():
             for kept in layer:
                 kept[to_rows, :, :length] = kept[from_rows, :, :length]
 
 
-@dataclass
-class CacheWrite:
-    """Token `source[i]` of the pack becomes position `positions[i]` of cache row `rows[i]`; a token may fill many
-    rows."""
+class CacheUse(NamedTuple):
+    """How one forward uses a cache: `write` comes first; then the first B tokens of the pack, the newest of rows
+    `first_row`, `first_row` + 1, ..., each attend to the positions of their row that `seen_BL` marks."""
 
-    source: Tensor
-    rows: Tensor
-    positions: Tensor
+    cache: KVCache
+    write: CacheWrite
+    first_row: int
+    seen_BL: Tensor

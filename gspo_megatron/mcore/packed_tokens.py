@@ -1,12 +1,17 @@
 """The tokens of one forward pass, as attention sees them.
 
-Shapes: T packed tokens (under context parallel those of this rank's part), B sequences (rows), L positions.
+`packed` builds them from whole sequences, for training and scoring; `cached_tokens` from the newest tokens of rows in a
+cache and from whole prompts, for a sampler.
+
+Shapes: T packed tokens (under context parallel those of this rank's part), P prompt tokens among them, B sequences
+(rows), L positions, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +21,23 @@ from torch.distributed import ProcessGroup
 
 from gspo_megatron.base.batches import IntArray
 from gspo_megatron.mcore.context_parallel import Part, part_of
-from gspo_megatron.mcore.kv_cache import CacheWrite, KVCache
+from gspo_megatron.mcore.kv_cache import CacheUse, CacheWrite, KVCache
 
 
 @dataclass
 class PackedTokens(PackedSeqParams):
-    """The tokens of one forward pass, as attention sees them. Built by `packed`, or by `CachedTokens` for a sampler."""
+    """What attention knows of one forward. It travels down the model in the place of Megatron's own parameters."""
 
     positions_T: Tensor = None  # type: ignore[assignment]  # fields behind Megatron's own need a default
     slots_T: Tensor = None  # type: ignore[assignment]
-    """Where each token of the whole pack (through a cache: of its prompts) stands in a [B, L] grid, flattened."""
+    """Where each token of the whole pack stands in a [B, L] grid, flattened. Through a cache: of its prompts only."""
     grid: tuple[int, int] = (0, 0)
     part: Part | None = None
     """Context parallel: how this rank's tokens fit into the whole pack. None: they are the whole pack."""
     cos_TD: Tensor | None = None
     sin_TD: Tensor | None = None
-    cache: KVCache | None = None
-    write: CacheWrite | None = None
-    seen_BL: Tensor | None = None
-    """Through a cache, the first B tokens continue B rows of it: the positions of its row that each attends to."""
-    first_row: int = 0
-    """The first of these rows; the others follow it."""
+    through_cache: CacheUse | None = None
+    """None: the pack consists of whole sequences."""
 
 
 def packed(
@@ -62,47 +63,66 @@ def packed(
     )
 
 
-@dataclass
-class CachedTokens:
-    """The tokens of one forward through a cache, on the host: the new tokens of rows `first_row`, `first_row` + 1, ...
-    at `positions` of these rows; whole prompts, each (its length, the rows that it fills); padding up to `num_tokens`,
-    whose attention is 0."""
+class CachedPrompt(NamedTuple):
+    """A whole prompt of `length` tokens, and the rows of the cache that it fills."""
 
+    length: int
+    rows: Sequence[int]
+
+
+class CachedTokens(NamedTuple):
+    """The tokens of one forward through a cache, in the order of the pack: `num_continued` newest tokens of the rows
+    from `first_row` on, whole prompts, and padding, whose attention is 0. Its tensors are the host's as `cached_tokens`
+    makes them, and have to be the device's for `packed`."""
+
+    positions_T: Tensor
+    prompt_slots_P: Tensor
+    prompt_grid: tuple[int, int]
+    write: CacheWrite
     first_row: int
-    positions: IntArray
-    prompts: Sequence[tuple[int, Sequence[int]]]
-    num_tokens: int
+    num_continued: int
+    longest: int
+    """Positions in the longest of the continued rows, its newest token included."""
 
-    def arrays(self) -> list[IntArray]:
-        """What the device has to hear, for `packed`."""
-        new = np.arange(len(self.positions))
-        inside = [np.arange(length) for length, _ in self.prompts]
-        starts = np.cumsum([len(new), *map(len, inside)])
-        longest = self._grid[1]
-        copies = [(start + x, x, rows) for start, x, (_, rows) in zip(starts[:-1], inside, self.prompts, strict=True)]
-        return [
-            np.concatenate([self.positions, *inside, np.zeros(self.num_tokens - starts[-1], dtype=np.int64)]),
-            np.concatenate([i * longest + x for i, x in enumerate(inside)] or [new[:0]]),
-            np.concatenate([new, *(np.tile(source, len(rows)) for source, _, rows in copies)]),
-            np.concatenate([self.first_row + new, *(np.repeat(rows, len(x)) for _, x, rows in copies)]),
-            np.concatenate([self.positions, *(np.tile(x, len(rows)) for _, x, rows in copies)]),
-        ]
-
-    def packed(self, cache: KVCache, positions_T: Tensor, slots_T: Tensor, *write: Tensor) -> PackedTokens:
-        """`arrays`, on the device."""
-        length = int(self.positions.max(initial=-1)) + 1
-        positions_B1 = positions_T[: len(self.positions), None]
+    def packed(self, cache: KVCache) -> PackedTokens:
+        """What attention sees of these tokens."""
+        position_B1 = self.positions_T[: self.num_continued, None]
+        seen_BL = torch.arange(self.longest, device=self.positions_T.device) <= position_B1
         return PackedTokens(
             qkv_format="thd",
-            positions_T=positions_T,
-            slots_T=slots_T,
-            grid=self._grid,
-            cache=cache,
-            write=CacheWrite(*write),
-            seen_BL=torch.arange(length, device=positions_T.device) <= positions_B1,
-            first_row=self.first_row,
+            positions_T=self.positions_T,
+            slots_T=self.prompt_slots_P,
+            grid=self.prompt_grid,
+            through_cache=CacheUse(cache, self.write, self.first_row, seen_BL),
         )
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return len(self.prompts), max((length for length, _ in self.prompts), default=0)
+
+def cached_tokens(
+    first_row: int, positions_B: IntArray, prompts: Sequence[CachedPrompt], num_tokens: int
+) -> CachedTokens:
+    """Tokens at `positions_B` of the rows `first_row`, `first_row` + 1, ...; `prompts`; padding up to `num_tokens`."""
+    continued = np.arange(len(positions_B))
+    positions = [np.arange(prompt.length) for prompt in prompts]
+    num_prompt_tokens = sum(prompt.length for prompt in prompts)
+    longest_prompt = max((prompt.length for prompt in prompts), default=0)
+    token_W, row_W, position_W = [continued], [first_row + continued], [positions_B]
+    start = len(continued)
+    for prompt, inside in zip(prompts, positions, strict=True):
+        token_W.append(np.tile(start + inside, len(prompt.rows)))
+        row_W.append(np.repeat(prompt.rows, prompt.length))
+        position_W.append(np.tile(inside, len(prompt.rows)))
+        start += prompt.length
+    padding = np.zeros(num_tokens - len(continued) - num_prompt_tokens, dtype=np.int64)
+    return CachedTokens(
+        positions_T=_joined([positions_B, *positions, padding]),
+        prompt_slots_P=_joined([continued[:0], *(i * longest_prompt + x for i, x in enumerate(positions))]),
+        prompt_grid=(len(prompts), longest_prompt),
+        write=CacheWrite(_joined(token_W), _joined(row_W), _joined(position_W)),
+        first_row=first_row,
+        num_continued=len(continued),
+        longest=int(positions_B.max(initial=-1)) + 1,
+    )
+
+
+def _joined(arrays: Sequence[IntArray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))

@@ -1,53 +1,69 @@
-"""Responses from the training model itself: in every forward, a token more for every rollout that is being sampled.
+"""Responses from the training model itself: each forward draws one token for every rollout that is being sampled.
 
-Works on any layout: every rank of the world takes part in every forward (experts are shared over data-parallel ranks),
-the last pipeline stage draws, and the other stages hear the token. The prompts of rollouts that enter ride along with
-the newest tokens of the others (see rollout/native/scheduler.py for who enters when). The ranks of a context-parallel
-group hold the same weights and sample different rollouts, as data-parallel ranks do.
+How one forward goes:
+1. `DecodeScheduler` says, for each micro-batch, which rollouts continue and which prompts are admitted.
+2. `_feed` lays the tokens of each out on the host; `all_on_device` sends everything in one copy.
+3. The cache copies the rows of rollouts that have moved.
+4. `_draw` runs the micro-batches through the pipeline: attention writes keys and values into the cache and reads those
+   of earlier tokens, the last stage draws tokens, and the other stages receive them.
+5. `_agree_on_next` counts the tokens of the next forward on the device, and all ranks take the largest counts.
+6. The host waits once, for one tensor: tokens, log-probs, and what was agreed on. `DecodeScheduler.record` takes them.
 
-On a device the host waits once a forward, for one tensor: the tokens, their log-probs, and what all ranks have agreed
-on. What Megatron's own layers wait for comes on top.
+Works on any layout. Experts are shared over data-parallel ranks, so every rank of the world takes part in every
+forward, until the last rollout of all ranks has ended. The ranks of a context-parallel group hold the same weights and
+sample different rollouts, as data-parallel ranks do. What Megatron's own layers wait for comes on top of step 6.
+
+Shapes: T tokens of a micro-batch, B rollouts that draw a token, W candidates for admission, M micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout
 from gspo_megatron.base.errors import StopRequested
-from gspo_megatron.base.tensors import on_device
+from gspo_megatron.base.tensors import all_on_device
 from gspo_megatron.layout.layout import packing_rules, token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.kv_cache import KVCache
-from gspo_megatron.mcore.packed_tokens import CachedTokens
+from gspo_megatron.mcore.packed_tokens import CachedPrompt, CachedTokens, cached_tokens
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
-from gspo_megatron.rollout.native.scheduler import DecodeScheduler, Part, tokens_of_forward
+from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 
 
 class Feed(NamedTuple):
-    """One part of a forward, on the host: rollout `rollout_index[i]` draws with `uniforms[i]` from the hidden state of
-    row `source[i]`."""
+    """One micro-batch. Rollout b of it draws from the hidden state of token `last_token_B[b]`, with the random number
+    `uniforms_B[b]`."""
 
-    place: CachedTokens
-    rollout_index: IntArray
-    uniforms: NDArray[np.float64]
-    source: IntArray
-    tokens: IntArray
+    tokens_T: Tensor
+    cached: CachedTokens
+    last_token_B: Tensor
+    uniforms_B: Tensor
 
-    def arrays(self) -> list[IntArray]:
-        """What the device has to hear. The uniforms go as their bits."""
-        return [self.uniforms.view(np.int64), self.source, self.tokens, *self.place.arrays()]
+
+class ForwardInputs(NamedTuple):
+    """All that one forward sends from the host to the device; B counts the rollouts of all its micro-batches."""
+
+    copied_from_rows: Tensor
+    copied_to_rows: Tensor
+    feeds: tuple[Feed, ...]
+    may_continue_B: Tensor
+    """1 where a rollout has room for another token, so that only EOS can end it now; 0 elsewhere."""
+    max_continuing_W: Tensor
+    prompt_tokens_WM: Tensor
+    """Both as in `num_tokens_of_forward`."""
+    stop: Tensor
+    """[1]: 1 where this process has been asked to stop."""
 
 
 class MegatronSampler:
@@ -62,29 +78,33 @@ class MegatronSampler:
         self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
         self.multiple = token_multiple(policy.config)
         rules = packing_rules(policy.config)
-        # What packing_rules asks of micro-batches holds for the feeds of a forward here: so many of them, as long.
-        self.num_feeds, self.same_tokens = rules.count_multiple, rules.same_tokens
+        # The layout asks the same of a forward's micro-batches here as in training: how many, and whether equally long.
+        self.num_micro_batches, self.same_tokens = rules.count_multiple, rules.same_tokens
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
-        """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none."""
-        how = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
+        """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none.
+
+        Raises:
+            StopRequested: on all ranks, once `stop` has said yes on one.
+        """
+        decoding = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
         scheduler = DecodeScheduler(
             prompts,
             ids,
             max_rows=self.settings.max_batch,
             max_new_tokens=self.settings.max_new_tokens,
             max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
-            num_parts=self.num_feeds,
+            num_micro_batches=self.num_micro_batches,
             eos_id=self.eos_id,
         )
         cache = KVCache(scheduler.num_rows, scheduler.num_positions)
         for chunk in self.policy.chunks:
             chunk.eval()
         try:
-            *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_tokens().tolist(), int(self.stop())])
+            *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
-                *num_tokens, stop = self._forward(cache, scheduler, num_tokens, how)
+                *num_tokens, stop = self._forward(cache, scheduler, num_tokens, decoding)
         finally:
             for chunk in self.policy.chunks:
                 chunk.train()
@@ -93,86 +113,93 @@ class MegatronSampler:
         return scheduler.rollouts(self.policy.version)
 
     def _forward(
-        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], how: Decoding
+        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding
     ) -> list[int]:
-        """Draws a token for every rollout that goes on or enters. `num_tokens` are those of each feed, on the rank that
-        has most. Returns the same of the next forward, and whether to stop, as all ranks see it."""
-        move = scheduler.move
-        feeds = [self._feed(scheduler, *part) for part in zip(scheduler.next_parts(), num_tokens, strict=True)]
-        rollout_index = np.concatenate([feed.rollout_index for feed in feeds])
-        may_go_on = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
-        waiting = (scheduler.max_going_on_W, scheduler.prompt_tokens_WP.ravel())
-        told, *of_feeds = self._tell(
-            [move.from_rows, move.to_rows, may_go_on, *waiting, [int(self.stop())]],
-            *(feed.arrays() for feed in feeds),
-        )
-        from_rows, to_rows, may_go_on_B, max_going_on_W, prompt_tokens, stop = told
-        if move.length:
-            cache.move(from_rows, to_rows, move.length)
-        drawn_2B = self._draw(cache, feeds, of_feeds, how)
-        going_on = (may_go_on_B * (drawn_2B[0] != self.eos_id)).sum()
-        tokens_next = tokens_of_forward(going_on, max_going_on_W, prompt_tokens.view(-1, self.num_feeds))
-        agreed = torch.cat([tokens_next, stop])
-        if dist.get_world_size() > 1:
-            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        heard = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
-        tokens, log_probs, agreements = np.split(heard, [len(rollout_index), 2 * len(rollout_index)])
-        scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
-        return agreements.astype(np.int64).tolist()
-
-    def _feed(self, scheduler: DecodeScheduler, part: Part, num_tokens: int) -> Feed:
-        """The newest tokens of those that go on, the prompts of those that enter, and padding."""
-        going_on, entering = part.going_on, part.entering
-        lengths = [len(admission.tokens) for admission in entering]
-        own = len(going_on) + sum(lengths)
-        padded = self._padded(num_tokens if self.same_tokens else own)
-        prompts = [(len(admission.tokens), admission.rows) for admission in entering]
-        rollout_index = np.concatenate([going_on, *(admission.rollout_index for admission in entering)])
-        last = len(going_on) + np.cumsum(lengths, dtype=np.int64) - 1
-        return Feed(
-            CachedTokens(part.first_row, scheduler.positions(going_on), prompts, padded),
-            rollout_index,
-            uniforms(self.seed, scheduler.ids[rollout_index], scheduler.counts[rollout_index]),
-            np.concatenate(
-                [np.arange(len(going_on)), np.repeat(last, [len(admission.rollout_index) for admission in entering])]
+        """Draws a token for every rollout that continues or is admitted. `num_tokens` of each micro-batch are those of
+        the rank with the most. Returns the same of the next forward, and 1 behind them where any rank is to stop."""
+        row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
+        rollout_index = np.concatenate([micro_batch.rollout_index for micro_batch in micro_batches])
+        may_continue = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
+        inputs = all_on_device(
+            ForwardInputs(
+                copied_from_rows=torch.from_numpy(row_copy.from_rows),
+                copied_to_rows=torch.from_numpy(row_copy.to_rows),
+                feeds=tuple(self._feed(scheduler, *each) for each in zip(micro_batches, num_tokens, strict=True)),
+                may_continue_B=torch.from_numpy(may_continue.astype(np.int64)),
+                max_continuing_W=torch.from_numpy(scheduler.max_continuing_W),
+                prompt_tokens_WM=torch.from_numpy(scheduler.prompt_tokens_WM),
+                stop=_joined([int(self.stop())]),
             ),
-            np.concatenate([scheduler.newest[going_on], *(x.tokens for x in entering), [self.pad_id] * (padded - own)]),
+            self.device,
+        )
+        if row_copy.length:
+            cache.copy_rows(inputs.copied_from_rows, inputs.copied_to_rows, row_copy.length)
+        drawn_2B = self._draw(cache, inputs.feeds, decoding)
+        agreed = self._agree_on_next(inputs, drawn_2B[0])
+        received = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
+        tokens, log_probs, next_counts = np.split(received, [len(rollout_index), 2 * len(rollout_index)])
+        scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
+        return next_counts.astype(np.int64).tolist()
+
+    def _feed(self, scheduler: DecodeScheduler, micro_batch: DecodeMicroBatch, num_tokens: int) -> Feed:
+        """The newest tokens of the rollouts that continue, the prompts of those that are admitted, and padding."""
+        continuing, admissions = micro_batch.continuing, micro_batch.admissions
+        rollout_index = micro_batch.rollout_index
+        lengths = [len(admission.prompt_tokens) for admission in admissions]
+        last_of_prompt = len(continuing) + np.cumsum(lengths, dtype=np.int64) - 1
+        sharing = [len(admission.rollout_index) for admission in admissions]
+        own = len(continuing) + sum(lengths)
+        padded = self._padded(num_tokens if self.same_tokens else own)
+        prompts = [CachedPrompt(len(admission.prompt_tokens), admission.rows) for admission in admissions]
+        return Feed(
+            tokens_T=_joined(
+                scheduler.newest[continuing],
+                *(admission.prompt_tokens for admission in admissions),
+                np.full(padded - own, self.pad_id),
+            ),
+            cached=cached_tokens(micro_batch.first_row, scheduler.positions(continuing), prompts, padded),
+            last_token_B=_joined(np.arange(len(continuing)), np.repeat(last_of_prompt, sharing)),
+            uniforms_B=torch.from_numpy(
+                uniforms(self.seed, scheduler.ids[rollout_index], scheduler.counts[rollout_index])
+            ),
         )
 
-    def _draw(
-        self, cache: KVCache, feeds: Sequence[Feed], of_feeds: Sequence[Sequence[Tensor]], how: Decoding
-    ) -> Tensor:
-        """[2, B] float64: token and log-prob drawn for each rollout, feed by feed."""
+    def _draw(self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding) -> Tensor:
+        """[2, B] float64: token and log-prob drawn for each rollout, micro-batch by micro-batch."""
         head = self.policy.model[-1]
 
-        def draw(source_B: Tensor, uniforms_B: Tensor, hidden: Tensor) -> Tensor:
+        def draw(feed: Feed, hidden: Tensor) -> Tensor:
             if head.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden)
             logits = vocab_parallel_logits(
-                hidden.squeeze(1)[source_B],
+                hidden.squeeze(1)[feed.last_token_B],
                 head.head_weight(),
                 group=self.groups.tp if self.groups.layout.tp > 1 else None,
                 vocab_size=head.true_vocab_size,
             )
-            token_B, log_prob_B = next_tokens(logits, uniforms_B, how)
+            token_B, log_prob_B = next_tokens(logits, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])
 
-        steps = []
-        for feed, (bits_B, source_B, tokens_T, *place) in zip(feeds, of_feeds, strict=True):
-            inputs = tokens_T, feed.place.packed(cache, *place)
-            steps.append((inputs, partial(draw, source_B, bits_B.view(torch.float64))))
+        steps = [((feed.tokens_T, feed.cached.packed(cache)), partial(draw, feed)) for feed in feeds]
         drawn = schedule.forward(self.policy.chunks, steps)
-        num_rollouts = sum(len(feed.rollout_index) for feed in feeds)
+        num_rollouts = sum(len(feed.uniforms_B) for feed in feeds)
         joined = torch.cat(drawn, 1) if drawn else torch.empty(2, num_rollouts, dtype=torch.float64, device=self.device)
         return self.groups.from_last_stage(joined)
 
+    def _agree_on_next(self, inputs: ForwardInputs, tokens_B: Tensor) -> Tensor:
+        """[M + 1], the largest of all ranks: the tokens of each micro-batch of the next forward, and whether to
+        stop."""
+        num_continuing = (inputs.may_continue_B * (tokens_B != self.eos_id)).sum()
+        num_tokens_M = num_tokens_of_forward(num_continuing, inputs.max_continuing_W, inputs.prompt_tokens_WM)
+        agreed = torch.cat([num_tokens_M, inputs.stop])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return agreed
+
     def _padded(self, num_tokens: int) -> int:
-        """The tokens of a forward that has to hold `num_tokens`: a positive multiple of self.multiple."""
+        """The tokens of a micro-batch that has to hold `num_tokens`: a positive multiple of self.multiple."""
         return max(-(-num_tokens // self.multiple), 1) * self.multiple
 
-    def _tell(self, *groups: Sequence[Sequence[int] | NDArray[Any]]) -> list[list[Tensor]]:
-        """Integers for the device, in one copy that nobody waits for."""
-        arrays = [np.asarray(array, dtype=np.int64) for group in groups for array in group]
-        joined = on_device(torch.from_numpy(np.concatenate(arrays)), self.device)
-        pieces = iter(joined.split([len(array) for array in arrays]))
-        return [[next(pieces) for _ in group] for group in groups]
+
+def _joined(*arrays: IntArray | Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))

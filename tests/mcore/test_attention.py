@@ -13,7 +13,7 @@ from gspo_megatron.data.packing import zigzag
 from gspo_megatron.device import open_device
 from gspo_megatron.mcore.attention import PackedAttention, Rotary, rotate
 from gspo_megatron.mcore.kv_cache import KVCache
-from gspo_megatron.mcore.packed_tokens import CachedTokens, PackedTokens, packed
+from gspo_megatron.mcore.packed_tokens import CachedPrompt, PackedTokens, cached_tokens, packed
 from gspo_megatron.testing.local_ranks import run_distributed
 
 D = 6
@@ -63,8 +63,8 @@ def through(
     cache: KVCache, positions: list[int], prompts: list[tuple[int, list[int]]], *, first_row: int = 0, padding: int = 0
 ) -> PackedTokens:
     num_tokens = len(positions) + sum(length for length, _ in prompts) + padding
-    on_host = CachedTokens(first_row, np.array(positions, dtype=np.int64), prompts, num_tokens)
-    tokens = on_host.packed(cache, *map(torch.from_numpy, on_host.arrays()))
+    cached = [CachedPrompt(length, rows) for length, rows in prompts]
+    tokens = cached_tokens(first_row, np.array(positions, dtype=np.int64), cached, num_tokens).packed(cache)
     rotary().prepare(tokens)
     return tokens
 
@@ -175,7 +175,7 @@ def test_forwards_through_the_cache_are_whole_sequences() -> None:
     forward(["a", "b", "c"], num_padding=0)
     forward(["a"], num_padding=1)
     forward(["b", "c"], first_row=1)
-    cache.move(torch.tensor([2]), torch.tensor([0]), at["c"])
+    cache.copy_rows(torch.tensor([2]), torch.tensor([0]), at["c"])
     forward(["c", "b"], ("d", 2, [2]))
     while at["d"] < lengths["d"]:
         forward(["c", "b", "d"])

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import gspo_megatron
+from gspo_megatron.base import tensors
 from gspo_megatron.base.batches import Prompt, Rollout, Sequence
 from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.build.checks import check_config
@@ -198,25 +200,28 @@ GROUPS = [prompt for prompt in PROMPTS for _ in range(4)]
 
 
 class Watched:
-    """A sampler whose forwards are counted: their tokens, the caches that they fill, and what it reads from the
-    device."""
+    """A sampler whose forwards are counted: their tokens, the caches that they fill, what it sends to the device, and
+    what it reads from there."""
 
     def __init__(self, sampler: MegatronSampler) -> None:
         self.sampler, self.tokens, self.caches, self.reads = sampler, list[int](), set[Any](), HostReads()
+        self.num_sent = 0
         sampler.policy.model[0].register_forward_hook(self.see)
 
     def see(self, model: Any, inputs: tuple[Tensor, PackedTokens], hidden: Tensor) -> None:
         tokens_T, packed_tokens = inputs
-        cache = packed_tokens.cache
-        assert cache is not None
+        assert packed_tokens.through_cache is not None
+        cache = packed_tokens.through_cache.cache
         self.tokens.append(len(tokens_T))
         layers = [cache.layer(layer.layer_number, torch.empty(0, 2, 8)) for layer in model.decoder.layers]
         self.caches.add(tuple((x.data_ptr(), tuple(x.shape)) for kept in layers for x in kept))
 
     def generate(self, *args: Any, **how: Any) -> list[Rollout]:
         self.tokens, self.caches, self.reads = [], set(), HostReads()
-        with self.reads:
-            return self.sampler.generate(*args, **how)
+        with self.reads, patch.object(tensors, "on_device", wraps=tensors.on_device) as on_device:
+            drawn = self.sampler.generate(*args, **how)
+        self.num_sent = on_device.call_count
+        return drawn
 
 
 class HostReads(TorchFunctionMode):
@@ -244,6 +249,7 @@ class Generated(NamedTuple):
     tokens: list[int]
     num_caches: int
     reads: int
+    num_sent: int
 
 
 def with_max_batch(sizes: list[int], greedy: bool) -> list[Generated]:
@@ -252,22 +258,23 @@ def with_max_batch(sizes: list[int], greedy: bool) -> list[Generated]:
     for size in sizes:
         sampler.settings.max_batch = size
         drawn = watched.generate(GROUPS, range(len(GROUPS)), greedy=greedy)
-        answers.append(Generated(drawn, watched.tokens, len(watched.caches), watched.reads.count))
+        answers.append(Generated(drawn, watched.tokens, len(watched.caches), watched.reads.count, watched.num_sent))
     return answers
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_max_batch_does_not_matter(greedy: bool) -> None:
     """Twenty rollouts of five prompts, from one at a time to all together: the same rollouts, in one cache, for one
-    read of the host a forward. Rows that have become free are taken, and no token is computed for nobody."""
+    copy to the device and one read of the host a forward. Rows that have become free are taken, and no token is
+    computed for nobody."""
     sizes = [1, 2, 3, 5, 8, 13, 16, 100]
     [answers] = run_distributed(with_max_batch, 1, sizes, greedy)
     lengths = [len(r.tokens) for r in answers[0].rollouts]
     assert len(set(lengths)) > 2
     once = sum(len(p.tokens) for p in PROMPTS)
-    for size, (drawn, tokens, num_caches, reads) in zip(sizes, answers, strict=True):
+    for size, (drawn, tokens, num_caches, reads, num_sent) in zip(sizes, answers, strict=True):
         assert_same(drawn, answers[0].rollouts)
-        assert num_caches == 1 and reads == len(tokens)
+        assert num_caches == 1 and reads == num_sent == len(tokens)
         prefilled = sum(tokens) - sum(n - 1 for n in lengths)
         # Four rollouts are a quarter of sixteen rows.
         assert prefilled == once if size >= 16 else once <= prefilled <= 4 * once

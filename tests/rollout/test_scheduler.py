@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.base.batches import Prompt
-from gspo_megatron.rollout.native.scheduler import DecodeScheduler, Part, tokens_of_forward
+from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 
 EOS = 1
 
 
 def scheduler_of(
-    group_sizes: list[int], *, max_rows: int = 4, num_parts: int = 1, max_prompt_tokens: int = 100
+    group_sizes: list[int], *, max_rows: int = 4, num_micro_batches: int = 1, max_prompt_tokens: int = 100
 ) -> DecodeScheduler:
     """Prompt i has i + 1 tokens and `group_sizes[i]` rollouts."""
     prompts = [Prompt(i, "", (7,) * (i + 1), "") for i, size in enumerate(group_sizes) for _ in range(size)]
@@ -27,15 +27,13 @@ def scheduler_of(
         max_rows=max_rows,
         max_new_tokens=5,
         max_prompt_tokens=max_prompt_tokens,
-        num_parts=num_parts,
+        num_micro_batches=num_micro_batches,
         eos_id=EOS,
     )
 
 
-def drawn_by(parts: list[Part]) -> np.ndarray:
-    return np.concatenate(
-        [np.concatenate([p.going_on, *(admission.rollout_index for admission in p.entering)]) for p in parts]
-    )
+def drawn_by(micro_batches: list[DecodeMicroBatch]) -> np.ndarray:
+    return np.concatenate([micro_batch.rollout_index for micro_batch in micro_batches])
 
 
 def finish(scheduler: DecodeScheduler, ends: list[int], rollout_index: np.ndarray) -> None:
@@ -43,46 +41,50 @@ def finish(scheduler: DecodeScheduler, ends: list[int], rollout_index: np.ndarra
     scheduler.record(rollout_index, np.where(np.isin(rollout_index, ends), EOS, 5), np.zeros(len(rollout_index)))
 
 
-def entering(parts: list[Part]) -> list[list[int]]:
-    return [admission.rollout_index.tolist() for part in parts for admission in part.entering]
+def admitted(micro_batches: list[DecodeMicroBatch]) -> list[list[int]]:
+    return [admission.rollout_index.tolist() for each in micro_batches for admission in each.admissions]
 
 
 def test_a_prompt_enters_when_all_its_rollouts_have_rows() -> None:
     """Groups of 2 in eight rows: the fifth enters when two rows are free, not when one is."""
     scheduler = scheduler_of([2, 2, 2, 2, 2], max_rows=8)
-    parts = scheduler.next_parts()
-    assert entering(parts) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    finish(scheduler, [6], drawn_by(parts))
-    parts = scheduler.next_parts()
-    assert entering(parts) == []
-    finish(scheduler, [0], drawn_by(parts))
-    parts = scheduler.next_parts()
-    assert entering(parts) == [[8, 9]]
+    micro_batches = scheduler.next_micro_batches()
+    assert admitted(micro_batches) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    finish(scheduler, [6], drawn_by(micro_batches))
+    micro_batches = scheduler.next_micro_batches()
+    assert admitted(micro_batches) == []
+    finish(scheduler, [0], drawn_by(micro_batches))
+    micro_batches = scheduler.next_micro_batches()
+    assert admitted(micro_batches) == [[8, 9]]
     assert scheduler.active.tolist() == [7, 1, 2, 3, 4, 5, 8, 9], "the last took the free row, the new ones came behind"
-    assert [admission.rows for admission in parts[0].entering] == [range(6, 8)]
+    assert [admission.rows for admission in micro_batches[0].admissions] == [range(6, 8)]
 
 
 def test_a_prompt_with_many_rollouts_enters_a_quarter_of_all_rows_at_a_time_where_it_has_to() -> None:
     """Nine rollouts in eight rows: eight at once, from one prefill, and the last where anyone ends."""
     scheduler = scheduler_of([9], max_rows=8)
-    assert scheduler.next_tokens().tolist() == [1]
-    parts = scheduler.next_parts()
-    assert entering(parts) == [list(range(8))]
-    finish(scheduler, [3], drawn_by(parts))
-    assert scheduler.next_tokens().tolist() == [7 + 1]
-    assert entering(scheduler.next_parts()) == [[8]]
+    assert scheduler.next_num_tokens().tolist() == [1]
+    micro_batches = scheduler.next_micro_batches()
+    assert admitted(micro_batches) == [list(range(8))]
+    finish(scheduler, [3], drawn_by(micro_batches))
+    assert scheduler.next_num_tokens().tolist() == [7 + 1]
+    assert admitted(scheduler.next_micro_batches()) == [[8]]
 
 
 def test_prompts_of_one_forward_are_limited_in_tokens() -> None:
-    """Prompts of 1, 2, 3 and 4 tokens: 1 + 2 fit into 5, then 3 alone, then 4 alone, beside those that go on."""
+    """Prompts of 1, 2, 3 and 4 tokens: 1 + 2 fit into 5, then 3 alone, then 4 alone, along with those that continue."""
     scheduler = scheduler_of([1, 1, 1, 1], max_prompt_tokens=5)
     tokens = []
     for _ in range(3):
-        tokens.append(scheduler.next_tokens().tolist())
-        parts = scheduler.next_parts()
-        finish(scheduler, [], drawn_by(parts))
+        tokens.append(scheduler.next_num_tokens().tolist())
+        micro_batches = scheduler.next_micro_batches()
+        finish(scheduler, [], drawn_by(micro_batches))
     assert tokens == [[3], [2 + 3], [3 + 4]]
-    assert entering(scheduler_of([1] * 4, max_prompt_tokens=5, num_parts=2).next_parts()) == [[0], [2], [1]]
+    assert admitted(scheduler_of([1] * 4, max_prompt_tokens=5, num_micro_batches=2).next_micro_batches()) == [
+        [0],
+        [2],
+        [1],
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -94,32 +96,34 @@ def test_prompts_of_one_forward_are_limited_in_tokens() -> None:
     st.randoms(use_true_random=False),
 )
 def test_every_rollout_keeps_its_row(
-    group_sizes: list[int], max_rows: int, num_parts: int, max_prompt_tokens: int, random: object
+    group_sizes: list[int], max_rows: int, num_micro_batches: int, max_prompt_tokens: int, random: object
 ) -> None:
-    """With responses of any lengths: `cache[row]` is whose tokens a cache would hold, with the moves carried out."""
-    scheduler = scheduler_of(group_sizes, max_rows=max_rows, num_parts=num_parts, max_prompt_tokens=max_prompt_tokens)
+    """With responses of any lengths: `cache[row]` is whose tokens a cache would hold, with the copies carried out."""
+    scheduler = scheduler_of(
+        group_sizes, max_rows=max_rows, num_micro_batches=num_micro_batches, max_prompt_tokens=max_prompt_tokens
+    )
     cache: dict[int, tuple[int, int]] = {}  # row: (rollout, tokens of it)
     lengths, entered = Counter[int](), list[int]()
-    while (announced := scheduler.next_tokens()).any():
-        move, parts = scheduler.move, scheduler.next_parts()
-        assert not set(move.from_rows.tolist()) & set(move.to_rows.tolist())
-        for old, new in zip(move.from_rows.tolist(), move.to_rows.tolist(), strict=True):
-            cache[new] = (cache[old][0], min(cache[old][1], move.length))
-        for part, num_tokens in zip(parts, announced, strict=True):
-            prompt_tokens = [len(admission.tokens) for admission in part.entering]
-            own = len(part.going_on) + sum(prompt_tokens)
-            assert own <= num_tokens < own + num_parts, "only the last shares may be smaller than the first"
+    while (announced := scheduler.next_num_tokens()).any():
+        row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
+        assert not set(row_copy.from_rows.tolist()) & set(row_copy.to_rows.tolist())
+        for old, new in zip(row_copy.from_rows.tolist(), row_copy.to_rows.tolist(), strict=True):
+            cache[new] = (cache[old][0], min(cache[old][1], row_copy.length))
+        for micro_batch, num_tokens in zip(micro_batches, announced, strict=True):
+            prompt_tokens = [len(admission.prompt_tokens) for admission in micro_batch.admissions]
+            own = len(micro_batch.continuing) + sum(prompt_tokens)
+            assert own <= num_tokens < own + num_micro_batches, "only the last shares may be smaller than the first"
             assert sum(prompt_tokens) <= max_prompt_tokens or len(prompt_tokens) == 1
-            for row, i in enumerate(part.going_on.tolist(), part.first_row):
+            for row, i in enumerate(micro_batch.continuing.tolist(), micro_batch.first_row):
                 assert cache[row] == (i, scheduler.positions(np.array([i]))[0])
                 cache[row] = (i, cache[row][1] + 1)
-            for admission in part.entering:
+            for admission in micro_batch.admissions:
                 cache |= {
-                    row: (i, len(admission.tokens))
+                    row: (i, len(admission.prompt_tokens))
                     for row, i in zip(admission.rows, admission.rollout_index.tolist(), strict=True)
                 }
                 entered += admission.rollout_index.tolist()
-        rollout_index = drawn_by(parts)
+        rollout_index = drawn_by(micro_batches)
         assert (
             sorted(rollout_index) == sorted(scheduler.active)
             and len(set(rollout_index)) == len(rollout_index) <= max_rows
@@ -137,11 +141,11 @@ def test_every_rollout_keeps_its_row(
         assert r.log_probs == [-1.0 - i] * lengths[i] and r.prompt is scheduler.prompts[i] and r.policy_version == 7
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-@pytest.mark.parametrize("going_on", [0, 1, 3, 4])
-def test_host_and_device_count_alike(num_parts: int, going_on: int) -> None:
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("num_continuing", [0, 1, 3, 4])
+def test_host_and_device_count_alike(num_micro_batches: int, num_continuing: int) -> None:
     for group_sizes in ([], [2, 1, 3, 1], [4]):
-        scheduler = scheduler_of(group_sizes, num_parts=num_parts)
-        on_host = tokens_of_forward(going_on, scheduler.max_going_on_W, scheduler.prompt_tokens_WP)
-        told = torch.from_numpy(scheduler.max_going_on_W), torch.from_numpy(scheduler.prompt_tokens_WP)
-        assert tokens_of_forward(torch.tensor(going_on), *told).tolist() == on_host.tolist()
+        scheduler = scheduler_of(group_sizes, num_micro_batches=num_micro_batches)
+        on_host = num_tokens_of_forward(num_continuing, scheduler.max_continuing_W, scheduler.prompt_tokens_WM)
+        tensors = torch.from_numpy(scheduler.max_continuing_W), torch.from_numpy(scheduler.prompt_tokens_WM)
+        assert num_tokens_of_forward(torch.tensor(num_continuing), *tensors).tolist() == on_host.tolist()

@@ -1,19 +1,20 @@
-"""Which rollouts are being decoded, which wait, and what has been drawn, on the host.
+"""Continuous batching: which rollouts are being decoded, which wait, and what has been drawn. Host only.
 
-A rollout that ends gives its row of the cache back, and waiting ones take over, in order, in any forward that finds
-room for them. Rollouts of a prompt enter together, as long as they are no more than a quarter of all rows; more of them
-enter a quarter at a time where there is no room for all. Those that enter in one forward share one prefill.
+A rollout that ends frees its row of the cache, and waiting ones are admitted, in order, to any forward that has room
+for them. The rollouts of a prompt are admitted together, up to a quarter of all rows; a prompt with more of them is
+admitted a quarter at a time where there is no room for all. All rollouts of a prompt that are admitted to one forward
+share one prefill.
 
-How many tokens a forward has then depends on the number of rollouts that go on, and on nothing else that is drawn.
+How many tokens a forward has then depends on the number of rollouts that continue, and on nothing else that is drawn.
 
-Shapes: W entries that may follow next, P parts that a forward is cut into.
+Shapes: W candidates that may be admitted next, M micro-batches of a forward.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,47 +22,65 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout
 
-Numbers = TypeVar("Numbers", IntArray, Tensor)
+Integers = TypeVar("Integers", IntArray, Tensor)
+
+
+class Candidate(NamedTuple):
+    """Rollouts of a prompt that wait, and are admitted together."""
+
+    prompt_tokens: tuple[int, ...]
+    rollout_index: IntArray
 
 
 class Admission(NamedTuple):
-    """A prompt, those of its rollouts that enter together, and the rows that they get."""
+    """A prompt, the rollouts of it that are admitted to a forward, and the rows of the cache that they get."""
 
-    tokens: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
     rollout_index: IntArray
     rows: range
 
 
-class Move(NamedTuple):
-    """The first `length` positions of `from_rows` are needed in `to_rows`."""
+class DecodeMicroBatch(NamedTuple):
+    """A micro-batch of one forward: a token of each rollout in `continuing`, which have the rows from `first_row` on,
+    and the prompts of `admissions`."""
+
+    first_row: int
+    continuing: IntArray
+    admissions: list[Admission]
+
+    @property
+    def rollout_index(self) -> IntArray:
+        """The rollouts that draw a token in this micro-batch: those that continue, then the admitted ones."""
+        return np.concatenate([self.continuing, *(admission.rollout_index for admission in self.admissions)])
+
+
+class RowCopy(NamedTuple):
+    """Rollouts have moved from `from_rows` to `to_rows`: the cache has to copy the first `length` positions."""
 
     from_rows: IntArray
     to_rows: IntArray
     length: int
 
 
-class Part(NamedTuple):
-    """A part of a forward: `going_on` have the rows from `first_row` on."""
+def num_tokens_of_forward(
+    num_continuing: int | Tensor, max_continuing_W: Integers, prompt_tokens_WM: Integers
+) -> Integers:
+    """[M] tokens of a forward: ceil(num_continuing / M) + sum_w prompt_tokens_WM [num_continuing <= max_continuing_W].
 
-    first_row: int
-    going_on: IntArray
-    entering: list[Admission]
-
-
-def tokens_of_forward(going_on: Any, max_going_on_W: Numbers, prompt_tokens_WP: Numbers) -> Numbers:
-    """[P] tokens of a forward: ceil(going_on / P) + sum_w prompt_tokens_WP [going_on <= max_going_on_W].
-
-    Admission w of those that wait follows when at most max_going_on_W rollouts go on. `going_on` is an int, or [] on
-    the device that has the others.
+    Candidate w is admitted when at most max_continuing_W[w] rollouts continue. `num_continuing` is an int, or a tensor
+    [] on the device of the others.
     """
-    enters_W = going_on <= max_going_on_W
-    return -(-going_on // prompt_tokens_WP.shape[1]) + (prompt_tokens_WP * enters_W[:, None]).sum(0)
+    is_admitted_W = num_continuing <= max_continuing_W
+    return -(-num_continuing // prompt_tokens_WM.shape[1]) + (prompt_tokens_WM * is_admitted_W[:, None]).sum(0)
 
 
 class DecodeScheduler:
     """Rollouts 0, 1, ... N - 1 of one `generate`. Rollout `active[i]` has row i of the cache: rows in use come first.
 
-    A forward is cut into `num_parts`, of at most `max_prompt_tokens` prompt tokens (or one prompt) each.
+    A forward consists of `num_micro_batches`, of at most `max_prompt_tokens` prompt tokens (or one prompt) each.
+
+    `next_micro_batches` says what the next forward computes and `record` takes in what it drew, in turns, until
+    `next_num_tokens` is 0. Before a forward, the cache carries out `row_copy`.
     """
 
     def __init__(
@@ -72,10 +91,10 @@ class DecodeScheduler:
         max_rows: int,
         max_new_tokens: int,
         max_prompt_tokens: int,
-        num_parts: int,
+        num_micro_batches: int,
         eos_id: int,
     ) -> None:
-        self.prompts, self.max_prompt_tokens, self.num_parts = prompts, max_prompt_tokens, num_parts
+        self.prompts, self.max_prompt_tokens, self.num_micro_batches = prompts, max_prompt_tokens, num_micro_batches
         self.max_new_tokens, self.eos_id = max_new_tokens, eos_id
         self.num_rows = min(max_rows, len(prompts))
         self.num_positions = max((len(p.tokens) for p in prompts), default=0) + max_new_tokens
@@ -83,84 +102,90 @@ class DecodeScheduler:
         self.counts = np.zeros(len(prompts), dtype=np.int64)
         """Tokens drawn of each rollout."""
         self.newest = np.zeros(len(prompts), dtype=np.int64)
+        """The last token drawn of each rollout."""
         self.prompt_lengths = np.array([len(p.tokens) for p in prompts], dtype=np.int64)
         self.active = np.zeros(0, dtype=np.int64)
-        self.move = Move(self.active, self.active, 0)
-        """What has to be done in the cache before the next forward."""
+        self.row_copy = RowCopy(self.active, self.active, 0)
         self._drawn: list[tuple[IntArray, IntArray, NDArray[np.float64]]] = []
-        at_once = max(1, max_rows // 4)
-        together: dict[tuple[int, ...], list[int]] = {}
+        largest_candidate = max(1, max_rows // 4)
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
-            together.setdefault(prompt.tokens, []).append(i)
+            by_prompt.setdefault(prompt.tokens, []).append(i)
         self._waiting = deque(
-            (tokens, np.array(rollout_index[start : start + at_once]))
-            for tokens, rollout_index in together.items()
-            for start in range(0, len(rollout_index), at_once)
+            Candidate(tokens, np.array(rollout_index[start : start + largest_candidate]))
+            for tokens, rollout_index in by_prompt.items()
+            for start in range(0, len(rollout_index), largest_candidate)
         )
-        self._look_ahead()
+        self._plan_admissions()
 
-    def _look_ahead(self) -> None:
-        """What the next entries bring that could follow together if all rows were free: prompts go to the part that has
-        fewest of their tokens, entries of one prompt go together."""
-        in_part, num_rows = np.zeros(self.num_parts, dtype=np.int64), 0
-        self._part_of: list[int] = []
-        max_going_on, prompt_tokens = [], []
-        prompt, part = None, 0
-        for tokens, rollout_index in self._waiting:
-            num_rows += len(rollout_index)
-            brought = 0 if tokens == prompt else len(tokens)
-            if brought:
-                prompt, part = tokens, int(in_part.argmin())
-            full = brought and in_part[part] and in_part[part] + brought > self.max_prompt_tokens
-            if full or num_rows > self.num_rows:
+    def _plan_admissions(self) -> None:
+        """Lists the next candidates that could be admitted together if all rows were free: the most rollouts that may
+        continue when each is admitted, its micro-batch, and the prompt tokens that it adds there.
+
+        A prompt goes to the micro-batch with the fewest prompt tokens, and candidates of one prompt go together.
+        """
+        tokens_M, num_rows = np.zeros(self.num_micro_batches, dtype=np.int64), 0
+        self._micro_batch_W: list[int] = []
+        max_continuing, prompt_tokens = [], []
+        prompt, chosen = None, 0
+        for candidate in self._waiting:
+            num_rows += len(candidate.rollout_index)
+            added = 0 if candidate.prompt_tokens == prompt else len(candidate.prompt_tokens)
+            if added:
+                prompt, chosen = candidate.prompt_tokens, int(tokens_M.argmin())
+            is_full = added and tokens_M[chosen] and tokens_M[chosen] + added > self.max_prompt_tokens
+            if is_full or num_rows > self.num_rows:
                 break
-            in_part[part] += brought
-            self._part_of.append(part)
-            max_going_on.append(self.num_rows - num_rows)
-            prompt_tokens.append(np.eye(self.num_parts, dtype=np.int64)[part] * brought)
-        self.max_going_on_W = np.array(max_going_on, dtype=np.int64)
-        self.prompt_tokens_WP = np.array(prompt_tokens, dtype=np.int64).reshape(-1, self.num_parts)
+            tokens_M[chosen] += added
+            self._micro_batch_W.append(chosen)
+            max_continuing.append(self.num_rows - num_rows)
+            prompt_tokens.append(np.eye(self.num_micro_batches, dtype=np.int64)[chosen] * added)
+        self.max_continuing_W = np.array(max_continuing, dtype=np.int64)
+        self.prompt_tokens_WM = np.array(prompt_tokens, dtype=np.int64).reshape(-1, self.num_micro_batches)
 
-    def next_tokens(self) -> IntArray:
-        """[P] tokens of the next forward, all 0 when everything has been drawn."""
-        return tokens_of_forward(len(self.active), self.max_going_on_W, self.prompt_tokens_WP)
+    def next_num_tokens(self) -> IntArray:
+        """[M] tokens of the next forward, all 0 when everything has been drawn."""
+        return num_tokens_of_forward(len(self.active), self.max_continuing_W, self.prompt_tokens_WM)
 
-    def next_parts(self) -> list[Part]:
-        """Who draws in the next forward. Those that enter take the rows behind those in use, and are active from here
+    def next_micro_batches(self) -> list[DecodeMicroBatch]:
+        """The next forward. The rollouts that it admits get the rows behind those in use, and are active from here
         on."""
         num_rows = len(self.active)
-        size = -(-num_rows // self.num_parts)
-        parts = [Part(i * size, self.active[i * size : (i + 1) * size], []) for i in range(self.num_parts)]
-        num_entering = int((num_rows <= self.max_going_on_W).sum())
-        for part in self._part_of[:num_entering]:
+        size = -(-num_rows // self.num_micro_batches)
+        micro_batches = [
+            DecodeMicroBatch(i * size, self.active[i * size : (i + 1) * size], [])
+            for i in range(self.num_micro_batches)
+        ]
+        num_admitted = int((num_rows <= self.max_continuing_W).sum())
+        for chosen in self._micro_batch_W[:num_admitted]:
             tokens, rollout_index = self._waiting.popleft()
             self.active = np.concatenate([self.active, rollout_index])
-            entering = parts[part].entering
-            if entering and entering[-1].tokens == tokens:
-                rollout_index = np.concatenate([entering.pop().rollout_index, rollout_index])
-            entering.append(
-                Admission(tokens, rollout_index, range(len(self.active) - len(rollout_index), len(self.active)))
-            )
-        if num_entering:
-            self._look_ahead()
-        return parts
+            admissions = micro_batches[chosen].admissions
+            if admissions and admissions[-1].prompt_tokens == tokens:
+                rollout_index = np.concatenate([admissions.pop().rollout_index, rollout_index])
+            rows = range(len(self.active) - len(rollout_index), len(self.active))
+            admissions.append(Admission(tokens, rollout_index, rows))
+        if num_admitted:
+            self._plan_admissions()
+        return micro_batches
 
     def record(self, rollout_index: IntArray, tokens: IntArray, log_probs: NDArray[np.float64]) -> None:
-        """Notes what was drawn for `rollout_index`, all that are active in any order. The last of those that go on
-        move into the rows that have become free."""
+        """Records what was drawn for `rollout_index`, all active rollouts in any order. Of those that continue, the
+        last move to the rows that have become free."""
         self._drawn.append((rollout_index, tokens, log_probs))
         self.newest[rollout_index] = tokens
         self.counts[rollout_index] += 1
-        goes_on = (self.newest[self.active] != self.eos_id) & (self.counts[self.active] < self.max_new_tokens)
-        num_rows = int(goes_on.sum())
-        free = np.flatnonzero(~goes_on[:num_rows])
-        left = num_rows + np.flatnonzero(goes_on[num_rows:])
-        self.active[free] = self.active[left]
+        continues = (self.newest[self.active] != self.eos_id) & (self.counts[self.active] < self.max_new_tokens)
+        num_rows = int(continues.sum())
+        free = np.flatnonzero(~continues[:num_rows])
+        moved = num_rows + np.flatnonzero(continues[num_rows:])
+        self.active[free] = self.active[moved]
         self.active = self.active[:num_rows]
-        self.move = Move(left, free, int(self.positions(self.active[free]).max(initial=0)))
+        self.row_copy = RowCopy(moved, free, int(self.positions(self.active[free]).max(initial=0)))
 
     def positions(self, rollout_index: IntArray) -> IntArray:
-        """Where the newest token of each stands in its sequence: so many tokens of it are in the cache."""
+        """Where the newest token of each stands in its sequence, which is also how many of its tokens the cache
+        holds."""
         return self.prompt_lengths[rollout_index] + self.counts[rollout_index] - 1
 
     def rollouts(self, policy_version: int) -> list[Rollout]:
