@@ -28,6 +28,8 @@ from gspo_megatron.checkpoint.place import Place
 
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
 """safetensors' names of number formats."""
+IN_FILE = "pieces"
+"""Where the metadata of a file says which shards it holds; its name since the first format."""
 
 
 class Rectangle(NamedTuple):
@@ -119,7 +121,7 @@ def write_shards(path: Path, shards: Sequence[tuple[str, Shard, Tensor]]) -> Non
     """Writes (key, shard, its elements [end - start]) into a new file and waits until it is on the disk."""
     names = {dtype: name for name, dtype in FORMATS.items()}
     header: dict[str, object] = {
-        "__metadata__": {"shards": json.dumps({key: asdict(shard) for key, shard, _ in shards})}
+        "__metadata__": {IN_FILE: json.dumps({key: asdict(shard) for key, shard, _ in shards})}
     }
     end = 0
     for key, _, elements in shards:
@@ -198,7 +200,7 @@ def _stored_in(path: Path) -> Iterator[tuple[str, StoredShard]]:
         if length > path.stat().st_size:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length))
-    shards = json.loads(header.pop("__metadata__")["shards"])
+    shards = json.loads(header.pop("__metadata__")[IN_FILE])
     for key, entry in header.items():
         shard = Shard(**{**shards[key], "place": Place(**shards[key]["place"])})
         yield key, StoredShard(path, 8 + length + entry["data_offsets"][0], FORMATS[entry["dtype"]], shard)
