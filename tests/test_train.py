@@ -19,7 +19,7 @@ from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.run.resume import changed_settings
 from gspo_megatron.train import leave_status, main
 
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     assert load_config(path) == resolved
     assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
     m = resolved.model
-    assert f"parameters: {count_parameters(m).total(m.num_layers, m.num_experts):,} in all" in plan
+    assert f"parameters: {count_parameters(m.shape).total(m.num_layers, m.num_experts):,} in all" in plan
     assert "memory estimate, GiB" in plan
     assert not run_dir.exists()
 

@@ -13,6 +13,7 @@ from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, transformer_engine_available
+from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -76,7 +77,8 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     asked for and cannot be had."""
     wanted = config.precision.transformer_engine
     available = not device.on_cpu and transformer_engine_available()
-    if (wanted == "on" or config.precision.fp8 != "none") and not available:
+    needed = wanted == "on" or "local" not in RECIPES[config.precision.fp8].layers
+    if needed and not available:
         raise ConfigError(
             "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
             "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
-from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, PRESETS, Config
+from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, Config
+from gspo_megatron.models.presets import PRESETS
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -7,8 +7,11 @@ The rules between settings, which need the number of processes, are in build/che
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.presets import PRESETS
 
 
 @dataclass
@@ -44,6 +47,12 @@ class ModelConfig:
     aux_loss_coef: float = 0.0
     """Megatron's load-balancing loss. It is defined per micro-batch, so a value above 0 makes the gradient depend on
     the layout."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The settings of this section that decide the tensors and the maths."""
+        settings = {f.name: getattr(self, f.name) for f in fields(ModelShape) if f.name != "family"}
+        return ModelShape(family="qwen3_moe", **settings)
 
 
 @dataclass
@@ -244,38 +253,6 @@ class Config:
     guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny_moe": {},
-    # https://huggingface.co/Qwen/Qwen3-30B-A3B config.json
-    "qwen3_30b_a3b": {
-        "num_layers": 48,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_query_groups": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "experts_per_token": 8,
-        "expert_ffn_size": 768,
-        "vocab_size": 151_936,
-        "max_sequence_length": 32_768,
-        "rope_base": 1_000_000.0,
-    },
-    # https://huggingface.co/Qwen/Qwen3-235B-A22B config.json
-    "qwen3_235b_a22b": {
-        "num_layers": 94,
-        "hidden_size": 4096,
-        "num_attention_heads": 64,
-        "num_query_groups": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "experts_per_token": 8,
-        "expert_ffn_size": 1536,
-        "vocab_size": 151_936,
-        "max_sequence_length": 32_768,
-        "rope_base": 1_000_000.0,
-    },
-}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": tuple(PRESETS),

@@ -36,7 +36,7 @@ from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.layout.layout import packing_rules
-from gspo_megatron.layout.memory import sequence_cost
+from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.objective import (
@@ -295,7 +295,7 @@ class Trainer:
             pad_id=self.tokenizer.pad_id,
             max_tokens=self.config.train.tokens_per_micro_batch,
             rules=packing_rules(self.config),
-            cost=sequence_cost(self.config.model),
+            cost=sequence_cost(self.config.model.shape),
             dp_rank=self.ranks.dp_rank,
             dp_size=self.ranks.dp_size,
             cp_rank=self.ranks.cp_rank,

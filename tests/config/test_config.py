@@ -13,8 +13,9 @@ from gspo_megatron.base.batches import PackingRules
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
 from gspo_megatron.config.loading import load_config, to_yaml
-from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, PRESETS, Config
+from gspo_megatron.config.sections import CHOICES, MINIMA, POSITIVE, Config
 from gspo_megatron.layout.layout import Layout, nearest_layouts, packing_rules, token_multiple
+from gspo_megatron.models.presets import PRESETS
 
 WHOLE_CLUSTER = ("model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768")
 
