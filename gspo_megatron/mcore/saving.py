@@ -38,6 +38,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.models.family import ModelShape
 
 POLL_S = 0.02
 """How often the processes ask one another whether one of them still works on files."""
@@ -179,7 +180,8 @@ class MegatronCheckpoints:
         if path is None:
             return None
         about = self._on_main(lambda: _read_json(path / "run.json"))
-        self._check_model(path, about["model"])
+        if wrong := other_settings(about["model"], self.shape):
+            raise CheckpointError(f"{path} is of another model, with {', '.join(wrong)}")
         if about["has_reference"]:
             self.policy.freeze_reference()
         failure = None
@@ -206,13 +208,6 @@ class MegatronCheckpoints:
                 files.read(f"exp_avg_sq.{name}", shard, adam.exp_avg_sq)
         for name, whole, parameter in self._shards(self.policy.reference or []):
             files.read(f"reference.{name}", whole, parameter.view(-1))
-
-    def _check_model(self, path: Path, saved: dict[str, Any]) -> None:
-        saved = {"family": "qwen3_moe"} | saved  # the only one when checkpoints did not name it
-        own = self.shape.tensor_settings()
-        wrong = ", ".join(f"model.{key}={saved[key]}, not {own[key]}" for key in own if saved[key] != own[key])
-        if wrong:
-            raise CheckpointError(f"{path} is of another model, with {wrong}")
 
     # ------------------------------------------------------------------------------------------------------- both
 
@@ -250,6 +245,12 @@ class MegatronCheckpoints:
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine)
         return said
+
+
+def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
+    """What a checkpoint says of its model that `shape` says otherwise, where that concerns tensors."""
+    saved = {"family": "qwen3_moe"} | saved  # the only one when checkpoints did not name it
+    return [f"model.{key}={saved[key]}, not {own}" for key, own in shape.tensor_settings().items() if saved[key] != own]
 
 
 def _file_name(rank: int) -> str:
