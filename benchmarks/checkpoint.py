@@ -28,7 +28,7 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
-from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.fakes import PlainState
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = load_config(None, [*settings, "model.vocab_size=1024", "model.num_experts=2"])
     # The vocabulary takes what is missing to the size that was asked for.
     wanted = options.gib * 2**30 / BYTES_PER_PARAMETER
-    rest = count_parameters(one.model).total(4, 2) - 2 * 1024 * 512
+    rest = count_parameters(one.model.shape).total(4, 2) - 2 * 1024 * 512
     config = load_config(None, [*settings, f"model.vocab_size={int((wanted - rest) / 1024)}", "model.num_experts=2"])
     device.start_processes(60)
     groups = Groups(check_config(config, 1), device.torch_device)

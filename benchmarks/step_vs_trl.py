@@ -33,6 +33,7 @@ from gspo_megatron.build.parts import open_trainer
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.device import open_device
+from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.rewards.rewards import find_reward
 from gspo_megatron.run.algorithm import Algorithm
@@ -121,9 +122,10 @@ def run_ours(connection: Connection, config: Config, steps: int, exchange: Path)
         solved = [warm_start.with_solution(warm_start.prompts.source[i]) for i in range(8)]
         samples = [sequence.tokens.tolist() for sequence in solved]
         policy: Any = trainer.policy
+        rules = family_of(config.model.shape).rules
         torch.save(
             {
-                "weights": hf_weights(policy),
+                "weights": {name: weight.clone() for name, weight in policy.weights(rules)},
                 "samples": samples,
                 "logits": logits(policy, samples),
                 "prompts": prompts(trainer, steps),
@@ -157,45 +159,6 @@ def logits(policy: MegatronPolicy, samples: list[list[int]]) -> Tensor:
     [model] = policy.model
     hidden = model(torch.tensor([*itertools.chain(*samples)]), packed(positions, borders, max(map(len, samples))))
     return vocab_parallel_logits(hidden.squeeze(1), model.head_weight(), vocab_size=model.true_vocab_size)
-
-
-def hf_weights(policy: MegatronPolicy) -> dict[str, Tensor]:
-    """The policy's weights under transformers' names for Qwen3-MoE.
-
-    Megatron's linear_qkv holds, for each query group, the rows of its queries, its key and its value.
-    """
-    m = policy.config.model
-    from gspo_megatron.mcore.parameters import named_parameters
-
-    ours = {place.name: p.detach().clone() for place, p in named_parameters(policy.model[0], m, policy.groups)}
-    found = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"],
-        "model.norm.weight": ours["decoder.final_layernorm.weight"],
-        "lm_head.weight": ours.get("output_layer.weight", ours["embedding.word_embeddings.weight"]),
-    }
-    for i in range(m.num_layers):
-        layer = {name.partition(f"layers.{i}.")[2]: p for name, p in ours.items() if f".layers.{i}." in name}
-        groups = layer["self_attention.linear_qkv.weight"].view(m.num_query_groups, -1, m.head_dim, m.hidden_size)
-        queries = m.num_attention_heads // m.num_query_groups
-        q, k, v = (part.reshape(-1, m.hidden_size) for part in groups.split([queries, 1, 1], dim=1))
-        experts = [
-            torch.stack([layer[f"mlp.experts.local_experts.{e}.linear_{part}.weight"] for e in range(m.num_experts)])
-            for part in ("fc1", "fc2")
-        ]
-        names = {
-            "input_layernorm": layer["input_layernorm.weight"],
-            "post_attention_layernorm": layer["pre_mlp_layernorm.weight"],
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": layer["self_attention.linear_proj.weight"],
-            "self_attn.q_norm": layer["self_attention.q_layernorm.weight"],
-            "self_attn.k_norm": layer["self_attention.k_layernorm.weight"],
-            "mlp.gate": layer["mlp.router.weight"],
-        }
-        found |= {f"model.layers.{i}.{name}.weight": weight for name, weight in names.items()}
-        found[f"model.layers.{i}.mlp.experts.gate_up_proj"], found[f"model.layers.{i}.mlp.experts.down_proj"] = experts
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- TRL
@@ -305,27 +268,11 @@ def hf_model(m: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Tensor], e
     """transformers' Qwen3-MoE with these weights, float32."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=m.vocab_size,
-            hidden_size=m.hidden_size,
-            num_hidden_layers=m.num_layers,
-            num_attention_heads=m.num_attention_heads,
-            num_key_value_heads=m.num_query_groups,
-            head_dim=m.head_dim,
-            moe_intermediate_size=m.expert_ffn_size,
-            num_experts=m.num_experts,
-            num_experts_per_tok=m.experts_per_token,
-            norm_topk_prob=True,
-            max_position_embeddings=m.max_sequence_length,
-            rope_parameters={"rope_type": "default", "rope_theta": m.rope_base},
-            rms_norm_eps=m.norm_epsilon,
-            tie_word_embeddings=m.tie_embeddings,
-            pad_token_id=tokenizer.pad_id,
-            eos_token_id=tokenizer.eos_id,
-        )
-    )
-    model.load_state_dict(weights)
+    family = family_of(m.shape)
+    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    config = Qwen3MoeConfig(**family.hf_config(m.shape), **ids)
+    # It puts the experts of a layer together. What it returns is in evaluation mode, unlike a model that was built.
+    model = Qwen3MoeForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).train()
     model.set_experts_implementation(experts)
     return model
 

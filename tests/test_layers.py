@@ -25,7 +25,8 @@ LAYERS = (
     ("run", "mcore"),
     ("rollout", "layout", "monitor"),
     ("data", "rewards", "environments", "objective", "log_probs", "checkpoint", "device", "config"),
-    ("models", "base"),
+    ("models",),
+    ("base",),
 )
 """Top to bottom. A unit is a folder, or a command: the files directly in the package are commands."""
 
@@ -47,7 +48,8 @@ DEVICE_NAMES_ALLOWED = {
     # Names of Megatron-Core's own, which nothing else can be called.
     "mcore/compat.py": {"is_cuda", "_set_cuda_rng_state"},
     "mcore/groups.py": {"create_gloo_process_groups"},
-    "mcore/model.py": {"use_transformer_engine", "model_parallel_cuda_manual_seed"},
+    "mcore/layers.py": {"use_transformer_engine"},
+    "mcore/model.py": {"model_parallel_cuda_manual_seed"},
     "mcore/optimizer.py": {"use_gloo_process_groups"},
     # Ranks of a test meet through it.
     "testing/local_ranks.py": {"gloo"},

@@ -22,7 +22,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data import packing
 from gspo_megatron.log_probs import rows, shards, torch_kernels
-from gspo_megatron.mcore import compat, context_parallel, model, optimizer, parameters, sampler, schedule
+from gspo_megatron.mcore import compat, context_parallel, layers, optimizer, parameters, sampler, schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.run import stages
 
@@ -112,7 +112,7 @@ MUTATIONS = {
         "(own_H.copy_(all_tH[: len(own_H)]), None)[1]",
     ),
     "norm weights not marked": Mutation(
-        TP, model.RMSNorm.__init__, "self.weight.sequence_parallel = config.sequence_parallel", "pass"
+        TP, layers.RMSNorm.__init__, "self.weight.sequence_parallel = config.sequence_parallel", "pass"
     ),
     # Context parallel
     "ratios of parts of sequences": Mutation(

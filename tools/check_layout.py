@@ -39,7 +39,8 @@ from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import AXES
-from gspo_megatron.layout.memory import count_parameters
+from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.stages import reduced as reduced_metrics
 from gspo_megatron.run.step_state import StepState
@@ -268,18 +269,10 @@ def reduced(asked: LayoutRequest, max_processes: int) -> LayoutRequest:
 def shrunk(config: Config, layouts: Sequence[LayoutRequest]) -> list[str]:
     """Overrides for a model that is as small as the layouts allow, with every part of the large one."""
     axis = {a: math.lcm(*(getattr(layout, a) for layout in layouts)) for a in (*AXES, "dp")}
-    groups = max(2, axis["tp"])
-    experts = min(config.model.num_experts, axis["ep"] * math.ceil(4 / axis["ep"]))
+    shape = config.model.shape
     length = math.lcm(32, 2 * axis["cp"])
     sizes = {
-        "model.num_layers": axis["pp"] * axis["vpp"] * (1 if axis["pp"] * axis["vpp"] > 1 else 2),
-        "model.hidden_size": 32,
-        "model.num_attention_heads": 2 * groups,
-        "model.num_query_groups": groups,
-        "model.head_dim": 8,
-        "model.num_experts": experts,
-        "model.experts_per_token": min(config.model.experts_per_token, max(2, experts - 1)),
-        "model.expert_ffn_size": 16 * axis["etp"],
+        **{f"model.{name}": size for name, size in family_of(shape).small(shape, axis).items()},
         "model.max_sequence_length": length,
         "model.vocab_size": "null",
         "rollout.max_new_tokens": 16,
@@ -335,7 +328,7 @@ def check(options: argparse.Namespace) -> list[Row]:
         if layout != asked[name]:
             print(f"{name} {asked[name]} is reduced to {layout}, for --max-processes {options.max_processes}")
     config = settle(config, 1).config
-    if count_parameters(config.model).total(config.model.num_layers, config.model.num_experts) > SMALL:
+    if count_parameters(config.model.shape).total(config.model.num_layers, config.model.num_experts) > SMALL:
         smaller = shrunk(config, list(layouts.values()))
         print(f"the model has more than {SMALL:,} parameters and is shrunk: {' '.join(smaller)}, on task:sort_digits")
         settings += [*smaller, *task_instead()]

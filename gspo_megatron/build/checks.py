@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
-from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
+from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
+from gspo_megatron.models.families import family_of
+from gspo_megatron.models.family import ModelShape
 from gspo_megatron.run.algorithm import Algorithm
 
 
@@ -18,7 +21,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
     check_values(config)
     algorithm = Algorithm.of(config)
-    _check_model(config.model)
+    _check_model(config.model.shape)
     _check_precision(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
@@ -29,37 +32,25 @@ def check_config(config: Config, world_size: int) -> Layout:
     return layout
 
 
-def _check_model(m: ModelConfig) -> None:
-    if m.experts_per_token > m.num_experts:
-        raise ConfigError(f"model.experts_per_token={m.experts_per_token} exceeds model.num_experts={m.num_experts}")
-    if m.experts_per_token == 1 and m.num_experts > 1:
-        raise ConfigError(
-            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
-            "nothing; use 2 or more"
-        )
-    if m.num_attention_heads % m.num_query_groups:
-        raise ConfigError(
-            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of "
-            f"model.num_query_groups={m.num_query_groups}"
-        )
-    if m.head_dim % 2:
-        raise ConfigError(f"model.head_dim={m.head_dim} must be even: RoPE rotates pairs")
+def _check_model(shape: ModelShape) -> None:
+    if complaint := next(family_of(shape).complaints(shape), None):
+        raise ConfigError(complaint)
 
 
 def _check_precision(config: Config) -> None:
-    precision = config.precision
+    precision, recipe = config.precision, RECIPES[config.precision.fp8]
     if precision.dtype == "fp64" and precision.device == "cuda":
         raise ConfigError(
             "precision.dtype=fp64 is for exactness tests on the CPU; use fp32 or bf16, or precision.device=cpu"
         )
-    if precision.fp8 != "none":
-        if precision.device == "cpu" or precision.transformer_engine == "off":
-            raise ConfigError(
-                f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
-                "or precision.device=cuda and precision.transformer_engine=auto"
-            )
-        if precision.dtype != "bf16":
-            raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, got {precision.dtype}")
+    if "local" not in recipe.layers and (precision.device == "cpu" or precision.transformer_engine == "off"):
+        raise ConfigError(
+            f"precision.fp8={precision.fp8} needs Transformer Engine on a GPU; set precision.fp8=none, "
+            "or precision.device=cuda and precision.transformer_engine=auto"
+        )
+    if precision.dtype not in recipe.dtypes:
+        allowed = " or ".join(recipe.dtypes)
+        raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype={allowed}, got {precision.dtype}")
 
 
 def _check_data(d: DataConfig) -> None:

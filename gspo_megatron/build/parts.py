@@ -14,8 +14,9 @@ from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.device import Device, transformer_engine_available
+from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import packing_rules
-from gspo_megatron.layout.memory import sequence_cost
+from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -125,7 +126,7 @@ def assemble(
         pad_id=inputs.tokenizer.pad_id,
         max_tokens=t.tokens_per_micro_batch,
         rules=packing_rules(config),
-        cost=sequence_cost(config.model),
+        cost=sequence_cost(config.model.shape),
         group_size=r.group_size,
         updates_per_rollout=algorithm.updates_per_rollout,
         seed=config.run.seed,
@@ -158,7 +159,8 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     """
     wanted = config.precision.transformer_engine
     available = not device.on_cpu and transformer_engine_available()
-    if (wanted == "on" or config.precision.fp8 != "none") and not available:
+    needed = wanted == "on" or "local" not in RECIPES[config.precision.fp8].layers
+    if needed and not available:
         raise ConfigError(
             "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
             "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"

@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.config.declarations import Setting, settings_of
-from gspo_megatron.config.sections import PRESETS, Config
+from gspo_megatron.config.sections import Config
+from gspo_megatron.models.presets import PRESETS
 
 SETTINGS = settings_of(Config)
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in SETTINGS))

@@ -8,10 +8,12 @@ between settings, which need the number of processes, are in build/checks.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ModelConfig:
     preset: str = setting(
         "tiny_moe",
         "A named model; every other key of this section, where given, overrides it.",
-        choices=("tiny_moe", "qwen3_30b_a3b", "qwen3_235b_a22b"),
+        choices=tuple(PRESETS),
     )
     num_layers: int = setting(4, "Transformer layers.", least=1)
     hidden_size: int = setting(64, "Width of the hidden states.", least=1)
@@ -52,6 +54,12 @@ class ModelConfig:
         "gradient depend on the layout.",
         least=0,
     )
+
+    @property
+    def shape(self) -> ModelShape:
+        """The settings of this section that decide the tensors and the maths."""
+        settings = {f.name: getattr(self, f.name) for f in fields(ModelShape) if f.name != "family"}
+        return ModelShape(family="qwen3_moe", **settings)
 
 
 @dataclass(frozen=True)
@@ -322,36 +330,3 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny_moe": {},
-    # https://huggingface.co/Qwen/Qwen3-30B-A3B config.json
-    "qwen3_30b_a3b": {
-        "num_layers": 48,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_query_groups": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "experts_per_token": 8,
-        "expert_ffn_size": 768,
-        "vocab_size": 151_936,
-        "max_sequence_length": 32_768,
-        "rope_base": 1_000_000.0,
-    },
-    # https://huggingface.co/Qwen/Qwen3-235B-A22B config.json
-    "qwen3_235b_a22b": {
-        "num_layers": 94,
-        "hidden_size": 4096,
-        "num_attention_heads": 64,
-        "num_query_groups": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "experts_per_token": 8,
-        "expert_ffn_size": 1536,
-        "vocab_size": 151_936,
-        "max_sequence_length": 32_768,
-        "rope_base": 1_000_000.0,
-    },
-}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _device
 
 STAND_INS: dict[str, tuple[str, str]] = {
     # name of the stand-in: (file below megatron/core, text that needs it)
@@ -80,6 +81,10 @@ def install() -> None:
     _stand_in(torch.cuda, "synchronize", lambda device=None: None)
     # The forward draws no random numbers (no dropout), so activation recompute has no device state to save.
     _stand_in(torch.cuda.random, "get_rng_state", lambda device=None: torch.empty(0, dtype=torch.uint8))
+    # torch lists once, by identity, which functions `with torch.device(...)` concerns. The list has to be of its own
+    # ones: with a stand-in in it, tensors that a library makes under the meta device would be real, and what it loads
+    # into them lost (transformers' from_pretrained: rotary frequencies of uninitialised memory).
+    _device._device_constructors()
     for factory in ("zeros", "tensor"):
         _stand_in(torch, factory, _placed_here(getattr(torch, factory)))
     _stand_in(dist, "all_gather", _of_any_lengths(dist.all_gather))

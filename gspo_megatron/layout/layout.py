@@ -13,6 +13,8 @@ from math import ceil, lcm, prod
 from gspo_megatron.base.batches import PackingRules
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.sections import Config
+from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.models.families import family_of
 
 AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 
@@ -68,21 +70,12 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
     A rule that is broken while later ones of AXES are still 1 stays broken, whatever they become: nearest_layouts
     builds on it.
     """
-    m = config.model
-    block = 1 if config.precision.fp8 == "none" else 16
-    shares: tuple[tuple[int, str, int, tuple[str, ...]], ...] = (
-        (m.num_attention_heads, "model.num_attention_heads", 1, ("tp",)),
-        (m.num_query_groups, "model.num_query_groups", 1, ("tp",)),
-        (m.num_query_groups * m.head_dim, "model.num_query_groups * model.head_dim", block, ("tp",)),
-        (m.hidden_size, "model.hidden_size", block, ()),
-        (m.num_layers, "model.num_layers", 1, ("pp", "vpp")),
-        (m.num_experts, "model.num_experts", 1, ("ep",)),
-        (m.expert_ffn_size, "model.expert_ffn_size", block, ("etp",)),
-    )
-    for value, name, unit, axes in shares:
-        if value % (unit * _ranks(layout, axes)):
-            why = " (matmuls in precision.fp8 take 16 columns at a time)" if unit > 1 else ""
-            yield f"{name}={value} is not divisible by {_product(layout, axes, unit)}{why}"
+    m, columns = config.model.shape, RECIPES[config.precision.fp8].column_multiple
+    for share in family_of(m).shares(m):
+        unit = columns if share.columns else 1
+        if share.value % (unit * _ranks(layout, share.axes)):
+            why = f" (matmuls in precision.fp8 take {unit} columns at a time)" if unit > 1 else ""
+            yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}{why}"
     if layout.cp > 1 and m.max_sequence_length % (2 * layout.cp):
         yield (
             f"parallel.cp={layout.cp} cuts every sequence into 2 * cp equal chunks, and "
@@ -192,6 +185,6 @@ def packing_rules(config: Config) -> PackingRules:
 
 def token_multiple(config: Config) -> int:
     """Tokens of a rank's forward come in multiples of this: sequence parallel gives every tensor-parallel rank as many,
-    and Transformer Engine's fp8 matmuls take 16 rows at a time. The sampler, which runs without context parallel, needs
-    no more."""
-    return config.parallel.tp * (1 if config.precision.fp8 == "none" else 16)
+    and the matmuls of a number format take several rows at a time. The sampler, which runs without context parallel,
+    needs no more."""
+    return config.parallel.tp * RECIPES[config.precision.fp8].row_multiple

@@ -1,4 +1,5 @@
-"""The policy network: Megatron-Core's GPTModel with Qwen3-MoE settings, ending in hidden states instead of logits."""
+"""The policy network: Megatron-Core's GPTModel of the shape that was asked for, ending in hidden states instead of
+logits."""
 
 from __future__ import annotations
 
@@ -6,30 +7,21 @@ import dataclasses
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
+from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.attention import PackedAttention, Rotary
-from gspo_megatron.mcore.experts import WholeExperts
+from gspo_megatron.mcore.attention import Rotary
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.layers import LAYERS
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel
-    ranks that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+from gspo_megatron.models.families import family_of
 
 
 class PolicyModel(GPTModel):
@@ -57,33 +49,20 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(config: Config, device: Device, use_te: bool) -> TransformerConfig:
-    """Megatron's settings for this run. Fields that one of the supported versions lacks are left out."""
-    m, p = config.model, config.parallel
+def transformer_config(config: Config, device: Device, layers: str) -> TransformerConfig:
+    """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that one of the supported versions
+    lacks are left out."""
+    shape, m, p = config.model.shape, config.model, config.parallel
     settings: dict[str, Any] = {
-        "num_layers": m.num_layers,
-        "hidden_size": m.hidden_size,
-        "num_attention_heads": m.num_attention_heads,
-        "num_query_groups": m.num_query_groups,
-        "kv_channels": m.head_dim,
-        "ffn_hidden_size": m.expert_ffn_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": m.norm_epsilon,
-        "qk_layernorm": True,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
+        **family_of(shape).megatron(shape),
+        **LAYERS[layers].settings,
+        **RECIPES[config.precision.fp8].megatron,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "num_moe_experts": m.num_experts,
-        "moe_ffn_hidden_size": m.expert_ffn_size,
-        "moe_router_topk": m.experts_per_token,
-        "moe_router_pre_softmax": False,  # softmax over the chosen ones: Hugging Face's norm_topk_prob=True
         "moe_router_load_balancing_type": "aux_loss" if m.aux_loss_coef > 0 else "none",
         "moe_aux_loss_coeff": m.aux_loss_coef,
         "moe_router_dtype": "fp64" if device.dtype == torch.float64 else "fp32",
         "moe_token_dispatcher_type": p.token_dispatcher,
-        "moe_grouped_gemm": use_te,
         "tensor_model_parallel_size": p.tp,
         "pipeline_model_parallel_size": p.pp,
         "virtual_pipeline_model_parallel_size": p.vpp if p.vpp > 1 else None,
@@ -110,35 +89,13 @@ def transformer_config(config: Config, device: Device, use_te: bool) -> Transfor
         # A message that overlaps with computation is read from memory until it has left; on a device, the queue of the
         # work keeps that memory, on the CPU nothing would.
         "deallocate_pipeline_outputs": not device.on_cpu,
-        "fp8": None if config.precision.fp8 == "none" else "hybrid",
-        "fp8_recipe": None if config.precision.fp8 == "none" else config.precision.fp8,
     }
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    transformer = TransformerConfig(
-        **{k: v for k, v in settings.items() if k in known and not (k == "fp8_recipe" and v is None)}
-    )
+    transformer = TransformerConfig(**{k: v for k, v in settings.items() if k in known})
     # The micro-batches of a pipeline differ in length. Set afterwards: with the allgather dispatcher the constructor
     # refuses it: that one needs equal lengths among the ranks that share experts, which packing_rules sees to.
     transformer.variable_seq_lengths = p.pp > 1
     return transformer
-
-
-def layer_spec(transformer: TransformerConfig, use_te: bool, pp_rank: int, chunk: int | None) -> Any:
-    """Megatron's block spec with this package's attention core and, in the local spec, its norm and experts."""
-    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, pp_rank=pp_rank, vp_stage=chunk)
-    for layer in block.layer_specs:
-        attention = layer.submodules.self_attention.submodules
-        fused = attention.core_attention if use_te else None
-        attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": fused})
-        if not use_te:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-            compat.set_experts(layer.submodules.mlp, WholeExperts)
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    if not use_te:
-        block.layer_norm = RMSNorm
-    return block
 
 
 def build_model(config: Config, groups: Groups, device: Device, use_te: bool) -> list[PolicyModel]:
@@ -149,30 +106,30 @@ def build_model(config: Config, groups: Groups, device: Device, use_te: bool) ->
         mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     else:
         mcore_random.model_parallel_cuda_manual_seed(config.run.seed)
-    m, num_chunks = config.model, config.parallel.vpp
-    assert m.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
-    transformer = transformer_config(config, device, use_te)
-    rotary = Rotary(m.head_dim, m.rope_base, m.max_sequence_length, device.torch_device, device.dtype)
+    shape, num_chunks, layers = config.model.shape, config.parallel.vpp, "te" if use_te else "local"
+    assert shape.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
+    transformer = transformer_config(config, device, layers)
+    rotary = Rotary(shape.head_dim, shape.rope_base, shape.max_sequence_length, device.torch_device, device.dtype)
     chunks = []
     for i in range(num_chunks):
         number = i if num_chunks > 1 else None
         model = PolicyModel(
             transformer,
-            layer_spec(transformer, use_te, groups.pp_rank, number),
-            vocab_size=padded_vocab_size(m.vocab_size, config.parallel.tp),
-            max_sequence_length=m.max_sequence_length,
+            LAYERS[layers].spec(transformer, groups.pp_rank, number),
+            vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tp),
+            max_sequence_length=shape.max_sequence_length,
             pre_process=groups.is_first_stage and i == 0,
             post_process=groups.is_last_stage and i == num_chunks - 1,
-            share_embeddings_and_output_weights=m.tie_embeddings,
+            share_embeddings_and_output_weights=shape.tie_embeddings,
             pg_collection=groups.collection,
             vp_stage=number,
-            true_vocab_size=m.vocab_size,
+            true_vocab_size=shape.vocab_size,
             rotary=rotary,
         )
         if device.dtype == torch.float64:
             model.double()
         model.to(device.torch_device)
         compat.mark_expert_parameters(model, groups.experts_have_own_groups)
-        initialize_weights(model, m, groups, config.run.seed)
+        initialize_weights(model, shape, groups, std=config.model.init_std, seed=config.run.seed)
         chunks.append(model)
     return chunks

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from gspo_megatron.checkpoint.place import Place
-from gspo_megatron.config.sections import ModelConfig
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.models.family import ModelShape
 
 SLICED: dict[str, tuple[int, int]] = {
     # part of a parameter's name: (dimension that tensor parallel cuts, matrices that lie one behind the other in it)
@@ -46,10 +46,10 @@ def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
     return re.sub(r"(?<=local_experts\.)\d+", lambda n: str(int(n.group()) + expert_offset), name)
 
 
-def named_parameters(model: Any, m: ModelConfig, groups: Groups) -> Iterator[tuple[Place, Any]]:
+def named_parameters(model: Any, shape: ModelShape, groups: Groups) -> Iterator[tuple[Place, Any]]:
     """(place in the whole model, parameter) of one model chunk of this rank."""
     layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    expert_offset = groups.collection.ep.rank() * (m.num_experts // groups.layout.ep)
+    expert_offset = groups.collection.ep.rank() * (shape.num_experts // groups.layout.ep)
     for local_name, parameter in model.named_parameters():
         name = global_name(local_name, layer_offset, expert_offset)
         group = groups.collection.expt_tp if ".experts." in name else groups.tp
@@ -58,27 +58,26 @@ def named_parameters(model: Any, m: ModelConfig, groups: Groups) -> Iterator[tup
 
 
 @torch.no_grad()
-def initialize_weights(model: Any, m: ModelConfig, groups: Groups, seed: int) -> None:
-    """Matrices ~ N(0, std^2), std = init_std (divided by sqrt(2 * num_layers) where a layer adds to the residual);
-    norms 1.
+def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
+    """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1.
 
     Each parameter draws the whole model's values from a generator seeded by (seed, its name) and keeps its slice, so
     every layout starts from the same weights.
     """
-    for place, parameter in named_parameters(model, m, groups):
+    for place, parameter in named_parameters(model, shape, groups):
         if parameter.dim() < 2:
             parameter.fill_(1.0)
             continue
         adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
-        std = m.init_std / math.sqrt(2 * m.num_layers) if adds_to_residual else m.init_std
-        shape = list(parameter.shape)
-        shape[place.dim] *= place.count
+        own_std = std / math.sqrt(2 * shape.num_layers) if adds_to_residual else std
+        size = list(parameter.shape)
+        size[place.dim] *= place.count
         vocabulary = is_vocabulary(place.name)
         # The vocabulary without its padding, whose size depends on tp.
-        drawn = [m.vocab_size, *shape[1:]] if vocabulary else shape
+        drawn = [shape.vocab_size, *size[1:]] if vocabulary else size
         digest = hashlib.sha256(f"{seed}:{place.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.randn(drawn, generator=generator) * std
+        whole = torch.randn(drawn, generator=generator) * own_std
         if vocabulary:
-            whole = torch.cat([whole, whole.new_zeros(shape[0] - whole.size(0), *shape[1:])])
+            whole = torch.cat([whole, whole.new_zeros(size[0] - whole.size(0), *size[1:])])
         parameter.copy_(place.cut(whole))

@@ -22,6 +22,8 @@ from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
+from gspo_megatron.mcore.weights import whole_weights
+from gspo_megatron.models.names import NameRule
 
 
 class MegatronPolicy:
@@ -111,14 +113,18 @@ class MegatronPolicy:
 
     def differing_replicas(self) -> list[str]:
         """See `Policy.differing_replicas`."""
-        return differing_replicas(self.model, self.config.model, self.groups)
+        return differing_replicas(self.model, self.config.model.shape, self.groups)
 
     def gradients(self) -> Iterator[tuple[Place, Tensor]]:
         """The last update's gradients of this rank's parameters, reduced over all ranks. Complete where
         optimizer.distributed is off, and not clipped where the norm was within optimizer.clip_grad."""
         for chunk in self.model:
-            for place, parameter in named_parameters(chunk, self.config.model, self.groups):
+            for place, parameter in named_parameters(chunk, self.config.model.shape, self.groups):
                 yield place, parameter.main_grad
+
+    def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
+        """See `whole_weights`."""
+        return whole_weights(self.model, self.config.model.shape, self.groups, rules)
 
     def _here(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.to(self.device.torch_device)

@@ -42,19 +42,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
-
-SAME_MODEL = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "head_dim",
-    "num_experts",
-    "expert_ffn_size",
-    "vocab_size",
-    "tie_embeddings",
-)
-"""Settings of the model that decide which tensors there are, how large, and what their rows and columns mean."""
+from gspo_megatron.models.family import ModelShape
 
 POLL_S = 0.02
 """How often the processes ask one another whether one of them still works on files."""
@@ -98,7 +86,7 @@ class MegatronCheckpoints:
     def __init__(self, policy: MegatronPolicy, store: CheckpointDirectory, warn: Callable[[str], None]) -> None:
         """`warn` is told what is wrong with checkpoints that are passed over when one is loaded."""
         self.policy, self.groups, self.store, self.warn = policy, policy.groups, store, warn
-        self.settings = policy.config.model
+        self.shape = policy.config.model.shape
         self._host = HostCopies(pinned=not policy.device.on_cpu)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Saving | None = None
@@ -125,7 +113,7 @@ class MegatronCheckpoints:
             "has_reference": self.policy.reference is not None,
             "random": self._from_all(self.policy.device.random_state()),
             "num_files": dist.get_world_size(),
-            "model": self._model(),
+            "model": self.shape.tensor_settings(),
             "versions": {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__},
         }
         if not wait:
@@ -210,7 +198,8 @@ class MegatronCheckpoints:
                 f"{path} has format {about.get('format', 1)}, written by gspo_megatron "
                 f"{about['versions']['gspo_megatron']}; it is loaded, and the next save has format {FORMAT}"
             )
-        self._check_model(path, about["model"])
+        if wrong := other_settings(about["model"], self.shape):
+            raise CheckpointError(f"{path} is of another model, with {', '.join(wrong)}")
         if about["has_reference"]:
             self.policy.freeze_reference()
         failure, of_state = None, []
@@ -239,24 +228,14 @@ class MegatronCheckpoints:
         for name, whole, parameter in self._shards(self.policy.reference or []):
             files.read(f"reference.{name}", whole, parameter.view(-1))
 
-    def _check_model(self, path: Path, saved: dict[str, Any]) -> None:
-        wrong = ", ".join(
-            f"model.{key}={saved[key]}, not {own}" for key, own in self._model().items() if saved[key] != own
-        )
-        if wrong:
-            raise CheckpointError(f"{path} is of another model, with {wrong}")
-
     # ------------------------------------------------------------------------------------------------------- both
 
     def _shards(self, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Shard, Tensor]]:
         """(name in the checkpoint, all of this rank's slice as a shard, parameter)."""
         for chunk in chunks:
-            for place, parameter in named_parameters(chunk, self.settings, self.groups):
-                num_rows = self.settings.vocab_size if is_vocabulary(place.name) else None
+            for place, parameter in named_parameters(chunk, self.shape, self.groups):
+                num_rows = self.shape.vocab_size if is_vocabulary(place.name) else None
                 yield place.name, Shard.of(place, parameter, num_rows), parameter
-
-    def _model(self) -> dict[str, Any]:
-        return {key: getattr(self.settings, key) for key in SAME_MODEL}
 
     def _on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main process, on all. So with a CheckpointError that it raises."""
@@ -285,6 +264,12 @@ class MegatronCheckpoints:
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine)
         return said
+
+
+def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
+    """What a checkpoint says of its model that `shape` says otherwise, where that concerns tensors."""
+    saved = {"family": "qwen3_moe"} | saved  # the only one when checkpoints did not name it
+    return [f"model.{key}={saved[key]}, not {own}" for key, own in shape.tensor_settings().items() if saved[key] != own]
 
 
 def _file_name(rank: int) -> str:

@@ -12,8 +12,9 @@ from settings_page import PAGE, page
 
 from gspo_megatron.config.declarations import setting, settings_of
 from gspo_megatron.config.loading import REMOVED, RENAMED, load_config
-from gspo_megatron.config.sections import PRESETS, Config
+from gspo_megatron.config.sections import Config
 from gspo_megatron.device import DTYPES
+from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.objective.kl import KL_ESTIMATORS
 from gspo_megatron.train import main
 

@@ -12,7 +12,8 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config import loading
 from gspo_megatron.config.declarations import settings_of
 from gspo_megatron.config.loading import REMOVED, RENAMED, load_config, replaced, to_yaml
-from gspo_megatron.config.sections import PRESETS, Config
+from gspo_megatron.config.sections import Config
+from gspo_megatron.models.presets import PRESETS
 
 
 def yaml_file(tmp_path: Path, text: str) -> Path:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
+from torch.utils import _device
 
 from gspo_megatron.base.batches import Sequence, UpdateBatch
 from gspo_megatron.base.errors import ConfigError
@@ -301,3 +302,14 @@ def test_the_cuda_lane_trains(dtype: str, tmp_path: Path) -> None:
     assert "nccl" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and rows[1]["ratio/min"] > 0
+
+
+def made_under_the_meta_device() -> list[bool]:
+    _device._device_constructors.cache_clear()  # a fresh process has not asked yet
+    open_device("cpu", "fp32")
+    with torch.device("meta"):
+        return [torch.tensor([1.0]).is_meta, torch.zeros(1).is_meta, torch.ones(1).is_meta]
+
+
+def test_stand_ins_obey_a_device_that_a_library_sets_for_all_tensors() -> None:
+    assert run_distributed(made_under_the_meta_device, 1) == [[True, True, True]]

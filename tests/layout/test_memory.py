@@ -12,7 +12,8 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import count_parameters, describe_plan, parameters_per_rank, sequence_cost
+from gspo_megatron.layout.memory import describe_plan, parameters_per_rank
+from gspo_megatron.models.counts import count_parameters, sequence_cost
 
 FIT = "train.tokens_per_micro_batch=32768"
 SMALL = (
@@ -28,7 +29,7 @@ SMALL = (
 def totals(*overrides: str) -> tuple[int, int]:
     """Parameters in all, and those that one token passes through."""
     m = load_config(None, [*overrides, FIT]).model
-    n = count_parameters(m)
+    n = count_parameters(m.shape)
     return n.total(m.num_layers, m.num_experts), n.total(m.num_layers, m.experts_per_token)
 
 
@@ -58,7 +59,7 @@ def plan_of(world_size: int, *overrides: str, with_reference: bool = False) -> t
 
 def test_a_plan_says_layout_parameters_and_memory() -> None:
     text, config, layout = plan_of(64, "parallel.tp=4", "parallel.pp=2", "parallel.ep=8")
-    dense, experts = parameters_per_rank(config.model, layout)
+    dense, experts = parameters_per_rank(config.model.shape, layout)
     assert "layout: 64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in text
     assert "parameters: 30,532,122,624 in all, 3,353,032,704 active a token" in text
     assert f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)" in text
@@ -128,12 +129,12 @@ def forward_flops(m: ModelConfig, length: int) -> int:
 @pytest.mark.parametrize("overrides", [(), ("model.tie_embeddings=true", "model.experts_per_token=3")])
 def test_the_cost_of_a_sequence_is_its_forward_flops(length: int, overrides: tuple[str, ...]) -> None:
     m = load_config(None, [*SMALL, *overrides]).model
-    assert sequence_cost(m)(length) == forward_flops(m, length)
+    assert sequence_cost(m.shape)(length) == forward_flops(m, length)
 
 
 def test_long_sequences_cost_more_than_their_tokens() -> None:
     """Twice the tokens: twice the weights' work, and nearly four times the attention's."""
-    cost = sequence_cost(load_config(None, ["model.preset=qwen3_30b_a3b", FIT]).model)
+    cost = sequence_cost(load_config(None, ["model.preset=qwen3_30b_a3b", FIT]).model.shape)
     growth = [cost(2 * length) / cost(length) for length in (1, 1000, 10_000, 100_000, 10_000_000)]
     assert growth == sorted(growth) and growth[0] > 2 and growth[-1] == pytest.approx(4, rel=1e-2)
     assert growth[1] == pytest.approx(2, rel=0.1)

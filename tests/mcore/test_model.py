@@ -15,17 +15,15 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import layout_of
-from gspo_megatron.layout.memory import count_parameters, parameters_per_rank
+from gspo_megatron.layout.memory import parameters_per_rank
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
-from gspo_megatron.mcore.model import (
-    RMSNorm,
-    build_model,
-    layer_spec,
-    transformer_config,
-)
+from gspo_megatron.mcore.layers import LAYERS as LAYER_KINDS
+from gspo_megatron.mcore.layers import RMSNorm
+from gspo_megatron.mcore.model import build_model, transformer_config
 from gspo_megatron.mcore.packed_tokens import packed
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters, padded_vocab_size
+from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
 
@@ -73,16 +71,18 @@ def parameters_of(overrides: tuple[str, ...]) -> int:
 )
 def test_the_plan_counts_the_parameters_of_the_real_model(overrides: tuple[str, ...]) -> None:
     m = load_config(None, [*SETTINGS, *overrides]).model
-    assert run_distributed(parameters_of, 1, overrides) == [count_parameters(m).total(m.num_layers, m.num_experts)]
+    assert run_distributed(parameters_of, 1, overrides) == [
+        count_parameters(m.shape).total(m.num_layers, m.num_experts)
+    ]
 
 
 def preset_layer(preset: str) -> tuple[Any, int]:
     config = load_config(None, [f"model.preset={preset}", "parallel.tp=4", "parallel.pp=2", "parallel.ep=8"])
     config = replaced(config, {"model.vocab_size": config.model.vocab_size or 97})
     device = open_device("cpu", "bf16")
-    transformer = transformer_config(config, device, use_te=False)
+    transformer = transformer_config(config, device, "local")
     transformer.pipeline_model_parallel_size = 1  # the spec would ask for this rank's stage
-    return transformer.kv_channels, len(layer_spec(transformer, use_te=False, pp_rank=0, chunk=None).layer_specs)
+    return transformer.kv_channels, len(LAYER_KINDS["local"].spec(transformer, 0, None).layer_specs)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_presets(preset: str, parameters: int | None, layers: int) -> None:
     [(head_dim, num_layers)] = run_distributed(preset_layer, 1, preset)
     assert (head_dim, num_layers) == (config.model.head_dim, layers)
     if parameters:
-        assert count_parameters(config.model).total(layers, config.model.num_experts) == parameters
+        assert count_parameters(config.model.shape).total(layers, config.model.num_experts) == parameters
 
 
 # --------------------------------------------------------------------------------------------------------- its weights
@@ -109,7 +109,7 @@ def slices(world_size: int, overrides: tuple[str, ...]) -> Slices:
     config, _, groups, chunks = build(world_size, *overrides)
     found = {}
     for chunk in chunks:
-        for place, p in named_parameters(chunk, config.model, groups):
+        for place, p in named_parameters(chunk, config.model.shape, groups):
             # Megatron-Core marks how it has sliced a parameter: an opinion of its own on our table.
             sliced = getattr(p, "tensor_model_parallel", False) and place.count > 1
             assert sliced == (place.count > 1), place
@@ -170,7 +170,7 @@ def one() -> dict[str, Tensor]:
 def test_weights_do_not_depend_on_the_layout(axes: tuple[str, ...], one: dict[str, Tensor]) -> None:
     ranks = run_distributed(slices, 2, 2, axes)
     config = load_config(None, [*SETTINGS, *axes])
-    assert sizes(ranks[-1]) == parameters_per_rank(config.model, layout_of(config, 2))
+    assert sizes(ranks[-1]) == parameters_per_rank(config.model.shape, layout_of(config, 2))
     assert sum(sizes(ranks[0])) <= sum(sizes(ranks[-1]))
     many = whole(ranks)
     assert many.keys() == one.keys() and len(one) == LAYERS * (4 + 4 * 2 + 3) + 1 + 2

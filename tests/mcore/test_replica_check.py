@@ -188,7 +188,7 @@ def look(world_size: int, axes: tuple[str, ...], changes: dict[str, int]) -> Fou
         mine = [
             parameter
             for chunk in policy.model
-            for place, parameter in named_parameters(chunk, policy.config.model, policy.groups)
+            for place, parameter in named_parameters(chunk, policy.config.model.shape, policy.groups)
             if place.name == name and torch.distributed.get_rank() == rank
         ]
         for parameter in mine:

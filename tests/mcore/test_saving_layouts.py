@@ -30,7 +30,7 @@ from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.parameters import global_name
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.mcore.saving import MegatronCheckpoints
+from gspo_megatron.mcore.saving import MegatronCheckpoints, other_settings
 from gspo_megatron.objective import LikelihoodObjective, Segments
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.fakes import PlainState, plain
@@ -335,6 +335,20 @@ def test_nothing_of_the_models_state_is_left_out(tmp_path: Path) -> None:
     found = tensors(tmp_path / "step_000000_update_001")
     for kind in ("policy", "exp_avg", "exp_avg_sq"):
         assert sorted(key.removeprefix(f"{kind}.") for key in found if key.startswith(f"{kind}.")) == sorted(names)
+
+
+def test_a_checkpoint_that_names_no_family_is_of_the_first_one() -> None:
+    shape = load_config(None, SMALL).model.shape
+    saved = shape.tensor_settings()
+    del saved["family"]
+    assert other_settings(saved, shape) == []
+    assert other_settings(saved | {"num_layers": 3, "tie_embeddings": True}, shape) == [
+        "model.num_layers=3, not 2",
+        "model.tie_embeddings=True, not False",
+    ]
+    assert other_settings(saved, replace(shape, family="other")) == ["model.family=qwen3_moe, not other"]
+    # Other mathematics on the same tensors.
+    assert other_settings(saved, replace(shape, rope_base=5e5, norm_epsilon=1e-5, experts_per_token=3)) == []
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

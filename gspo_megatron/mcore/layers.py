@@ -1,0 +1,79 @@
+"""The layers of a model, as a table: Megatron-Core's own (`local`), and those of Transformer Engine (`te`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.attention import PackedAttention
+from gspo_megatron.mcore.experts import WholeExperts
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel
+    ranks that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def local_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None) -> Any:
+    """Megatron's local block spec with this package's attention core, norm and experts."""
+    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, pp_rank=pp_rank, vp_stage=chunk)
+    for layer in distinct_layers(block):
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": None})
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        compat.set_experts(layer.submodules.mlp, WholeExperts)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    block.layer_norm = RMSNorm
+    return block
+
+
+def te_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None) -> Any:
+    """Megatron's block spec for Transformer Engine with this package's attention core around the fused one."""
+    block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True, pp_rank=pp_rank, vp_stage=chunk)
+    wrap_attention_cores(block)
+    return block
+
+
+def wrap_attention_cores(block: Any) -> None:
+    """Puts this package's attention core around the core of every layer of a block spec."""
+    for layer in distinct_layers(block):
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": attention.core_attention})
+
+
+def distinct_layers(block: Any) -> list[Any]:
+    """The layer specs of a block spec, each once: Megatron lists one object for all layers of a kind, and what is done
+    to it twice would be nested."""
+    return list({id(layer): layer for layer in block.layer_specs}.values())
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of one origin.
+
+    Attributes:
+        settings: fields of TransformerConfig that go with them.
+        spec: (TransformerConfig, pipeline rank, virtual stage or None) -> block spec of GPTModel.
+    """
+
+    settings: Mapping[str, Any]
+    spec: Callable[[TransformerConfig, int, int | None], Any]
+
+
+LAYERS = {
+    "local": Layers({"moe_grouped_gemm": False}, local_layers),
+    "te": Layers({"moe_grouped_gemm": True}, te_layers),
+}

@@ -1,0 +1,89 @@
+"""The whole policy by its Hugging Face names, tensor after tensor, whatever the layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_megatron.checkpoint.place import Place
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
+from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.names import NameRule, to_theirs
+
+
+class Source(NamedTuple):
+    """The rank that sends a slice of a tensor, and the slice's size and format."""
+
+    rank: int
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def whole_weights(
+    chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, rules: Sequence[NameRule]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name on the hub, whole tensor) of every tensor, the same on every rank and in the same order on every layout.
+
+    Collective: all ranks go through it together, to the end. Each slice travels from one rank that holds it to all
+    others, so every rank receives the model once, and holds one whole tensor and its slices at a time. A tensor is on
+    the rank's device, contiguous, without the vocabulary's padding, and may share memory with the policy: copy what is
+    kept beyond the next update.
+
+    Raises:
+        ValueError: a tensor has no rule, or several.
+    """
+    held = {place: p.detach() for chunk in chunks for place, p in named_parameters(chunk, shape, groups)}
+    sources = _sources(held, groups)
+    for first in sorted((place for place in sources if place.index == 0), key=_reading_order):
+        places = [replace(first, index=i) for i in range(first.count)]
+        slices = [_received(held.get(place), sources[place], groups) for place in places]
+        whole = first.join(slices) if first.count > 1 else slices[0]
+        del slices
+        if is_vocabulary(first.name):
+            whole = whole[: shape.vocab_size]
+        yield from ((name, part.contiguous()) for name, part in to_theirs(rules, first.name, whole, shape))
+        del whole
+
+
+def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
+    """Every slice of the model: each rank tells all others what it holds."""
+    rank = dist.get_rank()
+    mine = {place: Source(rank, tuple(p.shape), p.dtype) for place, p in held.items() if _is_first(place, groups)}
+    if dist.get_world_size() == 1:
+        return mine
+    told: list[dict[Place, Source]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    # Of several ranks that tell of the same slice, the lowest sends it.
+    return {place: source for theirs in reversed(told) for place, source in theirs.items()}
+
+
+def _is_first(place: Place, groups: Groups) -> bool:
+    """Whether this rank speaks for all that hold the same slice: otherwise most of what is told would be copies."""
+    if ".experts." in place.name:
+        return groups.collection.expt_dp.rank() == 0
+    return groups.collection.dp_cp.rank() == 0 and (place.count > 1 or groups.tp_rank == 0)
+
+
+def _received(own: Tensor | None, source: Source, groups: Groups) -> Tensor:
+    """The slice as its source holds it, on all ranks."""
+    if dist.get_world_size() == 1:
+        assert own is not None, "one rank holds every slice"
+        return own
+    if own is None or dist.get_rank() != source.rank:
+        own = torch.empty(source.size, dtype=source.dtype, device=groups.device)
+    own = own.contiguous()
+    dist.broadcast(own, src=source.rank)
+    return own
+
+
+def _reading_order(place: Place) -> list[tuple[int, str]]:
+    """Layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", place.name)]

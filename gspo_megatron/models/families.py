@@ -1,0 +1,13 @@
+"""The model families that can be trained. A new one is a file and a row."""
+
+from __future__ import annotations
+
+from gspo_megatron.models.family import Family, ModelShape
+from gspo_megatron.models.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3_MOE,)}
+
+
+def family_of(shape: ModelShape) -> Family:
+    """The row that `shape.family` names."""
+    return FAMILIES[shape.family]

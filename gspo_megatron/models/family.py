@@ -1,0 +1,134 @@
+"""What a model family is: its sizes, its Hugging Face names, and what Megatron-Core and the planner ask of it.
+
+Pure data. A family is a row of FAMILIES (models/families.py), written in a file of its own such as qwen3_moe.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gspo_megatron.models.names import NameRule
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the tensors and the maths of a model. The fields are the settings of the section `model`.
+
+    Attributes:
+        family: a row of FAMILIES.
+        head_dim: width of one attention head; heads * head_dim need not be hidden_size.
+        num_query_groups: key and value heads of a layer.
+        experts_per_token: experts that a token passes through in each layer.
+        expert_ffn_size: width between the two matrices of one expert.
+        vocab_size: rows of the vocabulary matrices, without padding. None: the tokenizer has not decided it yet.
+        max_sequence_length: prompt and response, in tokens.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    expert_ffn_size: int
+    vocab_size: int | None
+    max_sequence_length: int
+    rope_base: float
+    norm_epsilon: float
+    tie_embeddings: bool
+
+    def tensor_settings(self) -> dict[str, Any]:
+        """The part that decides which tensors there are, how large, and what their rows and columns mean."""
+        maths_only = ("experts_per_token", "max_sequence_length", "rope_base", "norm_epsilon")
+        return {name: value for name, value in asdict(self).items() if name not in maths_only}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by how they are spread over ranks.
+
+    Attributes:
+        vocabulary: one vocabulary matrix. `num_vocabularies` is 2, or 1 where embedding and head are tied.
+        attention: one layer's projections, spread over tp.
+        replicated: one layer's norms and router, whole on every rank of its stage.
+        expert: one expert, spread over etp; a layer's experts over ep.
+        final_norm: on the last stage.
+    """
+
+    vocabulary: int
+    num_vocabularies: int
+    attention: int
+    replicated: int
+    expert: int
+    final_norm: int
+
+    def total(self, num_layers: int, experts_per_layer: int) -> int:
+        """Of the whole model; with `experts_per_layer` = the ones a token chooses, those it passes through."""
+        layer = self.attention + self.replicated + experts_per_layer * self.expert
+        return self.num_vocabularies * self.vocabulary + num_layers * layer + self.final_norm
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Numbers that one token costs in one layer.
+
+    Attributes:
+        multiplied: weights of matrix products that it passes through.
+        kept: inputs of those products, kept for their backward.
+        cached: keys and values in the sampler's cache, spread over tp.
+        attended: multiply-adds for each token that it attends to.
+    """
+
+    multiplied: int
+    kept: int
+    cached: int
+    attended: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A size that parallel axes divide.
+
+    Attributes:
+        value: must be divisible by the product of the sizes of `axes`.
+        name: how a message calls it.
+        columns: True where each part is a number of columns of a matrix, which a number format may want in blocks.
+    """
+
+    value: int
+    name: str
+    axes: tuple[str, ...] = ()
+    columns: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that the rest of the package asks about an architecture.
+
+    Attributes:
+        name: the `model_type` of its config.json.
+        shape: config.json of a Hugging Face folder -> the shape. Raises ConfigError for what is not implemented.
+        hf_config: the inverse, without what the weights do not decide (token ids, number format).
+        rules: for every tensor of the model, its name here and on the hub.
+        megatron: fields of Megatron-Core's TransformerConfig that the architecture decides.
+        counts: parameters by how they are spread.
+        per_token: what a token costs in a layer.
+        shares: the sizes that parallel axes divide.
+        complaints: texts that say which sizes do not fit together, and what to do.
+        small: (shape, ranks by axis) -> sizes of the smallest model that has every part and fits them.
+    """
+
+    name: str
+    shape: Callable[[Mapping[str, Any]], ModelShape]
+    hf_config: Callable[[ModelShape], dict[str, Any]]
+    rules: tuple[NameRule, ...]
+    megatron: Callable[[ModelShape], dict[str, Any]]
+    counts: Callable[[ModelShape], ParameterCount]
+    per_token: Callable[[ModelShape], TokenCount]
+    shares: Callable[[ModelShape], tuple[Share, ...]]
+    complaints: Callable[[ModelShape], Iterator[str]]
+    small: Callable[[ModelShape, Mapping[str, int]], dict[str, int]]

@@ -1,0 +1,116 @@
+"""How tensors are called and cut here and on the Hugging Face hub: rules with invertible operations.
+
+    rule = NameRule("decoder.layers.{layer}.self_attention.linear_proj.weight",
+                    ("model.layers.{layer}.self_attn.o_proj.weight",))
+
+Our names are those of `mcore.parameters.global_name`: Megatron-Core's local layer spec, layers and experts counted over
+the whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gspo_megatron.models.family import ModelShape
+
+
+class Op(Protocol):
+    """One whole tensor of ours <-> the tensors on the hub that hold the same numbers. Each method undoes the other."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        """In the order of the rule's names; may be views of `ours`."""
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        """The inverse."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        return (ours,)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        [whole] = theirs
+        return whole
+
+
+@dataclass(frozen=True)
+class QKV:
+    """[q_1 .. q_n, k, v] for each query group, one group after the other <-> all queries, all keys, all values.
+
+    Rows are of head_dim, n = num_attention_heads / num_query_groups. Weights [rows, H] and biases [rows].
+    """
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        groups, d = shape.num_query_groups, shape.head_dim
+        by_group = ours.unflatten(0, (groups, -1))
+        parts = by_group.split([shape.num_attention_heads // groups * d, d, d], dim=1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        by_group = [part.unflatten(0, (shape.num_query_groups, -1)) for part in theirs]
+        return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """[gate; up], one below the other <-> gate, up."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        return ours.chunk(2)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        return torch.cat(list(theirs))
+
+
+COPY = Copy()
+
+
+@dataclass(frozen=True)
+class NameRule:
+    """`ours` and `theirs` are names in which {layer} and {expert} stand for numbers counted over the whole model."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    op: Op = COPY
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(self.ours)))
+
+    def their_names(self, ours: str) -> tuple[str, ...] | None:
+        """The names on the hub for our tensor `ours`; None where the rule is not about it."""
+        match = self._pattern.fullmatch(ours)
+        return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
+
+
+def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:
+    """The rule about our tensor `ours`, and the names on the hub that it gives.
+
+    Raises:
+        ValueError: not exactly one rule is about it.
+    """
+    found = [(rule, names) for rule in rules if (names := rule.their_names(ours)) is not None]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} name rules are about {ours!r}, not one; mend the family's rules in models/")
+    return found[0]
+
+
+def to_theirs(rules: Sequence[NameRule], ours: str, whole: Tensor, shape: ModelShape) -> list[tuple[str, Tensor]]:
+    """Our whole tensor as (name, tensor) on the hub.
+
+    Raises:
+        ValueError: not exactly one rule is about it.
+    """
+    rule, names = find_rule(rules, ours)
+    return list(zip(names, rule.op.to_theirs(whole, shape), strict=True))

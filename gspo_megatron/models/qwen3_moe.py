@@ -1,0 +1,211 @@
+"""Qwen3-MoE: RMSNorm, q/k norm, grouped-query attention, RoPE, SwiGLU experts in every layer, softmax-top-k router.
+
+Names and settings: Hugging Face transformers 5.23, models/qwen3_moe; https://huggingface.co/Qwen/Qwen3-30B-A3B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import ceil
+from typing import Any
+
+import torch
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.models.family import Family, ModelShape, ParameterCount, Share, TokenCount
+from gspo_megatron.models.names import QKV, GateUp, NameRule
+
+NAME = "qwen3_moe"
+
+_OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
+_OUR_EXPERT = _OURS + "mlp.experts.local_experts.{expert}."
+_THEIR_EXPERT = _THEIRS + "mlp.experts.{expert}."
+
+RULES = (
+    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    NameRule(f"{_OURS}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",)),
+    NameRule(
+        f"{_OURS}self_attention.linear_qkv.weight",
+        tuple(f"{_THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
+        QKV(),
+    ),
+    NameRule(f"{_OURS}self_attention.q_layernorm.weight", (f"{_THEIRS}self_attn.q_norm.weight",)),
+    NameRule(f"{_OURS}self_attention.k_layernorm.weight", (f"{_THEIRS}self_attn.k_norm.weight",)),
+    NameRule(f"{_OURS}self_attention.linear_proj.weight", (f"{_THEIRS}self_attn.o_proj.weight",)),
+    NameRule(f"{_OURS}pre_mlp_layernorm.weight", (f"{_THEIRS}post_attention_layernorm.weight",)),
+    NameRule(f"{_OURS}mlp.router.weight", (f"{_THEIRS}mlp.gate.weight",)),
+    NameRule(
+        f"{_OUR_EXPERT}linear_fc1.weight",
+        (f"{_THEIR_EXPERT}gate_proj.weight", f"{_THEIR_EXPERT}up_proj.weight"),
+        GateUp(),
+    ),
+    NameRule(f"{_OUR_EXPERT}linear_fc2.weight", (f"{_THEIR_EXPERT}down_proj.weight",)),
+    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    # Where embedding and head are tied, neither side has it.
+    NameRule("output_layer.weight", ("lm_head.weight",)),
+)
+
+_SAME_NUMBER = {
+    # field of ModelShape: key of config.json
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_ffn_size": "moe_intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+}
+_ONLY = {
+    # key of config.json: (what is implemented, what transformers takes where the key is missing)
+    "hidden_act": ("silu", "silu"),
+    "attention_bias": (False, False),
+    "use_sliding_window": (False, False),
+    "norm_topk_prob": (True, False),
+    "decoder_sparse_step": (1, 1),
+    "mlp_only_layers": ([], []),
+}
+
+
+def shape(hf: Mapping[str, Any]) -> ModelShape:
+    """config.json -> the shape. transformers 5 writes `num_experts` as `num_local_experts`, and `rope_theta` into
+    `rope_parameters`.
+
+    Raises:
+        ConfigError: a size is missing, or the model uses something that is not implemented.
+    """
+    hf = {"num_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
+    if missing := [key for key in _SAME_NUMBER.values() if key not in hf]:
+        raise ConfigError(f"config.json of a {NAME} model lacks {', '.join(missing)}; use the file the model came with")
+    for key, (implemented, default) in _ONLY.items():
+        found = hf.get(key, default)
+        if found != implemented and (found or implemented):  # null, false and [] mean the same
+            raise ConfigError(f"config.json has {key}={found!r}, and only {implemented!r} is implemented for {NAME}")
+    rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"config.json has RoPE of type {kind!r}, and only 'default' is implemented for {NAME}")
+    heads = hf["num_attention_heads"]
+    return ModelShape(
+        family=NAME,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rope_base=float(rope["rope_theta"]),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        **{field: hf[key] for field, key in _SAME_NUMBER.items()},
+    )
+
+
+def hf_config(s: ModelShape) -> dict[str, Any]:
+    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
+    assert s.vocab_size is not None, "the tokenizer decides model.vocab_size before a model is written"
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": NAME,
+        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
+        "head_dim": s.head_dim,
+        "rope_theta": s.rope_base,
+        "rope_scaling": None,
+        "tie_word_embeddings": s.tie_embeddings,
+        **{key: implemented for key, (implemented, _) in _ONLY.items()},
+    }
+
+
+def megatron(s: ModelShape) -> dict[str, Any]:
+    """Fields of TransformerConfig."""
+    return {
+        "num_layers": s.num_layers,
+        "hidden_size": s.hidden_size,
+        "num_attention_heads": s.num_attention_heads,
+        "num_query_groups": s.num_query_groups,
+        "kv_channels": s.head_dim,
+        "ffn_hidden_size": s.expert_ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": s.norm_epsilon,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "num_moe_experts": s.num_experts,
+        "moe_ffn_hidden_size": s.expert_ffn_size,
+        "moe_router_topk": s.experts_per_token,
+        "moe_router_pre_softmax": False,  # softmax over the chosen ones: Hugging Face's norm_topk_prob=True
+    }
+
+
+def counts(s: ModelShape) -> ParameterCount:
+    """qkv and output projections, two norms, q/k norms, router; gate, up, down."""
+    assert s.vocab_size is not None, "the tokenizer decides model.vocab_size before parameters are counted"
+    query, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
+    return ParameterCount(
+        vocabulary=s.vocab_size * s.hidden_size,
+        num_vocabularies=1 if s.tie_embeddings else 2,
+        attention=s.hidden_size * (query + 2 * kv) + query * s.hidden_size,
+        replicated=2 * s.hidden_size + 2 * s.head_dim + s.hidden_size * s.num_experts,
+        expert=3 * s.hidden_size * s.expert_ffn_size,
+        final_norm=s.hidden_size,
+    )
+
+
+def per_token(s: ModelShape) -> TokenCount:
+    """Multiplied: attention's projections, the router, the chosen experts. Kept: hidden x 4, attention x 4, and for
+    each chosen expert its input and expert_ffn_size x 3. In attention a token meets keys, then values."""
+    query, n = s.num_attention_heads * s.head_dim, counts(s)
+    return TokenCount(
+        multiplied=n.attention + s.hidden_size * s.num_experts + s.experts_per_token * n.expert,
+        kept=4 * s.hidden_size + 4 * query + s.experts_per_token * (s.hidden_size + 3 * s.expert_ffn_size),
+        cached=2 * s.num_query_groups * s.head_dim,
+        attended=2 * query,
+    )
+
+
+def shares(s: ModelShape) -> tuple[Share, ...]:
+    """tp takes whole query groups, ep whole experts, etp columns of an expert, pp and vpp whole layers."""
+    return (
+        Share(s.num_attention_heads, "model.num_attention_heads", ("tp",)),
+        Share(s.num_query_groups, "model.num_query_groups", ("tp",)),
+        Share(s.num_query_groups * s.head_dim, "model.num_query_groups * model.head_dim", ("tp",), columns=True),
+        Share(s.hidden_size, "model.hidden_size", columns=True),
+        Share(s.num_layers, "model.num_layers", ("pp", "vpp")),
+        Share(s.num_experts, "model.num_experts", ("ep",)),
+        Share(s.expert_ffn_size, "model.expert_ffn_size", ("etp",), columns=True),
+    )
+
+
+def complaints(s: ModelShape) -> Iterator[str]:
+    """What would not train, or not even be built."""
+    if s.experts_per_token > s.num_experts:
+        yield f"model.experts_per_token={s.experts_per_token} exceeds model.num_experts={s.num_experts}"
+    if s.experts_per_token == 1 and s.num_experts > 1:
+        yield (
+            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
+            "nothing; use 2 or more"
+        )
+    if s.num_attention_heads % s.num_query_groups:
+        yield (
+            f"model.num_attention_heads={s.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={s.num_query_groups}"
+        )
+    if s.head_dim % 2:
+        yield f"model.head_dim={s.head_dim} must be even: RoPE rotates pairs"
+
+
+def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
+    """Two layers or one a (virtual) stage, two heads a group and two groups or one a tp rank, 4 experts or one an ep
+    rank."""
+    groups, stages = max(2, axes["tp"]), axes["pp"] * axes["vpp"]
+    experts = min(s.num_experts, axes["ep"] * ceil(4 / axes["ep"]))
+    return {
+        "num_layers": stages if stages > 1 else 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2 * groups,
+        "num_query_groups": groups,
+        "head_dim": 8,
+        "num_experts": experts,
+        "experts_per_token": min(s.experts_per_token, max(2, experts - 1)),
+        "expert_ffn_size": 16 * axes["etp"],
+    }
+
+
+QWEN3_MOE = Family(NAME, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)
