@@ -15,9 +15,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +142,9 @@ class StepState:
                 "advantages_S": torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
                 "tokens_L": torch.cat([torch.empty(0, dtype=torch.int32), *(s.tokens.int() for s in sequences)]),
                 "trained_L": torch.cat([torch.empty(0, dtype=torch.bool), *(s.trained for s in sequences)]),
-                "sampler_log_probs_R": torch.tensor([p for r in rollouts for p in r.log_probs], dtype=torch.float64),
+                "sampler_log_probs_R": torch.from_numpy(
+                    np.fromiter((p for r in rollouts for p in r.log_probs), dtype=np.float64)
+                ),
             }
             for name, (at, values) in self.column_values().items():
                 tensors |= {f"{name}.places": at, f"{name}.values": values.cpu()}
@@ -206,11 +209,12 @@ def _places_and_values(m: MicroBatch, first_S: Tensor, lengths_S: Tensor, name: 
     return first_S[segment[inside]] + position[inside], values[of_sequences_T[inside]]
 
 
+KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")
+"""Fields of a rollout that a snapshot keeps for its group, or as tensors."""
+
+
 def _without_tokens(rollout: Rollout) -> dict[str, Any]:
-    row = asdict(rollout)
-    for kept_elsewhere in ("prompt", "tokens", "log_probs"):
-        del row[kept_elsewhere]
-    return row
+    return {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name not in KEPT_ELSEWHERE}
 
 
 def _place_among_reporters(ranks: Ranks) -> tuple[int, int]:
