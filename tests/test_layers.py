@@ -33,7 +33,7 @@ LAYERS = (
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}
 ENTRY_POINTS = (*COMMANDS, "build")
 """They open the device, and then import Megatron-Core."""
-LONGEST = 475
+LONGEST = 450
 """Lines of a file."""
 
 DEVICE_WORDS = re.compile(r"(?<![a-z])(cuda|nccl|gloo|transformer_engine)(?![a-z])", re.IGNORECASE)

@@ -71,16 +71,16 @@ class Packer:
         share = len(order) // self.updates_per_rollout
         for i in range(self.updates_per_rollout):
             groups = order[i * share : (i + 1) * share]
-            everything = [g * self.group_size + j for g in groups for j in range(self.group_size)]
-            with_gradient = [n for n in everything if step.sequences[n].advantage or not drop_zero_advantage]
+            members = [g * self.group_size + j for g in groups for j in range(self.group_size)]
+            with_gradient = [n for n in members if step.sequences[n].advantage or not drop_zero_advantage]
             step.mini_batches.append(with_gradient)
             step.batches.append(
-                self.update_batch([step.sequences[n] for n in with_gradient], [step.sequences[n] for n in everything])
+                self.update_batch([step.sequences[n] for n in with_gradient], [step.sequences[n] for n in members])
             )
 
-    def update_batch(self, sequences: Seq[Sequence], counted: Seq[Sequence] | None = None) -> UpdateBatch:
+    def update_batch(self, sequences: Seq[Sequence], all_sequences: Seq[Sequence] | None = None) -> UpdateBatch:
         """This rank's micro-batches of an update on `sequences`, and the counts over all ranks that normalise its loss:
-        those of `counted`, by default the same."""
+        those of `all_sequences`, by default the same."""
         micro_batches = pack(
             sequences,
             pad_id=self.pad_id,
@@ -92,7 +92,7 @@ class Packer:
             cp_rank=self.ranks.cp_rank,
             cp_size=self.ranks.cp_size,
         )
-        trained = [s.num_trained for s in (sequences if counted is None else counted) if s.num_trained]
+        trained = [s.num_trained for s in (sequences if all_sequences is None else all_sequences) if s.num_trained]
         return UpdateBatch(micro_batches, num_sequences=len(trained), num_tokens=sum(trained))
 
 
