@@ -22,7 +22,13 @@ def test_every_choice_has_a_recipe() -> None:
 @pytest.mark.parametrize("fp8", RECIPES)
 def test_layout_and_checks_go_by_the_recipe(fp8: str) -> None:
     recipe = RECIPES[fp8]
-    settings = [f"precision.fp8={fp8}", "precision.dtype=bf16", "parallel.tp=2", "model.vocab_size=9"]
+    settings = [
+        f"precision.fp8={fp8}",
+        "precision.dtype=bf16",
+        "parallel.tp=2",
+        "model.head_dim=32",
+        "model.vocab_size=9",
+    ]
     config = load_config(None, settings)
     assert token_multiple(config) == 2 * recipe.row_multiple
     check_config(config, 2)
