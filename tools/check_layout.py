@@ -37,6 +37,7 @@ from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.parts import open_trainer
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
+from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.models.counts import count_parameters
@@ -327,8 +328,10 @@ def check(options: argparse.Namespace) -> list[Row]:
     for name, layout in layouts.items():
         if layout != asked[name]:
             print(f"{name} {asked[name]} is reduced to {layout}, for --max-processes {options.max_processes}")
-    config = settle(config, 1).config
-    if count_parameters(config.model.shape).total(config.model.num_layers, config.model.num_experts) > SMALL:
+    # Without `settle`: the files of a large run may be elsewhere, and its own layout is that of another world size.
+    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    shape = replace(config.model.shape, vocab_size=vocab_size)
+    if count_parameters(shape).total(shape.num_layers, shape.num_experts) > SMALL:
         smaller = shrunk(config, list(layouts.values()))
         print(f"the model has more than {SMALL:,} parameters and is shrunk: {' '.join(smaller)}, on task:sort_digits")
         settings += [*smaller, *task_instead()]

@@ -240,8 +240,11 @@ def config(tmp_path: Path) -> str:
 
 
 def test_the_command_prints_a_table_and_nothing_else(config: str) -> None:
-    """The real one, in processes of its own: what Megatron-Core and torch have to say at their import stays out."""
+    """The real one, in processes of its own: what Megatron-Core and torch have to say at their import stays out. The
+    run's own layout, here of two processes, has no part in it."""
     root = Path(__file__).parents[2]
+    with open(config, "a") as file:
+        file.write("parallel: {ep: 2}\n")
     done = subprocess.run(
         [sys.executable, root / "tools" / "check_layout.py", "--config", config, "--layout", "tp=2", "--worst", "3"],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
