@@ -21,6 +21,7 @@ from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.layout.memory import count_parameters
 from gspo_megatron.run.resume import changed_settings
+from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * time_factor(),
     )
 
 

@@ -85,13 +85,16 @@ def test_small_products_compile_nothing() -> None:
 def test_a_factor_with_gaps_is_not_left_to_the_reference_kernel(library: str) -> None:
     """oneDNN multiplies any strides, but takes about a thousand times as long for some."""
     a, b = torch.randn(64, 512), torch.randn(512, 2048)[:, 3:1027]
-    times = []
+    best = []
     for factor in (b, b.contiguous()):
         products.product(a, factor)
-        start = time.perf_counter()
-        products.product(a, factor)
-        times.append(time.perf_counter() - start)
-    assert times[0] < 30 * times[1]
+        times = []
+        for _ in range(5):  # another process may take the core in any of them
+            start = time.perf_counter()
+            products.product(a, factor)
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    assert best[0] < 30 * best[1]
 
 
 def test_large_products_are_onednns_unless_it_is_off() -> None:
