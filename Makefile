@@ -76,9 +76,9 @@ grid: .venv/.installed ## Compare every layout of up to 8 processes with one pro
 	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)
 	.venv/bin/python -W ignore tools/run_layouts.py --output benchmarks/results/layouts.json
 
-# One worker a core, at most eight: the tests that start processes wait for each other half of the time, and another test
-# has the cores then. A worker that is through with its own half of the tests takes some of another's. ARGS="-n 0" keeps
-# everything in one process, for a debugger.
+# One worker for each core, at most eight. Tests that start processes often wait for them, and another test has the cores
+# meanwhile. worksteal gives a worker a run of tests that share fixtures, and one that has finished takes tests from
+# another. ARGS="-n 0" stays in one process, for a debugger.
 WORKERS = -n logical --maxprocesses 8 --dist worksteal
 
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
