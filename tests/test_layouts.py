@@ -15,7 +15,6 @@ from run_layouts import LAYOUTS, overrides, train
 
 from gspo_megatron.testing.commands import metrics, rollouts
 
-
 SHORT = ("precision.dtype=fp64", "train.warm_start_batch=16")
 """Half of the tool's warm start, which takes most of a run's time: it only has to find some right answers."""
 
