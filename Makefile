@@ -76,10 +76,18 @@ grid: .venv/.installed ## Compare every layout of up to 8 processes with one pro
 	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)
 	.venv/bin/python -W ignore tools/run_layouts.py --output benchmarks/results/layouts.json
 
+# One worker for each core, at most eight. Tests that start processes often wait for them, and another test has the cores
+# meanwhile. worksteal gives a worker a run of tests that share fixtures, and one that has finished takes tests from
+# another. ARGS="-n 0" stays in one process, for a debugger.
+WORKERS = -n logical --maxprocesses 8 --dist worksteal
+
 test: .venv/.installed ## Run the test-suite (ARGS="-k objective")
-test-next: .venv-next/.installed ## Run it with the next Megatron-Core
+test-next: .venv-next/.installed ## Run what depends on Megatron-Core with the next one
+# A test file that never reaches Megatron-Core, by any import, has nothing new to show there: tests/support/imports.py
+# reads that from the imports. A file that ARGS names runs all the same.
+test-next: SELECTED = --depends-on-megatron
 test test-next:
-	$(<D)/bin/python -m pytest $(ARGS)
+	$(<D)/bin/python -m pytest $(WORKERS) $(SELECTED) $(ARGS)
 
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)

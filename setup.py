@@ -31,6 +31,6 @@ setup(
         "hf": ["datasets", "safetensors", "transformers"],
         "plot": ["matplotlib"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

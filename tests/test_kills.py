@@ -27,13 +27,14 @@ import gspo_megatron.mcore.saving  # noqa: F401  (both for the forked ranks)
 from gspo_megatron.run.stop import STOPPED
 from gspo_megatron.testing.commands import forked, metrics, rollouts
 from gspo_megatron.testing.local_ranks import RankError, run_distributed
+from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
 CONFIG = """
 run: {seed: 3}
 model: {num_layers: 2, hidden_size: 16, num_attention_heads: 4, num_query_groups: 2, head_dim: 8, num_experts: 4,
         expert_ffn_size: 16, max_sequence_length: 16, init_std: 0.2}
-parallel: {ep: 2, timeout_s: 20}
+parallel: {ep: 2}
 precision: {device: cpu}
 data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 4}, eval_size: 6,
        tokenizer: "characters:0123456789>"}
@@ -80,7 +81,7 @@ def _signal_in(kill: Kill) -> None:
     def watched(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == kill.call:
             os.kill(os.getpid(), kill.number)
-            time.sleep(0.5)  # for the thread that hears of it
+            time.sleep(0.5 * time_factor())  # for the thread that hears of it
         return own(*args, **kwargs)
 
     setattr(owner, name, watched)
@@ -89,7 +90,8 @@ def _signal_in(kill: Kill) -> None:
 def arguments_of(folder: Path, run: str, *settings: str) -> list[str]:
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    return ["--config", str(config), f"run.dir={folder / run}", "checkpoint.load=latest", *settings]
+    limit = f"parallel.timeout_s={20 * time_factor()}"
+    return ["--config", str(config), f"run.dir={folder / run}", "checkpoint.load=latest", limit, *settings]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_last_bit(tmp_pat
 
 def test_the_clock_stops_a_run(tmp_path: Path, undisturbed: Path) -> None:
     for _ in range(30):
-        again = arguments_of(tmp_path, "run", "checkpoint.exit_after_s=1.5")
+        again = arguments_of(tmp_path, "run", f"checkpoint.exit_after_s={1.5 * time_factor()}")
         statuses = run_distributed(attempt, 2, again, None, like_torchrun=True)
         assert statuses in ([STOPPED, STOPPED], [0, 0])
         if statuses == [0, 0]:
@@ -232,7 +234,7 @@ def test_torchrun_restarts_a_run(tmp_path: Path, undisturbed: Path) -> None:
     script.write_text(RESTARTED.format(paths=[str(Path(__file__).parent), *sys.path], where=where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command = [*launcher, str(script), *arguments_of(tmp_path, "run"), "checkpoint.load=none"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180 * time_factor())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "restarted by torchrun: continuing from the newest checkpoint" in done.stdout
     assert_same_run(tmp_path / "run", undisturbed)

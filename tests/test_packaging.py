@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import gspo_megatron
+from gspo_megatron.testing.time_limits import time_factor
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -50,7 +51,8 @@ def read_pins(name: str, python: str) -> dict[str, str]:
 def run(*command: str, **environment: str) -> str:
     """Output of the command, which sees nothing of a make or a Slurm job that this test itself may run in."""
     environment = {"PATH": os.environ["PATH"], **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    limit_s = 60 * time_factor()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -111,11 +113,13 @@ def test_make_help_lists_every_target():
         run("make", "--dry-run", target)
 
 
-@pytest.mark.parametrize("target", ["test", "test-next"])
-def test_make_runs_the_suite_in_its_own_environment(target):
-    folder = {"test": ".venv", "test-next": ".venv-next"}[target]
+@pytest.mark.parametrize(
+    ("target", "folder", "selected"), [("test", ".venv", ""), ("test-next", ".venv-next", "--depends-on-megatron")]
+)
+def test_make_runs_the_suite_in_its_own_environment(target, folder, selected):
     commands = run("make", "--dry-run", "--always-make", target, "TORCH=torch==2.11.0", "ARGS=-k one").splitlines()
-    assert commands[-1] == f"{folder}/bin/python -m pytest -k one"
+    workers = "-n logical --maxprocesses 8 --dist worksteal"
+    assert commands[-1].split() == f"{folder}/bin/python -m pytest {workers} {selected} -k one".split()
     assert f"{folder}/bin/pip install torch==2.11.0" in commands
     assert not any("requirements/torch.txt" in command for command in commands)
 

@@ -19,6 +19,7 @@ from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * time_factor(),
     )
 
 

@@ -305,7 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", default="dp=1", help="the layout to compare it with (default: one process)")
     parser.add_argument("--max-processes", type=int, default=16, help="a larger layout is reduced (default: 16)")
     parser.add_argument("--worst", type=int, default=8, help="gradients shown, worst first (default: 8)")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of each layout's run (default: 600)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=600.0, help="of each layout's run on a quiet machine (default: 600)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(argv)
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import gspo_megatron.mcore.sampler
 import gspo_megatron.mcore.saving  # noqa: F401  (both for the forked ranks)
 from gspo_megatron.testing.local_ranks import run_distributed
+from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
 MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
@@ -29,7 +30,8 @@ def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 18
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "gspo_megatron.train", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    limit_s = timeout_s * time_factor()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -34,6 +34,7 @@ from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.testing.time_limits import time_factor
 
 Result = TypeVar("Result")
 
@@ -96,7 +97,7 @@ class Replicas:
 
     def __init__(self, size: int) -> None:
         self._parts: list[list[Any]] = [[] for _ in range(size)]
-        self._meeting = threading.Barrier(size, timeout=30)
+        self._meeting = threading.Barrier(size, timeout=30 * time_factor())
         self.ranks = [_Replica(self, rank, size) for rank in range(size)]
 
     def gather(self, rank: int, mine: list[Any]) -> list[Any]:

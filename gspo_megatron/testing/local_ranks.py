@@ -30,6 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.testing.time_limits import time_factor
+
 # A server process imports torch once, and every rank is forked from it in milliseconds. A fork of the test process
 # itself would be as quick, but could inherit a lock that one of its threads holds; the server never computes.
 _context = multiprocessing.get_context("forkserver")
@@ -46,7 +48,8 @@ def run_distributed(
 
     The default process group exists when fn starts; with `like_torchrun` only the environment variables do, for fn to
     make it. A collective that waits longer than `timeout_s` raises in its rank; a rank that is stuck elsewhere is
-    killed soon after. No process outlives the call. fn, its arguments and its results are pickled.
+    killed soon after. Both limits are for a quiet machine, and time_factor() multiplies them. No process outlives the
+    call. fn, its arguments and its results are pickled.
     """
     # What the ranks would import one by one: assert_close and dispatch modes load the two torch modules at their first
     # use, the tests in hand have loaded the rest. The server reads the list when it starts, at the first call.
@@ -55,21 +58,22 @@ def run_distributed(
     with tempfile.TemporaryDirectory() as folder:
         store = None if like_torchrun else Path(folder, "store")
         processes, readers, port = [], [], _free_port()
+        collective_s = timeout_s * time_factor()
         try:
             for rank in range(world_size):
                 reader, writer = _context.Pipe(duplex=False)
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
                 environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                process = _context.Process(target=_run_rank, args=(fn, args, environment, store, timeout_s, writer))
+                process = _context.Process(target=_run_rank, args=(fn, args, environment, store, collective_s, writer))
                 process.start()
                 writer.close()
                 processes.append(process)
                 readers.append(reader)
-            results = _collect(readers, time.monotonic() + timeout_s + 10)
+            results = _collect(readers, timeout_s + 10)
             for process in processes:
                 # Left to itself a rank ends what it started, such as the helper process of Megatron's checkpoint
                 # writer.
-                process.join(10)
+                process.join(10 * time_factor())
             return results
         finally:
             for process in processes:
@@ -109,13 +113,18 @@ def _run_rank(
     out.send_bytes(pickle.dumps(report))
 
 
-def _collect(readers: list[Connection], deadline: float) -> list[Any]:
+def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
+    started, limit_s = time.monotonic(), 0.0
     while len(results) < len(readers):
         missing = [rank for rank in range(len(readers)) if rank not in results]
-        ready = wait([readers[rank] for rank in missing], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RankError(f"ranks {missing} of {len(readers)} did not finish in time")
+        ready: list[Any] = []
+        while not ready:
+            limit_s = max(limit_s, timeout_s * time_factor())
+            left_s = started + limit_s - time.monotonic()
+            if left_s < 0:
+                raise RankError(f"ranks {missing} of {len(readers)} did not finish within {limit_s:.0f} s")
+            ready = wait([readers[rank] for rank in missing], left_s)
         errors = []
         for rank in (rank for rank in missing if readers[rank] in ready):
             try:

@@ -27,6 +27,7 @@ from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.objective import LikelihoodObjective, Segments
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
+from gspo_megatron.testing.time_limits import time_factor
 from tests.support.small import SMALL
 
 TINY = """
@@ -159,7 +160,7 @@ def test_against_trl(tmp_path: Path) -> None:
     command = [sys.executable, bench_step.__file__, "--config", str(tmp_path / "tiny.yaml"), "--against", "trl"]
     command += ["--steps", "2", "--warmup", "1", "--experts", "eager", "--output", str(tmp_path / "out.json")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120 * time_factor())
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["largest_difference_of_logits"] < 1e-5

@@ -29,6 +29,7 @@ from gspo_megatron.checkpoint.directory import CheckpointDirectory, outdated
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.manifest import verify
 from gspo_megatron.checkpoint.names import name_of, position_of
+from gspo_megatron.testing.time_limits import time_factor
 
 # The child is this process as it stands, so it starts in milliseconds.
 _fork = multiprocessing.get_context("fork")
@@ -585,7 +586,7 @@ def test_one_run_a_directory_until_its_process_dies(tmp_path: Path) -> None:
     child = _fork.Process(target=hold, args=(run, held))
     child.start()
     try:
-        assert held.wait(20)
+        assert held.wait(20 * time_factor())
         with pytest.raises(ConfigError) as error, RunLock(run):
             pass
         holder = f"process {child.pid} on {socket.gethostname()}, started 20"

@@ -34,6 +34,7 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
+from gspo_megatron.testing.time_limits import time_factor
 from tests.support.small import SMALL
 
 SETTINGS = (
@@ -296,7 +297,7 @@ def test_the_cuda_lane_trains(dtype: str, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 * time_factor(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nccl" in done.stdout

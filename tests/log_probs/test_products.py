@@ -85,13 +85,16 @@ def test_small_products_compile_nothing() -> None:
 def test_a_factor_with_gaps_is_not_left_to_the_reference_kernel(library: str) -> None:
     """oneDNN multiplies any strides, but takes about a thousand times as long for some."""
     a, b = torch.randn(64, 512), torch.randn(512, 2048)[:, 3:1027]
-    times = []
+    best = []
     for factor in (b, b.contiguous()):
         products.product(a, factor)
-        start = time.perf_counter()
-        products.product(a, factor)
-        times.append(time.perf_counter() - start)
-    assert times[0] < 30 * times[1]
+        times = []
+        for _ in range(5):  # another process may take the core in any of them
+            start = time.perf_counter()
+            products.product(a, factor)
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    assert best[0] < 30 * best[1]
 
 
 def test_large_products_are_onednns_unless_it_is_off() -> None:
@@ -110,11 +113,11 @@ def test_large_products_are_onednns_unless_it_is_off() -> None:
 
 
 def grown_mib(row_counts: list[int]) -> float:
-    """What a process takes over the first hundred calls with these row counts."""
+    """What a process takes after the first fifty calls with these row counts."""
     weight_VH = torch.randn(1408, 256).requires_grad_()
     device = open_device("cpu", "fp32")
     for number, rows in enumerate(row_counts):
-        if number == 100:
+        if number == 50:
             before_gib = device.memory_gib()
         hidden_NH = torch.randn(rows, 256).requires_grad_()
         log_probs_N, _ = linear_log_probs(hidden_NH, weight_VH, torch.zeros(rows, dtype=torch.int64), validate=False)
@@ -123,9 +126,9 @@ def grown_mib(row_counts: list[int]) -> float:
 
 
 def test_ragged_micro_batches_do_not_fill_the_memory_with_kernels() -> None:
-    """Without rounding rows up these took 350 MiB, with it 2."""
+    """Without rounding rows up these took 230 MiB, with it 6."""
     rng = torch.Generator().manual_seed(0)
-    [mib] = run_distributed(grown_mib, 1, torch.randint(300, 1024, (250,), generator=rng).tolist())
+    [mib] = run_distributed(grown_mib, 1, torch.randint(300, 1024, (130,), generator=rng).tolist())
     assert mib < 60
 
 

@@ -21,17 +21,19 @@ from gspo_megatron.device import open_device
 from gspo_megatron.monitor import watchdog
 from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.testing.local_ranks import run_distributed
+from gspo_megatron.testing.time_limits import time_factor
 
 ROOT = Path(__file__).parents[2]
 HERE = f"host {re.escape(socket.gethostname())}"
 
 
-def meet(what: str, last: int, timeout_s: float = 2.0) -> tuple[str, str]:
-    """Two all-reduces, in phases of their own; before the second, rank `last` does `what`. Returns the error that ended
-    this rank, and what the watchdog said."""
+def meet(what: str, last: int, slower: float, timeout_s: float = 2.0) -> tuple[str, str]:
+    """Two all-reduces, in phases of their own; before the second, rank `last` does `what`. Every time is `slower` times
+    as long. Returns the error that ended this rank, and what the watchdog said."""
     # Tests need not wait as long as runs do.
-    watchdog.BEAT_S = 0.3
+    watchdog.BEAT_S = 0.3 * slower
     device = open_device("cpu", "fp32")
+    timeout_s *= slower
     device.start_processes(timeout_s)
     error = ""
     with contextlib.redirect_stderr(io.StringIO()) as printed:
@@ -41,7 +43,7 @@ def meet(what: str, last: int, timeout_s: float = 2.0) -> tuple[str, str]:
                 torch.distributed.all_reduce(torch.zeros(1))
                 out.note("step 1, update 2" if device.rank != last else "step 1, scoring")
                 if device.rank == last:
-                    do(what)
+                    do(what, slower)
                 torch.distributed.all_reduce(torch.zeros(1))
         except Exception as raised:
             error = type(raised).__name__
@@ -49,21 +51,22 @@ def meet(what: str, last: int, timeout_s: float = 2.0) -> tuple[str, str]:
     return error, printed.getvalue()
 
 
-def do(what: str) -> None:
+def do(what: str, slower: float) -> None:
     if what == "stop":
-        time.sleep(0.5)
-        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        time.sleep(0.5 * slower)
+        subprocess.Popen(["sh", "-c", f"sleep {9 * slower}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "fail":
         raise ValueError("no such reward\nand more")
     elif what == "refuse":
         raise DataError("prompt 3 is empty")
     elif what == "be slow":
-        time.sleep(4)
+        time.sleep(4 * slower)
 
 
 def test_a_rank_that_stands_still_is_named() -> None:
-    (first, told), (second, also_told), _ = run_distributed(meet, 3, "stop", 2, 6.0, like_torchrun=True)
+    slower = time_factor()
+    (first, told), (second, also_told), _ = run_distributed(meet, 3, "stop", 2, slower, 6.0, like_torchrun=True)
     assert first == second == "RuntimeError"
     pattern = (
         rf"missing rank: rank 2 \({HERE}\) was last heard of (\d+) s ago in step 1, scoring; "
@@ -72,21 +75,21 @@ def test_a_rank_that_stands_still_is_named() -> None:
     # Rank 0 speaks when half the time-out is over, both do when their collective fails.
     assert len(re.findall(pattern.format(0), told)) == 2 and len(told.splitlines()) == 2, told
     [seconds] = re.findall(pattern.format(1), also_told)
-    assert len(also_told.splitlines()) == 1 and 6 <= int(seconds) <= 9
+    assert len(also_told.splitlines()) == 1 and 6 * slower - 1 <= int(seconds) <= 9 * slower
 
 
 @pytest.mark.parametrize(
     ("what", "error"), [("fail", "ValueError: no such reward"), ("refuse", "DataError: prompt 3 is empty")]
 )
 def test_the_rank_that_failed_first_is_named(what: str, error: str) -> None:
-    (ended, told), (own, silent) = run_distributed(meet, 2, what, 1, like_torchrun=True)
+    (ended, told), (own, silent) = run_distributed(meet, 2, what, 1, time_factor(), like_torchrun=True)
     assert ended == "RuntimeError" and own == error.split(":")[0] and silent == ""
     assert f"failed first, in step 1, scoring: {error}; this is rank 0, in step 1, update 2" in told
 
 
 def test_a_rank_that_is_slow_is_not_missing() -> None:
     """It still writes its notes: half-way to when the others give up on it, the first says where it is."""
-    results = run_distributed(meet, 2, "be slow", 1, like_torchrun=True)
+    results = run_distributed(meet, 2, "be slow", 1, time_factor(), like_torchrun=True)
     (first, told), (second, also_told) = results
     assert (first, second) == ("RuntimeError", "RuntimeError")
     assert re.search(
@@ -96,12 +99,12 @@ def test_a_rank_that_is_slow_is_not_missing() -> None:
 
 
 def test_no_news_is_good_news() -> None:
-    assert run_distributed(meet, 2, "nothing", 1, like_torchrun=True) == [("", "")] * 2
+    assert run_distributed(meet, 2, "nothing", 1, time_factor(), like_torchrun=True) == [("", "")] * 2
 
 
 CONFIG = """
 model: {num_layers: 1, hidden_size: 16, num_experts: 2, expert_ffn_size: 16, max_sequence_length: 16}
-parallel: {ep: 2, timeout_s: 20}
+parallel: {ep: 2}
 precision: {device: cpu}
 data: {tokenizer: "characters:0123456789>", task: {min_length: 1, max_length: 4}, eval_size: 4}
 rollout: {prompts_per_step: 4, group_size: 2, max_new_tokens: 4}
@@ -117,7 +120,8 @@ def test_the_command_names_the_rank_that_was_killed(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gspo_megatron.train", "--config", "config.yaml", "run.dir=run"]
+    settings = ["--config", "config.yaml", "run.dir=run", f"parallel.timeout_s={20 * time_factor()}"]
+    command = [sys.executable, "-m", "gspo_megatron.train", *settings]
     ranks = [
         subprocess.Popen(
             command,
@@ -131,11 +135,12 @@ def test_the_command_names_the_rank_that_was_killed(tmp_path: Path) -> None:
     ]
     try:
         rows = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (rows.exists() and len(rows.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+        started = time.monotonic()
+        while not (rows.exists() and len(rows.read_text().splitlines()) > 2):
+            assert ranks[0].poll() is None and time.monotonic() - started < 120 * time_factor(), "no rows of metrics"
             time.sleep(0.1)
         ranks[1].kill()
-        _, told = ranks[0].communicate(timeout=60)
+        _, told = ranks[0].communicate(timeout=60 * time_factor())
     finally:
         for process in ranks:
             process.kill()

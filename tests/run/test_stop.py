@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.run.stop import SAME_S, StopRequest
+from gspo_megatron.testing.time_limits import time_factor
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,18 +48,19 @@ def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals
         """
     )
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=20 * time_factor())
     assert (child.returncode, out, err) == (0, f"{number.name} True\n", "")
 
 
 def test_signals_that_come_together_are_one() -> None:
     """Slurm signals every process of a job, and torchrun hands on what it gets."""
     child = process(
-        """
-        stop.URGENT_S = 0.5
+        f"""
+        stop.URGENT_S, stop.SAME_S = 0.5, {SAME_S * time_factor()}
         with StopRequest(grace_s=60) as asked:
             print("ready", flush=True)
-            time.sleep(1)
+            while not asked():
+                time.sleep(0.01)
             time.sleep(1.5)
         print("saved")
         """
@@ -66,7 +68,7 @@ def test_signals_that_come_together_are_one() -> None:
     for _ in range(5):
         child.send_signal(signal.SIGTERM)
         time.sleep(0.02)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=20 * time_factor())
     assert (child.returncode, out, err) == (0, "saved\n", "")
 
 
@@ -74,18 +76,20 @@ def test_a_second_signal_leaves_little_time() -> None:
     child = process(
         """
         stop.URGENT_S, stop.SAME_S = 0.5, 0.1
-        with StopRequest(grace_s=60) as asked:
+        with StopRequest(grace_s=600) as asked:
             print("ready", flush=True)
-            time.sleep(1)
-            time.sleep(30)
+            while not asked():
+                time.sleep(0.01)
+            time.sleep(2 * stop.SAME_S)
+            print("heard", flush=True)
+            time.sleep(600)
         """
     )
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    started = time.monotonic()
+    assert child.stdout and child.stdout.readline() == "heard\n"
     child.send_signal(signal.SIGUSR1)
-    _, err = child.communicate(timeout=20)
-    assert child.returncode == 1 and time.monotonic() - started < 5
+    _, err = child.communicate(timeout=5 * time_factor())
+    assert child.returncode == 1
     assert "SIGUSR1, a second signal: 0.5 s are left to save" in err
     assert "most recent call first" in err and 'File "<string>"' in err
 
@@ -102,7 +106,7 @@ def test_a_process_that_hangs_is_ended_with_its_stacks() -> None:
         """
     )
     child.send_signal(signal.SIGTERM)
-    _, err = child.communicate(timeout=20)
+    _, err = child.communicate(timeout=20 * time_factor())
     assert child.returncode == 1
     assert "Timeout (0:00:00.500000)!" in err and err.count("most recent call first") >= 2
 
@@ -121,7 +125,7 @@ def test_handlers_are_given_back() -> None:
     for _ in range(3):
         with StopRequest() as stop_request:
             os.kill(os.getpid(), signal.SIGUSR1)
-            deadline = time.monotonic() + SAME_S
+            deadline = time.monotonic() + SAME_S * time_factor()
             while not stop_request.is_set() and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert stop_request.reason == "SIGUSR1"

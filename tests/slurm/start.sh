@@ -69,11 +69,11 @@ $root slurmctld -c -f "$SLURM_CONF"
 $root slurmd -N n1 -f "$SLURM_CONF"
 $root slurmd -N n2 -f "$SLURM_CONF"
 
-for ((second = 0; second < 25; second++)); do
+for ((second = 0; second < 120; second++)); do
     [[ $(sinfo --noheader --format=%t 2> /dev/null) == idle ]] && exit
     sleep 1
 done
-echo "$0: two nodes are not idle after 25 s:" >&2
+echo "$0: two nodes are not idle after 120 s:" >&2
 sinfo >&2 || true
 $root tail -n 5 "$directory"/*.log >&2
 exit 1

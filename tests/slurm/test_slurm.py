@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.testing.time_limits import time_factor
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.slurm
 
 
 def slurm(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60 * time_factor()).stdout
 
 
 class Job:
@@ -59,14 +61,16 @@ class Job:
         return "".join(path.read_text() for path in self.directory.glob("gspo-*.log"))
 
     def wait_until(self, what: str, reached: Callable[[], bool], timeout_s: float = 240) -> None:
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
         while True:
+            limit_s = timeout_s * time_factor()
             # Asked first: a job that has ended changes nothing any more.
             state = self.shows("JobState")
             if reached():
                 return
             assert state not in ENDED, f"{state} before {what}\n{self.log()[-5000:]}"
-            assert time.monotonic() < deadline, f"{state}, but not {what} after {timeout_s} s\n{self.log()[-5000:]}"
+            late = f"{state}, but not {what} after {limit_s:.0f} s\n{self.log()[-5000:]}"
+            assert time.monotonic() - started < limit_s, late
             time.sleep(0.5)
 
     def wait_for_rows(self, number: int) -> None:
@@ -91,11 +95,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # What jobs inherit: torchrun, the rewards of tiny.yaml, and no more threads than cores.
         environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         environment.setenv("PYTHONPATH", f"{ROOT}:{HERE}")
-        subprocess.run([HERE / "start.sh", directory], check=True, timeout=300)
+        subprocess.run([HERE / "start.sh", directory], check=True, timeout=300 * time_factor())
         try:
             yield
         finally:
-            subprocess.run([HERE / "stop.sh", directory], check=True, timeout=120)
+            subprocess.run([HERE / "stop.sh", directory], check=True, timeout=120 * time_factor())
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,15 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from gspo_megatron.testing.time_limits import time_factor
+
 Result = TypeVar("Result")
 
 
 def in_parts(size: int, function: Callable[[int, Callable[[Tensor], Tensor]], Result]) -> list[Result]:
     """[function(part, over_ranks) for each part]. over_ranks waits for all parts and returns the sum of what they
     passed; each gets a sum of its own, so that a gradient comes back from all of them, as an all-reduce brings it."""
-    meeting = threading.Barrier(size, timeout=10)
+    meeting = threading.Barrier(size, timeout=10 * time_factor())
     passed: list[Tensor | None] = [None] * size
 
     def over_ranks(part: int, partial_S: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.testing.time_limits import time_factor
 
 # ---------------------------------------------------------------------------------------------------- writing a layout
 
@@ -250,7 +251,7 @@ def test_the_command_prints_a_table_and_nothing_else(config: str) -> None:
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * time_factor(),
     )
     assert (done.returncode, done.stderr) == (0, "")
     reference, layout, *table = done.stdout.splitlines()

@@ -1,0 +1,52 @@
+"""What `make test-next` leaves out: tests that no import leads to Megatron-Core."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.imports import ROOT, depends_on_megatron, reached
+
+TESTS = ROOT / "tests"
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("mcore/test_model.py", "imports gspo_megatron.mcore"),
+        ("mcore/test_optimizer.py", "imports a test beside it that does"),
+        ("test_layouts.py", "imports a tool that starts runs"),
+        ("test_golden.py", "imports the command, which imports mcore in a function"),
+        ("monitor/test_watchdog.py", "starts the command"),
+        ("log_probs/test_triton_kernels.py", "imports Triton"),
+    ],
+)
+def test_what_reaches_megatron_is_repeated(file: str, how: str) -> None:
+    assert depends_on_megatron(TESTS / file), how
+
+
+@pytest.mark.parametrize("folder", ["objective", "data", "rewards", "rollout", "checkpoint", "config", "layout"])
+def test_a_room_below_megatron_is_left_out(folder: str) -> None:
+    assert not any(depends_on_megatron(file) for file in (TESTS / folder).glob("test_*.py"))
+
+
+def test_others_that_have_nothing_to_show_there() -> None:
+    assert not depends_on_megatron(TESTS / "test_packaging.py") and not depends_on_megatron(TESTS / "test_layers.py")
+    assert not depends_on_megatron(TESTS / "run" / "test_trainer.py")
+    assert {"torch", "numpy"} <= reached(TESTS / "run" / "test_trainer.py")
+
+
+def collected(*arguments: str) -> set[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {Path(line.split("::")[0]).name for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_the_option_leaves_files_out_unless_they_are_named() -> None:
+    option, objective, run = "--depends-on-megatron", "tests/objective", "tests/mcore/test_experts.py"
+    assert "test_objective.py" in collected(objective)
+    assert collected(option, objective, run) == {"test_experts.py"}
+    assert collected(option, f"{objective}/test_segments.py") == {"test_segments.py"}
