@@ -1,1 +1,1 @@
-"""Measurements, and under results/ what they found: `python -m benchmarks.step --help`."""
+"""Benchmarks, with their results in results/: `python -m benchmarks.step --help`."""

@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint: a save that is waited for, one in the background, and a load.
+"""How long a checkpoint pauses training: a blocking save, a background save, and a load.
 
     python -m benchmarks.checkpoint --output benchmarks/results/bench_checkpoint.json          (part of `make bench`)
 
-One process, float32, a model whose weights and Adam moments are about --gib. Beside them, in the same run, what the
-disk takes: a plain file of as many bytes, written and synced.
+One process, float32, a model whose weights and Adam moments are about --gib. For comparison, the same run writes and
+syncs a plain file of as many bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = ["precision.device=cpu", "model.hidden_size=512", "model.num_layers=4", "model.expert_ffn_size=512"]
     one = load_config(None, [*settings, "model.vocab_size=1024", "model.num_experts=2"])
-    # The vocabulary takes what is missing to the size that was asked for.
+    # The vocabulary makes up the rest of the requested size.
     wanted = options.gib * 2**30 / BYTES_PER_PARAMETER
     rest = count_parameters(one.model.shape).total(4, 2) - 2 * 1024 * 512
     config = load_config(None, [*settings, f"model.vocab_size={int((wanted - rest) / 1024)}", "model.num_experts=2"])
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(checkpoints: MegatronCheckpoints, policy: MegatronPolicy, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of each, medians over `repeats`; the first background save, which takes its memory, by itself."""
+    """Seconds of each, medians over `repeats`; the first background save, which allocates memory, separately."""
     steps = itertools.count(1)
 
     def save(*, wait: bool) -> float:
@@ -118,7 +118,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def write(path: Path, num_bytes: int) -> None:
-    """A file of random bytes, one block again and again, synced."""
+    """A file of random bytes, one block repeated, synced."""
     block = os.urandom(16 << 20)
     with path.open("wb") as file:
         for start in range(0, num_bytes, len(block)):

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: ratios, the machine, versions, tables in Markdown files."""
+"""Shared by the benchmarks: ratios, the machine, versions, tables in Markdown files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machine(device: Device, threads: int) -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those packages that are installed."""
     found = {}
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -31,19 +31,23 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def median_ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Of the ratios of single turns, which share what else the machine does."""
+    """The median of the ratios within each turn, in which both saw the same load of the machine."""
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; short rows are filled up."""
+    """A Markdown table; short rows are padded."""
     rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write_between_marks(path: Path, mark: str, text: str) -> None:
-    """Replaces what stands between `<!-- mark -->` and `<!-- end of mark -->`. Raises ValueError where they are not."""
+    """Replaces the text between `<!-- mark -->` and `<!-- end of mark -->`.
+
+    Raises:
+        ValueError: the file does not have these marks.
+    """
     marks = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end of {mark} -->)", re.DOTALL)
     old = path.read_text()
     if not marks.search(old):

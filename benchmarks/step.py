@@ -5,7 +5,7 @@
     python -m benchmarks.step --from benchmarks/results/bench_step*.json --markdown docs/benchmarks.md    # tables only
 
 The config's own warm start comes first (shorten it with train.warm_start_steps=N), then --warmup steps that are not
-counted. Nothing is saved. Medians over steps, from the main process's clock. Beside something else, in the same run:
+counted. Nothing is saved. Medians over steps, from the main process's clock. Compared with a baseline in the same run:
 
     --against pretraining   an update and a plain Megatron-Core pre-training step (step_vs_pretraining.py)
     --against trl           a step and one of TRL's GRPOTrainer (step_vs_trl.py), one process each; needs trl
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rewrite(files: list[Path], markdown: Path) -> None:
-    """Puts the tables of earlier results into a Markdown file that lies above them."""
+    """Puts the tables of earlier results into a Markdown file in a directory above them."""
     names = {path: f"[{path.stem}]({path.resolve().relative_to(markdown.resolve().parent)})" for path in files}
     for kind, text in tables({names[path]: json.loads(path.read_text()) for path in files}).items():
         write_between_marks(markdown, kind, text)
 
 
 def measured(config: Config, device: Device, options: argparse.Namespace) -> dict[str, Any]:
-    """What this process, or those of torchrun, measured together."""
+    """Measures on this process, or on those of torchrun together."""
     with open_trainer(settle(config, device.world_size), device, Console(on=device.rank == 0)) as trainer:
         if options.against == "pretraining":
             from benchmarks.step_vs_pretraining import measure

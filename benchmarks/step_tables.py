@@ -1,4 +1,4 @@
-"""Tables of what benchmarks/step.py measured, one for each kind of comparison: Markdown, the ratio first."""
+"""Markdown tables of the results of benchmarks/step.py, one for each kind of comparison, the ratio first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = dict[str, Any]
 
 
 def tables(results: Mapping[str, Result]) -> dict[str, str]:
-    """By kind, from results by the name of their run."""
+    """Tables by kind, from results by the name of their run."""
     makers = {"step": parts_table, "step-trl": trl_table, "step-pretraining": pretraining_table}
     found = {}
     for kind, make in makers.items():

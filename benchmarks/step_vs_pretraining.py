@@ -1,17 +1,18 @@
-"""What a GSPO update costs beside a plain Megatron-Core pre-training step of the same shape, on the same tokens.
+"""The cost of a GSPO update against a plain Megatron-Core pre-training step of the same shape, on the same tokens.
 
-Both have the same settings, layout, weights, packed micro-batches, attention core (Megatron's local one refuses packed
-sequences), pipeline schedule, gradient buffers and optimizer. What differs is what comes behind the hidden states, and
+Both have the same settings, layout, weights, packed micro-batches, attention core (Megatron's local one rejects packed
+sequences), pipeline schedule, gradient buffers and optimizer. They differ in what follows the hidden states, and
 around the optimizer:
 
     pretraining           GPTModel.forward to logits, Megatron's vocab-parallel cross-entropy of every token that has
                           one before it, in the sequence; optimizer.step()
     update                MegatronPolicy.update: log-probs of the response tokens, ratios to old ones, which are given,
-                          the clipped objective, its metrics, the question whether to accept; the optimizer
+                          the clipped objective, its metrics, the check of loss and norm; the optimizer
     update_every_token    the same where every token counts as one of the response: as much work on the vocabulary
 
-The sequences are the run's training prompts with their solutions; advantages are +1 and -1 in turn, so that none drops
-out. The learning rate is 0: every update finds the same weights, and ratio 1, so that nothing is clipped, and skipped.
+The sequences are the run's training prompts with their solutions. Advantages alternate between +1 and -1, so that no
+sequence is dropped. The learning rate is 0: every update has the same weights and ratios of 1, so that nothing is
+clipped and skipped.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from gspo_megatron.run.trainer import Trainer
 
 
 class Pretraining:
-    """The step of a plain pre-training loop, at a learning rate of 0. `policy` lends it model, gradient buffers and
-    optimizer."""
+    """The step of a plain pre-training loop, at a learning rate of 0, with the model, gradient buffers and optimizer of
+    `policy`."""
 
     def __init__(self, policy: MegatronPolicy) -> None:
         self.policy = policy
@@ -50,7 +51,7 @@ class Pretraining:
 
     def step(self, batch: UpdateBatch) -> tuple[float, float]:
         """loss = -(1 / num_tokens) sum_t log pi(y_t), over every target of the batch. Returns this rank's share of it,
-        0 off the last pipeline stage, and the norm of its gradient."""
+        0 before the last pipeline stage, and the norm of its gradient."""
         for chunk in self.policy.chunks:
             chunk.zero_grad_buffer()
         self.policy.optimizer.zero_grad()
@@ -62,7 +63,7 @@ class Pretraining:
             data_iterator=[iter(micro_batches) for _ in self.policy.chunks],
             model=list(self.policy.chunks),
             num_microbatches=len(micro_batches),
-            seq_length=1,  # ragged micro-batches tell their lengths
+            seq_length=1,  # micro-batches are ragged; stages exchange their lengths
             micro_batch_size=1,
             forward_only=False,
         )
@@ -77,7 +78,7 @@ class Pretraining:
         model.rotary.prepare(packed)
         targets_T = micro_batch.targets_T.to(tokens_T.device, non_blocking=True)
         labels = targets_T.clamp(min=0)[None]
-        # PolicyModel's own forward ends in hidden states; that of its base class goes on to logits and cross-entropy.
+        # PolicyModel's own forward ends in hidden states; its base class continues to logits and cross-entropy.
         output = GPTModel.forward(model, tokens_T[None], None, None, labels=labels, packed_seq_params=packed)
 
         def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +129,8 @@ def measure(trainer: Trainer, config: Config, steps: int, warmup: int) -> dict[s
 
 
 def in_turn(works: dict[str, Callable[[], object]], rounds: int, device: Device) -> dict[str, list[float]]:
-    """Seconds of every piece of work in each round; a round begins with another one, so that none has a place of its
-    own."""
+    """Seconds of each work in every round. The order rotates from round to round, so that position does not favour
+    one."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for i in range(rounds):
         names = deque(works)

@@ -1,12 +1,12 @@
-"""A whole RL step beside that of TRL's GRPOTrainer with importance_sampling_level="sequence", on one CPU process each.
+"""A complete RL step against one of TRL's GRPOTrainer with importance_sampling_level="sequence", one CPU process each.
 
 TRL trains transformers' Qwen3MoeForCausalLM of the same sizes, with the weights that our policy has after its warm
-start: both then sample alike. Ahead of the first step the logits of the two models are compared. Same prompts in the
-same order, group size, longest response, vocabulary, EOS, rewards, clip, learning rate and number of updates for a
-batch of rollouts. The two take turns, a step each, in processes of their own: what else the machine does hits both.
+start, so both sample alike. The logits of the two models are compared before the first step. Same prompts in the same
+order, group size, longest response, vocabulary, EOS, rewards, clip, learning rate and number of updates for a batch of
+rollouts. The two alternate, a step each, in separate processes, so that other load on the machine affects both.
 
-A step of TRL lasts from the end of the one before to its own end, data loader included. Off is what a user who wants
-speed turns off: gradient checkpointing, mixed precision, reports, logs, progress bars, saving, the auxiliary loss.
+A step of TRL lasts from the end of the previous one to its own end, data loader included. What a user would turn off
+for speed is off: gradient checkpointing, mixed precision, reports, logs, progress bars, saving, the auxiliary loss.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(config: Config, steps: int, warmup: int, experts: str) -> dict[str, 
 
 @contextmanager
 def started(run: Callable[..., None], *args: Any) -> Iterator[Connection]:
-    """`run(connection, *args)` in a process of its own that has said it is ready; this end of the connection."""
+    """Runs `run(connection, *args)` in a new process; yields this end of the connection once it is ready."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=run, args=(there, *args))
@@ -93,13 +93,13 @@ def started(run: Callable[..., None], *args: Any) -> Iterator[Connection]:
 
 
 def turn(connection: Connection) -> tuple[float, float, int]:
-    """Lets the process at the other end make one step; its seconds, those of the processor, and tokens."""
+    """Lets the other process make one step; returns its seconds, its processor seconds, and its tokens."""
     connection.send(None)
     return connection.recv()
 
 
 def clocks() -> tuple[float, float]:
-    """The wall's, and the processor time of this process, which tells more where the machine does something else."""
+    """Wall-clock time, and processor time of this process, which is more reliable on a busy machine."""
     return time.perf_counter(), time.process_time()
 
 
@@ -112,7 +112,7 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
 
 
 def run_ours(connection: Connection, config: Config, steps: int, exchange: Path) -> None:
-    """Warm start, export, then a step a turn."""
+    """Warm start, export, then one step per turn."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = open_device("cpu", config.precision.dtype)
@@ -141,7 +141,7 @@ def run_ours(connection: Connection, config: Config, steps: int, exchange: Path)
 
 
 def prompts(trainer: Trainer, steps: int) -> list[dict[str, str]]:
-    """Those of `Trainer.sample`, step by step."""
+    """The prompts of `Trainer.sample`, step by step."""
     t, size = trainer.config.train, trainer.config.rollout.prompts_per_step
     first = t.warm_start_steps * t.warm_start_batch
     chosen = trainer.parts.warm_start.prompts.take(first, steps * size)
@@ -150,7 +150,7 @@ def prompts(trainer: Trainer, steps: int) -> list[dict[str, str]]:
 
 @torch.no_grad()
 def logits(policy: MegatronPolicy, samples: list[list[int]]) -> Tensor:
-    """[T, V] of all samples, packed one behind the other."""
+    """[T, V] of all samples, concatenated."""
     from gspo_megatron.log_probs import vocab_parallel_logits
     from gspo_megatron.mcore.packed_tokens import packed
 
@@ -165,8 +165,8 @@ def logits(policy: MegatronPolicy, samples: list[list[int]]) -> Tensor:
 
 
 def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, experts: str) -> None:
-    """A GRPOTrainer on the exported weights that makes a step a turn, then the difference of the logits and the
-    versions."""
+    """A GRPOTrainer on the exported weights that makes one step per turn, then sends the difference of the logits and
+    the versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     import accelerate
     import datasets
@@ -192,7 +192,7 @@ def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, 
         ]
 
     class Turns(transformers.TrainerCallback):
-        """Waits for the word at the border of two steps, and takes the time from there to the next border."""
+        """Waits for its turn between two steps, and times from there to the end of the next step."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             connection.recv()
@@ -225,7 +225,7 @@ def settings(config: Config, steps: int) -> dict[str, Any]:
     r, a, o, variant = config.rollout, config.algorithm, config.optimizer, Algorithm.of(config).variant
     names = {kind: dial.name for kind, dial in variant.dials.items()}
     if names != {"level": "sequence_mean", "clip": "ppo", "aggregate": "sequence_mean", "baseline": "mean_std"}:
-        raise ConfigError(f"algorithm.variant={a.variant} is not what TRL runs beside it; set algorithm.variant=gspo")
+        raise ConfigError(f"algorithm.variant={a.variant} is not what TRL runs here; set algorithm.variant=gspo")
     return {
         "importance_sampling_level": "sequence",
         "loss_type": "grpo",  # the mean over sequences of the mean over their tokens
@@ -271,7 +271,7 @@ def hf_model(m: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Tensor], e
     family = family_of(m.shape)
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     config = Qwen3MoeConfig(**family.hf_config(m.shape), **ids)
-    # It puts the experts of a layer together. What it returns is in evaluation mode, unlike a model that was built.
+    # It merges the experts of a layer. It returns a model in evaluation mode, unlike the constructor.
     model = Qwen3MoeForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).train()
     model.set_experts_implementation(experts)
     return model
@@ -279,7 +279,11 @@ def hf_model(m: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Tensor], e
 
 @torch.no_grad()
 def compare(model: Qwen3MoeForCausalLM, samples: list[list[int]], expected: Tensor) -> float:
-    """The largest difference of a logit. Raises RuntimeError where the models are not the same."""
+    """The largest difference of a logit.
+
+    Raises:
+        RuntimeError: the models are not the same.
+    """
     found = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in samples])
     difference = float((found - expected).abs().max())
     if not difference < TOLERANCE:
@@ -288,7 +292,11 @@ def compare(model: Qwen3MoeForCausalLM, samples: list[list[int]], expected: Tens
 
 
 def hf_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with the ids of ours. Raises ConfigError where a text is not one token a character."""
+    """A fast tokenizer with the ids of ours.
+
+    Raises:
+        ConfigError: a text is not one token per character.
+    """
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
@@ -300,5 +308,5 @@ def hf_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> PreTrainedTokenizerF
     fast.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", padding_side="left")
     if wrapped(texts)["input_ids"] != [tokenizer.encode(text) for text in texts]:
-        raise ConfigError("data.tokenizer must be one of characters, such as characters:0123456789>, to run beside TRL")
+        raise ConfigError("data.tokenizer must be a character tokenizer, such as characters:0123456789>, for TRL")
     return wrapped

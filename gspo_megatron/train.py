@@ -1,8 +1,8 @@
 """Trains a policy: `torchrun ... -m gspo_megatron.train --config FILE [section.key=value ...] [--dry-run]`.
 
-Settings are read, settled and checked, then the parts of the run are put together and the trainer runs. Without
+Settings are read, completed and checked, then the parts of the run are assembled and the trainer runs. Without
 torchrun the same command runs on one process. Exit status: 0 done; 2 settings, data or a checkpoint cannot work; 70 a
-guard stopped the run; 75 stopped as asked, everything saved: start again to continue.
+guard stopped the run; 75 saved and stopped on request: start again to continue.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = parsed(argv)
-    # Megatron-Core warns about every optional package it does without; our own choices are printed by the run.
+    # Megatron-Core warns about every missing optional package; our own choices are printed by the run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(options.config, options.overrides)
-        # A plan needs no device: that of a cluster is printed on a laptop.
+        # A dry run needs no device: a laptop can print the plan of a cluster.
         device = open_device("cpu" if options.dry_run else config.precision.device, config.precision.dtype)
         console = Console(on=device.rank == 0)
         config = continued_after_restart(config, device, console)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if trainer.run():
                 return 0
             console.say(
-                f"stopped after {describe(trainer.position)} ({stop.reason or 'another process was asked to'}); "
+                f"stopped after {describe(trainer.position)} ({stop.reason or 'another process was asked to stop'}); "
                 "checkpoint.load=latest continues"
             )
             return STOPPED
@@ -80,12 +80,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_intermixed_args(argv)
     if options.world_size is not None and not (options.dry_run and options.world_size > 0):
-        parser.error("--world-size plans a --dry-run for 1 or more processes; a run has those that torchrun starts")
+        parser.error("--world-size needs --dry-run and 1 or more processes; a run has those that torchrun starts")
     return options
 
 
 def announce(inputs: Inputs, console: Console) -> None:
-    """What the settings mean and the user may not expect."""
+    """Prints what the user may not expect from the settings."""
     vocab_size, known = inputs.config.model.vocab_size, inputs.tokenizer.vocab_size
     if vocab_size != known:
         console.say(
@@ -98,27 +98,27 @@ def announce(inputs: Inputs, console: Console) -> None:
 
 @contextmanager
 def opened(inputs: Inputs, device: Device, console: Console, stop: StopRequest) -> Iterator[Trainer]:
-    """The trainer, while no other run uses the directory and signals ask this one to stop."""
+    """The trainer, while the run directory is locked and signals set `stop`."""
     lock = RunLock(Path(inputs.config.run.dir)) if device.rank == 0 else nullcontext()
     with lock:
         if isinstance(lock, RunLock) and lock.warning:
             console.warn(lock.warning)
-        # Signals are handled from when there is something to save.
+        # Signals are handled once there is something to save.
         with open_trainer(inputs, device, console, stop.is_set) as trainer, stop:
             yield trainer
 
 
 def continued_after_restart(config: Config, device: Device, console: Console) -> Config:
-    """The settings, which after a restart by torchrun continue the run: the command says what the first attempt was to
-    begin from.
+    """The settings; after a restart by torchrun they continue the run, because checkpoint.load on the command line is
+    meant for the first attempt.
 
     Raises:
         ConfigError: torchrun restarts processes on several nodes.
     """
     if device.nodes > 1 and device.max_restarts:
         raise ConfigError(
-            "torchrun --max-restarts on several nodes: their counts of restarts differ, so they would not find one "
-            "another; set --max-restarts=0 and start the job again (examples/slurm/train.sbatch does)"
+            "torchrun --max-restarts does not work on several nodes: their restart counts differ, so they would not "
+            "find each other; set --max-restarts=0 and start the job again (examples/slurm/train.sbatch does)"
         )
     if device.restarts and (Path(config.run.dir) / CHECKPOINTS / POINTER).exists():
         console.say("restarted by torchrun: continuing from the newest checkpoint of this run")
@@ -127,8 +127,8 @@ def continued_after_restart(config: Config, device: Device, console: Console) ->
 
 
 def leave_status(status: int) -> None:
-    """Writes the exit status where a batch script asked for it, unless another process has: torchrun exits with 1
-    whatever its processes exit with."""
+    """Writes the exit status to $GSPO_STATUS_FILE, for a batch script, unless another process has: torchrun exits with
+    1 whatever its processes exit with."""
     if path := os.environ.get("GSPO_STATUS_FILE"):
         with suppress(FileExistsError), Path(path).open("x") as file:
             file.write(f"{status}\n")

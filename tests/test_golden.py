@@ -1,4 +1,4 @@
-"""Ten steps of a tiny run, against numbers written down by tools/golden.py."""
+"""Ten steps of a tiny run, against numbers recorded by tools/golden.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """kill -9 and other signals at every kind of moment: the run continues as if nothing had happened.
 
-A rank kills itself where its attempt says: at the n-th call of a function, so that every phase of a step and of a save
-is met, or after a while, wherever it then is. Every attempt is the real command on two processes; what it leaves behind
-is a run directory that the next attempt has to make sense of.
+A rank kills itself where its attempt specifies: at the n-th call of a function, so that every phase of a step and of a
+save is covered, or after some time, wherever it is then. Every attempt is the real command on two processes; the next
+one continues from the run directory that it leaves behind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules of design and architecture that a reader of one file cannot see: who imports whom, and who names what.
+"""Rules of the architecture that no single file shows: which file imports what, and which names appear where.
 
 A rule is a function from (file, source text) to complaints; every rule is also shown a text that breaks it.
 """

@@ -1,8 +1,8 @@
 """The promise of the package: the same rollouts, rewards and metrics on every parallel layout, through the real
 command.
 
-In float64 a layout may change the rounding of sums, and what Adam makes of it over tens of updates: 1e-12 has been seen
-in log-probs. More than 1e-9 is a mistake.
+In float64 a layout may change the rounding of sums, which Adam amplifies over tens of updates: 1e-12 has been seen in
+log-probs. More than 1e-9 is a bug.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step leaves out or does at the same time changes nothing: every saving on against off."""
+"""Skipping or overlapping work in a step changes no result: every optimisation, on against off."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The comparison of layouts can fail: one scale factor, reduction, split or name broken at a time, and it is noticed.
+"""The comparison of layouts can fail: it notices each scale factor, reduction, split or name broken on its own.
 
-Every mutation replaces a piece of the package's own text, on the ranks alone, on a layout of two processes where the
-piece matters. What they compute is compared with one process that runs the package as it is; the same layout without a
-mutation is equal to that.
+Every mutation replaces a fragment of the package's source, on the ranks only, on a layout of two processes where the
+fragment matters. Their results are compared with one process that runs the unchanged package; the same layout without
+a mutation is equal to that.
 """
 
 from __future__ import annotations

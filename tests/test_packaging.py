@@ -1,4 +1,4 @@
-"""Packaging: what setup.py, requirements/, Makefile, Dockerfile and the Slurm script say must hold together."""
+"""Packaging: setup.py, requirements/, Makefile, Dockerfile and the Slurm script must be consistent."""
 
 from __future__ import annotations
 

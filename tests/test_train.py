@@ -1,4 +1,4 @@
-"""`python -m gspo_megatron.train` as a user meets it: what a dry run prints, one clear line for what cannot work."""
+"""`python -m gspo_megatron.train` as a user sees it: what a dry run prints, one clear line for what cannot work."""
 
 from __future__ import annotations
 

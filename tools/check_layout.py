@@ -61,7 +61,7 @@ SMALL = 20_000_000
 ON_CPU = ("precision.device=cpu", "precision.dtype=fp64", "precision.fp8=none", "precision.transformer_engine=auto")
 """Where and how both layouts run, unless the overrides say otherwise."""
 FIXED = (
-    # Gradients whole on every rank, and not clipped; every mini-batch in one update.
+    # Complete, unclipped gradients on every rank; one update for all mini-batches.
     "optimizer.distributed=false",
     "optimizer.clip_grad=1e9",
     "algorithm.updates_per_rollout=1",
@@ -87,7 +87,11 @@ class LayoutRequest:
 
     @classmethod
     def parse(cls, text: str) -> LayoutRequest:
-        """The layout that `text` writes. Raises ConfigError for one that is not written like that."""
+        """The layout that `text` describes.
+
+        Raises:
+            ConfigError: `text` is not of this form.
+        """
         parts = [part.partition("=") for part in text.split(",")]
         try:
             sizes = {axis.strip(): int(size) for axis, _, size in parts}
@@ -133,7 +137,7 @@ class Report:
 def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float], list[tuple[Place, Tensor]]]:
     """(rollouts, metrics, slices of gradients) of one rollout batch and one update, as this rank has them. With `given`
     the update is made from those rollouts instead of its own."""
-    # 0.19.2 tells every rank that its own GPTModel is deprecated.
+    # 0.19.2 warns on every rank that its own GPTModel is deprecated.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     device = open_device(config.precision.device, config.precision.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +150,7 @@ def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float
 
 
 def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, float]]:
-    """Samples, disturbs, scores and updates; returns what was sampled and the metrics of all ranks."""
+    """Samples, perturbs, scores and updates; returns what was sampled and the metrics of all ranks."""
     algorithm = trainer.algorithm
     trainer.policy.begin(with_reference=algorithm.needs_reference)
     groups = trainer.sample(1)
@@ -185,7 +189,7 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
 def run(
     config: Config, world_size: int, timeout_s: float, given: Drawn | None = None, work: Callable[..., Any] = measure
 ) -> Report:
-    """Measures a layout on as many processes of this machine, and puts the gradients' slices together."""
+    """Measures a layout on `world_size` processes of this machine, and joins the slices of gradients."""
     results = run_distributed(work, world_size, config, given, timeout_s=timeout_s, like_torchrun=True)
     drawn, metrics, _ = results[0]
     found: dict[str, dict[int, Tensor]] = {}
@@ -198,13 +202,13 @@ def run(
             replicas[place.name] = max(replicas.get(place.name, 0.0), difference)
     gradients = {name: place.join([found[name][i] for i in range(place.count)]) for name, place in places.items()}
     for name in filter(is_vocabulary, gradients):
-        # The rows behind the vocabulary fill it up to a multiple of tp.
+        # The rows after the vocabulary pad it to a multiple of tp.
         gradients[name] = gradients[name][: config.model.vocab_size]
     return Report(drawn, metrics, gradients, replicas)
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours - theirs| / max |theirs|; of what is zero, 0 or infinity; infinity where either is not a number."""
+    """max |ours - theirs| / max |theirs|; 0 or infinity if theirs is zero; infinity if either has a NaN."""
     difference, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if math.isnan(difference):
         return math.inf
@@ -227,7 +231,7 @@ class Row:
 
 
 def compare(reference: Report, layout: Report, dtype: str) -> list[Row]:
-    """All that has to be equal: rollouts, metrics, then gradients, worst first."""
+    """Everything that has to be equal: rollouts, metrics, then gradients, worst first."""
     of_metrics, of_gradients, of_norm = TOLERANCES[dtype]
     pairs = list(zip(reference.rollouts, layout.rollouts, strict=True))
     # Below float64 the rounding of a log-prob may move the boundary between two tokens past a random number.
@@ -285,7 +289,7 @@ def shrunk(config: Config, layouts: Sequence[LayoutRequest]) -> list[str]:
 
 
 def task_instead() -> list[str]:
-    """Overrides that put a task of short prompts in the place of the run's own data, tokenizer and rewards."""
+    """Overrides that replace the run's own data, tokenizer and rewards with a task of short prompts."""
     name, sizes = "task:sort_digits", {"min_length": 2, "max_length": 12}
     task = DataConfig(train=name, eval=name, tokenizer="characters:0123456789>", task=sizes, eval_size=4)
     return [
@@ -320,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> list[Row]:
-    """Makes the run small where it is large, measures both layouts and compares them."""
+    """Shrinks a large run, measures both layouts and compares them."""
     asked = {"reference": LayoutRequest.parse(options.reference), "layout": LayoutRequest.parse(options.layout)}
     settings = [*ON_CPU, *options.overrides, *FIXED]
     config = load_config(options.config, settings)
@@ -372,6 +376,6 @@ def _worst(rows: Sequence[Row]) -> Row:
 
 
 if __name__ == "__main__":
-    # For the process that ranks are forked from, and so for them: each would print Megatron-Core's warnings once more.
+    # Inherited by the ranks: each would print Megatron-Core's warnings again.
     os.environ["PYTHONWARNINGS"] = "ignore"
     sys.exit(main())

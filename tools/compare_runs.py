@@ -1,9 +1,9 @@
-"""Where do two runs part? Compares metrics.jsonl and, where both have them, rollouts/ of two run directories.
+"""Finds where two runs diverge: compares metrics.jsonl and, if both have them, rollouts/ of two run directories.
 
     python tools/compare_runs.py runs/a runs/b [--tolerance 0] [--all]
 
-Prints the first step and key where they differ, with both values; --all prints every one. What the clock measures is
-left out. Two numbers a and b are equal when |a - b| <= tolerance * max(1, |a|, |b|): exactly, unless told otherwise.
+Prints the first step and key where they differ, with both values; --all prints every one. Wall-clock measurements are
+ignored. Two numbers a and b are equal when |a - b| <= tolerance * max(1, |a|, |b|); the default requires equality.
 Exit status: 0 equal, 1 different, 2 a run that cannot be read.
 """
 
@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
-"""Beginnings of keys."""
+"""Prefixes of keys."""
 
 Difference = tuple[float, str]
 """(step, what differs there)."""
 
 
 class UnreadableRun(ValueError):
-    """A run directory without metrics, or a line in it that is no JSON object."""
+    """A run directory has no metrics, or a line that is not a JSON object."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, without what the clock measured. Raises UnreadableRun with the place."""
+    """The objects of a JSONL file, without wall-clock measurements.
+
+    Raises:
+        UnreadableRun: the file is missing, or a line is not a JSON object.
+    """
     if not path.is_file():
         raise UnreadableRun(f"{path} does not exist; expected the directory of a run")
     rows = []
@@ -38,7 +42,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append({k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED_BY_THE_CLOCK)})
             except (ValueError, AttributeError) as error:
-                raise UnreadableRun(f"{path}:{number} is no JSON object: {line[:60]!r}; was it cut short?") from error
+                raise UnreadableRun(f"{path}:{number} is not a JSON object: {line[:60]!r}; is it truncated?") from error
     return rows
 
 
@@ -91,7 +95,7 @@ def _by_step(path: Path) -> dict[int, list[dict[str, Any]]]:
             raise UnreadableRun(f"{path}: a row has no step: {str(row)[:60]}")
         steps.setdefault(row["step"], []).append(row)
     if not steps:
-        raise UnreadableRun(f"{path} is empty; has the run made a step?")
+        raise UnreadableRun(f"{path} is empty; has the run completed a step?")
     return steps
 
 

@@ -4,7 +4,7 @@
 
 Axes: tp, pp, vpp, cp, etp, dp of 1 and 2, ep of 1, 2 and 4, wherever they make a valid layout. Each is compared with
 tools/check_layout.py in float64 and in float32 for gspo, gspo_sum, grpo and dapo; token dispatcher and activation
-recompute change from one comparison to the next, so that every layout meets several combinations of theirs.
+recompute change from one comparison to the next, so that every layout runs with several combinations of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import AXES
 
-# A vocabulary of 13 that no tp divides; responses of 1 to 8 tokens behind prompts of 3 to 8; micro-batches of a few
-# sequences, so that ranks differ in number, length and content of theirs; KL and entropy terms with a gradient.
+# A vocabulary of 13 that no tp divides; responses of 1 to 8 tokens after prompts of 3 to 8; micro-batches of a few
+# sequences, so that ranks differ in their number, length and content; KL and entropy terms with a gradient.
 CONFIG = """
 run: {seed: 3}
 precision: {device: cpu}
@@ -82,7 +82,11 @@ def settings(case: Case) -> Config:
 
 
 def config_of(case: Case, layout: LayoutRequest) -> Config:
-    """Settings of a comparison on a layout. Raises ConfigError for one that is not valid."""
+    """Settings of a comparison on a layout.
+
+    Raises:
+        ConfigError: the layout is not valid.
+    """
     base = settings(case)
     config = replace(base, parallel=replace(base.parallel, **{axis: getattr(layout, axis) for axis in AXES}))
     check_config(config, layout.world_size)
@@ -91,7 +95,7 @@ def config_of(case: Case, layout: LayoutRequest) -> Config:
 
 @cache
 def layouts() -> tuple[LayoutRequest, ...]:
-    """All valid ones, small ones first."""
+    """All valid layouts, smallest first."""
     found = []
     for sizes in itertools.product(*SIZES.values()):
         layout = LayoutRequest(**dict(zip(SIZES, sizes, strict=True)))
@@ -105,15 +109,15 @@ def layouts() -> tuple[LayoutRequest, ...]:
 
 
 def cases(layout: LayoutRequest) -> Iterator[Case]:
-    """Every algorithm in both formats. Dispatcher and recompute go round with different periods."""
+    """Every algorithm in both formats. Dispatcher and recompute cycle with different periods."""
     start = layouts().index(layout)
     for dtype, (i, variant) in itertools.product(("fp64", "fp32"), enumerate(VARIANTS, start)):
         yield Case(variant, dtype, DISPATCHERS[i % 2], RECOMPUTE[i % 3])
 
 
 def cover() -> list[LayoutRequest]:
-    """Few layouts in which every pair of axis sizes that occurs in a valid layout occurs, of as few processes as may
-    be: the one that adds most pairs for its processes first."""
+    """A few small layouts that together have every pair of axis sizes of any valid layout; greedy, by new pairs per
+    process."""
 
     def pairs(layout: LayoutRequest) -> set[tuple[object, ...]]:
         return set(itertools.combinations(vars(layout).items(), 2))

@@ -1,4 +1,4 @@
-"""Whole runs on ten layouts, compared with one process: what differs in their rollouts and metrics, step by step.
+"""Complete runs on ten layouts against one process: the differences in rollouts and metrics, step by step.
 
 python tools/run_layouts.py --output benchmarks/results/layouts.json      (part of `make grid`)
 """
@@ -36,8 +36,8 @@ logging: {tensorboard: false, rollouts_per_step: -1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "ep2": (2, {"ep": 2}),
-    # The experts' tokens are split over the tensor-parallel ranks, the experts are not: the layout that Megatron-Core
-    # 0.16.1 trains wrongly by itself (compat.mark_expert_parameters).
+    # The experts' tokens are split over the tensor-parallel ranks, the experts are not. Without
+    # compat.mark_expert_parameters, Megatron-Core 0.16.1 trains this layout incorrectly.
     "tp2": (2, {"tp": 2, "recompute": "selective"}),
     "tp2_etp2": (2, {"tp": 2, "etp": 2}),
     "pp2": (2, {"pp": 2}),
@@ -54,7 +54,7 @@ def overrides(axes: dict[str, Any]) -> list[str]:
 
 
 def train(folder: Path, num_processes: int, *settings: str, real: bool = False) -> Path:
-    """Runs the command, from torchrun or on forked ranks; returns the run directory."""
+    """Runs the command, under torchrun or on forked ranks; returns the run directory."""
     config = folder / "config_of_test.yaml"
     config.write_text(CONFIG)
     arguments = ["--config", str(config), f"run.dir={folder}", *settings]
@@ -64,7 +64,7 @@ def train(folder: Path, num_processes: int, *settings: str, real: bool = False) 
 
 
 def largest_differences(run: Path, reference: Path) -> list[dict[str, float]]:
-    """Of each step: rollouts whose tokens differ; largest absolute difference of a log-prob in the others, of the
+    """For each step: rollouts whose tokens differ; largest absolute difference of a log-prob in the others, of the
     gradient norm, and of any other metric."""
     found = []
     steps = zip(metrics(run)[1:], metrics(reference)[1:], rollouts(run), rollouts(reference), strict=True)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the differences")
     options = parser.parse_args(argv)
     measured: dict[str, Any] = {"versions": {name: version(name) for name in ("megatron-core", "torch")}}
-    # float32 twice: what Adam makes of its rounding in the warm start is a matter of how long that is.
+    # float32 with and without the warm start: the longer that is, the more Adam amplifies rounding.
     for name, settings in {
         "fp64": ["precision.dtype=fp64"],
         "fp32": ["precision.dtype=fp32"],

@@ -32,7 +32,7 @@ TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", ty
 
 
 def page(config: type = Config) -> str:
-    """The whole page: one table a section, one line a setting."""
+    """The page: one table per section, one line per setting."""
     settings, sections = settings_of(config), get_type_hints(config)
     return "\n".join([HEAD, *(_section(name, of, settings) for name, of in sections.items())])
 

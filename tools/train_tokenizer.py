@@ -4,8 +4,8 @@
     python tools/train_tokenizer.py train.jsonl --fields question answer --output tokenizer.model
 
 The model keeps every character: no normalisation, no added space, newline as a token of its own, rare characters as
-UTF-8 bytes. So decode(encode(text)) == text, but for U+2581, which SentencePiece itself uses for the space. Digits are
-single tokens. The same input gives the same file.
+UTF-8 bytes. So decode(encode(text)) == text, except for U+2581, which SentencePiece itself uses for the space. Digits
+are single tokens. The same input gives the same file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 def read_texts(path: Path, fields: Sequence[str]) -> list[str]:
     """The named fields of every object of a JSONL file; without fields, the lines of a text file.
 
-    Errors: DataError for a missing file, a line without a field, or a file without any text.
+    Raises:
+        DataError: a file is missing or has no text, or a line lacks a field.
     """
     if fields:
         texts = [text_field(record, name, place) for place, record in read_records(path) for name in fields]
@@ -38,14 +39,15 @@ def read_texts(path: Path, fields: Sequence[str]) -> list[str]:
     else:
         raise DataError(f"the text file {path} does not exist")
     if not any(map(str.strip, texts)):
-        raise DataError(f"{path} holds no text to train on")
+        raise DataError(f"{path} contains no text to train on")
     return texts
 
 
 def train(texts: Sequence[str], *, vocab_size: int, model_type: str) -> bytes:
     """A SentencePiece model with `vocab_size` pieces; ids 0, 1, 2 are padding, EOS, unknown; there is no BOS.
 
-    Errors: DataError for a vocabulary that is too large or too small for the texts.
+    Raises:
+        DataError: the vocabulary is too large or too small for the texts.
     """
     lines = [line for text in texts for line in text.split("\n")]
     model = io.BytesIO()
@@ -65,7 +67,7 @@ def train(texts: Sequence[str], *, vocab_size: int, model_type: str) -> bytes:
             eos_id=1,
             unk_id=2,
             bos_id=-1,
-            # SentencePiece leaves out longer lines without a word.
+            # SentencePiece silently drops longer lines.
             max_sentence_length=max(len(line.encode()) for line in lines) + 1,
             num_threads=1,
             minloglevel=2,

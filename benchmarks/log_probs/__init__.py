@@ -1,1 +1,1 @@
-"""Log-probs against those of other frameworks."""
+"""Benchmark of log-probs against those of other frameworks."""

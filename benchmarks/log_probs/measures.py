@@ -1,6 +1,5 @@
-"""What run.py measures in one process or, as one rank of several, of one case: times and collectives,
-memory, errors of a mean log-ratio. Each function is given to `run_distributed`, so that every measurement begins in a
-fresh process.
+"""What run.py measures for one case, in one process or as one rank of several: times and collectives, memory, errors of
+a mean log-ratio. Each function is passed to `run_distributed`, so that every measurement starts in a fresh process.
 
 Shape suffixes as in methods.py; S sequences, b some of the rows.
 """
@@ -54,7 +53,9 @@ class Case:
                 f"the rows over {SEQUENCES} sequences too"
             )
         if self.ranks > 1 and self.device != "cpu":
-            raise ConfigError(f"--tp {self.ranks} needs as many accelerators; on one machine it is counted on the CPU")
+            raise ConfigError(
+                f"--tp {self.ranks} needs --device cpu, which counts collectives and does not compare speed"
+            )
 
 
 def open_case(case: Case) -> tuple[Device, Inputs]:
@@ -65,7 +66,7 @@ def open_case(case: Case) -> tuple[Device, Inputs]:
 
 
 def make_inputs(case: Case, device: Device) -> Inputs:
-    """Sequences of equal length; the prompt of each, then its response; the dead ones spread over all."""
+    """Sequences of equal length; each a prompt, then its response; dead ones spread evenly."""
     assert dist.group.WORLD is not None
     rng = torch.Generator(device.torch_device).manual_seed(0)
     hidden_NH = torch.randn(case.rows, case.hidden, generator=rng, device=device.torch_device).to(device.dtype)
@@ -98,7 +99,7 @@ def make_weight(rows: int, hidden: int, device: Device, rng: torch.Generator) ->
 
 
 def backward(inputs: Inputs, log_probs_N: Tensor) -> None:
-    """Ends, as Megatron's backward hook does, with the gradient of the weight in main_grad."""
+    """Backward that leaves the gradient of the weight in main_grad, as Megatron's backward hook does."""
     weight_VpH = inputs.weight_VpH
     inputs.hidden_mH.grad, weight_VpH.grad_added_to_main_grad = None, False
     log_probs_N.backward(inputs.d_log_probs_N.to(log_probs_N.dtype))
@@ -153,11 +154,15 @@ def deviations(inputs: Inputs, log_probs: LogProbs) -> dict[str, float]:
 
 
 class Unfit(Exception):
-    """Why a method has no numbers here."""
+    """A method has no numbers here; the message says why."""
 
 
 def open_method(name: str, case: Case, device: Device) -> LogProbs:
-    """A method that is right on a small shape. Raises Unfit."""
+    """Opens a method that is right on a small shape.
+
+    Raises:
+        Unfit: the method cannot run here, or its results are wrong.
+    """
     method = METHODS[name]
     missing = method.missing(device.torch_device, case.ranks)
     if missing:
@@ -201,7 +206,7 @@ def measure_times(case: Case, names: Sequence[str], turns: int) -> dict[str, dic
 
 
 def first_step(inputs: Inputs, log_probs: LogProbs) -> dict[str, dict[str, int]]:
-    """Its collectives. A group of one rank exchanges nothing, though some methods ask it to."""
+    """Its collectives. A group of one rank exchanges nothing, though some methods call collectives."""
     with Collectives() as ahead:
         log_probs_N = log_probs(inputs)
     with Collectives() as behind:
@@ -211,7 +216,7 @@ def first_step(inputs: Inputs, log_probs: LogProbs) -> dict[str, dict[str, int]]
 
 
 def measure_memory(case: Case, name: str) -> float:
-    """That of `step_memory` in a fresh process, after a tiny step that brings up what libraries keep for themselves."""
+    """`step_memory` in a fresh process, after a tiny step that triggers the libraries' own allocations."""
     device, inputs = open_case(case)
     log_probs = METHODS[name].open(inputs)
     tiny = make_inputs(replace(case, rows=SEQUENCES, hidden=16, vocab=64), device)
@@ -221,7 +226,7 @@ def measure_memory(case: Case, name: str) -> float:
 
 
 def step_memory(device: Device, inputs: Inputs, log_probs: LogProbs) -> float:
-    """Peak MiB of a forward and backward over those in use before."""
+    """Peak MiB of a forward and backward above those in use before."""
     inputs.hidden_mH.grad = None
     device.synchronize()
     device.restart_peak_memory()

@@ -1,8 +1,8 @@
 """The ways of computing log-probs that benchmarks/log_probs/run.py compares, behind one signature.
 
 A method's `open(inputs)` imports what it needs and returns `log_probs(inputs) -> log p(y), [N]`, differentiable in the
-hidden states and the weight. What the frameworks do is kept: they compute every row of the micro-batch, ours the rows
-that have a target; logits are made by Megatron's own linear layer, weight-gradient fusion included where it is
+hidden states and the weight. The frameworks behave as they do in training: they compute every row of the micro-batch,
+ours only rows that have a target; logits come from Megatron's own linear layer, with weight-gradient fusion where it is
 installed.
 
 Shape suffixes: N rows, m this rank's contiguous part of them (all of them on one process), V vocabulary, Vp this
@@ -29,8 +29,8 @@ from gspo_megatron.log_probs.products import factor_dtype
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every method is given. `weight_VpH` has `main_grad` (float32 zeros) and `grad_added_to_main_grad`, as under
-    Megatron. `targets_N` has a token for every row, `scored_targets_N` IGNORED where a row is no response. The group
+    """The inputs of every method. `weight_VpH` has `main_grad` (float32 zeros) and `grad_added_to_main_grad`, as under
+    Megatron. `targets_N` has a token for every row, `scored_targets_N` IGNORED outside responses. The group
     has t ranks; with t > 1 the hidden states are split over them (sequence parallel)."""
 
     hidden_mH: Tensor
@@ -76,7 +76,7 @@ class Method:
 
 
 def ours(kept: float) -> Callable[[Inputs], LogProbs]:
-    """linear_log_probs as the trainer calls it. `kept`: the part of the exponentials that stays in memory."""
+    """linear_log_probs as the trainer calls it. `kept`: the fraction of exponentials that stays in memory."""
 
     def open_ours(inputs: Inputs) -> LogProbs:
         item_bytes = factor_dtype(inputs.hidden_mH).itemsize
@@ -110,8 +110,8 @@ def open_log_softmax(_: Inputs) -> LogProbs:
 
 
 def on_megatron_logits(open_cross_entropy: Callable[[Inputs], CrossEntropy]) -> Callable[[Inputs], LogProbs]:
-    """log p of logits that come out of Megatron's ColumnParallelLinear; the cross-entropy takes logits, [N, 1, Vp],
-    and targets, [N, 1]."""
+    """log p from the logits of Megatron's ColumnParallelLinear; the cross-entropy takes logits, [N, 1, Vp], and
+    targets, [N, 1]."""
 
     def open_on_logits(inputs: Inputs) -> LogProbs:
         from megatron.core import parallel_state
@@ -160,8 +160,8 @@ def open_transformer_engine(inputs: Inputs) -> CrossEntropy:
 
 
 def without_setup(name: str) -> ModuleType:
-    """A module of verl, whose packages start Ray and the rest of a training framework when they are imported: they are
-    entered as bare folders, so that the kernels can be had alone."""
+    """Imports a module of verl without running its packages' __init__, which would start Ray and the rest of a training
+    framework."""
     for package in ("verl", "verl.utils"):
         if package not in sys.modules:
             spec = importlib.util.find_spec(package)

@@ -1,23 +1,23 @@
-"""Log-probs of given tokens, forward and backward, in one run: this project's against those of other frameworks.
+"""Log-probs of given tokens, forward and backward: this project compared with other frameworks in one run.
 
     run="python -m benchmarks.log_probs.run"
     $run --output benchmarks/results/log_probs_cpu.json --markdown docs/benchmarks.md
     $run --from benchmarks/results/log_probs_*.json --markdown docs/benchmarks.md    # measures nothing
     $run --scaling --output benchmarks/results/log_probs_scaling.json                # and a plot next to it
 
-The other frameworks may lie beside the environment, so that their dependencies cannot clash with it:
+The other frameworks can be installed outside the environment, so that their dependencies cannot clash with it:
 
     pip install --no-deps --target peers verl liger-kernel triton && export PYTHONPATH=$PWD/peers
 
 (Transformer Engine needs a GPU, and Liger's Hopper kernels `nvidia-cutlass-dsl`.) What cannot run has a row that says
-why, never a number; so has a method whose log-probs or gradients are wrong when compared with float64 on a small shape
+why, never a number; so does a method whose log-probs or gradients are wrong when compared with float64 on a small shape
 just before it is timed.
 
-What is measured, for N rows, hidden size H and vocabulary V, cut over t tensor- and sequence-parallel ranks:
+What is measured, for N rows, hidden size H and vocabulary V, split over t tensor- and sequence-parallel ranks:
 
-time        of forward + backward, median. The methods take turns, so that a disturbance hits all; a ratio to Megatron-
+time        of forward + backward, median. The methods take turns, so that other load affects all; a ratio to Megatron-
             Core's native path is taken within each turn, and the median of those is given.
-memory      peak of forward + backward over what is in use before: resident in a fresh process for each method on the
+memory      peak of forward + backward above what is in use before: resident in a fresh process for each method on the
             CPU, allocated by torch on an accelerator. Hidden states, weight and its fp32 main_grad are inputs of all.
 collectives calls and bytes of a forward and of a backward on one rank, as they reach torch's process group (a
             TorchDispatchMode sees them, whatever function they come from). Bytes are those of the whole tensor: what
@@ -64,7 +64,7 @@ HOW: dict[str, Any] = {"like_torchrun": True, "timeout_s": TIMEOUT_S}
 
 
 def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """The measurements of a case, by method, as they are written."""
+    """Measures a case; returns what is written to JSON, by method."""
     turns = options.repeats if case.ranks == 1 else 1
     by_rank = run_distributed(measure_times, case.ranks, case, names, turns, **HOW)
     results: dict[str, dict[str, Any]] = by_rank[0]
@@ -94,7 +94,7 @@ def add_ratios(results: Sequence[dict[str, Any]], reference: dict[str, Any]) -> 
 
 
 def cases(options: argparse.Namespace, device: Device) -> list[tuple[Case, list[str]]]:
-    """With the methods of each: all of them where every row counts, else ours and the reference."""
+    """The cases with their methods: all methods where every row counts, else ours and the reference."""
     own = CPU_SHAPES if device.on_cpu else ACCELERATOR_SHAPES
     shapes = options.shapes or (QUICK_SHAPES if options.quick else own)
     setting = {"device": device.torch_device.type, "dtype": options.dtype, "threads": options.threads}
@@ -113,19 +113,19 @@ def cases(options: argparse.Namespace, device: Device) -> list[tuple[Case, list[
 
 
 def chosen_methods(case: Case) -> list[str]:
-    """Those that the case changes something for. Several ranks show collectives, which what is kept leaves alone."""
+    """The methods that the case affects. Several ranks show collectives, which do not depend on what is kept."""
     if case.ranks == 1:
         return [name for name, x in METHODS.items() if x.is_ours or name == REFERENCE or case.every_row_counts]
     return [REFERENCE, "ours, recompute", "Megatron-Core, fused"] if case.every_row_counts else ["ours, recompute"]
 
 
 def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """All cases, as they are written."""
+    """Measures all cases; returns what is written to JSON."""
     device = open_device(options.device, options.dtype or "fp32")
     if options.dtype is None:
         options.dtype = "fp32" if device.on_cpu else "bf16"
         device = open_device(options.device, options.dtype)
-    # What is in hand when the first rank starts need not be imported by each of them.
+    # What is imported before the first rank starts need not be imported by each of them.
     importlib.import_module("megatron.core.tensor_parallel.layers")
     chosen = cases(options, device)
     for case, _ in chosen:
@@ -157,7 +157,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns of every method")
     parser.add_argument("--responses", type=int, default=2, help="responses whose mean log-ratio is compared; 0: none")
     parser.add_argument("--scaling", action="store_true", help="time and memory over tokens and vocabulary instead")
-    parser.add_argument("--output", type=Path, help="JSON file for the results; --scaling draws its plot beside it")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; --scaling draws its plot next to it")
     parser.add_argument("--from", dest="results", type=Path, nargs="+", help="measure nothing; show these results")
     parser.add_argument("--markdown", type=Path, help="file whose text between the log-probs marks is replaced")
     return parser.parse_args(argv)

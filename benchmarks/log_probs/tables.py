@@ -1,4 +1,4 @@
-"""Tables and plot of what benchmarks/log_probs/run.py measured: Markdown, the ratio first."""
+"""Markdown tables, the ratio first, and a plot of the results of benchmarks/log_probs/run.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from benchmarks.log_probs.methods import METHODS, REFERENCE
 from benchmarks.reports import table
 
 WANTED = ("H200, (32768, 2048, 151936), bf16", "H200, (32768, 4096, 151936), bf16")
-"""What the tables name even where nobody could measure it."""
+"""Listed in the tables as not yet measured until they are."""
 
 Result = dict[str, Any]
 
 
 def tables(results: Sequence[Result]) -> str:
-    """All results, those of one machine after those of another."""
+    """The tables of all results, one machine after another."""
     parts = []
     for result in results:
         parts.append(f"{origin(result)}\n")
@@ -52,7 +52,7 @@ def by_shape(entries: Sequence[Result]) -> Iterator[list[Result]]:
 
 
 def method_table(entries: Sequence[Result]) -> str:
-    """All methods, on one process, where every row is of a response and has a gradient."""
+    """All methods, on one process, where every row belongs to a response and has a gradient."""
     found = [x for x in entries if x["case"]["ranks"] == 1 and every_row_counts(x["case"])]
     if not found:
         return ""
@@ -91,7 +91,7 @@ def share_table(entries: Sequence[Result]) -> str:
 
 
 def collective_table(entries: Sequence[Result]) -> str:
-    """Calls and bytes on one rank. Under several ranks only."""
+    """Calls and bytes on one rank, for cases of several ranks only."""
     rows = []
     for x in entries:
         case = x["case"]
@@ -116,7 +116,7 @@ def scaling_table(entries: Sequence[Result]) -> str:
 
 
 def linearity(entries: Sequence[Result]) -> str:
-    """How far ours are from a straight line through the origin over tokens, and how far memory moves."""
+    """How far our times are from proportional to the number of tokens, and how far memory varies."""
     tokens, times, _ = over(entries, "rows", "ours, recompute")
     memory = [x["methods"]["ours, recompute"]["peak_extra_mib"] for x in entries]
     slope = sum(n * t for n, t in zip(tokens, times, strict=True)) / sum(n * n for n in tokens)
@@ -128,7 +128,7 @@ def linearity(entries: Sequence[Result]) -> str:
 
 
 def over(entries: Sequence[Result], axis: str, name: str) -> tuple[list[int], list[float], list[float]]:
-    """(values of the axis, seconds, MiB) of a method, where the other axis has its largest part of the entries."""
+    """(values of the axis, seconds, MiB) of a method, at the most frequent value of the other axis."""
     other = {"rows": "vocab", "vocab": "rows"}[axis]
     values = [x["case"][other] for x in entries]
     usual = max(values, key=values.count)
@@ -181,7 +181,7 @@ def bold(name: str) -> str:
 
 
 def ratio(method: Result, name: str) -> str:
-    """Nothing where the reference itself could not run."""
+    """Empty if the reference itself could not run."""
     return f"{method[name]:.2f}" if name in method else ""
 
 

@@ -1,4 +1,4 @@
-"""The rules between settings: what a layout needs of a model, a precision of a device, a batch of its parts.
+"""Rules across settings: layout and model, precision and device, batch sizes, and settings without effect.
 
 `check_config` is called with the number of processes, before any process group exists. A value that would be ignored
 is an error; one that works but is unusual is a warning.
@@ -18,7 +18,11 @@ from gspo_megatron.run.algorithm import Algorithm
 
 
 def check_config(config: Config, world_size: int) -> Layout:
-    """Every rule that can be told from the settings and the number of processes. Raises ConfigError."""
+    """Checks every rule that depends on the settings and the number of processes alone.
+
+    Raises:
+        ConfigError: a rule is broken.
+    """
     check_values(config)
     algorithm = Algorithm.of(config)
     _check_model(config.model.shape)
@@ -54,7 +58,7 @@ def _check_precision(config: Config) -> None:
 
 
 def _check_data(d: DataConfig) -> None:
-    """A setting that only some sources read must concern one of those that are used."""
+    """A setting that only some sources read must be read by one that is used."""
     schemes = {scheme_of(source) for source in (d.train, d.eval)}
     read = frozenset[str]().union(*(SOURCES[scheme].reads for scheme in schemes))
     of_any = frozenset[str]().union(*(source.reads for source in SOURCES.values()))
@@ -63,7 +67,7 @@ def _check_data(d: DataConfig) -> None:
             readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
             raise ConfigError(
                 f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and data.eval={d.eval} do not "
-                f"read it, sources of kind {readers} do; leave it out"
+                f"read it, only sources of kind {readers} do; remove it"
             )
 
 
@@ -81,7 +85,7 @@ def _check_guards(g: GuardConfig) -> None:
     if g.grad_norm_spike and g.grad_norm_spike <= 1:
         raise ConfigError(
             f"guards.grad_norm_spike={g.grad_norm_spike} would refuse ordinary updates; set it above 1, such as 10, or "
-            "to 0 for no such rule"
+            "to 0 to switch the rule off"
         )
     if not g.grad_norm_spike and g.on_spike != GuardConfig().on_spike:
         raise ConfigError(
@@ -94,7 +98,7 @@ def _check_batches(config: Config) -> None:
     if r.prompts_per_step % a.updates_per_rollout:
         raise ConfigError(
             f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
-            f"{a.updates_per_rollout}; every mini-batch holds whole groups"
+            f"{a.updates_per_rollout}; every mini-batch holds complete groups"
         )
     if r.max_new_tokens >= m.max_sequence_length:
         raise ConfigError(
@@ -105,13 +109,13 @@ def _check_batches(config: Config) -> None:
         longest = config.train.tokens_per_micro_batch
         raise ConfigError(
             f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
-            f"sequence would fit in no micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+            f"sequence would not fit in a micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
         )
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             f"log-probs are of the "
-            "truncated distribution, the trainer's of the whole one; use algorithm.old_log_probs=auto"
+            "truncated distribution, the trainer's of the full one; use algorithm.old_log_probs=auto"
         )
 
 
@@ -119,8 +123,8 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
     a, t = config.algorithm, config.train
     if config.guards.ratio_noise and algorithm.old_log_probs == "update":
         raise ConfigError(
-            f"guards.ratio_noise={config.guards.ratio_noise} has no effect where the one update of a rollout batch "
-            "tells its own old log-probs: set algorithm.old_log_probs=recompute, or guards.ratio_noise=0"
+            f"guards.ratio_noise={config.guards.ratio_noise} has no effect when the one update of a rollout batch "
+            "computes its own old log-probs: set algorithm.old_log_probs=recompute, or guards.ratio_noise=0"
         )
     if t.log_prob_store_gib and a.entropy_coef:
         raise ConfigError(
@@ -130,7 +134,7 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
 
 
 def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
-    """What works but is probably not meant."""
+    """Settings that work but are probably not intended."""
     notes = algorithm.variant.warnings()
     if config.rollout.group_size == 1:
         notes.append(
@@ -144,7 +148,8 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         )
     if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
         notes.append(
-            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it pulls nowhere; use k2 or k3"
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2 or "
+            "k3"
         )
     if algorithm.kl_estimator != "k3" and not algorithm.needs_reference:
         notes.append(f"algorithm.kl_estimator={algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")

@@ -1,4 +1,4 @@
-"""What a run needs before any process group exists, settled and checked once."""
+"""What a run needs before any process group exists: checked settings, and the objects that they name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gspo_megatron.run.algorithm import Algorithm
 
 @dataclass(frozen=True)
 class Inputs:
-    """Settings that have their final values, and what they name.
+    """Settings with their final values, and the objects that they name.
 
     Attributes:
-        warnings: what works but is probably not meant.
+        warnings: what works but is probably not intended.
     """
 
     config: Config
@@ -34,8 +34,8 @@ class Inputs:
 
 
 def settle(config: Config, world_size: int) -> Inputs:
-    """Checks the settings against the number of processes, opens tokenizer, rewards and prompts, and gives the settings
-    that depend on them their values: reward.functions and model.vocab_size.
+    """Checks the settings against the number of processes, opens tokenizer, rewards and prompts, and fills in the
+    settings that depend on them: reward.functions and model.vocab_size.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.

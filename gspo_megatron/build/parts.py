@@ -1,4 +1,4 @@
-"""The parts of a run on this process, put together."""
+"""Assembles the parts of a run on this process."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def never() -> bool:
 def open_trainer(
     inputs: Inputs, device: Device, console: Console, stop: Callable[[], bool] = never
 ) -> Iterator[Trainer]:
-    """The trainer of a run on this process and, at the end, all of it closed. Collective: every process of the run
-    calls it. `stop` is asked at safe points.
+    """Opens the trainer of a run on this process, and closes everything at the end. Collective: every process of the
+    run calls it. `stop` is called at safe points.
 
     Raises:
         CheckpointError: checkpoint.load names something that cannot be loaded.
     """
-    # Megatron-Core is imported only now: the device has to be open before.
+    # Megatron-Core is imported only here: the device has to be open before that.
     from gspo_megatron.mcore import compat
     from gspo_megatron.mcore.groups import Groups
     from gspo_megatron.mcore.policy import MegatronPolicy
@@ -66,7 +66,7 @@ def open_trainer(
         state = checkpoints.load(c.load, RunState.from_saved)
         continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
         for setting in continuation.changed:
-            console.warn(f"continuing with another {setting}")
+            console.warn(f"continuing with a changed setting, {setting}")
         if state:
             console.say(f"continuing after {describe(state.position)}")
         writer = None
@@ -105,10 +105,10 @@ def assemble(
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
 ) -> Parts:
-    """What a trainer drives, over a policy, a sampler and the processes of a run."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run."""
     config, algorithm = inputs.config, inputs.algorithm
     r, t, vocab_size = config.rollout, config.train, config.model.vocab_size
-    assert vocab_size is not None, "settle gives it its value"
+    assert vocab_size is not None, "settle sets model.vocab_size"
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed)
     source = CollectiveSource(
         sampler=sampler,
@@ -155,7 +155,7 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     """Whether the model is built from Transformer Engine layers, which need a GPU.
 
     Raises:
-        ConfigError: they are asked for and cannot be had.
+        ConfigError: they are required and not available.
     """
     wanted = config.precision.transformer_engine
     available = not device.on_cpu and transformer_engine_available()

@@ -1,1 +1,1 @@
-"""Everything that touches Megatron-Core, and nothing else does."""
+"""The only folder of the package that imports Megatron-Core."""

@@ -1,7 +1,7 @@
 """The attention core: RoPE by position, then causal grouped-query attention inside each sequence.
 
-Megatron's own local attention refuses packed sequences; this core replaces it in the layer spec. `PackedTokens` travels
-down the model in the place of Megatron's `packed_seq_params`, so no layer in between knows about it.
+Megatron's own local attention rejects packed sequences; this core replaces it in the layer spec. `PackedTokens` is
+passed down the model as Megatron's `packed_seq_params`, so the layers in between need no change.
 
 Shapes: T packed tokens (under context parallel those of this rank's part), B sequences (rows), L positions, Q query
 heads, K key/value heads of this tensor-parallel rank, D head dimension.
@@ -36,13 +36,13 @@ class Rotary:
         self.cos, self.sin = angles.cos().to(precise), angles.sin().to(precise)
 
     def prepare(self, tokens: PackedTokens) -> None:
-        """Looks the angles of this forward up once; every layer then uses the same rows."""
+        """Looks up the angles of this forward once; every layer then uses the same rows."""
         if tokens.cos_TD is None:
             tokens.cos_TD, tokens.sin_TD = self.cos[tokens.positions_T], self.sin[tokens.positions_T]
 
 
 def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
-    """x cos + rotate_half(x) sin, in the angles' precision, returned in x's."""
+    """x cos + rotate_half(x) sin, computed in the precision of the angles, returned in that of x."""
     assert tokens.cos_TD is not None and tokens.sin_TD is not None
     cos, sin = tokens.cos_TD[:, None, :], tokens.sin_TD[:, None, :]
     x = x_THD.to(cos.dtype)
@@ -53,9 +53,9 @@ def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
 class PackedAttention(torch.nn.Module):
     """Core attention: [T, Q, D] queries, [T, K, D] keys and values in, [T, Q * D] out.
 
-    softmax(q k^T / sqrt(D)) v over the same sequence's earlier tokens. `fused`, where given, is the core attention that
-    does this for whole packs (Transformer Engine's, whose context parallel splits sequences as ours); keys and values
-    in a cache are always ours.
+    softmax(q k^T / sqrt(D)) v over the earlier tokens of the same sequence. `fused`, if given, is the core attention
+    that computes this for packs of whole sequences (Transformer Engine's, which splits sequences over context-parallel
+    ranks as this package does); attention over a cache is always computed here.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class PackedAttention(torch.nn.Module):
 
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:
-    """Packed tokens spread over a [B, L] grid. A row's empty places lie behind its tokens, where causality hides
-    them."""
+    """Attention on a [B, L] grid. The padding of a row follows its tokens, where the causal mask hides it."""
     query, key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return _collect(out, tokens.slots_T)
 
 
 def _attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part) -> Tensor:
-    """The same where this rank holds two chunks of every sequence: keys and values of all ranks are gathered (as in
-    2407.21783 Section 3.3.2; grouped queries make them few), and each chunk of queries meets the keys up to its end."""
+    """The same when this rank holds two chunks of every sequence. Keys and values of all ranks are gathered (as in
+    arXiv 2407.21783, Section 3.3.2; grouped queries keep them small), and each chunk of queries attends to the keys up
+    to its end."""
     both = whole(torch.cat([key, value], dim=-1), part)
     key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in both.chunk(2, dim=-1))
     out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
@@ -114,7 +114,7 @@ def _attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens
 
 
 def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[T, H, D] -> [B, H, L, D], zeros where no token stands."""
+    """[T, H, D] -> [B, H, L, D], zeros where there is no token."""
     num_rows, length = grid
     spread = x_THD.new_zeros(num_rows * length, *x_THD.shape[1:]).index_copy(0, slots_T, x_THD)
     return spread.view(num_rows, length, *x_THD.shape[1:]).transpose(1, 2)
@@ -128,8 +128,8 @@ def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
 def _attend_cached(
     query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, use: CacheUse, layer: int
 ) -> Tensor:
-    """New tokens against their rows of the cache, prompts within themselves, zeros for padding; all but padding is
-    written into the cache first."""
+    """New tokens attend to their rows of the cache, prompts to themselves, and padding gives zeros. Keys and values of
+    all but the padding are written to the cache first."""
     keys, values = use.cache.write(layer, key, value, use.write)
     num_new, num_prompt_tokens = len(use.seen_BL), len(tokens.slots_T)
     prompts = slice(num_new, num_new + num_prompt_tokens)
@@ -144,8 +144,8 @@ def _attend_cached(
 
 
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, first_row: int, seen_BL: Tensor) -> Tensor:
-    """One query a row, [B, Q, D], against the positions of its row that it may see. Nothing is copied: rows are
-    neighbours, and queries that share a key head stand where several queries of a sequence would."""
+    """One query per row, [B, Q, D], over the positions of its row that it may see. Nothing is copied: the rows are
+    adjacent, and the query heads that share a key head take the dimension of query positions."""
     num_rows, length = seen_BL.shape
     rows = slice(first_row, first_row + num_rows)
     out = F.scaled_dot_product_attention(

@@ -1,7 +1,6 @@
-"""What is mended in a Megatron-Core module, with the versions it concerns. Nothing else in the package patches
-Megatron.
+"""The patches to Megatron-Core, with the versions that need them. Nothing else in the package patches Megatron.
 
-Each entry of PATCHES and CPU_PATCHES names the place it serves; tests/device/test_cpu.py fails when the
+Each entry of PATCHES and CPU_PATCHES names the code it patches; tests/device/test_cpu.py fails when the
 installed version no longer needs it. Stand-ins for torch.cuda itself are in device/cpu.py.
 """
 
@@ -27,8 +26,8 @@ def _te_general_gemm() -> None:
 
 
 def _splits_on_cpu() -> None:
-    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py maybe_move_tensor_to_cpu: converts to NumPy only what was on a
-    GPU, but all_to_all_single takes split sizes as integers, never as tensors."""
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py maybe_move_tensor_to_cpu: converts only GPU
+    tensors to NumPy, but all_to_all_single takes split sizes as integers, not as tensors."""
     move = moe_utils.maybe_move_tensor_to_cpu
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -40,8 +39,8 @@ def _splits_on_cpu() -> None:
 
 
 def _no_device_rng() -> None:
-    """0.16.1 and 0.19.2, tensor_parallel/random.py _set_cuda_rng_state: queues a callback for the day CUDA starts,
-    which on a CPU never comes; activation recompute would grow that queue at every layer."""
+    """0.16.1 and 0.19.2, tensor_parallel/random.py _set_cuda_rng_state: queues a callback until CUDA is
+    initialised, which never happens on a CPU; activation recompute would grow that queue at every layer."""
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
 
 
@@ -50,7 +49,7 @@ CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng)
 
 
 def apply_patches(on_cpu: bool) -> None:
-    """Applies the mends. Call once, after process groups exist and before a model is built."""
+    """Applies the patches. Call once, after process groups exist and before a model is built."""
     for apply in PATCHES + (CPU_PATCHES if on_cpu else ()):
         apply()
 
@@ -67,7 +66,7 @@ def set_experts(mlp: Any, module: type) -> None:
 def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool) -> None:
     """0.16.1, tensor_parallel/layers.py:886: an expert weight is reduced over the expert groups only when EP > 1. With
     TP > 1, ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the
-    gradient of its own tokens. 0.19.2 decides by the groups, as here."""
+    gradient of its own tokens. 0.19.2 decides by the groups, as this does."""
     if experts_have_own_groups:
         for name, parameter in model.named_parameters():
             if ".experts." in name:

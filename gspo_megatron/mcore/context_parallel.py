@@ -1,8 +1,8 @@
-"""Context parallel: what crosses the ranks that share the tokens of every sequence.
+"""Context parallelism: communication between the ranks that share the tokens of every sequence.
 
-The split is `data.packing.zigzag`: a sequence of L tokens is cut into 2 * cp chunks of n = L / (2 * cp), and rank c
-holds chunks c and 2 * cp - 1 - c. Of their causal attention each rank then has the same share:
-(c + 1/2) + (2 cp - 1 - c + 1/2) = 2 cp chunks of keys, whatever c is.
+The split is `data.packing.zigzag`: a sequence of L tokens is divided into 2 * cp chunks of n = L / (2 * cp), and rank c
+holds chunks c and 2 * cp - 1 - c. Every rank then has the same share of causal attention:
+(c + 1/2) + (2 cp - 1 - c + 1/2) = 2 cp chunks of keys, for any c.
 
 Shapes: T tokens of all ranks, Tc those of this one, B sequences (rows), n the longest chunk, L = 2 * cp * n positions.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 class SumOverRanks(torch.autograd.Function):
     """s = sum_c p_c over the ranks of a group, on each of them.
 
-    Every rank goes on to compute its share l_c of the loss from s, and the gradient wanted is that of their sum,
-    d(sum_c l_c) / d p_c' = sum_c d l_c / d s: the backward sums, too.
+    Each rank then computes its share l_c of the loss from s, and the gradient needed is that of the sum of the shares,
+    d(sum_c l_c) / d p_c' = sum_c d l_c / d s: the backward is a sum over ranks, too.
     """
 
     @staticmethod
@@ -41,8 +41,8 @@ class SumOverRanks(torch.autograd.Function):
 
 @dataclass
 class Chunk:
-    """The queries of one chunk of every sequence: which of this rank's tokens they are, where they stand in a [B, n]
-    grid, and which of the sequence's first K keys each of them sees, [B, 1, n, K]."""
+    """The queries of one chunk of every sequence: their indices among this rank's tokens, their slots in a [B, n] grid,
+    and which of the sequence's first K keys each of them sees, [B, 1, n, K]."""
 
     tokens: Tensor
     slots: Tensor
@@ -51,8 +51,8 @@ class Chunk:
 
 @dataclass
 class Part:
-    """This rank's part of the packed sequences of one forward, and how it fits into the whole. The gathered tokens of
-    all ranks, read in `order_T`, are the pack."""
+    """This rank's part of the packed sequences of one forward. The gathered tokens of all ranks, indexed by `order_T`,
+    are the pack."""
 
     group: dist.ProcessGroup
     order_T: Tensor
@@ -60,8 +60,8 @@ class Part:
 
 
 def part_of(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, group: dist.ProcessGroup) -> Part:
-    """This rank's part of sequences with borders `cu_seqlens` [B + 1], `num_tokens` in all. Nothing waits for the
-    device."""
+    """This rank's part of sequences with boundaries `cu_seqlens` [B + 1] and `num_tokens` tokens in all. Does not wait
+    for the device."""
     size, rank, device = group.size(), group.rank(), cu_seqlens.device
     borders, rows = cu_seqlens.long(), torch.arange(cu_seqlens.numel() - 1, device=device)
     chunk_B = borders.diff() // (2 * size)
@@ -70,7 +70,7 @@ def part_of(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, group: dist.Pr
     number_T, inside_T = _divmod(torch.arange(num_tokens, device=device) - borders[row_T], chunk_B[row_T])
     late_T = number_T >= size
     owner_T = torch.where(late_T, 2 * size - 1 - number_T, number_T)
-    # A rank's tokens of a row begin where the row does, divided by cp, with the early chunk ahead of the late one.
+    # On its rank, a row begins at its offset in the pack divided by cp, and its early chunk precedes its late one.
     order_T = owner_T * (num_tokens // size) + borders[row_T] // size + late_T * chunk_B[row_T] + inside_T
 
     def chunk(number: int, late: bool) -> Chunk:
@@ -87,7 +87,7 @@ def part_of(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, group: dist.Pr
 
 def whole(x: Tensor, part: Part) -> Tensor:
     """[Tc, ...] of every rank -> [T, ...] in the order of the pack. The gradient of a token's value is summed over all
-    the ranks that looked at it."""
+    ranks that used it."""
     return gather_from_sequence_parallel_region(x, group=part.group).index_select(0, part.order_T)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class WholeExperts(SequentialMLP):
-    """y = W_down (p * silu(W_gate x) * W_up x) for the tokens of each expert, to the last bit what Megatron's does.
+    """y = W_down (p * silu(W_gate x) * W_up x) for the tokens of each expert, bit for bit as Megatron's.
 
-    Where no expert is cut over ranks (etp = 1), its tensor-parallel matrices have nothing to exchange. Their autograd
-    nodes and checks, four pairs an expert, take longer than the matmuls of a small model. Where an overlapped gather of
-    weights waits in hooks of these matrices (optimizer.overlap), they are called as Megatron does.
+    Where no expert is split over ranks (etp = 1), its tensor-parallel linear layers have nothing to communicate, but
+    their autograd nodes and checks, four pairs per expert, take longer than the matmuls of a small model. Where hooks
+    of these layers wait for an overlapped gather of weights (optimizer.overlap), they are called as Megatron does.
     """
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -24,7 +24,7 @@ class WholeExperts(SequentialMLP):
             return super().forward(hidden_TH, tokens_per_expert_E, probs_T)
         counts, out = tokens_per_expert_E.tolist(), []
         for expert, x, p in zip(self.local_experts, hidden_TH.split(counts), probs_T.split(counts), strict=True):
-            # An expert without tokens is multiplied too: its weights get a gradient, of zeros.
+            # Experts without tokens are included: their weights get a gradient of zeros.
             gate, up = F.linear(x, expert.linear_fc1.weight).chunk(2, dim=-1)
             weighted = (F.silu(gate) * up * p[:, None]).to(x.dtype)  # the router's probabilities are float32 in bf16
             out.append(F.linear(weighted, expert.linear_fc2.weight))

@@ -1,4 +1,4 @@
-"""Process groups: Megatron's, made from a layout, and the two questions the trainer asks of them."""
+"""Megatron's process groups for a layout, and the collectives that the trainer uses."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Groups:
         return (self.layout.ep, self.layout.etp) != (1, self.layout.tp)
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates the reporters' lists in the order of their ranks, on every process. Several processes
-        pickle the items."""
+        """Concatenates the reporters' lists in rank order, on every process. With several processes, items are
+        pickled."""
         if dist.get_world_size() == 1:
             return mine
         heard: list[list[Any] | None] = [None] * dist.get_world_size()
@@ -64,7 +64,7 @@ class Groups:
         return partial_S if self.cp_size == 1 else SumOverRanks.apply(partial_S, self.cp)
 
     def max_over_ranks(self, numbers: list[Number]) -> list[Number]:
-        """The largest of all processes' numbers, one by one: all int, or all float and none NaN."""
+        """The elementwise maximum over all processes. All numbers are int, or all are float and none is NaN."""
         if dist.get_world_size() == 1:
             return numbers
         dtype = torch.float64 if isinstance(numbers[0], float) else torch.int64
@@ -77,7 +77,7 @@ class Groups:
         return self.max_over_ranks([int(flag)]) == [1]
 
     def close(self) -> None:
-        """Ends the groups, when every process is done: nobody hangs up on a rank that still talks."""
+        """Destroys the groups once every process is done: no rank closes a connection that another still uses."""
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

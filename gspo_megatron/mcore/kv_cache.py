@@ -1,4 +1,4 @@
-"""Keys and values of tokens that have been processed, and what one forward writes and reads of them.
+"""The cache of keys and values of earlier tokens, and what one forward writes to it and reads from it.
 
 Shapes: T packed tokens, B continued rows, W entries that are written, L positions, K key/value heads of this
 tensor-parallel rank, D head dimension.

@@ -1,4 +1,4 @@
-"""The layers of a model, as a table: Megatron-Core's own (`local`), and those of Transformer Engine (`te`)."""
+"""The table of layer specs: Megatron-Core's own layers (`local`) and those of Transformer Engine (`te`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gspo_megatron.mcore.experts import WholeExperts
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight. The weight says whether its gradient must be summed over tensor-parallel
-    ranks that each saw a part of the tokens (Megatron's own local norm refuses sequence parallel)."""
+    """x / sqrt(mean(x^2) + eps) * weight. `weight.sequence_parallel` makes Megatron sum its gradient over the
+    tensor-parallel ranks, each of which saw some of the tokens (Megatron's own local norm rejects that)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -55,17 +55,17 @@ def wrap_attention_cores(block: Any) -> None:
 
 
 def distinct_layers(block: Any) -> list[Any]:
-    """The layer specs of a block spec, each once: Megatron lists one object for all layers of a kind, and what is done
-    to it twice would be nested."""
+    """The layer specs of a block spec, each once: Megatron lists one object for all layers of a kind, and wrapping
+    it twice would nest the wrappers."""
     return list({id(layer): layer for layer in block.layer_specs}.values())
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one origin.
+    """The layers of one library.
 
     Attributes:
-        settings: fields of TransformerConfig that go with them.
+        settings: fields of TransformerConfig that they need.
         spec: (TransformerConfig, pipeline rank, virtual stage or None) -> block spec of GPTModel.
     """
 

@@ -1,5 +1,4 @@
-"""The policy network: Megatron-Core's GPTModel of the shape that was asked for, ending in hidden states instead of
-logits."""
+"""The policy network: Megatron-Core's GPTModel in the configured shape, ending in hidden states instead of logits."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(config: Config, device: Device, layers: str) -> TransformerConfig:
-    """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that one of the supported versions
-    lacks are left out."""
+    """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that the installed version lacks
+    are left out."""
     shape, m, p = config.model.shape, config.model, config.parallel
     settings: dict[str, Any] = {
         **family_of(shape).megatron(shape),
@@ -70,8 +69,8 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         "expert_model_parallel_size": p.ep,
         "expert_tensor_parallel_size": p.etp,
         "sequence_parallel": p.tp > 1,
-        # Of two stages each is before and behind the other. Only where forward and backward travel apart, as here, can
-        # they tell which of two messages is which.
+        # With two stages, each is both the previous and the next stage of the other. They can tell two messages apart
+        # only when forward and backward messages are sent separately, as here.
         "overlap_p2p_comm": p.vpp > 1,
         "batch_p2p_comm": p.vpp == 1,
         "params_dtype": device.dtype,
@@ -86,28 +85,28 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         "recompute_granularity": None if p.recompute == "none" else p.recompute,
         "recompute_method": "uniform" if p.recompute == "full" else None,
         "recompute_num_layers": 1 if p.recompute == "full" else None,
-        # A message that overlaps with computation is read from memory until it has left; on a device, the queue of the
-        # work keeps that memory, on the CPU nothing would.
+        # A send that overlaps with computation reads its tensor until it completes. On a GPU the stream keeps that
+        # memory valid; on the CPU nothing would.
         "deallocate_pipeline_outputs": not device.on_cpu,
     }
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
     transformer = TransformerConfig(**{k: v for k, v in settings.items() if k in known})
-    # The micro-batches of a pipeline differ in length. Set afterwards: with the allgather dispatcher the constructor
-    # refuses it: that one needs equal lengths among the ranks that share experts, which packing_rules sees to.
+    # The micro-batches of a pipeline differ in length. Set here because the constructor rejects it with the allgather
+    # dispatcher, which needs equal lengths on the ranks that share experts; packing_rules guarantees those.
     transformer.variable_seq_lengths = p.pp > 1
     return transformer
 
 
 def build_model(config: Config, groups: Groups, device: Device, use_te: bool) -> list[PolicyModel]:
-    """The parts of the model that this rank holds, on its device, with weights that depend on run.seed alone: one part,
-    or parallel.vpp of them, in the order in which a token passes them."""
+    """This rank's chunks of the model, on its device, with weights that depend on run.seed alone: one chunk, or
+    parallel.vpp of them, in the order in which a token passes through them."""
     if device.on_cpu:
-        # No layer draws random numbers on this device; the tracker only has to answer.
+        # No layer draws random numbers on the CPU; Megatron only needs the tracker to exist.
         mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     else:
         mcore_random.model_parallel_cuda_manual_seed(config.run.seed)
     shape, num_chunks, layers = config.model.shape, config.parallel.vpp, "te" if use_te else "local"
-    assert shape.vocab_size is not None, "the tokenizer decides model.vocab_size before the model is built"
+    assert shape.vocab_size is not None, "settle sets model.vocab_size before the model is built"
     transformer = transformer_config(config, device, layers)
     rotary = Rotary(shape.head_dim, shape.rope_base, shape.max_sequence_length, device.torch_device, device.dtype)
     chunks = []

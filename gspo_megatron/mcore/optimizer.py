@@ -29,7 +29,7 @@ def wrap_model(
                 use_distributed_optimizer=is_distributed(device, settings),
                 overlap_grad_reduce=_overlaps(device, settings),
                 overlap_param_gather=_overlaps(device, settings) and is_distributed(device, settings),
-                # Its check goes through a CUDA-only state machine; MegatronPolicy.update looks at the norm instead.
+                # Megatron's check uses a CUDA-only state machine; MegatronPolicy.update checks the norm instead.
                 check_for_nan_in_grad=False,
             ),
             chunk,
@@ -72,26 +72,26 @@ def build_optimizer(
 
 
 def wait_for_weight(chunk: DistributedDataParallel, weight: Tensor) -> None:
-    """Until the gather of `weight` is complete, where it overlaps with the forward. Modules wait for their own weights;
-    this is for one that is read outside its module, the vocabulary matrix."""
+    """Waits until the gather of `weight` is complete, where it overlaps with the forward. Modules wait for their own
+    weights; this is for one that is read outside its module, the vocabulary matrix."""
     if chunk.ddp_config.overlap_param_gather:
         chunk.param_to_bucket_group[weight].finish_param_sync()
 
 
 def wait_for_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Until all weights are complete that the last update has changed. Collective."""
+    """Waits until all weights that the last update changed are complete. Collective."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
 TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
-"""They count steps for each parameter. In torch 2.6 the second is not one of the first."""
+"""Optimizers that count steps per parameter. In torch 2.6, AdamW is not a subclass of Adam."""
 
 
 class AdamShard(NamedTuple):
-    """What the optimizer of this rank keeps of a model parameter: of its elements `start` to `end`, flattened, the
-    values that it updates (float32 under bf16) and Adam's moments."""
+    """This rank's optimizer state of a model parameter: for elements `start` to `end` of the flattened parameter, the
+    values that are updated (float32 under bf16) and Adam's moments."""
 
     start: int
     end: int
@@ -103,7 +103,7 @@ class AdamShard(NamedTuple):
 def shards_of_adam(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> dict[Tensor, AdamShard]:
     """The shards of the parameters of `chunks`; the tensors are the optimizer's own, to be read or written.
 
-    Moments that Adam has not made yet are made, as zeros.
+    Moments that Adam has not created yet are created, as zeros.
     """
     model_parameters = {getattr(p, "main_param", p): p for chunk in chunks for p in chunk.parameters()}
     found = {}
@@ -129,13 +129,13 @@ def _shard(start: int, end: int, main: Tensor, state: dict[str, Tensor]) -> Adam
 
 
 def get_step_count(optimizer: MegatronOptimizer) -> int:
-    """Updates that Adam has made."""
+    """The number of updates that Adam has made."""
     counters = [counter for part in optimizer.chained_optimizers for counter in _step_counters(part.optimizer)]
     return int(max((counter.get("step", 0) for counter in counters), default=0))
 
 
 def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
-    """Makes Adam go on as after `count` updates."""
+    """Makes Adam continue as after `count` updates."""
     for part in optimizer.chained_optimizers:
         for counter in _step_counters(part.optimizer):
             counter["step"] = torch.tensor(float(count)) if isinstance(part.optimizer, TORCH_ADAM) else count
@@ -151,6 +151,6 @@ def _overlaps(device: Device, settings: OptimizerConfig) -> bool:
 
 
 def is_distributed(device: Device, settings: OptimizerConfig) -> bool:
-    """Whether the optimizer's state is cut over data-parallel ranks. The distributed optimizer casts its gradient
-    shards to float32, so float64 runs go without."""
+    """Whether the optimizer's state is sharded over data-parallel ranks. The distributed optimizer casts its gradient
+    shards to float32, so float64 runs do not use it."""
     return settings.distributed and device.dtype != torch.float64

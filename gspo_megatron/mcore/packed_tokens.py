@@ -26,11 +26,11 @@ from gspo_megatron.mcore.kv_cache import CacheUse, CacheWrite, KVCache
 
 @dataclass
 class PackedTokens(PackedSeqParams):
-    """What attention knows of one forward. It travels down the model in the place of Megatron's own parameters."""
+    """What attention needs to know about one forward, passed down the model in place of Megatron's own parameters."""
 
-    positions_T: Tensor = None  # type: ignore[assignment]  # fields behind Megatron's own need a default
+    positions_T: Tensor = None  # type: ignore[assignment]  # fields after Megatron's own need a default
     slots_T: Tensor = None  # type: ignore[assignment]
-    """Where each token of the whole pack stands in a [B, L] grid, flattened. Through a cache: of its prompts only."""
+    """The slot of each token of the whole pack in a flattened [B, L] grid. With a cache: of the prompts only."""
     grid: tuple[int, int] = (0, 0)
     part: Part | None = None
     """Context parallel: how this rank's tokens fit into the whole pack. None: they are the whole pack."""
@@ -43,7 +43,7 @@ class PackedTokens(PackedSeqParams):
 def packed(
     positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, context: ProcessGroup | None = None
 ) -> PackedTokens:
-    """Whole sequences, one behind the other; `cu_seqlens` [B + 1] are their borders. With `context`, the group of the
+    """Whole sequences, concatenated; `cu_seqlens` [B + 1] are their boundaries. With `context`, the group of the
     context-parallel ranks, `positions_T` are those of this rank's part."""
     size = 1 if context is None else context.size()
     num_rows, num_tokens = cu_seqlens.numel() - 1, positions_T.numel() * size
@@ -72,8 +72,8 @@ class CachedPrompt(NamedTuple):
 
 class CachedTokens(NamedTuple):
     """The tokens of one forward through a cache, in the order of the pack: `num_continued` newest tokens of the rows
-    from `first_row` on, whole prompts, and padding, whose attention is 0. Its tensors are the host's as `cached_tokens`
-    makes them, and have to be the device's for `packed`."""
+    from `first_row` on, whole prompts, and padding, whose attention is 0. `cached_tokens` makes the tensors on the
+    host; `packed` needs them on the device."""
 
     positions_T: Tensor
     prompt_slots_P: Tensor
@@ -82,7 +82,7 @@ class CachedTokens(NamedTuple):
     first_row: int
     num_continued: int
     longest: int
-    """Positions in the longest of the continued rows, its newest token included."""
+    """Length of the longest continued row, its newest token included."""
 
     def packed(self, cache: KVCache) -> PackedTokens:
         """What attention sees of these tokens."""

@@ -16,7 +16,7 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.models.family import ModelShape
 
 SLICED: dict[str, tuple[int, int]] = {
-    # part of a parameter's name: (dimension that tensor parallel cuts, matrices that lie one behind the other in it)
+    # part of a parameter's name: (dimension that tensor parallel splits, number of matrices concatenated along it)
     "word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
     "linear_qkv.weight": (0, 1),
@@ -37,9 +37,9 @@ def is_vocabulary(name: str) -> bool:
 
 
 def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
-    """The parameter's name in the whole model, with layers and experts counted over all ranks; that of the local layer
-    spec, also where the Transformer Engine spec holds it elsewhere: an attention's input norm in the layer behind it,
-    the experts' matrices in one layer."""
+    """The parameter's name in the whole model, with layers and experts numbered over all ranks. Names follow the local
+    layer spec; the Transformer Engine spec keeps the input norm of attention in the linear layer after it, and all
+    experts' matrices in one layer."""
     name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
     name = re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
     name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
@@ -61,8 +61,8 @@ def named_parameters(model: Any, shape: ModelShape, groups: Groups) -> Iterator[
 def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
     """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1.
 
-    Each parameter draws the whole model's values from a generator seeded by (seed, its name) and keeps its slice, so
-    every layout starts from the same weights.
+    Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its slice, so every layout
+    starts from the same weights.
     """
     for place, parameter in named_parameters(model, shape, groups):
         if parameter.dim() < 2:

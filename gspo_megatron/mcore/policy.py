@@ -27,10 +27,10 @@ from gspo_megatron.models.names import NameRule
 
 
 class MegatronPolicy:
-    """`Policy` of base/protocols.py on Megatron-Core, whatever the layout."""
+    """`Policy` of base/protocols.py on Megatron-Core, on any layout."""
 
     def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
-        """`scoring`: how an update scores trained tokens; `log_probs` goes by its temperature."""
+        """`scoring`: how an update scores trained tokens; `log_probs` uses its temperature."""
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
         self.scoring = scoring
         self._model = build_model(config, groups, device, use_te)
@@ -56,14 +56,18 @@ class MegatronPolicy:
             self.freeze_reference()
 
     def freeze_reference(self) -> None:
-        """Keeps a copy of the policy as it is now, to be scored by `log_probs(reference=True)`."""
+        """Copies the current policy, for `log_probs(reference=True)` to score."""
         self.reference = build_model(self.config, self.groups, self.device, self.use_te)
         for frozen, chunk in zip(self.reference, self.model, strict=True):
             frozen.load_state_dict(chunk.state_dict())
             frozen.requires_grad_(False).eval()
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
-        """See `Policy.log_probs`. Raises RuntimeError when a reference is asked for before `freeze_reference`."""
+        """See `Policy.log_probs`.
+
+        Raises:
+            RuntimeError: the reference is requested before `freeze_reference`.
+        """
         chunks = self.reference if reference else self.model
         if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
@@ -80,7 +84,7 @@ class MegatronPolicy:
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """See `Policy.update`."""
         for group in self.optimizer.param_groups:
-            # Megatron's own scheduler, unused here, is what would apply these factors; norms have wd_mult 0.
+            # Megatron's own scheduler, not used here, would apply these factors; norms have wd_mult 0.
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
         for chunk in self.chunks:
@@ -92,18 +96,18 @@ class MegatronPolicy:
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
         bad_loss = "loss" in metrics and not math.isfinite(metrics["loss"].total)
-        # Only the last stage knows the loss, and replicas may add up the same norm in another order. All ranks go by
-        # the worst of them, so that they decide alike and clip alike.
+        # Only the last stage has the loss, and replicas may sum the same norm in a different order. All ranks use the
+        # maximum, so that they make the same decision and clip alike.
         grad_norm, bad = self.groups.max_over_ranks([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
         if accept is None or accept(grad_norm, not bad):
             self._step(grad_norm)
         self._gathering = self.chunks[0].ddp_config.overlap_param_gather
         self.version += 1
-        first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # all ranks know it; it counts once
+        first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # equal on all ranks; counted once
         return metrics | ({"grad_norm": Metric(grad_norm)} if first else {})
 
     def _step(self, grad_norm: float) -> None:
-        """The rest of what `self.optimizer.step()` does, which in one call could not be asked after the norm."""
+        """The rest of `self.optimizer.step()`, which in one call would leave no room for a decision after the norm."""
         clip_grad = self.config.optimizer.clip_grad
         with self.device.optimizer_scope():
             for part in self.optimizer.chained_optimizers:
@@ -116,8 +120,8 @@ class MegatronPolicy:
         return differing_replicas(self.model, self.config.model.shape, self.groups)
 
     def gradients(self) -> Iterator[tuple[Place, Tensor]]:
-        """The last update's gradients of this rank's parameters, reduced over all ranks. Complete where
-        optimizer.distributed is off, and not clipped where the norm was within optimizer.clip_grad."""
+        """The last update's gradients of this rank's parameters, reduced over all ranks. Complete only
+        if optimizer.distributed is off, and unclipped only if the norm was within optimizer.clip_grad."""
         for chunk in self.model:
             for place, parameter in named_parameters(chunk, self.config.model.shape, self.groups):
                 yield place, parameter.main_grad

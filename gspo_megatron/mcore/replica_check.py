@@ -1,7 +1,7 @@
-"""Whether the copies of a parameter are still equal, to the last bit, on all ranks that hold them.
+"""Checks that the copies of a parameter are bit-identical on all ranks that hold them.
 
-Copies are made equal once, when weights are drawn or loaded, and stay so because every rank makes the same update of
-them. Nothing in a step compares them: a rank whose memory or arithmetic failed trains on beside the others.
+Copies are equal when weights are drawn or loaded, and stay equal because every rank applies the same update. Nothing in
+a step compares them: a rank whose memory or arithmetic failed would go on training unnoticed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.models.family import ModelShape
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as wide as a number of so many bytes."""
+"""The integer type for an element size in bytes."""
 CHUNK = 1 << 22
-"""Elements that are widened to int64 at a time."""
+"""Elements that are converted to int64 at a time."""
 
 
 def differing_replicas(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> list[str]:
@@ -34,7 +34,7 @@ def differing_replicas(chunks: Sequence[PolicyModel], shape: ModelShape, groups:
     experts = [place for place in sums if ".experts." in place.name]
     differing = {
         *_differing(groups.collection.dp_cp, sums, dense),
-        # What tensor parallel does not cut, its ranks hold copies of.
+        # Tensor-parallel ranks hold copies of what is not split over them.
         *_differing(groups.tp, sums, [place for place in dense if place.count == 1]),
         *_differing(groups.collection.expt_dp, sums, experts),
     }
@@ -48,7 +48,7 @@ def differing_replicas(chunks: Sequence[PolicyModel], shape: ModelShape, groups:
 def fingerprint(parameter: Tensor) -> Tensor:
     """[sum_i b_i, sum_i i b_i] modulo 2^64, where b_i are the bits of element i, read as an integer.
 
-    Any change of one element shows in the first sum, an exchange of two in the second.
+    Any change of one element shows in the first sum, a swap of two in the second.
     """
     bits = parameter.contiguous().view(-1).view(BITS[parameter.element_size()])
     index = torch.arange(min(CHUNK, bits.numel()), device=bits.device)
@@ -65,7 +65,7 @@ def _differing(group: dist.ProcessGroup, sums: Mapping[Place, Tensor], places: S
     if group.size() == 1 or not places:
         return []
     mine = torch.stack([sums[place] for place in places])
-    # The largest of ~x = -x - 1 is that of the smallest x.
+    # ~x = -x - 1 is largest where x is smallest.
     most = torch.stack([mine, ~mine])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     differs = (most[0] != ~most[1]).any(dim=1).tolist()
@@ -73,7 +73,7 @@ def _differing(group: dist.ProcessGroup, sums: Mapping[Place, Tensor], places: S
 
 
 def _named(heard: Sequence[Sequence[tuple[Place, tuple[int, int]]]]) -> list[str]:
-    """Every parameter in what the ranks brought, with its ranks: those together that agree, most of them first."""
+    """A line per differing parameter: its ranks, grouped by equal copies, the largest group first."""
     ranks: dict[Place, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, brought in enumerate(heard):
         for place, sums in brought:

@@ -1,17 +1,17 @@
-"""Responses from the training model itself: each forward draws one token for every rollout that is being sampled.
+"""Samples responses from the training model itself: each forward draws one token for every active rollout.
 
 How one forward goes:
 1. `DecodeScheduler` says, for each micro-batch, which rollouts continue and which prompts are admitted.
-2. `_feed` lays the tokens of each out on the host; `all_on_device` sends everything in one copy.
+2. `_feed` lays out the tokens of each on the host; `all_on_device` sends everything in one copy.
 3. The cache copies the rows of rollouts that have moved.
 4. `_draw` runs the micro-batches through the pipeline: attention writes keys and values into the cache and reads those
    of earlier tokens, the last stage draws tokens, and the other stages receive them.
 5. `_agree_on_next` counts the tokens of the next forward on the device, and all ranks take the largest counts.
-6. The host waits once, for one tensor: tokens, log-probs, and what was agreed on. `DecodeScheduler.record` takes them.
+6. The host waits once, for one tensor: tokens, log-probs, and the agreed counts. `DecodeScheduler.record` stores them.
 
 Works on any layout. Experts are shared over data-parallel ranks, so every rank of the world takes part in every
 forward, until the last rollout of all ranks has ended. The ranks of a context-parallel group hold the same weights and
-sample different rollouts, as data-parallel ranks do. What Megatron's own layers wait for comes on top of step 6.
+sample different rollouts, as data-parallel ranks do. Any waits inside Megatron's own layers come on top of step 6.
 
 Shapes: T tokens of a micro-batch, B rollouts that draw a token, W candidates for admission, M micro-batches.
 """
@@ -68,7 +68,7 @@ class ForwardInputs(NamedTuple):
 
 class MegatronSampler:
     """`Sampler` of base/protocols.py. `eos_id` ends a response, `pad_id` fills places that attention never reads.
-    `stop` is asked at every token; when it says yes on any process, generate raises StopRequested on all."""
+    `stop` is called at every token; when it returns True on any process, generate raises StopRequested on all."""
 
     def __init__(
         self, policy: MegatronPolicy, *, eos_id: int, pad_id: int, stop: Callable[[], bool] = lambda: False
@@ -78,15 +78,15 @@ class MegatronSampler:
         self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
         self.multiple = token_multiple(policy.config)
         rules = packing_rules(policy.config)
-        # The layout asks the same of a forward's micro-batches here as in training: how many, and whether equally long.
+        # As in training, the layout decides the number of micro-batches, and whether they must be equally long.
         self.num_micro_batches, self.same_tokens = rules.count_multiple, rules.same_tokens
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
-        """See `Sampler.generate`. Ranks may bring different numbers of prompts, also none.
+        """See `Sampler.generate`. Ranks may pass different numbers of prompts, or none.
 
         Raises:
-            StopRequested: on all ranks, once `stop` has said yes on one.
+            StopRequested: on all ranks, once `stop` has returned True on one.
         """
         decoding = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
         scheduler = DecodeScheduler(
@@ -115,8 +115,9 @@ class MegatronSampler:
     def _forward(
         self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding
     ) -> list[int]:
-        """Draws a token for every rollout that continues or is admitted. `num_tokens` of each micro-batch are those of
-        the rank with the most. Returns the same of the next forward, and 1 behind them where any rank is to stop."""
+        """Draws a token for every rollout that continues or is admitted. `num_tokens` are the tokens of each
+        micro-batch on the rank with the most. Returns those of the next forward, followed by 1 if any rank is to stop,
+        else 0."""
         row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
         rollout_index = np.concatenate([micro_batch.rollout_index for micro_batch in micro_batches])
         may_continue = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
@@ -187,7 +188,7 @@ class MegatronSampler:
         return self.groups.from_last_stage(joined)
 
     def _agree_on_next(self, inputs: ForwardInputs, tokens_B: Tensor) -> Tensor:
-        """[M + 1], the largest of all ranks: the tokens of each micro-batch of the next forward, and whether to
+        """[M + 1], the maximum over all ranks: the tokens of each micro-batch of the next forward, and whether to
         stop."""
         num_continuing = (inputs.may_continue_B * (tokens_B != self.eos_id)).sum()
         num_tokens_M = num_tokens_of_forward(num_continuing, inputs.max_continuing_W, inputs.prompt_tokens_WM)
@@ -197,7 +198,7 @@ class MegatronSampler:
         return agreed
 
     def _padded(self, num_tokens: int) -> int:
-        """The tokens of a micro-batch that has to hold `num_tokens`: a positive multiple of self.multiple."""
+        """`num_tokens` rounded up to a positive multiple of self.multiple."""
         return max(-(-num_tokens // self.multiple), 1) * self.multiple
 
 

@@ -3,15 +3,15 @@
     rank_00000.safetensors ...   a file for each process, with its shards (see checkpoint/shards.py), by global names:
                                  policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME
     step_00000.safetensors ...   inside a step, a file for each process: its share of the tokens, old log-probs, ...
-    run.json                     numbers and text: Adam's step count, the random generators of every process, what the
-                                 model is, versions, the trainer's state
+    run.json                     numbers and text: Adam's step count, the random states of all processes, the settings
+                                 that decide the model's tensors, versions, the trainer's state
 
-Names and shards are those of the whole model, so a checkpoint does not know the layout, the optimizer (distributed or
-not) or the layer spec it came from. The directory belongs to checkpoint/directory.py.
+Names and shards are those of the whole model, so a checkpoint does not depend on the layout, the optimizer (distributed
+or not) or the layer spec it came from. checkpoint/directory.py manages the directory.
 
 Megatron-Core's own dist_checkpointing is not used: it unpickles what it loads (torch/distributed/checkpoint/
-filesystem.py read_metadata, default_planner.py load_bytes), cuts the distributed optimizer's state by its buffers or
-gathers all of it on one rank, and 0.16.1 cannot read what 0.19.2 writes.
+filesystem.py read_metadata, default_planner.py load_bytes), splits the distributed optimizer's state by its buffers
+or gathers all of it on one rank, and 0.16.1 cannot read what 0.19.2 writes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.models.family import ModelShape
 
 POLL_S = 0.02
-"""How often the processes ask one another whether one of them still works on files."""
+"""Seconds between checks whether any process is still working on files."""
 
 Result = TypeVar("Result")
 State = TypeVar("State")
@@ -54,15 +54,14 @@ Keyed = tuple[str, Shard, Tensor]
 
 
 class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next: memory in use for the first time is
-    slow."""
+    """Copies of tensors in host memory, which is reused from save to save: the first use of memory is slow."""
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
         self._kept: dict[str, Tensor] = {}
 
     def of(self, tensors: Sequence[Keyed]) -> list[Keyed]:
-        """The same with copies, which hold until the next call."""
+        """The same with copies, which are valid until the next call."""
         return [(key, shard, self._copy(key, elements)) for key, shard, elements in tensors]
 
     def _copy(self, key: str, elements: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class HostCopies:
 
 @dataclass
 class Saving:
-    """A save under way: first every process writes its file, then the main one completes the checkpoint."""
+    """A save in progress: first every process writes its file, then the main one completes the checkpoint."""
 
     directory: Path
     work: Future[Any]
@@ -84,7 +83,7 @@ class MegatronCheckpoints:
     """The checkpoints of one run (`Checkpoints` of base/protocols.py). All ranks call every method together."""
 
     def __init__(self, policy: MegatronPolicy, store: CheckpointDirectory, warn: Callable[[str], None]) -> None:
-        """`warn` is told what is wrong with checkpoints that are passed over when one is loaded."""
+        """`warn` receives what is wrong with checkpoints that a load skips."""
         self.policy, self.groups, self.store, self.warn = policy, policy.groups, store, warn
         self.shape = policy.config.model.shape
         self._host = HostCopies(pinned=not policy.device.on_cpu)
@@ -94,10 +93,13 @@ class MegatronCheckpoints:
     # ------------------------------------------------------------------------------------------------------- saving
 
     def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
-        """Keeps the policy, the optimizer, the reference and `state`.
+        """Saves the policy, the optimizer, the reference and `state`.
 
-        With `wait`, the checkpoint is complete on return. Otherwise it is a copy in host memory, which a thread writes:
-        it is complete after `finish`, and a failure is raised there. Raises CheckpointError, on all ranks.
+        With `wait`, the checkpoint is complete on return. Otherwise a thread writes a copy in host memory: the
+        checkpoint is complete after `finish`, which raises any failure.
+
+        Raises:
+            CheckpointError: on all ranks, when the save failed on one of them.
         """
         self.finish()
         tensors = list(self._to_write())
@@ -123,15 +125,16 @@ class MegatronCheckpoints:
             self.finish()
 
     def finish(self, *, wait: bool = True) -> None:
-        """Completes a save under way. Without `wait`, as far as that can be done at once; worth calling now and then.
+        """Completes a save in progress. Without `wait`, only as far as possible without blocking; call it now and then.
 
-        Raises CheckpointError, on all ranks, when it failed on one of them.
+        Raises:
+            CheckpointError: on all ranks, when the save failed on one of them.
         """
         while saving := self._saving:
             while self.groups.any_rank(not saving.work.done()):
                 if not wait:
                     return
-                # Writing and hashing may take longer than a collective may wait.
+                # Writing and hashing may take longer than the timeout of a collective.
                 time.sleep(POLL_S)
             self._saving = None
             self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
@@ -168,7 +171,7 @@ class MegatronCheckpoints:
                 yield f"reference.{name}", shard, parameter.detach().view(-1)[shard.start : shard.end]
 
     def _share(self, whole: Shard) -> Shard:
-        """The part of a slice that this one of its data-parallel replicas writes."""
+        """The part of a slice that this data-parallel replica writes."""
         groups = self.groups.collection
         group = groups.expt_dp if ".experts." in whole.place.name else groups.dp_cp
         start, end = (whole.end * i // group.size() for i in (group.rank(), group.rank() + 1))
@@ -181,11 +184,13 @@ class MegatronCheckpoints:
     # ------------------------------------------------------------------------------------------------------ loading
 
     def load(self, which: str, read_state: Callable[[dict[str, Any], list[dict[str, Tensor]]], State]) -> State | None:
-        """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it, as
-        `read_state` makes it of its JSON and of the tensors of all processes.
+        """Restores the policy from `latest`, a path, or nothing (`none`); returns the state that was saved with it,
+        which `read_state` makes from its JSON and the tensors of all processes.
 
-        The layout, the optimizer's cut and the number format may be others than those it was saved from. Raises
-        CheckpointError when the one that is meant is damaged, or of another model.
+        The layout, the optimizer's sharding and the number format may differ from those it was saved with.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or holds another model.
         """
         path, problems = self._on_main(lambda: self.store.open(which))
         for problem in problems:
@@ -199,7 +204,7 @@ class MegatronCheckpoints:
                 f"{about['versions']['gspo_megatron']}; it is loaded, and the next save has format {FORMAT}"
             )
         if wrong := other_settings(about["model"], self.shape):
-            raise CheckpointError(f"{path} is of another model, with {', '.join(wrong)}")
+            raise CheckpointError(f"{path} holds another model, with {', '.join(wrong)}")
         if about["has_reference"]:
             self.policy.freeze_reference()
         failure, of_state = None, []
@@ -238,7 +243,7 @@ class MegatronCheckpoints:
                 yield place.name, Shard.of(place, parameter, num_rows), parameter
 
     def _on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the main process, on all. So with a CheckpointError that it raises."""
+        """Runs `work` on the main process; returns its result, or raises its CheckpointError, on all processes."""
         running = self._writer.submit(work) if self.groups.is_main else None
         while self.groups.any_rank(running is not None and not running.done()):
             time.sleep(POLL_S)
@@ -254,21 +259,25 @@ class MegatronCheckpoints:
         return outcome[0]
 
     def _fail_together(self, what: str, error: BaseException | None) -> None:
-        """Raises CheckpointError on all processes when one has an error."""
+        """Raises on all processes when one has an error.
+
+        Raises:
+            CheckpointError: `what`, with the reason and the process.
+        """
         for rank, reason in enumerate(self._from_all(error and _reason(error))):
             if reason is not None:
                 raise CheckpointError(f"{what}: {reason} (process {rank})")
 
     def _from_all(self, mine: Result) -> list[Result]:
-        """What all processes say, in the order of their ranks."""
+        """The values of all processes, in rank order."""
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine)
         return said
 
 
 def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
-    """What a checkpoint says of its model that `shape` says otherwise, where that concerns tensors."""
-    saved = {"family": "qwen3_moe"} | saved  # the only one when checkpoints did not name it
+    """Settings of a checkpoint's tensors that differ from those of `shape`."""
+    saved = {"family": "qwen3_moe"} | saved  # the only family when checkpoints did not name one
     return [f"model.{key}={saved[key]}, not {own}" for key, own in shape.tensor_settings().items() if saved[key] != own]
 
 

@@ -8,7 +8,7 @@ Megatron, given a loss function that returns (loss, metrics), computes instead
     g' = 1 / (dp * cp) * sum_{d, c} sum_m grad(cp / num_micro_batches * loss_{d,c,m}):
 forward_step_calc_loss multiplies by cp and divides by the number of micro-batches (pipeline_parallel/schedules.py), and
 DistributedDataParallel divides by the size of the data- and context-parallel group (distributed_data_parallel.py),
-experts included. With loss = l * num_micro_batches * dp both cancel and g' = g, however the batch was cut. Every rank
+experts included. With loss = l * num_micro_batches * dp both cancel and g' = g, however the batch is split. Every rank
 of a group has the same number of micro-batches.
 """
 
@@ -37,8 +37,9 @@ Chunks = Sequence[Any]
 
 
 def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring) -> list[dict[str, Metric]]:
-    """Forward and backward of one update; gradients end reduced in the buffers. Metrics exist on the last stage
-    only, and on its device: nothing here waits for it, except that scoring.skip_zero_rows reads which rows to skip."""
+    """Forward and backward of one update; leaves reduced gradients in the buffers. Metrics exist on the last stage
+    only, on its device. Nothing here waits for the device, except that scoring.skip_zero_rows reads which rows to
+    skip."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
@@ -59,7 +60,8 @@ def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scorin
 def log_probs(
     chunks: Chunks, groups: Groups, micro_batches: Sequence[MicroBatch], *, temperature: float
 ) -> list[Tensor]:
-    """Log-probs of every micro-batch's response tokens, [R] each, without gradient; empty list off the last stage."""
+    """Log-probs of every micro-batch's response tokens, [R] each, without gradient; an empty list before the last
+    stage."""
     module = _bare(chunks[-1])
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ def response_log_probs(
         group=groups.tp if groups.layout.tp > 1 else None,
         sequence_parallel=module.config.sequence_parallel,
         vocab_size=module.true_vocab_size,
-        # Ids were checked with the prompts, ranks of a group build the same micro-batches, and run/guards.py looks at
-        # the loss and the gradient.
+        # Token ids are checked with the prompts, ranks of a group build the same micro-batches, and run/guards.py
+        # checks the loss and the gradient.
         validate=False,
     )
     rows_R = micro_batch.rows_R

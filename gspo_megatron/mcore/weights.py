@@ -1,4 +1,4 @@
-"""The whole policy by its Hugging Face names, tensor after tensor, whatever the layout."""
+"""The policy's whole tensors under their Hugging Face names, one at a time, from any layout."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def whole_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on the hub, whole tensor) of every tensor, the same on every rank and in the same order on every layout.
 
-    Collective: all ranks go through it together, to the end. Each slice travels from one rank that holds it to all
-    others, so every rank receives the model once, and holds one whole tensor and its slices at a time. A tensor is on
-    the rank's device, contiguous, without the vocabulary's padding, and may share memory with the policy: copy what is
-    kept beyond the next update.
+    Collective: all ranks iterate together, to the end. One rank that holds a slice broadcasts it to all others, so
+    every rank receives the model once, and holds one whole tensor and its slices at a time. A tensor is on the rank's
+    device, contiguous, without the vocabulary's padding, and may share memory with the policy: copy it to keep it
+    beyond the next update.
 
     Raises:
         ValueError: a tensor has no rule, or several.
@@ -54,19 +54,19 @@ def whole_weights(
 
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
-    """Every slice of the model: each rank tells all others what it holds."""
+    """The source of every slice of the model, from what all ranks hold."""
     rank = dist.get_rank()
     mine = {place: Source(rank, tuple(p.shape), p.dtype) for place, p in held.items() if _is_first(place, groups)}
     if dist.get_world_size() == 1:
         return mine
     told: list[dict[Place, Source]] = [{}] * dist.get_world_size()
     dist.all_gather_object(told, mine)
-    # Of several ranks that tell of the same slice, the lowest sends it.
+    # Of several ranks that list the same slice, the lowest sends it.
     return {place: source for theirs in reversed(told) for place, source in theirs.items()}
 
 
 def _is_first(place: Place, groups: Groups) -> bool:
-    """Whether this rank speaks for all that hold the same slice: otherwise most of what is told would be copies."""
+    """Whether this rank lists a slice for all ranks that hold it; otherwise most of the lists would be duplicates."""
     if ".experts." in place.name:
         return groups.collection.expt_dp.rank() == 0
     return groups.collection.dp_cp.rank() == 0 and (place.count > 1 or groups.tp_rank == 0)

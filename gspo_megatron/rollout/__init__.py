@@ -1,1 +1,1 @@
-"""Where rollouts come from."""
+"""Sources of rollouts."""

@@ -1,4 +1,4 @@
-"""Rollouts sampled by the model under training: every data-parallel rank a share of the prompts."""
+"""Rollouts sampled by the model under training; every data-parallel rank samples a share of the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CollectiveSource:
 
     Attributes:
         first_prompt: the position in `prompts` of the first step's first prompt.
-        vocab_size: ids that the embedding has.
+        vocab_size: number of ids that the embedding has.
     """
 
     sampler: Sampler
@@ -46,15 +46,15 @@ class CollectiveSource:
         return self._judged([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
 
     def _judged(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
-        """A rollout for each (prompt, id), with its reward, in the order of the ids. Items of `together` in a row go to
-        one rank."""
+        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together`
+        consecutive items go to one rank."""
         for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
             checked_tokens(prompt, (), self.vocab_size)
         mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
         rollouts = self.sampler.generate([p for p, _ in mine], [i for _, i in mine], greedy=greedy)
         if self.ranks.is_reporter:
             for rollout in rollouts:
-                # model.vocab_size may exceed the tokenizer's, rounded up for speed: ids beyond it are no text.
+                # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
                 rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
             score_rollouts(self.reward, rollouts)
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
@@ -63,7 +63,7 @@ class CollectiveSource:
 
     def _share(self, stop: int, stride: int) -> range:
         """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and
-        context-parallel ranks, since all of them hold the whole of a response then."""
+        context-parallel ranks: while sampling, each of them holds whole responses."""
         ranks = self.ranks
         rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
         return range(rank * stride, stop, count * stride)

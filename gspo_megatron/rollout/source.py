@@ -1,4 +1,4 @@
-"""Where a step's rollouts come from, whoever samples them."""
+"""The protocol of a source of rollouts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup
 
 
 class RolloutSource(Protocol):
-    """Rollouts with their rewards. All ranks call every method together and get the same."""
+    """Rollouts with their rewards. All ranks call every method together and get the same result."""
 
     def groups(self, step: int) -> list[RolloutGroup]:
         """The rollout groups of a step.
 
         Raises:
-            StopRequested: the run is to stop.
-            DataError: a rollout could not be judged, or a prompt has an id that the embedding does not have.
+            StopRequested: the run was asked to stop.
+            DataError: a rollout could not be scored, or a prompt has an id that the embedding does not have.
         """
 
     def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:

@@ -1,1 +1,1 @@
-"""The algorithm, and what keeps a run alive."""
+"""The RL loop, and the state, guards, stopping and resuming of a run."""

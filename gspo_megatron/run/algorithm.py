@@ -1,4 +1,4 @@
-"""The algorithm that the settings name, and the facts about it that the rest of a run asks for."""
+"""The algorithm that the settings describe, and the properties of it that the rest of a run needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Algorithm:
 
     Attributes:
         variant: the row of the table of algorithms, with the settings' overrides.
-        updates_per_rollout: mini-batches that a rollout batch is cut into, each used for one update.
-        old_log_probs: who tells the log-probs of the policy that a step began with: a pass of the `trainer`, the
-            `sampler`, or the `update` itself, where a rollout batch has only one.
-        balances_load: the router's load-balancing loss is on; every token has a gradient then.
+        updates_per_rollout: mini-batches that a rollout batch is split into, each used for one update.
+        old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
+            `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
+        balances_load: the router's load-balancing loss is on, so every token has a gradient.
         skip_zero_gradient: leave out what has no gradient, where that is possible.
         temperature: of the distribution that is sampled and scored, softmax(z / temperature).
         cache_bytes: memory in which log-probs may keep exponentials for their backward.
@@ -36,7 +36,11 @@ class Algorithm:
 
     @classmethod
     def of(cls, config: Config) -> Algorithm:
-        """Raises ConfigError for a name or a combination that makes no sense."""
+        """The algorithm of these settings.
+
+        Raises:
+            ConfigError: an unknown name, or a combination that makes no sense.
+        """
         a = config.algorithm
         variant = resolve_variant(
             a.variant,
@@ -65,7 +69,7 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a frozen copy of the policy, as the first step found it, is kept and scored."""
+        """Whether a frozen copy of the policy, as of the first step, is kept and scored."""
         return self.variant.kl_coef > 0
 
     @property
@@ -86,6 +90,6 @@ class Algorithm:
             with_entropy=True,
             # The gradient of an entropy needs the logits themselves.
             store_bytes=0 if self.entropy_coef else self.cache_bytes,
-            # An update that tells its own old log-probs finds ratios of 1: the clip holds nothing.
+            # An update that computes its own old log-probs has ratios of 1, so nothing is clipped.
             skip_zero_rows=self.skip_zero_gradient and self.old_log_probs != "update",
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by part. Parts may lie inside one another; one that comes again is added up."""
+    """Seconds by part. Parts may be nested; repeats of a part add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

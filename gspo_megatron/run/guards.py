@@ -1,7 +1,8 @@
-"""What looks at a run while it runs. An update whose numbers are wrong is left out, or the run stops, before they reach
-the weights, and the rollouts that brought them are kept; what shows only after a step stops the run before it is saved.
+"""Rules that skip an update or stop the run when its numbers are wrong.
 
-Every rule goes by values that are the same on all ranks, so all of them skip together and stop together.
+An update is checked before it reaches the weights, and the data of one that fails is written to guards/. What shows
+only after a step stops the run before the next save. Every rule uses values that are equal on all ranks, so all ranks
+skip together and stop together.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from gspo_megatron.run.state import GuardState
 from gspo_megatron.run.step_state import StepState, rollout_row
 
 WINDOW, FEWEST = 20, 5
-"""Updates whose gradient norms a new one is held against, and how many there must be."""
+"""A gradient norm is compared with those of the last WINDOW updates, once there are FEWEST."""
 MOST_SKIPPED = 20
-"""Updates in a row that are left out before the run stops: it learns nothing any more."""
+"""Updates skipped in a row before the run stops, since it no longer learns."""
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -40,7 +41,7 @@ class Objection(NamedTuple):
 class Guards:
     """The rules of config.guards. All ranks call every method together.
 
-    `state`: what `Guards.state` gave, where the run continues.
+    `state`: what `Guards.state` returned, if the run continues.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class Guards:
         return GuardState(tuple(self.grad_norms), self.skipped_in_a_row)
 
     def begin(self) -> None:
-        """The loss is another one from here on: what its gradients are usually like is not known yet."""
+        """Forgets gradient norms: the loss changes here, and its usual norm is not known yet."""
         self.grad_norms = []
 
     # ---------------------------------------------------------------------------------------------------- an update
 
     def accept(self, grad_norm: float, loss_is_finite: bool) -> bool:
-        """Whether to make the update (`types.Accept`): loss and norm are finite, and
+        """Whether to apply the update (`Accept` of base/protocols.py): loss and norm are finite, and
         norm <= grad_norm_spike * median(norms of the last WINDOW updates)."""
         g = self.settings
         usual = statistics.median(self.grad_norms) if len(self.grad_norms) >= FEWEST else math.inf
@@ -83,35 +84,40 @@ class Guards:
             )
             self.objection = Objection(reason, g.on_spike)
         elif grad_norm:
-            # An update of flat groups has no gradient; it says nothing about what is usual.
+            # An update whose groups all have equal rewards has no gradient and says nothing about the usual norm.
             self.grad_norms = [*self.grad_norms, grad_norm][-WINDOW:]
         return self.objection is None
 
     def verdict(self, update: str, file: str, rows: Callable[[], Rows]) -> dict[str, Metric]:
-        """Follows up what `accept` said of `update`: where it objected, keeps its `rows` in guards/FILE.jsonl and warns
-        or raises GuardError. Returns the count of skipped updates, to go with the update's metrics."""
+        """Acts on what `accept` decided about `update`: if it objected, writes `rows` to guards/FILE.jsonl and warns.
+        Returns the count of skipped updates, for the update's metrics.
+
+        Raises:
+            GuardError: the rule stops the run, or MOST_SKIPPED updates in a row were skipped.
+        """
         objection = self.objection
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if objection else 0
         if objection:
             path = self.keep(file, rows())
             if objection.action == "stop":
-                raise GuardError(
-                    f"{update}: {objection.reason}; the weights are as before it; what it was made of: {path}"
-                )
+                raise GuardError(f"{update}: {objection.reason}; the update was not applied; its data is in {path}")
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise GuardError(
-                    f"{update}: {objection.reason}; {MOST_SKIPPED} updates in a row were left out, so the run learns "
-                    f"nothing any more; what the last one was made of: {path}"
+                    f"{update}: {objection.reason}; {MOST_SKIPPED} updates in a row were skipped, so the run no "
+                    f"longer learns; the data of the last one is in {path}"
                 )
-            self.warn(f"{update} is left out: {objection.reason}; what it was made of: {path}")
-        first = (self.ranks.dp_rank, self.ranks.cp_rank) == (0, 0)  # it counts once
+            self.warn(f"{update} is skipped: {objection.reason}; its data is in {path}")
+        first = (self.ranks.dp_rank, self.ranks.cp_rank) == (0, 0)  # counted once
         return {"guards/skipped_updates": Metric(float(objection is not None), reduction="sum")} if first else {}
 
     # ------------------------------------------------------------------------------------------------------- a step
 
     def check_columns(self, step: StepState) -> None:
-        """Raises GuardError where a value that must be finite is not: a log-prob of the sampler, or one of the step's
-        columns."""
+        """Checks the sampler's log-probs and the step's columns.
+
+        Raises:
+            GuardError: a value that must be finite is not.
+        """
         of_sampler = (log_prob for rollout in step.rollouts for log_prob in rollout.log_probs)
         micro_batches = [m for batch in step.batches for m in batch.micro_batches]
         values = [v for m in micro_batches for name, v in m.columns.items() if COLUMNS[name].finite]
@@ -121,39 +127,47 @@ class Guards:
         step.collect_columns(self.ranks)
         pairs = zip(step.rollouts, step.sequences, strict=True)
         offenders = [i for i, (rollout, sequence) in enumerate(pairs) if not_finite(rollout, sequence)]
-        first = "a log-prob is not finite on a rank that shares none"
+        first = "a value is not finite on a rank that does not report its columns"
         if offenders:
             first = not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
         path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, offenders))
         raise GuardError(
-            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have one that is not: "
-            f"{path}. The weights, or the forward pass that scored or sampled, are broken: continue from an earlier "
-            "checkpoint, with a lower optimizer.lr or another precision.dtype"
+            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have a value that is not "
+            f"finite: {path}. The weights, or the forward pass that scored or sampled, are broken: continue from an "
+            "earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
         )
 
     def check_ratio_noise(self, step: int, noise: float) -> None:
-        """Raises GuardError when max |ratio - 1| of a step's first update exceeds guards.ratio_noise."""
+        """Checks max |ratio - 1| of a step's first update.
+
+        Raises:
+            GuardError: it exceeds guards.ratio_noise.
+        """
         if self.settings.ratio_noise and noise > self.settings.ratio_noise:
             raise GuardError(
-                f"step {step}: ahead of its first update ratios differ from 1 by up to {noise:.3g}, more than "
-                f"guards.ratio_noise={self.settings.ratio_noise:g}. Old log-probs are not of the policy that is "
-                "trained: with algorithm.old_log_probs=rollout the sampler computes in another precision or order "
-                "(recompute does not); otherwise the same forward gives two results, as with dropout, routing that "
+                f"step {step}: before its first update, ratios differ from 1 by up to {noise:.3g}, more than "
+                f"guards.ratio_noise={self.settings.ratio_noise:g}. The old log-probs are not those of the policy in "
+                "training: with algorithm.old_log_probs=rollout the sampler computes in another precision or order "
+                "(recompute avoids that); otherwise the same forward gave two results, as with dropout, routing that "
                 "depends on the batch, or a failing device"
             )
 
     def check_replicas(self, step: int, policy: Policy) -> None:
-        """Raises GuardError where copies of a parameter differ; looks every guards.check_replicas_every steps."""
+        """Compares the copies of every parameter, every guards.check_replicas_every steps.
+
+        Raises:
+            GuardError: copies of a parameter differ.
+        """
         every = self.settings.check_replicas_every
         if every and step % every == 0 and (differing := policy.differing_replicas()):
             raise GuardError(
-                f"after step {step} {len(differing)} parameters are not the same on all ranks that hold them, the "
-                f"first: {differing[0]}. A rank's memory or arithmetic failed, or updates differ between ranks: "
-                f"continue from a checkpoint of before step {step}, without the host of that rank"
+                f"after step {step}, {len(differing)} parameters are not equal on all ranks that hold them, the first: "
+                f"{differing[0]}. A rank's memory or arithmetic failed, or updates differed between ranks: continue "
+                f"from a checkpoint saved before step {step}, without that rank's host"
             )
 
     def keep(self, file: str, rows: Rows) -> Path:
-        """Writes guards/FILE.jsonl, on the process that writes; returns its path."""
+        """Writes guards/FILE.jsonl, on the process with the writer; returns its path."""
         if self.writer:
             self.writer.offenders(file, rows)
         return self.folder / f"{file}.jsonl"
@@ -169,7 +183,7 @@ def rows_of(step: StepState, numbers: Iterable[int]) -> list[dict[str, Any]]:
 
 
 def not_finite(rollout: Rollout, sequence: Sequence) -> str:
-    """Which value of a response is the first that is not finite and must be; empty where all are."""
+    """The first value of a rollout that must be finite and is not, in words; empty if there is none."""
     of_columns = ((COLUMNS[name], values) for name, values in sequence.columns.items())
     checked = [("sampler's log-prob", torch.tensor(rollout.log_probs), False)]
     checked += [(column.title, values, column.every_token) for column, values in of_columns if column.finite]

@@ -12,7 +12,7 @@ SHAPES = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
-"""optimizer.lr_decay: the share of lr - min_lr that is left when this share of the decay is over."""
+"""optimizer.lr_decay: the fraction of lr - min_lr that is left after this fraction of the decay."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LearningRate:
     num_updates: int
 
     def __call__(self, update: int) -> float:
-        """Of update 0, 1, ... since the first step of reinforcement learning."""
+        """The rate of update 0, 1, ..., counted from the first RL step."""
         o = self.settings
         if update < o.lr_warmup_updates:
             return o.lr * (update + 1) / o.lr_warmup_updates

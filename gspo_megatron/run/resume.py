@@ -1,4 +1,4 @@
-"""How a run goes on: from its beginning, or from what a checkpoint holds."""
+"""Where a run starts: from the beginning, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.state import RunState, settings_of
 
 FREE_SECTIONS = ("run", "parallel", "checkpoint", "logging")
-"""Settings that a run may change without another future."""
+"""Sections of settings that do not decide the rest of a run, and may change when it continues."""
 CUTTING = (
     "run.seed",
     "rollout.group_size",
@@ -27,18 +27,18 @@ CUTTING = (
     "model.aux_loss_coef",
     "train.skip_zero_gradient",
 )
-"""What cuts a step's rollouts into updates, and decides which of them take part."""
+"""Settings that decide how a step's rollouts are split into updates, and which of them take part."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a run goes on.
+    """Where a run starts.
 
     Attributes:
-        state: what it continues from. None: it begins.
+        state: the state it continues from; None for a new run.
         own: whether `state` is from this run's own directory. Otherwise what an earlier run left there is moved aside.
-        is_newest: whether it is the newest there. Any other is saved again, so that it becomes that.
-        changed: settings that are not what they were, `optimizer.lr: 0.001, was 0.003`.
+        is_newest: whether `state` is the newest there. Any other is saved again, so that it becomes the newest.
+        changed: settings that differ from the saved ones, as `optimizer.lr: 0.001, was 0.003`.
     """
 
     state: RunState | None = None
@@ -48,11 +48,11 @@ class Continuation:
 
     @classmethod
     def of(cls, state: RunState | None, config: Config, algorithm: Algorithm, *, has_reference: bool) -> Continuation:
-        """From what checkpoint.load named; `has_reference`: whether a reference policy was loaded with it.
+        """From the state that checkpoint.load named; `has_reference`: whether a reference policy was loaded with it.
 
         Raises:
-            CheckpointError: the settings need what the checkpoint does not have, or would cut the step that it is
-                inside of otherwise.
+            CheckpointError: the settings need something that the checkpoint lacks, or would split its unfinished step
+                differently.
         """
         if state is None:
             return cls()
@@ -69,7 +69,7 @@ class Continuation:
 
     @property
     def first_step(self) -> int:
-        """Rows of metrics from this step on are still to be written."""
+        """The first step whose row of metrics is still to be written."""
         return self.state.position.steps + 1 if self.state and self.state.began else 0
 
     @property
@@ -79,10 +79,10 @@ class Continuation:
 
 
 def changed_settings(state: RunState, config: Config) -> list[str]:
-    """`optimizer.lr: 0.001, was 0.003` for every setting that decides the run's future and is not what it was.
+    """`optimizer.lr: 0.001, was 0.003` for every changed setting that decides the rest of the run.
 
     Raises:
-        CheckpointError: the state is inside a step that was begun with settings that cut its rollouts otherwise.
+        CheckpointError: the state is inside a step that began with settings that split its rollouts differently.
     """
     now: Mapping[str, Any] = settings_of(asdict(config))
     changed = {
@@ -95,7 +95,7 @@ def changed_settings(state: RunState, config: Config) -> list[str]:
     wrong = [text for name, text in changed.items() if name in CUTTING]
     if state.step is not None and wrong:
         raise CheckpointError(
-            f"this checkpoint is inside a step that was begun with other settings ({'; '.join(wrong)}); put them back "
+            f"this checkpoint is inside a step that began with other settings ({'; '.join(wrong)}); restore them "
             "until the next step is saved, or load an earlier checkpoint"
         )
     return list(changed.values())

@@ -26,7 +26,7 @@ from gspo_megatron.run.step_state import StepState
 def sequences_of(
     groups: Seq[RolloutGroup], algorithm: Algorithm, *, vocab_size: int, dtype: torch.dtype
 ) -> list[Sequence]:
-    """One trainable sequence a rollout, group by group, with its advantage. Log-probs are of `dtype`.
+    """One trainable sequence per rollout, group by group, with its advantage. Log-probs are of `dtype`.
 
     Raises:
         DataError: a token id that the embedding does not have.
@@ -50,7 +50,7 @@ class Packer:
 
     Attributes:
         max_tokens, rules, cost: as in `data.packing.pack`.
-        group_size, updates_per_rollout, seed: how a step's groups are cut into mini-batches.
+        group_size, updates_per_rollout, seed: how a step's groups are split into mini-batches.
     """
 
     ranks: Ranks
@@ -63,10 +63,10 @@ class Packer:
     seed: int
 
     def pack(self, step: StepState, *, drop_zero_advantage: bool) -> None:
-        """Cuts the step into mini-batches of whole groups, shuffled by (seed, step), each packed for this rank.
-        Sequences of advantage 0 may stay out of it: they count, and their term of the loss is 0 with gradient 0."""
+        """Splits the step into mini-batches of complete groups, shuffled by (seed, step), each packed for this rank.
+        Sequences of advantage 0 may be dropped: they still count, and their term of the loss is 0 with gradient 0."""
         draws = random.Random(f"{self.seed}:{step.number}")
-        # Sorted by draws: of Python's generator only random() is promised to stay the same over versions.
+        # Sorted by draws: of Python's generator, only random() is guaranteed to stay the same across versions.
         order = [g for _, g in sorted((draws.random(), g) for g in range(len(step.groups)))]
         share = len(order) // self.updates_per_rollout
         for i in range(self.updates_per_rollout):
@@ -97,8 +97,8 @@ class Packer:
 
 
 def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> None:
-    """Old log-probs, unless the sampler or the update tells them, and reference log-probs, in the micro-batches of the
-    updates."""
+    """Fills in old log-probs, unless the sampler or the update computes them, and reference log-probs in the
+    micro-batches of the updates."""
     micro_batches = [m for b in batches for m in b.micro_batches]
     scores = {"old_log_probs": False} if algorithm.scores_old else {}
     scores |= {"ref_log_probs": True} if algorithm.needs_reference else {}
@@ -131,7 +131,7 @@ class PolicyLoss:
     ) -> LossTerms:
         return self.objective(
             log_probs_R,
-            # The only update of a rollout batch starts from the policy that is old: the ratio is 1, with a gradient.
+            # The only update of a rollout batch starts from the old policy: the ratio is 1, with a gradient.
             micro_batch.columns.get("old_log_probs", log_probs_R.detach()),
             micro_batch.advantages_S,
             segments_of(micro_batch, self.ranks),
@@ -149,8 +149,8 @@ def reduced(updates: Seq[dict[str, Metric]], ranks: Ranks) -> dict[str, float]:
 
 
 def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
-    """max |ratio - 1| before anything was learned from the rollouts: what numerical noise alone moves, to be held
-    against the clip band. Empty off the last pipeline stage, which has no ratios."""
+    """max |ratio - 1| before anything is learned from the rollouts: numerical noise alone, to compare with the clip
+    band. Empty except on the last pipeline stage, which alone has ratios."""
     if "ratio/min" not in first_update:
         return {}
     low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)

@@ -1,4 +1,4 @@
-"""The state of a run: all that decides its future, apart from the policy and its optimizer.
+"""The state of a run: everything that decides how it continues, apart from the policy and its optimizer.
 
 Everything else is a function of the settings and the position: the order of prompts, the random number of every token,
 mini-batches, the learning rate.
@@ -31,7 +31,7 @@ class GuardState:
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A step that was stopped between two updates: what `StepState.snapshot` kept, with the tensors of all
+    """A step that was stopped between two updates: what `StepState.snapshot` returned, with the tensors of all
     processes."""
 
     about: Mapping[str, Any]
@@ -47,7 +47,7 @@ class RunState:
         began: whether its first step has begun: the reference is frozen, and row 0 is written.
         settings: the settings that it ran with, by `section.key`.
         guards: what the guards remember.
-        step: the step it is inside of, if it is: this process's snapshot when saved, all processes' when loaded.
+        step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
     """
 
     position: Position
@@ -65,7 +65,7 @@ class RunState:
         return cls(position, began, settings_of(asdict(config)), guards, step, digest)
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers and text. A float64 survives JSON to the last bit."""
+        """Numbers and text. JSON keeps every bit of a float64."""
         config: dict[str, dict[str, Any]] = {}
         for name, value in self.settings.items():
             section, _, key = name.partition(".")
@@ -85,7 +85,7 @@ class RunState:
 
     @classmethod
     def from_saved(cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]]) -> RunState:
-        """What `to_json` wrote, and `tensors` of every process."""
+        """From what `to_json` wrote and the `tensors` of every process."""
         guards, step = about["guards"], about["step"]
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
@@ -105,7 +105,7 @@ def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _step_of_format_1(step: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """The first format of checkpoints had every token of a step in JSON."""
+    """Converts a step of checkpoint format 1, which had every token in JSON."""
     prompts = [
         prompt["tokens"] for prompt, rollouts in zip(step["prompts"], step["rollouts"], strict=True) for _ in rollouts
     ]

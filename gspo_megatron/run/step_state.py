@@ -1,10 +1,10 @@
-"""The state of a step: what it holds between its updates, and how a checkpoint keeps it.
+"""The state of a step: what it holds between its updates, and how a checkpoint stores it.
 
-Old log-probs are those of the policy as the step found it, which is gone after the first update. So a run that is
-stopped between two updates keeps the step's rollouts with their rewards, advantages and columns, and its metrics.
+Old log-probs are those of the policy at the start of the step, which is gone after the first update. So a run that is
+stopped between two updates saves the step's rollouts with their rewards, advantages and columns, and its metrics.
 
-Tokens and columns are kept as tensors, of which every process writes a share: of the tokens, which all have, an equal
-part, and of the columns those of its own micro-batches. A value is found again by the place of its token, counted over
+Tokens and columns are saved as tensors, of which every process writes a share: an equal part of the tokens, which all
+processes hold, and the columns of its own micro-batches. A value is stored with the place of its token, counted over
 all sequences of the step.
 
 S  sequences of the step      L  tokens of all of them      R  trained tokens
@@ -53,7 +53,7 @@ class StepState:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
     def metrics(self, accuracy: Callable[[Rollout], float]) -> dict[str, Any]:
-        """What the rollouts of the step tell, for its row of metrics."""
+        """Statistics of the step's rollouts, for its row of metrics."""
         rollouts, size = self.rollouts, len(self.groups[0].rollouts)
         groups = [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
         rewards = [r.reward for r in rollouts]
@@ -88,14 +88,14 @@ class StepState:
         }
 
     def collect_columns(self, ranks: Ranks) -> None:
-        """Gives every sequence its columns, which are spread over the micro-batches of the ranks. Collective."""
+        """Collects every sequence's columns from the micro-batches of all ranks. Collective."""
         self.set_columns(ranks.gather([self.column_values()]))
 
     def set_columns(self, shares: Seq[Values]) -> None:
-        """Gives the sequences what the shares of all ranks hold of their columns.
+        """Sets the sequences' columns from the shares of all ranks.
 
         Raises:
-            CheckpointError: a sequence has a value for some of its tokens, and none for others.
+            CheckpointError: a sequence has values for only some of its tokens.
         """
         lengths = [len(s) for s in self.sequences]
         trained_L = torch.cat([torch.empty(0, dtype=torch.bool), *(s.trained for s in self.sequences)])
@@ -123,7 +123,7 @@ class StepState:
     # ----------------------------------------------------------------------------------------------- in a checkpoint
 
     def snapshot(self, ranks: Ranks) -> StepSnapshot:
-        """What a checkpoint keeps. Collective: `about` is the same on every process, `tensors` are this one's share."""
+        """What a checkpoint stores. Collective: `about` is equal on all processes, `tensors` are this one's share."""
         mine = [{name: tuple(metric) for name, metric in on_host(update).items()} for update in self.updates]
         about = {
             "number": self.number,
@@ -154,10 +154,10 @@ class StepState:
     def restore(
         cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]], ranks: Ranks, dtype: torch.dtype
     ) -> StepState:
-        """What the snapshots of all processes kept, on this rank of a layout that may be another one. Its batches are
-        still to be packed. `dtype` is that of log-probs here.
+        """The step on this rank, from the snapshots of all processes, which may have run another layout. Its batches
+        still have to be packed. `dtype` is that of log-probs here.
 
-        Metrics return to the rank they came from; where the number of reporters is another one, all go to the first.
+        Metrics return to the rank they came from; if the number of reporters has changed, all go to the first.
         """
         shares = sorted((s for s in shares if s), key=lambda share: int(share["first_sequence"]))
 
@@ -186,7 +186,7 @@ class StepState:
 
 @dataclass(frozen=True)
 class StepSnapshot:
-    """A step as a checkpoint has it: `about` in JSON, and one process's share of its tensors."""
+    """A step as a checkpoint stores it: `about` in JSON, and one process's share of its tensors."""
 
     about: dict[str, Any]
     tensors: dict[str, Tensor]

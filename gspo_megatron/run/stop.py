@@ -1,10 +1,10 @@
-"""Stopping as asked: a signal, or the clock, raises a flag; the run saves at its next safe point and exits.
+"""Stopping on request: a signal or a time limit sets a flag; the run saves at its next safe point and exits.
 
-    SIGTERM, SIGUSR1          what schedulers send ahead of a time limit or a preemption
+    SIGTERM, SIGUSR1          what schedulers send before a time limit or a preemption
     checkpoint.exit_after_s   seconds after the start of the process
 
-A run that does not reach its safe point within the grace period, in a collective that hangs for example, is ended, with
-every thread's stack printed. A second signal leaves it only URGENT_S seconds.
+A run that does not reach a safe point within the grace period, for example in a collective that hangs, prints every
+thread's stack and exits. A second signal shortens the period to URGENT_S seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import threading
 import time
 
 STOPPED = 75
-"""Exit status of a run that stopped as asked, everything saved (EX_TEMPFAIL of sysexits.h): start again to continue."""
+"""Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): start again to continue."""
 STOPPED_BY_GUARD = 70
-"""Exit status of a run that a guard stopped (EX_SOFTWARE): somebody has to look."""
+"""Exit status of a run that a guard stopped (EX_SOFTWARE): a person has to look into it."""
 REFUSED = 2
 """Exit status for settings, prompts or a checkpoint that cannot work."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -27,15 +27,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 URGENT_S = 30.0
 SAME_S = 5.0
-"""Schedulers signal every process of a job, and torchrun hands on what it gets: signals that come together are one."""
+"""Signals this close together count as one: schedulers signal every process of a job, and torchrun forwards what it
+receives."""
 
 
 class StopRequest:
-    """A flag that a signal or the clock raises on this process; `reason` says why.
+    """A flag that a signal or a time limit sets on this process; `reason` says why.
 
     Args:
-        exit_after_s: raise it so many seconds after now; 0: never.
-        grace_s: after a signal, print every thread's stack and exit with status 1 when so many seconds were not enough.
+        exit_after_s: seconds from now until it is set; 0: never.
+        grace_s: seconds from a signal until every thread's stack is printed and the process exits with status 1.
     """
 
     def __init__(self, *, exit_after_s: float = 0.0, grace_s: float = 600.0) -> None:
@@ -46,13 +47,13 @@ class StopRequest:
 
     def is_set(self) -> bool:
         if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = f"checkpoint.exit_after_s={self._exit_after_s:g} is over"
+            self.reason = f"checkpoint.exit_after_s={self._exit_after_s:g} has passed"
         return bool(self.reason)
 
     def __enter__(self) -> StopRequest:
         """Handles the signals from here on."""
-        # Python runs a handler between two steps of the main thread, which may be inside a collective for minutes. The
-        # number of a signal comes down this pipe at once, to a thread that only waits for it.
+        # Python runs a handler between two bytecodes of the main thread, which may be inside a collective for minutes.
+        # The number of a signal arrives on this pipe at once, for a thread that only waits for it.
         self._pipe_out, self._pipe_in = os.pipe()
         os.set_blocking(self._pipe_in, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
@@ -84,5 +85,5 @@ class StopRequest:
             return
         else:
             left_s = URGENT_S
-            print(f"{name}, a second signal: {left_s:g} s are left to save", file=sys.stderr, flush=True)
+            print(f"{name}, the second signal: {left_s:g} s left to save", file=sys.stderr, flush=True)
         faulthandler.dump_traceback_later(left_s, exit=True, file=sys.__stderr__ or sys.stderr)

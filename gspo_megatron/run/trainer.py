@@ -1,9 +1,9 @@
-"""The RL loop, readable as the algorithm. It knows protocols, not Megatron: tests drive it with fakes.
+"""The RL loop. It depends on protocols, not on Megatron, so tests drive it with fakes.
 
 One step (`Trainer.step`):
     1. sample      G rollouts for each of the step's prompts, with rewards, the same on every process
-    2. advantages  of each rollout against its group
-    3. pack        groups into mini-batches (one update each), their sequences that have a gradient into micro-batches
+    2. advantages  of each rollout relative to its group
+    3. pack        groups into mini-batches (one update each), their sequences with a gradient into micro-batches
     4. score       old log-probs with the trainer's own forward, reference log-probs when KL is on
     5. update      once per mini-batch
 """
@@ -40,12 +40,12 @@ START = Position(0, 0, 0)
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer drives, as build/parts.py puts it together.
+    """What a trainer drives, as assembled by build/parts.py.
 
     Attributes:
-        accuracy: 1 for a rollout that is right, else 0.
-        stop: asked at safe points whether the run is to stop.
-        note: told where in the run this process is.
+        accuracy: 1 for a correct rollout, else 0.
+        stop: called at safe points; True stops the run.
+        note: called with where in the run this process is.
     """
 
     config: Config
@@ -92,8 +92,8 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the run
 
     def run(self) -> bool:
-        """Trains until train.steps are completed, from wherever the run stands. Returns False when it was asked to stop
-        before; the run is saved then, in its own directory, wherever it was loaded from."""
+        """Trains until train.steps are completed, from the current position. Returns False if it was asked to stop
+        before; the run is then saved in its own directory, wherever it was loaded from."""
         train, parts = self.config.train, self.parts
         try:
             if self.position not in (self.saved, START):
@@ -124,7 +124,7 @@ class Trainer:
         return True
 
     def begin(self) -> None:
-        """What comes ahead of the first step: warm start, the frozen reference, row 0."""
+        """What precedes the first step: warm start, the frozen reference, row 0."""
         for updates in self.parts.warm_start.run(self.warm_updates, self.safe_point):
             self.warm_updates = updates
         self.policy.begin(with_reference=self.algorithm.needs_reference)
@@ -138,18 +138,18 @@ class Trainer:
         return Position(self.warm_updates, self.completed_steps, updates)
 
     def safe_point(self) -> None:
-        """Completes a save in the background; raises StopRequested on all processes when one has been asked to stop."""
+        """Completes a save in the background; raises StopRequested on all processes if one was asked to stop."""
         self.complete_save()
         if self.ranks.any_rank(self.parts.stop()):
             raise StopRequested
 
     def complete_save(self) -> None:
-        """Lets a save in the background come to its end, if its files are written."""
+        """Completes a save in the background, if its files are written."""
         if self.parts.checkpoints:
             self.parts.checkpoints.finish(wait=False)
 
     def save(self, *, wait: bool) -> None:
-        """Keeps the run as it stands, unless that is kept already."""
+        """Saves the run at its current position, unless that is already saved."""
         checkpoints = self.parts.checkpoints
         if checkpoints is None:
             return
@@ -173,8 +173,8 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- a step
 
     def step(self, number: int) -> dict[str, Any]:
-        """One iteration of the algorithm, from wherever it stands; returns its row of metrics."""
-        # The save ahead of this step is told with it.
+        """One iteration of the algorithm, or what is left of it; returns its row of metrics."""
+        # The time of the save before this step is reported with it.
         self.clock.restart(rollout=0.0, log_probs=0.0, checkpoint=self.pause_s)
         self.pause_s = 0.0
         with self.clock.timed("step"):
@@ -207,7 +207,7 @@ class Trainer:
         self.parts.packer.pack(step, drop_zero_advantage=self.algorithm.drops_zero_advantage)
 
     def score(self, step: StepState) -> None:
-        """4. Old and reference log-probs, as far as the algorithm asks for them."""
+        """4. Old and reference log-probs, if the algorithm needs them."""
         self.note(f"step {step.number}, scoring")
         with self.clock.timed("log_probs"):
             stages.score(step.batches, self.policy, self.algorithm)
@@ -215,7 +215,7 @@ class Trainer:
         self.guards.check_columns(step)
 
     def update(self, step: StepState) -> dict[str, float]:
-        """5. The updates that are left of the step, unless a guard objects to one; returns the metrics of all."""
+        """5. The remaining updates of the step, each subject to the guards; returns the metrics of all."""
         with self.clock.timed("update"):
             while (done := len(step.updates)) < len(step.batches):
                 if done:
@@ -229,7 +229,7 @@ class Trainer:
             return stages.reduced([first | stages.ratio_noise(first), *others], self.ranks)
 
     def _rows(self, step: StepState, update: int) -> list[dict[str, Any]]:
-        """What an update was made of. Collective."""
+        """The data of an update, for the guards. Collective."""
         step.collect_columns(self.ranks)
         return rows_of(step, step.mini_batches[update])
 
@@ -240,14 +240,14 @@ class Trainer:
         return self.parts.evaluation()
 
     def row(self, step: StepState, metrics: dict[str, float]) -> dict[str, Any]:
-        """The step's line of metrics.jsonl; its rollouts are written on the way."""
+        """The step's row of metrics.jsonl. Writes its rollouts, too."""
         of_rollouts = step.metrics(self.parts.accuracy)
         row = {"step": step.number, **metrics, "kl/ref": metrics.get("kl/ref"), **of_rollouts}
         if row["groups/zero_variance_fraction"] == 1:
             self.parts.console.warn(
-                f"step {step.number}: in each of the {len(step.groups)} groups all rewards are equal (in the first "
-                f"{step.rollouts[0].reward:g}), so no advantage and no policy gradient; easier or harder prompts, a "
-                "larger rollout.group_size or a finer reward would give one"
+                f"step {step.number}: within each of the {len(step.groups)} groups all rewards are equal (in the first "
+                f"group {step.rollouts[0].reward:g}), so every advantage is 0 and there is no policy gradient; use "
+                "easier or harder prompts, a larger rollout.group_size or a finer-grained reward"
             )
         if self.parts.writer:
             kept = self.config.logging.rollouts_per_step

@@ -1,4 +1,4 @@
-"""Supervised updates on written solutions, for a policy that begins from nothing."""
+"""Supervised updates on given solutions, for a policy that starts from random weights."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class WarmStart:
     note: Callable[[str], None]
 
     def run(self, done: int, safe_point: Callable[[], None]) -> Iterator[int]:
-        """Makes the updates after the first `done`, and yields their number after each. `safe_point` is called ahead of
-        every update, on all processes; it may raise to stop the run."""
+        """Makes the updates after the first `done`, and yields the number done after each. `safe_point` is called
+        before every update, on all processes; it may raise to stop the run."""
         t, cut = self.config.train, 0
         while done < t.warm_start_steps:
             safe_point()
@@ -55,16 +55,16 @@ class WarmStart:
             self.console.warm_start(done, t.warm_start_steps, loss)
         if cut:
             self.console.warn(
-                f"warm start: {cut} of {t.warm_start_steps * t.warm_start_batch} solutions were cut at "
-                f"model.max_sequence_length={self.config.model.max_sequence_length}, so the policy did not see where "
-                "they end; raise model.max_sequence_length, or leave such solutions out"
+                f"warm start: {cut} of {t.warm_start_steps * t.warm_start_batch} solutions were truncated "
+                f"at model.max_sequence_length={self.config.model.max_sequence_length}, so the policy did not see "
+                "their end; raise model.max_sequence_length, or remove such prompts"
             )
 
     def with_solution(self, prompt: Prompt) -> Sequence:
-        """The prompt with its solution and EOS, cut where the context ends.
+        """The prompt with its solution and EOS, truncated at model.max_sequence_length.
 
         Raises:
-            DataError: a solution that the tokenizer refuses, or an id that the embedding does not have.
+            DataError: the tokenizer rejects the solution, or the embedding does not have one of its ids.
         """
         try:
             solution = [*self.tokenizer.encode(prompt.solution), self.tokenizer.eos_id]

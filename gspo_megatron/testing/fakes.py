@@ -1,7 +1,7 @@
 """A policy, a sampler and ranks that the trainer can drive without Megatron and without processes.
 
-The policy is a table of next-token logits by the token before: a real distribution with a real gradient, small enough
-to learn in a second. The exercise is one that it can solve: a capital letter, to be answered by its small letter.
+The policy is a table of next-token logits by previous token: a real distribution with a real gradient, small enough to
+learn in a second. Its task can be learned: answer a capital letter with the same letter in lower case.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def config_of(*overrides: str) -> Config:
 
 
 class Prompts:
-    """`size` prompts of one to three capital letters; the last one is to be written small."""
+    """`size` prompts of one to three capital letters; the answer is the last one in lower case."""
 
     dropped = 0
 
@@ -93,7 +93,7 @@ class OneRank:
 
 
 class Replicas:
-    """`Ranks` of `size` data-parallel replicas in as many threads, which meet in `gather`."""
+    """`Ranks` of `size` data-parallel replicas in as many threads, which wait for each other in `gather`."""
 
     def __init__(self, size: int) -> None:
         self._parts: list[list[Any]] = [[] for _ in range(size)]
@@ -148,8 +148,8 @@ class _Replica:
 class TablePolicy:
     """`Policy` of base/protocols.py: log pi(token | token before) = log_softmax(logits[before]), in float64, plain SGD.
 
-    `calls` lists what was asked of it, in order; the sampler writes its own calls into the same list. `losses` are this
-    rank's shares, one an update.
+    `calls` lists its calls in order; the sampler adds its own to the same list. `losses` are this rank's shares, one
+    per update.
     """
 
     score_dtype = torch.float64
@@ -207,7 +207,7 @@ def _responses(logits_VV: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tens
 
 
 class TableSampler:
-    """`Sampler` of base/protocols.py, drawing from a TablePolicy. `ids` and `prompts` hold what was asked for, call by
+    """`Sampler` of base/protocols.py, drawing from a TablePolicy. `ids` and `prompts` hold the arguments of every
     call."""
 
     def __init__(self, policy: TablePolicy, config: Config) -> None:
@@ -235,7 +235,7 @@ class TableSampler:
 
 
 class Notebook(Console):
-    """Keeps what a run says."""
+    """A silent console that keeps the warnings of a run."""
 
     def __init__(self) -> None:
         super().__init__(on=False)
@@ -259,12 +259,12 @@ class PlainState:
 
 
 def plain(about: dict[str, Any], shares: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """Reads a PlainState: what it was made of."""
+    """Reads a PlainState: the dict it was made from."""
     return about
 
 
 class Shelf:
-    """`Checkpoints` of base/protocols.py that only remembers what was saved, as it is read again: through JSON, with
+    """`Checkpoints` of base/protocols.py that keeps what was saved in memory, as it would be loaded: through JSON, with
     the tensors of all ranks."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
@@ -291,7 +291,7 @@ def trainer_of(
     state: RunState | None = None,
     **parts: Any,
 ) -> Trainer:
-    """A trainer of fakes, put together as a real one is. `state`: what it continues from; `parts` go to
+    """A trainer with fake parts, assembled like a real one. `state`: what it continues from; `parts` go to
     `build.parts.assemble`."""
     ranks = ranks or OneRank()
     policy = policy or TablePolicy(ranks)

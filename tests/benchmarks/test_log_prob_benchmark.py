@@ -1,4 +1,4 @@
-"""benchmarks/log_probs: it measures what it says, and gives no number to what is wrong or absent."""
+"""benchmarks/log_probs: it measures what it claims, and reports no numbers for a method that is wrong or missing."""
 
 from __future__ import annotations
 

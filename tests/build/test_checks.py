@@ -1,4 +1,4 @@
-"""The rules between settings: what is refused, with which way out, and what only warns."""
+"""Rules across settings: what is rejected and with which fix, and what only warns."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tensors written as one layout holds them and read as another does. The oracle is Place: cut and join of whole
-tensors."""
+"""Tensors written in the slices of one layout and read in those of another. The oracle is Place, which splits and joins
+whole tensors."""
 
 from __future__ import annotations
 

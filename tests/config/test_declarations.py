@@ -1,4 +1,4 @@
-"""The declarations of settings, the page made from them, and the tables of other rooms that they must agree with."""
+"""The declarations of settings, the page made from them, and the tables of other packages that they must agree with."""
 
 from __future__ import annotations
 

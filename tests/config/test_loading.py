@@ -1,4 +1,4 @@
-"""Settings as a user gives them: layers, overrides, what is refused and with which words."""
+"""Settings as a user gives them: layers, overrides, what is rejected and with which message."""
 
 from __future__ import annotations
 

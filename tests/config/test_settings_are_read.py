@@ -1,7 +1,7 @@
-"""Every setting has a reader: one that nothing reads would be ignored silently.
+"""Every setting is read somewhere: one that nothing reads would be ignored silently.
 
-Tiny runs of the real command note which settings are read, and from where. A read that only checks, compares, copies or
-prints a setting does not count.
+Tiny runs of the real command record which settings are read, and from where. A read that only checks, compares, copies
+or prints a setting does not count.
 """
 
 from __future__ import annotations

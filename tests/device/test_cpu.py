@@ -1,7 +1,6 @@
-"""What stands in for torch.cuda and NCCL, and what is mended in Megatron-Core: each entry is still needed, and does no
-harm.
+"""Stand-ins for torch.cuda and NCCL, and patches to Megatron-Core: each entry is still needed, and does no harm.
 
-A test here that fails with a new Megatron-Core or torch says that an entry can go.
+A test here that fails with a new Megatron-Core or torch shows that an entry can be removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of number formats, and who asks it."""
+"""The table of number formats, and the code that uses it."""
 
 from __future__ import annotations
 

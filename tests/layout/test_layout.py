@@ -1,4 +1,4 @@
-"""Layouts: what follows from the axes, which are nearest to one that cannot work, what they ask of micro-batches."""
+"""Layouts: what follows from the axes, the nearest ones to one that cannot work, what they require of micro-batches."""
 
 from __future__ import annotations
 

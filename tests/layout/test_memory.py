@@ -1,4 +1,4 @@
-"""The plan of a run. That its counts are those of the real model on every layout is in test_model.py."""
+"""The plan of a run. test_model.py checks that its counts equal those of the real model on every layout."""
 
 from __future__ import annotations
 

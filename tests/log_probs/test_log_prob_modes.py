@@ -1,4 +1,4 @@
-"""What linear_log_probs may keep, leave out, and add to Megatron's buffers: the results are those of doing without."""
+"""What linear_log_probs may cache, skip, and add to Megatron's buffers: the results stay the same."""
 
 from __future__ import annotations
 

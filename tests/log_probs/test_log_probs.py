@@ -1,4 +1,4 @@
-"""linear_log_probs against log_softmax of the full matrix, on one process and on a vocabulary cut over several."""
+"""linear_log_probs against log_softmax of the full matrix, on one process and with a vocabulary split over several."""
 
 from __future__ import annotations
 

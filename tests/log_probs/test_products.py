@@ -1,4 +1,4 @@
-"""Products of the log-probs: wide sums, whichever library multiplies."""
+"""Matrix products of the log-probs: accumulated in a wide format, whichever library computes them."""
 
 from __future__ import annotations
 

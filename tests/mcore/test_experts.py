@@ -1,4 +1,4 @@
-"""The experts of the local spec give what Megatron's give, to the last bit."""
+"""The experts of the local spec equal Megatron's, bit for bit."""
 
 from __future__ import annotations
 

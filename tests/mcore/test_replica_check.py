@@ -1,5 +1,5 @@
-"""Guards on real Megatron: an update that is refused leaves nothing behind, and copies of a parameter that differ are
-found, whatever made them copies."""
+"""Guards on real Megatron: a rejected update leaves no trace, and differing copies of a parameter are found, whichever
+axis replicates them."""
 
 from __future__ import annotations
 

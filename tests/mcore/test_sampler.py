@@ -1,4 +1,4 @@
-"""Responses decoded by the training model itself, on real Megatron-Core."""
+"""Sampling from the training model itself, on real Megatron-Core."""
 
 from __future__ import annotations
 

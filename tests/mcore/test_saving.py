@@ -1,7 +1,7 @@
-"""A run that stops and continues is the run that never stopped: through the command, on two processes that share
+"""A run that stops and continues equals one that never stopped: through the command, on two processes that share
 experts.
 
-Every start of the command is a fresh pair of processes.
+Every start of the command is a new pair of processes.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
     for status, errors in start(run, f"checkpoint.load={tmp_path}/nothing"):
         assert status == 2 and f"CheckpointError: checkpoint.load='{tmp_path}/nothing'" in errors
     for status, errors in start(run, f"checkpoint.load={saved}", "model.hidden_size=24"):
-        assert status == 2 and f"{saved} is of another model, with model.hidden_size=16, not 24" in errors
+        assert status == 2 and f"{saved} holds another model, with model.hidden_size=16, not 24" in errors
     assert [path.name for path in run.iterdir()] == ["run.lock"]
 
 

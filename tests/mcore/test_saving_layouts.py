@@ -1,7 +1,7 @@
-"""One checkpoint, any layout: weights, moments and step counts come back on other sizes of every axis, and the run goes
-on as the one that never stopped.
+"""One checkpoint, any layout: weights, moments and step counts are restored on other sizes of every axis, and the run
+continues like one that never stopped.
 
-The files are read here by code that knows nothing of the reader's: slices are put together by `Place.join`.
+The files are read here by code independent of the reader: slices are joined by `Place.join`.
 """
 
 from __future__ import annotations
@@ -359,5 +359,5 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         "model.num_layers=2": "model.num_layers=4, not 2",
         "model.num_attention_heads=8": "model.num_attention_heads=4, not 8",
     }.items():
-        with pytest.raises(RankError, match=f"CheckpointError: {saved} is of another model, with {complaint}"):
+        with pytest.raises(RankError, match=f"CheckpointError: {saved} holds another model, with {complaint}"):
             run_distributed(continued, 1, 1, tmp_path / "other", (*FP64, setting), saved)

@@ -1,7 +1,7 @@
 """Several trained spans in a sequence: loss and every gradient on a choice of layouts, against loops over tokens.
 
-The oracle knows nothing of packing, masks or segments: it runs one sequence at a time through the model of one process,
-takes the log-prob of each trained token from the whole softmax, and adds up tests/support/oracles.py's equations.
+The oracle uses no packing, masks or segments: it runs one sequence at a time through the model of one process,
+takes the log-prob of each trained token from the full softmax, and applies the equations of tests/support/oracles.py.
 """
 
 from __future__ import annotations

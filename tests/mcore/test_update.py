@@ -1,4 +1,4 @@
-"""One update of the policy on one process: how its batch is cut, ordered and padded does not show in the gradient."""
+"""One policy update on one process: the gradient does not depend on how the batch is split, ordered or padded."""
 
 from __future__ import annotations
 

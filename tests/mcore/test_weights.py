@@ -1,4 +1,4 @@
-"""The policy's weights by their names on the hub: the same on every layout, and what transformers takes for the same
+"""The policy's weights by their names on the hub: the same on every layout, and loaded by transformers as the same
 model."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every family: shape and config.json tell the same, and its rules name every tensor of the model once."""
+"""Every family: shape and config.json agree, and its rules name every tensor of the model once."""
 
 from __future__ import annotations
 

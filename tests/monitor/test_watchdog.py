@@ -1,4 +1,4 @@
-"""Who is missing, told by those that are left: processes that stop, fail and are killed."""
+"""The remaining ranks name the missing one: processes that stop, fail and are killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new dial is a class and a line of a table: the dials here have parameters that nothing in the package knows of."""
+"""A new dial is a class and a line of a table: the dials here have parameters that the package does not know."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A new kind of per-token data is one line: it is packed on every layout, saved, resumed and guarded.
 
-Every value tells the sequence and the position that it belongs to, so that one that stands at another's place is seen.
+Every value encodes its sequence and position, so that a misplaced one is noticed.
 """
 
 from __future__ import annotations

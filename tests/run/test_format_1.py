@@ -1,6 +1,6 @@
-"""Checkpoints that the first format's code wrote still continue, and say which version they are of.
+"""Checkpoints of format 1 can still be continued, with a warning that names their version.
 
-tests/checkpoint/format_1 holds one between two steps and one inside a step, and the rows of the run that was not
+tests/checkpoint/format_1 holds one between two steps and one inside a step, and the metrics of the run that was not
 stopped.
 """
 

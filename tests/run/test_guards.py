@@ -1,5 +1,5 @@
-"""What stops a run or leaves an update out. Wrong numbers are put into the table policy of fakes.py, on one replica
-only: all replicas have to decide alike. Real gradients and weights are in test_replicas.py."""
+"""Guards: what stops a run or skips an update. Wrong numbers are put into the table policy of fakes.py on one replica
+only: all replicas have to make the same decision. Real gradients and weights: tests/mcore/test_replica_check.py."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_update_that_is_not_finite_is_left_out(change: Change, tmp_path: Path
     for policy, warnings in Replicas(2).run(run):
         same = [torch.equal(a, b) for a, b in itertools.pairwise(policy.tables)]
         assert same == [False, False, True, False, False, False] and policy.version == 6
-        assert len(warnings) == 1 and warnings[0].startswith("step 2, update 1 is left out: ")
+        assert len(warnings) == 1 and warnings[0].startswith("step 2, update 1 is skipped: ")
     rows = rows_of_run(tmp_path)
     assert [row.get("guards/skipped_updates") for row in rows] == [None, 0, 1, 0]
     assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
@@ -145,7 +145,7 @@ def test_the_warm_start_is_watched_too(tmp_path: Path) -> None:
 def test_a_run_that_only_skips_ends(tmp_path: Path) -> None:
     config = config_of(f"run.dir={tmp_path}", "guards.on_nonfinite=skip", "train.steps=20")
     policy = Watched(OneRank(), range(3, 100))
-    with pytest.raises(GuardError, match=f"^step 12, update 1: .* {MOST_SKIPPED} updates in a row were left out"):
+    with pytest.raises(GuardError, match=f"^step 12, update 1: .* {MOST_SKIPPED} updates in a row were skipped"):
         started(config, OneRank(), policy).run()
     assert policy.version == 3 + MOST_SKIPPED
 
@@ -325,7 +325,7 @@ def test_replicas_that_differ_are_named_when_it_is_time_to_look() -> None:
 
     def stopped(ranks: Ranks) -> int:
         policy = Drifting(ranks)
-        with pytest.raises(GuardError, match=r"^after step 4 1 parameters .* the first: logits on ranks 0 \| 1\."):
+        with pytest.raises(GuardError, match=r"^after step 4, 1 parameters .* the first: logits on ranks 0 \| 1\."):
             trainer_of(config, ranks, policy).run()
         return policy.version
 

@@ -1,4 +1,4 @@
-"""How a run goes on: which settings may change, and checkpoints of the first format."""
+"""How a run continues: which settings may change, and checkpoints of format 1."""
 
 from __future__ import annotations
 

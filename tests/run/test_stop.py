@@ -1,4 +1,4 @@
-"""Stopping as asked: real signals, sent to real processes."""
+"""Stopping on request: real signals, sent to real processes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_second_signal_leaves_little_time() -> None:
     child.send_signal(signal.SIGUSR1)
     _, err = child.communicate(timeout=5 * time_factor())
     assert child.returncode == 1
-    assert "SIGUSR1, a second signal: 0.5 s are left to save" in err
+    assert "SIGUSR1, the second signal: 0.5 s left to save" in err
     assert "most recent call first" in err and 'File "<string>"' in err
 
 
@@ -115,7 +115,7 @@ def test_the_clock() -> None:
     with StopRequest(exit_after_s=1.5) as stop_request:
         assert not stop_request.is_set()
         time.sleep(1.55)
-        assert stop_request.is_set() and stop_request.reason == "checkpoint.exit_after_s=1.5 is over"
+        assert stop_request.is_set() and stop_request.reason == "checkpoint.exit_after_s=1.5 has passed"
     with StopRequest() as stop_request:
         assert not stop_request.is_set()
 

@@ -1,4 +1,4 @@
-"""The loop by itself: a table policy with a true gradient, replicas that are threads, no Megatron, no processes."""
+"""The loop on its own: a table policy with a true gradient, replicas in threads, no Megatron, no processes."""
 
 from __future__ import annotations
 
@@ -508,7 +508,7 @@ def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
         assert [row["groups/zero_variance_fraction"] for row in rows[1:]] == [1.0, 1.0]
         assert torch.equal(policy_of(trainer).logits_VV, before)
         first, second = warnings_of(trainer)
-        assert "step 1: in each of the 8 groups all rewards are equal (in the first 3)" in first
+        assert "step 1: within each of the 8 groups all rewards are equal (in the first group 3)" in first
         assert "step 2" in second
     else:
         assert rows[1]["groups/zero_variance_fraction"] < 1

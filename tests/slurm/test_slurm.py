@@ -1,6 +1,6 @@
 """examples/slurm/train.sbatch on a real Slurm: a cluster of two nodes, which start.sh starts on this machine.
 
-The undisturbed run goes on beside the others; what happens to those must not be seen in their metrics.
+The undisturbed run proceeds alongside the others; what happens to those must not show in their metrics.
 """
 
 from __future__ import annotations

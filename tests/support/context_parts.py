@@ -1,4 +1,4 @@
-"""Context parallel without processes: the parts of a batch in threads, which meet where ranks would."""
+"""Context parallelism without processes: the parts of a batch in threads, which synchronise where ranks would."""
 
 from __future__ import annotations
 

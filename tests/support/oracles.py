@@ -1,4 +1,4 @@
-"""The equations once more, as plain loops over sequences and tokens. Shares no code with the package.
+"""An independent version of the equations, as plain loops over sequences and tokens. Shares no code with the package.
 
 Every function takes lists with one float64 tensor (of its tokens) or one number per sequence. A new row of VARIANTS
 gets a row of ORACLES; a new baseline a row of BASELINES.

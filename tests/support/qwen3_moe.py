@@ -1,4 +1,4 @@
-"""The tensors of a Qwen3-MoE model, written down once more: on the hub, and here."""
+"""An independent list of the tensors of a Qwen3-MoE model: on the hub, and here."""
 
 from __future__ import annotations
 

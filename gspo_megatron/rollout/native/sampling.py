@@ -1,4 +1,4 @@
-"""Drawing the next token: random numbers that know no rank, and the distribution they are turned through.
+"""Drawing the next token: random numbers that do not depend on the rank, and the distribution to draw from.
 
 Shapes: B rollouts, V vocabulary.
 """
@@ -16,8 +16,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): every input bit moves every
-    output bit."""
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): every input bit affects
+    every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -37,7 +37,7 @@ def uniforms(seed: int, rollout_ids: NDArray[np.int64], positions: NDArray[np.in
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen. top_k = 0 and top_p = 1 leave the distribution whole; greedy ignores the rest."""
+    """How a token is chosen. top_k = 0 and top_p = 1 leave the distribution unchanged; greedy ignores the rest."""
 
     temperature: float = 1.0
     top_k: int = 0

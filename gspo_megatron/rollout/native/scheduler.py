@@ -1,11 +1,11 @@
-"""Continuous batching: which rollouts are being decoded, which wait, and what has been drawn. Host only.
+"""Continuous batching: which rollouts are being decoded, which wait, and what has been drawn. Runs on the host.
 
 A rollout that ends frees its row of the cache, and waiting ones are admitted, in order, to any forward that has room
 for them. The rollouts of a prompt are admitted together, up to a quarter of all rows; a prompt with more of them is
 admitted a quarter at a time where there is no room for all. All rollouts of a prompt that are admitted to one forward
 share one prefill.
 
-How many tokens a forward has then depends on the number of rollouts that continue, and on nothing else that is drawn.
+So the number of tokens of a forward depends on the number of rollouts that continue, and on nothing else that is drawn.
 
 Shapes: W candidates that may be admitted next, M micro-batches of a forward.
 """
@@ -26,7 +26,7 @@ Integers = TypeVar("Integers", IntArray, Tensor)
 
 
 class Candidate(NamedTuple):
-    """Rollouts of a prompt that wait, and are admitted together."""
+    """Waiting rollouts of a prompt, which are admitted together."""
 
     prompt_tokens: tuple[int, ...]
     rollout_index: IntArray
@@ -79,8 +79,8 @@ class DecodeScheduler:
 
     A forward consists of `num_micro_batches`, of at most `max_prompt_tokens` prompt tokens (or one prompt) each.
 
-    `next_micro_batches` says what the next forward computes and `record` takes in what it drew, in turns, until
-    `next_num_tokens` is 0. Before a forward, the cache carries out `row_copy`.
+    Call `next_micro_batches` for what the next forward computes and `record` with what it drew, alternately, until
+    `next_num_tokens` is 0. Before each forward, the cache performs `row_copy`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class DecodeScheduler:
         return num_tokens_of_forward(len(self.active), self.max_continuing_W, self.prompt_tokens_WM)
 
     def next_micro_batches(self) -> list[DecodeMicroBatch]:
-        """The next forward. The rollouts that it admits get the rows behind those in use, and are active from here
+        """The next forward. The rollouts that it admits get the rows after those in use, and are active from here
         on."""
         num_rows = len(self.active)
         size = -(-num_rows // self.num_micro_batches)
@@ -184,8 +184,8 @@ class DecodeScheduler:
         self.row_copy = RowCopy(moved, free, int(self.positions(self.active[free]).max(initial=0)))
 
     def positions(self, rollout_index: IntArray) -> IntArray:
-        """Where the newest token of each stands in its sequence, which is also how many of its tokens the cache
-        holds."""
+        """The position of each one's newest token in its sequence, which is also the number of its tokens in the
+        cache."""
         return self.prompt_lengths[rollout_index] + self.counts[rollout_index] - 1
 
     def rollouts(self, policy_version: int) -> list[Rollout]:
