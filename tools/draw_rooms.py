@@ -163,8 +163,8 @@ def centres(floors: list[list[Node]], links: list[tuple[Node, Node]]) -> dict[No
 
 
 def _spread(floor: list[Node], wanted: list[float]) -> list[float]:
-    """Places near the wanted ones, in order, without overlap, inside the picture: the mean of a pass that moves nodes to
-    the right and of one that moves them to the left."""
+    """Places near the wanted ones, in order, without overlap, inside the picture: the mean of a pass that moves nodes
+    to the right and of one that moves them to the left."""
     room = [(width_of(a) + width_of(b)) / 2 + GAP for a, b in pairwise(floor)]
     ends = (MARGIN + width_of(floor[0]) / 2, WIDTH - MARGIN - width_of(floor[-1]) / 2) if floor else (0.0, 0.0)
     right, left = list(wanted), list(wanted)
