@@ -40,7 +40,7 @@ def test_the_example_of_data_and_reward(tmp_path: Path, monkeypatch: pytest.Monk
         sys.modules.pop("my_rewards", None)
     prompt = inputs.train_prompts[3]
     assert prompt.text == "Q: What is 3 and 4?\nA: " and prompt.answer == "7"
-    rollout = Rollout(0, prompt, [], [], truncated=False, policy_version=0, text="It is 7")
+    rollout = Rollout(0, prompt, [], [], truncated=False, policy_version=0, text="It is\n#### 7")
     (score,) = inputs.rewards.score([rollout])
     assert score.reward == pytest.approx(1.2) and not score.error
 
