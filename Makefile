@@ -97,8 +97,9 @@ check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-docs: .venv/.installed ## Write docs/settings.md from the declared settings
+docs: .venv/.installed ## Write docs/settings.md from the declared settings, and the picture of the rooms from the imports
 	.venv/bin/python tools/settings_page.py
+	.venv/bin/python tools/draw_rooms.py
 
 gpu: .venv/.installed ## Run the tests that need a CUDA device
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this torch sees no CUDA device"); \

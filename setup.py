@@ -21,6 +21,7 @@ setup(
         "omegaconf>=2.3",
         "psutil",
         "rich",
+        "safetensors",
         "sentencepiece",
         "tensorboard",
         "torch>=2.6",
@@ -28,7 +29,7 @@ setup(
     extras_require={
         # Compiled against the torch of the environment: install with --no-build-isolation, torch first.
         "te": ["transformer-engine[pytorch]"],
-        "hf": ["datasets", "safetensors", "transformers"],
+        "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],

@@ -14,23 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.testing.rooms import COMMANDS, HEIGHT, PACKAGE, imports, imports_of_rooms, package_files, room_of
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = "gspo_megatron"
-FILES = {path.relative_to(ROOT / PACKAGE).as_posix(): path for path in (ROOT / PACKAGE).rglob("*.py")}
-
-COMMANDS = ("train", "evaluate", "score", "convert", "report", "doctor")
-LAYERS = (
-    (*COMMANDS, "testing"),
-    ("build",),
-    ("run", "mcore"),
-    ("rollout", "layout", "monitor"),
-    ("data", "rewards", "environments", "objective", "log_probs", "checkpoint", "device", "config"),
-    ("models",),
-    ("base",),
-)
-"""Top to bottom. A unit is a folder, or a command: the files directly in the package are commands."""
-
-HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}
+FILES = package_files()
 ENTRY_POINTS = (*COMMANDS, "build")
 """They open the device, and then import Megatron-Core."""
 LONGEST = 450
@@ -56,27 +43,6 @@ DEVICE_NAMES_ALLOWED = {
 }
 
 
-def unit_of(file: str) -> str:
-    return file.split("/")[0].removesuffix(".py")
-
-
-def imports(file: str, source: str) -> Iterator[tuple[str, bool]]:
-    """(module, whether the import waits inside a function). `from a import b` is `a.b`, which may be a module."""
-    tree = ast.parse(source)
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    waiting = {id(node) for function in functions for node in ast.walk(function)}
-    folder = [PACKAGE, *file.split("/")[:-1]]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            origin = [*folder[: len(folder) - node.level + 1], node.module] if node.level else [node.module]
-            names = [".".join([*filter(None, origin), alias.name]) for alias in node.names]
-        else:
-            continue
-        yield from ((name, id(node) in waiting) for name in names)
-
-
 def words(source: str) -> Iterator[str]:
     """Names and text constants in code, without docstrings (a text that stands alone as a statement) and comments."""
     tree = ast.parse(source)
@@ -94,17 +60,13 @@ def words(source: str) -> Iterator[str]:
 
 def imports_only_lower_layers(file: str, source: str) -> list[str]:
     """A file imports its own folder and lower floors. `gspo_megatron` itself holds the version, for everyone."""
-    unit = unit_of(file)
+    unit = room_of(file)
     if file == "__init__.py":
         return [f"imports {name}" for name, _ in imports(file, source) if name.startswith(PACKAGE)]
     if unit not in HEIGHT or ("/" not in file and unit not in COMMANDS):
         return ["is in no layer: the package root holds commands only, and every folder has a floor in LAYERS"]
     complaints = []
-    for name, _ in imports(file, source):
-        root, _, rest = name.partition(".")
-        other = rest.split(".")[0]
-        if root != PACKAGE or other in ("", "__version__", unit):
-            continue
+    for other, name in imports_of_rooms(file, source):
         if other not in HEIGHT:
             complaints.append(f"imports {name}, which is in no layer")
         elif HEIGHT[other] >= HEIGHT[unit] and unit != "testing":
@@ -119,21 +81,21 @@ def no_file_is_crowded(file: str, source: str) -> list[str]:
 
 def one_library_in_its_room(file: str, source: str) -> list[str]:
     """Formats of other people's files are read in the rooms that are for it."""
-    if unit_of(file) in ("data", "checkpoint", "rewards"):
+    if room_of(file) in ("data", "checkpoint", "rewards"):
         return []
     found = {name.split(".")[0] for name, _ in imports(file, source)}
     return [f"imports {name}" for name in sorted(found & {"transformers", "safetensors"})]
 
 
 def megatron_only_in_mcore(file: str, source: str) -> list[str]:
-    if unit_of(file) == "mcore":
+    if room_of(file) == "mcore":
         return []
     return [f"imports {name}" for name, _ in imports(file, source) if name.split(".")[0] == "megatron"]
 
 
 def mcore_only_inside_entry_points(file: str, source: str) -> list[str]:
     """The device has to be open before Megatron is imported, and the trainer runs without it."""
-    unit = unit_of(file)
+    unit = room_of(file)
     if unit in ("mcore", "testing"):
         return []
     found = [(name, waits) for name, waits in imports(file, source) if name.startswith(f"{PACKAGE}.mcore")]
@@ -141,7 +103,7 @@ def mcore_only_inside_entry_points(file: str, source: str) -> list[str]:
 
 
 def device_named_only_in_device(file: str, source: str) -> list[str]:
-    if unit_of(file) == "device":
+    if room_of(file) == "device":
         return []
     allowed = DEVICE_NAMES_ALLOWED.get(file, set())
     return [f"says {word!r}" for word in words(source) if DEVICE_WORDS.search(word) and word not in allowed]
@@ -152,7 +114,7 @@ def no_global_statement(file: str, source: str) -> list[str]:
 
 
 def environment_only_in_device_and_entry_points(file: str, source: str) -> list[str]:
-    if unit_of(file) in ("device", "testing", *ENTRY_POINTS):
+    if room_of(file) in ("device", "testing", *ENTRY_POINTS):
         return []
     return [f"reads {word}" for word in words(source) if word.split(".")[-1] in ("environ", "environb", "getenv")]
 
