@@ -30,7 +30,7 @@ from benchmarks import step_vs_trl
 from benchmarks.reports import machine, versions, write_between_marks
 from benchmarks.step_tables import PARTS, tables
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device

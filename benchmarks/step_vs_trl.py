@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.reports import median_ratio
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.device import open_device

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.names import CHECKPOINTS

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build import parts
+from gspo_megatron.build import trainer
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.parts import wants_transformer_engine
+from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import Device, open_device
@@ -197,7 +197,7 @@ def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
     here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.float32, 1, 0)
     for installed in (False, True):
-        monkeypatch.setattr(parts, "transformer_engine_available", lambda installed=installed: installed)
+        monkeypatch.setattr(trainer, "transformer_engine_available", lambda installed=installed: installed)
         assert not wants_transformer_engine(load_config(None), here)
         assert wants_transformer_engine(load_config(None), there) == installed
         assert not wants_transformer_engine(load_config(None, ["precision.transformer_engine=off"]), there)

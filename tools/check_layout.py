@@ -34,7 +34,7 @@ from torch import Tensor
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.parts import open_trainer
+from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.data.tokenizers import load_tokenizer

@@ -2,94 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
-from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.protocols import Checkpoints, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs
-from gspo_megatron.checkpoint.directory import CheckpointDirectory
-from gspo_megatron.checkpoint.names import CHECKPOINTS
-from gspo_megatron.config.sections import Config
 from gspo_megatron.data.order import OrderedPrompts
-from gspo_megatron.device import Device, transformer_engine_available
-from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
-from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.rollout.collective import CollectiveSource
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards
-from gspo_megatron.run.resume import Continuation, describe
 from gspo_megatron.run.stages import Packer
-from gspo_megatron.run.state import GuardState, RunState
-from gspo_megatron.run.trainer import Parts, Trainer
+from gspo_megatron.run.state import GuardState
+from gspo_megatron.run.trainer import Parts
 from gspo_megatron.run.warm_start import WarmStart
 
 
 def never() -> bool:
     return False
-
-
-@contextmanager
-def open_trainer(
-    inputs: Inputs, device: Device, console: Console, stop: Callable[[], bool] = never
-) -> Iterator[Trainer]:
-    """Opens the trainer of a run on this process, and closes everything at the end. Collective: every process of the
-    run calls it. `stop` is called at safe points.
-
-    Raises:
-        CheckpointError: checkpoint.load names something that cannot be loaded.
-    """
-    # Megatron-Core is imported only here: the device has to be open before that.
-    from gspo_megatron.mcore import compat
-    from gspo_megatron.mcore.groups import Groups
-    from gspo_megatron.mcore.policy import MegatronPolicy
-    from gspo_megatron.mcore.sampler import MegatronSampler
-    from gspo_megatron.mcore.saving import MegatronCheckpoints
-
-    config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
-    use_te = wants_transformer_engine(config, device)
-    device.start_processes(config.parallel.timeout_s)
-    with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
-        groups = Groups(inputs.layout, device.torch_device)
-        compat.apply_patches(device.on_cpu)
-        console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
-        policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
-        sampler = MegatronSampler(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, stop=stop)
-        c = config.checkpoint
-        directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
-        checkpoints = MegatronCheckpoints(policy, directory, console.warn)
-        state = checkpoints.load(c.load, RunState.from_saved)
-        continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
-        for setting in continuation.changed:
-            console.warn(f"continuing with a changed setting, {setting}")
-        if state:
-            console.say(f"continuing after {describe(state.position)}")
-        writer = None
-        if groups.is_main:
-            writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
-        parts = assemble(
-            inputs,
-            policy,
-            sampler,
-            groups,
-            console=console,
-            writer=writer,
-            checkpoints=checkpoints,
-            guards=state.guards if state else None,
-            stop=stop,
-            note=watchdog.note,
-        )
-        try:
-            yield Trainer(parts, continuation)
-        finally:
-            if writer:
-                writer.close()
-        groups.close()
 
 
 def assemble(
@@ -149,20 +81,3 @@ def assemble(
         stop=stop,
         note=note,
     )
-
-
-def wants_transformer_engine(config: Config, device: Device) -> bool:
-    """Whether the model is built from Transformer Engine layers, which need a GPU.
-
-    Raises:
-        ConfigError: they are required and not available.
-    """
-    wanted = config.precision.transformer_engine
-    available = not device.on_cpu and transformer_engine_available()
-    needed = wanted == "on" or "local" not in RECIPES[config.precision.fp8].layers
-    if needed and not available:
-        raise ConfigError(
-            "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
-            "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"
-        )
-    return available and wanted != "off"

@@ -19,6 +19,7 @@ from gspo_megatron.build.checks import prompt_limit
 from gspo_megatron.config.declarations import setting, settings_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, RunConfig
+from gspo_megatron.models.family import ModelShape
 from gspo_megatron.testing import commands  # noqa: F401  (for the forked ranks)
 from gspo_megatron.testing.local_ranks import run_distributed
 
@@ -81,6 +82,8 @@ def settings_read(arguments: tuple[str, ...]) -> tuple[int, set[str]]:
     reads: set[str] = set()
     for section, of in (get_type_hints(Config) | {"run": RunWithForgotten}).items():
         note_reads(section, of, reads)
+    # A family reads its settings from the shape that ModelConfig makes of them.
+    note_reads("model", ModelShape, reads)
 
     def with_forgotten(*given: Any) -> Config:
         config = load_config(*given)

@@ -256,7 +256,7 @@ def with_max_batch(sizes: list[int], greedy: bool) -> list[Generated]:
     sampler = open_sampler(1)[1]
     watched, answers = Watched(sampler), []
     for size in sizes:
-        sampler.settings.max_batch = size
+        sampler.settings = replace(sampler.settings, max_batch=size)
         drawn = watched.generate(GROUPS, range(len(GROUPS)), greedy=greedy)
         answers.append(Generated(drawn, watched.tokens, len(watched.caches), watched.reads.count, watched.num_sent))
     return answers

@@ -109,7 +109,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
-        for key, shard in json.loads(header.pop("__metadata__")["shards"]).items():
+        for key, shard in json.loads(header.pop("__metadata__")["pieces"]).items():
             start, end = header[key]["data_offsets"]
             part = torch.frombuffer(bytearray(content[8 + length + start : 8 + length + end]), dtype=torch.uint8)
             place, about[key] = Place(**shard["place"]), shard

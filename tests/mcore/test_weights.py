@@ -21,6 +21,7 @@ from gspo_megatron.mcore.packed_tokens import packed
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.models.families import family_of
+from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.qwen3_moe import hub_sizes, our_sizes
 from tests.support.small import SMALL
@@ -33,7 +34,7 @@ def open_policy(world_size: int, *overrides: str) -> MegatronPolicy:
     device = open_device("cpu", config.precision.dtype)
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
-    return MegatronPolicy(config, groups, device, use_te=False)
+    return MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
 
 
 def exported(world_size: int, overrides: tuple[str, ...]) -> list[tuple[str, Tensor]]:

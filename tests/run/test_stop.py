@@ -59,7 +59,7 @@ def test_signals_that_come_together_are_one() -> None:
         stop.URGENT_S, stop.SAME_S = 0.5, {SAME_S * time_factor()}
         with StopRequest(grace_s=60) as asked:
             print("ready", flush=True)
-            while not asked():
+            while not asked.is_set():
                 time.sleep(0.01)
             time.sleep(1.5)
         print("saved")
@@ -78,7 +78,7 @@ def test_a_second_signal_leaves_little_time() -> None:
         stop.URGENT_S, stop.SAME_S = 0.5, 0.1
         with StopRequest(grace_s=600) as asked:
             print("ready", flush=True)
-            while not asked():
+            while not asked.is_set():
                 time.sleep(0.01)
             time.sleep(2 * stop.SAME_S)
             print("heard", flush=True)
