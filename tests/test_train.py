@@ -141,7 +141,7 @@ def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.Ca
         ),
         (("reward.functions.exact=1",), ("ConfigError: unknown reward 'exact'",)),
         (("reward.functions.my.rewards:f=1",), ("ConfigError: reward 'my.rewards:f' cannot be used (ModuleNotFound",)),
-        (("reward.accuracy=format",), ("ConfigError: reward.accuracy='format' is none of the rewards exact_match",)),
+        (("reward.accuracy=format",), ("ConfigError: reward.accuracy='format' is not one of the rewards exact_match",)),
         (("algorithm.variant=gpso",), ("ConfigError: variant 'gpso' is unknown; did you mean 'gspo'?",)),
         (("algorithm.clip_low=2",), ("ConfigError: clip_low=2.0",)),
     ],

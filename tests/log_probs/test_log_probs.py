@@ -340,9 +340,7 @@ def check_errors_and_logits(num_columns: int) -> None:
         refused(DataError, message, hidden_NH=broken_NH[share], sequence_parallel=True)
     broken_VpH = weight_VpH.clone()
     broken_VpH[: 17 - rank * num_columns] = torch.nan
-    message = (
-        "row 0: its logits are not finite, though its hidden state is .* as in 12 of 12 .* vocabulary matrix"
-    )
+    message = "row 0: its logits are not finite, though its hidden state is .* as in 12 of 12 .* vocabulary matrix"
     refused(DataError, message, weight_VpH=broken_VpH if rank == 0 else weight_VpH)
 
 

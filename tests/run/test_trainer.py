@@ -586,7 +586,7 @@ def test_ids_beyond_the_tokenizer_are_tokens_but_no_text() -> None:
     [
         ("algorithm.variant=gpso", "variant 'gpso' is unknown; did you mean 'gspo'?"),
         ("algorithm.kl_coef=-1", "kl_coef=-1.0"),
-        ("reward.accuracy=format", "reward.accuracy='format' is none of the rewards exact_match"),
+        ("reward.accuracy=format", "reward.accuracy='format' is not one of the rewards exact_match"),
         ("reward.functions.exakt_match=1", "unknown reward 'exakt_match'; did you mean 'exact_match'?"),
     ],
 )
