@@ -99,7 +99,7 @@ def test_size_takes_the_first_prompts_of_a_file(gsm8k: Path) -> None:
 def test_missing_and_empty_files(gsm8k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"trian.jsonl does not exist; did you mean 'train.jsonl'\?"):
         load(gsm8k.with_name("trian.jsonl"))
-    with pytest.raises(DataError, match="does not exist. Expected a JSONL file"):
+    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL file"):
         load(tmp_path / "nowhere" / "x.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         load(tmp_path)
