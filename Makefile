@@ -1,17 +1,17 @@
 # Two environments are built once and reused: .venv, and .venv-next with the next Megatron-Core. `make help` lists the targets.
 #
 #   PYTHON=python3.12    the interpreter the environments are made from (3.10 or newer; .venv-next: 3.11 or newer)
-#   TORCH=torch==2.11.0  another PyTorch than the pinned one, or TORCH=system: the one PYTHON has, such as an image's own
+#   TORCH=torch==2.11.0  a PyTorch other than the pinned one; TORCH=system: that of PYTHON, as in a container image
 #   GSM8K=data/gsm8k     the folder with train.jsonl and test.jsonl of GSM8K, for `make gsm8k`
 #   ARGS="..."           more arguments for the command of a target
 #
-# After a change of PYTHON or TORCH, remove the environment first.
+# After changing PYTHON or TORCH, remove the environment first.
 
 PYTHON ?= python3
 TORCH ?= -r requirements/torch.txt
 ARGS ?=
 GSM8K ?= data/gsm8k
-# The processes of a run share the cores; more threads in each would only fight for them.
+# The processes of a run share the cores; more threads in each would only compete for them.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -25,7 +25,7 @@ venv: .venv/.installed ## Install the pinned packages into .venv
 
 venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
 
-venv-trl: .venv-trl/.installed ## The first with TRL, for `make bench-trl`, into .venv-trl
+venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
@@ -45,7 +45,7 @@ LARGE = model.hidden_size=256 model.num_attention_heads=8 model.num_query_groups
 	rollout.prompts_per_step=8 data.task.min_length=20 data.task.max_length=60
 RUNS = benchmarks/results/bench_step
 
-bench: .venv/.installed ## Time a step of the demo, also beside plain pre-training, a checkpoint, and log-probs on a small shape
+bench: .venv/.installed ## Time a step of the demo, also against plain pre-training, a checkpoint, and log-probs on a small shape
 	.venv/bin/torchrun --nproc_per_node 2 $(STEP) --steps 20 --output $(RUNS).json
 	.venv/bin/python $(STEP) $(ALONE) --steps 20 --output $(RUNS)_one_process.json
 	.venv/bin/python $(STEP) $(ALONE) --against pretraining --steps 40 --warmup 5 --output $(RUNS)_pretraining.json
@@ -64,7 +64,7 @@ bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 agains
 	.venv/bin/python -m benchmarks.log_probs.run --from benchmarks/results/log_probs_cpu.json benchmarks/results/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
 
-bench-trl: .venv-trl/.installed ## Time a step beside one of TRL's GRPOTrainer, on one process
+bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer, on one process
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 --output $(RUNS)_trl.json
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 train.skip_zero_gradient=false \
 		--output $(RUNS)_trl_all.json

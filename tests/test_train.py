@@ -112,7 +112,7 @@ def test_the_plan_of_a_cluster_is_printed_on_any_machine(capsys: pytest.CaptureF
     assert main(["--dry-run", "--world-size", "64", *CLUSTER]) == 0
     printed = capsys.readouterr()
     assert "64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in printed.out
-    assert "parameters: 30,532,122,624 in all, 3,353,032,704 active a token" in printed.out
+    assert "parameters: 30,532,122,624 in total, 3,353,032,704 active per token" in printed.out
     assert "model.vocab_size=151936 exceeds the tokenizer's 98 ids" in printed.out
     assert "reference" not in printed.out.partition("memory estimate")[2]
     assert printed.err == ""
@@ -142,7 +142,7 @@ def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.Ca
         ),
         (("reward.functions.exact=1",), ("ConfigError: unknown reward 'exact'",)),
         (("reward.functions.my.rewards:f=1",), ("ConfigError: reward 'my.rewards:f' cannot be used (ModuleNotFound",)),
-        (("reward.accuracy=format",), ("ConfigError: reward.accuracy='format' is none of the rewards exact_match",)),
+        (("reward.accuracy=format",), ("ConfigError: reward.accuracy='format' is not one of the rewards exact_match",)),
         (("algorithm.variant=gpso",), ("ConfigError: variant 'gpso' is unknown; did you mean 'gspo'?",)),
         (("algorithm.clip_low=2",), ("ConfigError: clip_low=2.0",)),
     ],

@@ -1,1 +1,1 @@
-"""The nouns, errors and protocols that every room uses."""
+"""Data types, errors and protocols that the whole package shares."""

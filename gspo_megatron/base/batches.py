@@ -1,8 +1,8 @@
-"""The nouns of a step, in the order in which a step makes them.
+"""The data of a step, in the order in which a step creates it.
 
 Shape suffixes used in the whole package:
     T  packed tokens of a micro-batch (prompts, responses, padding)      S  sequences
-    N  rows handed to the log-prob (one per predicted token)             R  trained tokens, the predicted ones of all S
+    N  rows passed to the log-probs (one per predicted token)            R  trained (predicted) tokens of all S
     V  vocabulary      Vp  this tensor-parallel rank's vocabulary shard  H  hidden size
 """
 
@@ -23,7 +23,7 @@ from gspo_megatron.base.tensors import on_device
 IntArray = NDArray[np.int64]
 
 IGNORED = -100
-"""Target of a row that predicts nothing (prompt, padding): it never reaches the vocabulary matmul."""
+"""Target of a row that predicts nothing (prompt, padding): the row never reaches the vocabulary matmul."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rollout:
     """One sampled response. `tokens` ends with EOS exactly when EOS was sampled; otherwise the response is truncated.
 
     `log_probs` are natural logarithms, one per token, of the distribution the token was drawn from.
-    `id` is unique in the run: it seeds the random numbers of this rollout, whatever rank samples it.
+    `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
     """
 
     id: int
@@ -60,7 +60,7 @@ class Rollout:
 
 @dataclass
 class RolloutGroup:
-    """The G rollouts of one prompt, which are each other's baseline."""
+    """The G rollouts of one prompt, whose rewards are compared with each other."""
 
     prompt: Prompt
     rollouts: list[Rollout]
@@ -68,16 +68,16 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of every trained token of a sequence, such as its log-prob under another policy.
+    """Per-token data of a sequence, such as log-probs under another policy.
 
     Attributes:
-        name: its key in `Sequence.columns`, in micro-batches, in a checkpoint and in guards/*.jsonl.
-        title: what a message calls one value.
-        dtype: of its values; None: that of log-probs (`Policy.score_dtype`).
-        shape: of the value of one token; () is a number.
-        every_token: there is a value for every token of the sequence, not only for those that are trained on.
-        fill: what padding holds, where every token has a value.
-        finite: a value that is not finite stops the run before it is trained on.
+        name: the key in `Sequence.columns`, in micro-batches, in a checkpoint and in guards/*.jsonl.
+        title: what messages call one value.
+        dtype: dtype of the values; None: that of log-probs (`Policy.score_dtype`).
+        shape: shape of one token's value; () is a number.
+        every_token: every token of the sequence has a value, not only the trained ones.
+        fill: the value in padding, where every token has a value.
+        finite: a non-finite value stops the run before it is trained on.
     """
 
     name: str
@@ -96,19 +96,19 @@ COLUMNS: dict[str, Column] = {
         Column("ref_log_probs", "reference log-prob"),
     )
 }
-"""Per-token data. Packing, the state of a step, guards and checkpoints loop over it: a new kind of data is a line."""
+"""Packing, the state of a step, guards and checkpoints loop over this table: new per-token data is one more row."""
 
 
 @dataclass
 class Sequence:
-    """What is trained on: tokens, and which of them. Any number of spans may be trained; a prompt and its response have
-    one.
+    """What is trained on: tokens, and a mask of the trained ones. They may form any number of spans; a prompt with its
+    response has one.
 
     Attributes:
         tokens: [L] int64.
         trained: [L] bool. A token is predicted from those before it, so the first one is never trained.
         advantage: of the whole sequence.
-        columns: by the names of COLUMNS, a value for each trained token in order, [R, *shape], or for every token,
+        columns: by name (a key of COLUMNS), one value per trained token in order, [R, *shape], or one per token,
             [L, *shape].
     """
 
@@ -121,7 +121,7 @@ class Sequence:
     def after_prompt(
         cls, tokens: Seq[int], prompt_length: int, advantage: float = 0.0, columns: dict[str, Tensor] | None = None
     ) -> Sequence:
-        """A prompt of `prompt_length` tokens and a response, all of which is trained on."""
+        """A prompt of `prompt_length` tokens and a response, every token of which is trained."""
         trained = torch.arange(len(tokens)) >= prompt_length
         return cls(torch.tensor(tokens, dtype=torch.int64), trained, advantage, columns or {})
 
@@ -136,13 +136,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class PackingRules:
-    """What a parallel layout asks of micro-batches (`layout.packing_rules` tells which of it a run needs).
+    """What a parallel layout requires of micro-batches (`layout.packing_rules` derives it from a run's settings).
 
     Attributes:
-        sequence_multiple: every sequence is padded to a multiple of so many tokens.
-        token_multiple: so is a micro-batch as a whole, before context parallel divides it.
+        sequence_multiple: every sequence is padded to a multiple of this many tokens.
+        token_multiple: so is every micro-batch, before context parallelism splits it.
         count_multiple: every rank's number of micro-batches is a multiple of this.
-        same_tokens: the k-th micro-batches of all data-parallel ranks have as many tokens.
+        same_tokens: the k-th micro-batches of all data-parallel ranks have the same number of tokens.
     """
 
     sequence_multiple: int = 1
@@ -153,19 +153,19 @@ class PackingRules:
 
 @dataclass
 class MicroBatch:
-    """Sequences packed one behind the other, as one forward pass of this rank sees them.
+    """Sequences packed end to end, as one forward pass of this rank sees them.
 
-    Behind the tokens of a sequence, and behind the S sequences, there may be padding; the latter forms segments of its
-    own in `cu_seqlens`, none longer than the longest sequence. Row t predicts the token after it: `targets_T[t]` is
-    that token's id where it is trained on, IGNORED elsewhere. `rows_R` are the rows that predict a trained token, and
-    `sequence_R` tells which sequence (0 to S - 1) that token belongs to. `trained_lengths` are the numbers of trained
-    tokens of the sequences. `index` names the sequences (positions in the list the micro-batches were cut from).
+    Padding may follow the tokens of each sequence, and all S sequences; the latter forms segments of its own in
+    `cu_seqlens`, none longer than the longest sequence. Row t predicts the next token: `targets_T[t]` is its id where
+    it is trained on, IGNORED elsewhere. `rows_R` are the rows that predict a trained token, and `sequence_R` is the
+    sequence (0 to S - 1) of that token. `trained_lengths` holds the number of trained tokens per sequence, `index` the
+    sequences' positions in the list that was packed.
 
     `columns` holds the sequences' columns by name: [R, *shape] in the order of `rows_R`, or [T, *shape] where every
-    token has a value. One that a sequence does not have yet is not there.
+    token has a value. A column that the sequences do not have yet is absent.
 
-    Context parallel gives each of its ranks a part of every sequence (`data.packing.zigzag`): T and R are then the
-    tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `trained_lengths` stay those of whole sequences.
+    With context parallelism each rank holds a part of every sequence (`data.packing.zigzag`): T and R then count the
+    tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `trained_lengths` describe whole sequences.
     """
 
     tokens_T: Tensor
@@ -181,7 +181,7 @@ class MicroBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`, by copies that nothing waits for. `targets_T` stays on the
+        """The same micro-batch with its tensors on `device`, through non-blocking copies. `targets_T` stays on the
         host, where `log_probs` decides which rows it needs."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "targets_T"}
         moved: dict[str, Any] = {k: on_device(v, device) for k, v in tensors.items()}
@@ -205,4 +205,4 @@ class Position(NamedTuple):
     steps: int
     """Completed RL steps."""
     updates: int
-    """Completed updates of the step under way; 0 between steps."""
+    """Completed updates of the current step; 0 between steps."""

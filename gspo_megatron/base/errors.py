@@ -1,4 +1,4 @@
-"""Errors that a user meets, and the texts that help to mend them."""
+"""Errors that users see, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import TypeVar
 
 
 class ConfigError(ValueError):
-    """A setting, or a combination of settings, that cannot work. Says the value, the rule and the fix."""
+    """A setting, or a combination of settings, that cannot work. Names the value, the rule and the fix."""
 
 
 class DataError(ValueError):
-    """A prompt file, tokenizer or reward that cannot be used. Says the place, what was found and what was expected."""
+    """A prompt file, tokenizer or reward that cannot be used. Names the place, what was found and what was expected."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another model."""
+    """A checkpoint that is missing, damaged or from another model."""
 
 
 class StopRequested(Exception):
-    """The run is to save and end. Raised at a safe point, on all processes together."""
+    """The run should save and end. Raised at a safe point, on all processes together."""
 
 
 class GuardError(RuntimeError):
-    """A guard stopped the run: a number that is not finite, replicas that differ. Says what was found, and where."""
+    """A guard stopped the run: a non-finite number, or replicas that differ. Says what was found, and where."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the x of `names` nearest to `name`, or nothing when none is near."""
+    """`; did you mean 'x'?` with the closest of `names`, or an empty string when none is close."""
     near = get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -37,7 +37,12 @@ Row = TypeVar("Row")
 
 
 def lookup(table: Mapping[str, Row], name: str, what: str) -> Row:
-    """table[name], or ConfigError with the nearest right name."""
+    """table[name].
+
+    Raises:
+        ConfigError: `name` is not in the table. Suggests the closest key.
+    """
     if name not in table:
-        raise ConfigError(f"{what} {name!r} is unknown{did_you_mean(name.lower(), table)}; known: {', '.join(table)}")
+        near = did_you_mean(name.lower(), table) or "."
+        raise ConfigError(f"{what} {name!r} is unknown{near} Known: {', '.join(table)}")
     return table[name]

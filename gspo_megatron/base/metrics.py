@@ -1,4 +1,4 @@
-"""Metrics: merged as (total, weight) pairs, turned into numbers once a step, written to the run directory."""
+"""Metrics: merged as (total, weight) pairs, and turned into numbers once per step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Metric(NamedTuple):
-    """A quantity on its way to one number: `mean` is the sum of totals over the sum of weights, over all ranks and
-    micro-batches; `sum`, `min` and `max` take the totals alone. Totals may be tensors still on the device."""
+    """A partial metric. `mean` is the sum of totals divided by the sum of weights, over all ranks and micro-batches;
+    `sum`, `min` and `max` use the totals only. Totals may be tensors on the device."""
 
     total: Any
     weight: Any = 1.0
@@ -27,7 +27,7 @@ class LossTerms(NamedTuple):
 
 
 def _lower(a: Any, b: Any) -> Any:
-    """min(a, b) of tensors, numbers, or one of each (an empty micro-batch brings a plain inf)."""
+    """min(a, b) of tensors, numbers, or one of each (an empty micro-batch contributes a plain inf)."""
     if isinstance(a, torch.Tensor):
         return a.clamp(max=b)
     return _lower(b, a) if isinstance(b, torch.Tensor) else min(a, b)
@@ -42,7 +42,7 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Combines metrics of the same name by their reduction. Tensors stay tensors: nothing waits for the device."""
+    """Combines metrics of the same name by their reduction. Tensors stay tensors, without device synchronisation."""
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
@@ -62,7 +62,7 @@ def on_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """total / weight for means (0 where nothing was weighed), the total otherwise."""
+    """total / weight for means (0 where the weight is 0), the total otherwise."""
     return {
         name: (float(m.total) / float(m.weight) if float(m.weight) else 0.0)
         if m.reduction == "mean"

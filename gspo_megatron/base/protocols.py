@@ -1,4 +1,4 @@
-"""What the trainer asks of a policy, a sampler, the processes of a run and its checkpoints."""
+"""What the trainer needs from a policy, a sampler, the processes of a run and its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
 
 
 Accept = Callable[[float, bool], bool]
-"""(gradient norm, whether the loss is finite on all ranks) -> whether to make the update."""
+"""(gradient norm, whether the loss is finite on all ranks) -> whether to apply the update."""
 
 
 class Policy(Protocol):
-    """The model under training, behind whatever parallelism it uses. All ranks call every method together."""
+    """The model in training, whatever its parallelism. All ranks call every method together."""
 
     version: int
     """Completed updates since `begin`."""
@@ -29,8 +29,8 @@ class Policy(Protocol):
     """Format of log-probs: float32, or float64 in a float64 run."""
 
     def begin(self, *, with_reference: bool) -> None:
-        """The first step of reinforcement learning starts here: version 0, and the reference is the policy as it is
-        now."""
+        """Called before the first RL step: sets `version` to 0 and, `with_reference`, keeps the current policy as the
+        reference."""
 
     def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
@@ -39,24 +39,24 @@ class Policy(Protocol):
         """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,
         with `loss` and, on the ranks of one replica, `grad_norm`.
 
-        `accept` is asked ahead of the optimizer, on every rank about the same two values (a norm that is not finite
-        comes as inf). Where it answers no, weights and optimizer stay as they are, to the last bit; `version` grows all
-        the same. None: every update is made."""
+        `accept` is called before the optimizer step, on every rank with the same two values (a non-finite norm is
+        passed as inf). When it returns False, weights and optimizer stay bitwise unchanged, and `version` still grows.
+        None: every update is applied."""
 
     def differing_replicas(self) -> list[str]:
-        """One text for each parameter that is not the same on all ranks that hold it, as `NAME on ranks 0, 1 | 2`: the
-        ranks that agree together. The same on every rank. It reads all weights once."""
+        """One text for each parameter whose copies differ: `NAME on ranks 0, 1 | 2`, with the ranks that agree listed
+        together. The same on every rank. Reads all weights once."""
 
 
 class Sampler(Protocol):
-    """Draws responses. All ranks call it together, each with the rollouts of its own data-parallel share."""
+    """Samples responses. All ranks call it together, each with its own data-parallel share of the rollouts."""
 
     def generate(self, prompts: Seq[Prompt], ids: Seq[int], *, greedy: bool = False) -> list[Rollout]:
         """One rollout for each (prompt, rollout id), in order."""
 
 
 class Ranks(Protocol):
-    """What the trainer needs to know about the processes: its share of the data, and a way to bring shares together."""
+    """What the trainer needs to know about the processes: this one's share of the data, and how to combine shares."""
 
     dp_rank: int
     dp_size: int
@@ -72,7 +72,7 @@ class Ranks(Protocol):
         """True on every process when `flag` is true on one."""
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Concatenates what the reporters hold, in the order of their ranks; every process gets the same result."""
+        """Concatenates the reporters' lists in rank order; every process gets the same result."""
 
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""
@@ -89,10 +89,10 @@ class SavedState(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Where a run is kept. All ranks call every method together."""
+    """Saves a run. All ranks call every method together."""
 
     def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
-        """Keeps the policy and `state`; without `wait` the files may still be written when it returns."""
+        """Saves the policy and `state`. Without `wait` it may return before the files are written."""
 
     def finish(self, *, wait: bool = True) -> None:
-        """Completes a save that is still being written; without `wait`, if it is ready for that."""
+        """Completes a save in progress. Without `wait`, only as far as that needs no waiting."""

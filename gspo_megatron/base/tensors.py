@@ -1,4 +1,4 @@
-"""Tensors on their way to a device."""
+"""Moving tensors to a device."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """x, of the host or of `device`, on `device`, by a copy that nothing waits for."""
+    """x, which is on the host or on `device`, on `device`, through a non-blocking copy."""
     if x.device == device or device.type == "cpu":
         return x
     return (x.pin_memory() if torch.accelerator.is_available() else x).to(device, non_blocking=True)
 
 
 def all_on_device(tensors: Tensors, device: torch.device) -> Tensors:
-    """The same (nested) named tuple with every tensor on `device`, by one copy that nothing waits for.
+    """The same (nested) named tuple with every tensor on `device`, through one non-blocking copy.
 
-    The tensors come from the host and keep their shapes and dtypes. What is returned shares no memory with them, not
-    even on the CPU. Anything that is neither a tensor nor a tuple stays as it is.
+    The tensors are on the host and keep their shapes and dtypes. The result shares no memory with them, not even on
+    the CPU. Anything that is neither a tensor nor a tuple stays as it is.
 
     Raises:
-        TypeError: a tensor's elements are not 8 bytes long. All travel together as their bits.
+        TypeError: a tensor's elements are not 8 bytes long. All are sent together as raw bits.
     """
     sent = _leaves(tensors)
     if wrong := {str(x.dtype) for x in sent if x.element_size() != 8}:
@@ -34,7 +34,7 @@ def all_on_device(tensors: Tensors, device: torch.device) -> Tensors:
         return tensors
     joined = on_device(torch.cat([x.flatten().view(torch.int64) for x in sent]), device)
     pieces = joined.split_with_sizes([x.numel() for x in sent])
-    # Most are flat int64, and asking costs less than two views.
+    # Most are flat int64, and the check costs less than two views.
     received = [
         piece if x.dtype == torch.int64 and x.dim() == 1 else piece.view(x.dtype).view(x.shape)
         for x, piece in zip(sent, pieces, strict=True)

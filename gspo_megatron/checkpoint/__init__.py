@@ -1,1 +1,1 @@
-"""Checkpoint files and their directory. Knows no Megatron."""
+"""Checkpoint files and their directory. Independent of Megatron."""

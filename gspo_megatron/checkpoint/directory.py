@@ -1,21 +1,21 @@
-"""The directory of a run's checkpoints: never half a checkpoint, never a damaged one taken for whole.
+"""The directory of a run's checkpoints: a save is atomic, and a damaged checkpoint is noticed.
 
     store = CheckpointDirectory(run_dir / "checkpoints", keep=2)
     partial = store.begin(position, num_bytes)      # step_000010.tmp, into which every rank writes
     store.commit(partial)                           # synced, hashed into manifest.json, renamed, pointed to by `latest`
     path, problems = store.open("latest")           # verified
 
-What a checkpoint holds is not known here. All of it is called on the one process that writes files; where several nodes
-write into `partial`, on a file system they share, the caller waits for all of them before commit.
+This file does not know what a checkpoint holds. Everything is called on the one process that writes files; where
+several nodes write into `partial`, on a shared file system, the caller waits for all of them before commit.
 
-Newest means written last: every manifest holds a number, one more than any other in the directory had. A run that was
-continued from an early checkpoint writes newer ones at lower steps than those of its former future, and comes back to
-these newer ones. Times of files say nothing. The file `latest` names the newest for people and scripts; it is never
-believed, only checked.
+Newest means written last: every manifest holds a number, one more than any other in the directory had. A run that
+continues from an early checkpoint writes newer ones at lower steps than those it had left behind, and resumes from the
+newer ones. File times are not used. The file `latest` names the newest for people and scripts; it is checked, never
+trusted.
 
-Names: step_000010            a checkpoint, complete since this name exists
-       step_000010.tmp        being written or deleted, or left so by a process that died; the next begin clears it
-       step_000010.before_7   a checkpoint that number 7 is about to replace; it stays when that does not come to pass
+Names: step_000010            a checkpoint; it is complete as soon as it has this name
+       step_000010.tmp        being written or deleted, or left so by a process that died; the next begin removes it
+       step_000010.before_7   a checkpoint that number 7 is about to replace; it stays if number 7 is never completed
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of
 
 POINTER = "latest"
 SPARE_BYTES = 16 << 20
-"""What has to stay free beside a checkpoint and a twentieth of its size: metrics, rollouts, the next manifest."""
+"""What must stay free besides a checkpoint and a twentieth of its size: for metrics, rollouts, the next manifest."""
 
 
 def outdated(saved: Sequence[Position], *, keep: int, keep_every: int = 0) -> list[Position]:
-    """Which of the checkpoints `saved`, in the order they were written, go now that the last of them is there.
+    """Which of the checkpoints `saved`, in the order they were written, to delete now that the last one is complete.
 
-    The last `keep` stay, and those after every `keep_every`-th step. Those further on than the one just written stay
-    too: they are the former future of a run that was continued from an early checkpoint, until it gets there.
+    The last `keep` stay, and those after every `keep_every`-th step. Those at later steps than the one just written
+    stay too: they were left behind by a run that continued from an early checkpoint, until it reaches them again.
     """
     past = [position for position in saved if progress(position) <= progress(saved[-1])]
     return [
@@ -59,11 +59,12 @@ class CheckpointDirectory:
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
 
     def begin(self, position: Position, num_bytes: int | None) -> Path:
-        """An empty directory aside for the files of a checkpoint of about `num_bytes` (None: not known), on the file
-        system of the checkpoints. What dead processes left unfinished is cleared first.
+        """An empty directory for the files of a checkpoint of about `num_bytes` (None: unknown), on the file system of
+        the checkpoints. What dead processes left unfinished is removed first.
 
-        Raises CheckpointError when too little space is free, or nothing can be written. A quota that the file system
-        does not count as its free space is met only while writing.
+        Raises:
+            CheckpointError: too little space is free, or nothing can be written. A quota that the file system does not
+                count in its free space shows only while writing.
         """
         partial = self.directory / (name_of(position) + PARTIAL)
         size = num_bytes or 0
@@ -78,22 +79,24 @@ class CheckpointDirectory:
             if free < needed:
                 raise CheckpointError(
                     f"{self.directory} has {_mib(free)} free, {partial.stem} needs {_mib(needed)} ({_mib(size)}, 5 % "
-                    f"and {_mib(SPARE_BYTES)} to spare); free some space, lower checkpoint.keep={self.keep}, or move "
+                    f"and {_mib(SPARE_BYTES)} spare); free some space, lower checkpoint.keep={self.keep}, or move "
                     "run.dir to a larger disk"
                 )
             partial.mkdir()
         except OSError as error:
             raise CheckpointError(
-                f"{self.directory} takes no checkpoint ({error}); make it writable, or move run.dir elsewhere"
+                f"{self.directory} cannot be written ({error}); make it writable, or move run.dir elsewhere"
             ) from error
         return partial
 
     def commit(self, partial: Path) -> Path:
-        """Makes what `begin` returned, now filled, the newest checkpoint; then lets outdated ones go.
+        """Turns the directory from `begin`, now filled, into the newest checkpoint; then deletes outdated ones.
 
-        A process that dies in here leaves the checkpoint before or this one as the newest, whole. What lies at this
-        position already is replaced. Raises CheckpointError when something cannot be written; the checkpoints before
-        are then as they were.
+        If the process dies in here, the newest checkpoint is the previous one or this one, intact. An existing one at
+        this position is replaced.
+
+        Raises:
+            CheckpointError: something cannot be written. Earlier checkpoints are then unchanged.
         """
         final = partial.with_suffix("")
         number = 1 + int(max((n for path in self._all() if (n := number_of(path)) < math.inf), default=0))
@@ -110,15 +113,15 @@ class CheckpointDirectory:
             self._retire()
         except OSError as error:
             raise CheckpointError(
-                f"{partial} could not be completed ({error}); earlier checkpoints are as they were; free some space, "
+                f"{partial} could not be completed ({error}); earlier checkpoints are unchanged; free some space, "
                 f"make {self.directory} writable, or move run.dir elsewhere"
             ) from error
         return final
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint written last of those that verify, and what is wrong with newer ones and with `latest`.
+        """The newest intact checkpoint, and what is wrong with newer ones and with `latest`.
 
-        One without a readable manifest may be newer than any, so it counts as newer. Nothing is changed or deleted.
+        One without a readable manifest could be the newest, so it counts as newer. Nothing is changed or deleted.
         """
         newest, problems = None, []
         for path in reversed(self._all()):
@@ -132,14 +135,17 @@ class CheckpointDirectory:
         found, expected = self._pointed_to(), newest.name if newest else ""
         if found != expected:
             named = f"names {found!r}" if found else "is missing or empty"
-            problems.append(f"{self.directory / POINTER} {named}; the newest whole checkpoint is {expected or 'none'}")
+            problems.append(f"{self.directory / POINTER} {named}; the newest intact checkpoint is {expected or 'none'}")
         return newest, problems
 
     def open(self, which: str) -> tuple[Path | None, list[str]]:
-        """What checkpoint.load=`which` means, verified, and the problems met on the way, to be printed.
+        """The verified checkpoint that checkpoint.load=`which` stands for, and the problems found, to be printed.
 
-        `none`: no checkpoint. `latest`: the newest whole one; None, a fresh start, where nothing was ever saved. A
-        path: that one and no other. Raises CheckpointError when that one, or all there are, cannot be used.
+        `none`: no checkpoint. `latest`: the newest intact one; None, a fresh start, where nothing was ever saved. A
+        path: that one only.
+
+        Raises:
+            CheckpointError: that one, or every one of the directory, cannot be used.
         """
         if which == "none":
             return None, []
@@ -147,8 +153,8 @@ class CheckpointDirectory:
             newest, problems = self.newest_whole()
             if problems and not newest:
                 raise CheckpointError(
-                    f"checkpoint.load=latest: no whole checkpoint in {self.directory}: {'; '.join(problems)}; set "
-                    "checkpoint.load=none to start anew, or to the path of another run's checkpoint"
+                    f"checkpoint.load=latest: no intact checkpoint in {self.directory}: {'; '.join(problems)}; set "
+                    "checkpoint.load=none to start from scratch, or to the path of another run's checkpoint"
                 )
             return newest, problems
         path = Path(which)
@@ -157,14 +163,14 @@ class CheckpointDirectory:
         except CheckpointError as error:
             beside, _ = CheckpointDirectory(path.parent, keep=self.keep).newest_whole()
             instead = beside or self.newest_whole()[0]
-            found = f"the newest whole checkpoint is {instead}" if instead else "there is no whole checkpoint"
+            found = f"the newest intact checkpoint is {instead}" if instead else "there is no intact checkpoint"
             raise CheckpointError(
                 f"checkpoint.load={which!r}: {error}; {found}: set checkpoint.load={instead or 'none'}"
             ) from error
         return path, []
 
     def _all(self) -> list[Path]:
-        """In the order they were written. Those that cannot tell are last."""
+        """In the order they were written. Those without a readable manifest are last."""
         try:
             names = os.listdir(self.directory)
         except FileNotFoundError:
@@ -182,15 +188,15 @@ class CheckpointDirectory:
             return ""
 
     def _retire(self) -> None:
-        """Lets go of outdated checkpoints. One that is visibly damaged neither stands for a kept one nor is deleted:
-        its owner may want to look at it."""
+        """Deletes outdated checkpoints. A visibly damaged one neither counts as kept nor is deleted: its owner may want
+        to look at it."""
         paths = self._all()
         replaced = [path for path in paths if path.suffix and path.with_suffix("").exists()]
         whole = [path for path in paths if path not in replaced and looks_whole(path)]
         gone = outdated([position_of_path(path) for path in whole], keep=self.keep, keep_every=self.keep_every)
         for path in [*replaced, *(path for path in whole if position_of_path(path) in gone)]:
-            # A checkpoint half deleted must not bear the name of one. What another process still reads may be slow to
-            # go (NFS): the next begin tries again.
+            # A half-deleted checkpoint must not keep its name. Files that another process still reads may be slow to
+            # disappear (NFS): the next begin tries again.
             doomed = path.with_suffix(PARTIAL)
             os.rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)

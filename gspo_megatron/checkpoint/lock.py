@@ -1,4 +1,4 @@
-"""One run in a run directory."""
+"""The lock of a run directory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gspo_megatron.base.errors import ConfigError
 
 
 class RunLock:
-    """One run in a run directory: `with RunLock(directory) as lock:` on the one process that writes files.
+    """Keeps a second run out of a run directory: `with RunLock(directory) as lock:` on the process that writes files.
 
-    `run.lock` is locked with flock(2) and says who holds it. The kernel frees the lock when its holder dies, however it
-    dies, and the processes that the holder forked: a file left behind is no obstacle. Where the file system has no
+    `run.lock` is locked with flock(2) and says who holds it. The kernel frees the lock once its holder and all
+    processes forked by it are gone, however they died: a file left behind does no harm. Where the file system has no
     flock, `lock.warning` says so and nothing keeps a second run out. Where flock is local to a node (Lustre with
     `localflock`, NFS with `local_lock`), a second run is noticed on the same node only.
     """
@@ -25,7 +25,11 @@ class RunLock:
         self.directory, self.warning = directory, ""
 
     def __enter__(self) -> RunLock:
-        """Raises ConfigError when another run holds the lock, or the directory cannot be written."""
+        """Takes the lock.
+
+        Raises:
+            ConfigError: another run holds it, or the directory cannot be written.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file: TextIO = (self.directory / "run.lock").open("a+")
@@ -46,8 +50,8 @@ class RunLock:
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise ConfigError(
-                f"run.dir={self.directory} is in use by {holder}; one run writes into a directory at a time: wait for "
-                "it, stop it, or set another run.dir"
+                f"run.dir={self.directory} is in use by {holder}; only one run may write into a directory at a time: "
+                "wait for it, stop it, or set another run.dir"
             ) from None
         except OSError as error:
             self.warning = f"run.dir={self.directory} cannot be locked ({error}): nothing keeps a second run out of it"

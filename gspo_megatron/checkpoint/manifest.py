@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256, and whether they are still so."""
+"""The manifest of a checkpoint: size and SHA-256 of every file, and their verification."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ CHUNK_BYTES = 4 << 20
 
 
 THREADS = min(8, os.cpu_count() or 1)
-"""Files are hashed side by side: hashlib lets go of the interpreter's lock."""
+"""Files are hashed in parallel: hashlib releases the GIL."""
 
 
 def verify(path: Path) -> None:
-    """Reads every byte of a checkpoint and holds it against the manifest.
+    """Reads every byte of a checkpoint and checks it against the manifest.
 
-    Raises CheckpointError that names the first wrong file and what is wrong with it: missing, foreign (not in the
-    manifest), of another size, of other contents, unreadable; or the manifest itself.
+    Raises:
+        CheckpointError: names the first wrong file and what is wrong with it: missing, not in the manifest, wrong size,
+            wrong contents, unreadable; or the manifest itself.
     """
     files = _verify_listing(path)["files"]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -41,13 +42,13 @@ def verify(path: Path) -> None:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes of everything under `path`, by its name relative to it, but of directories and the manifest."""
+    """Size of everything under `path` by relative name, except directories and the manifest."""
     found = {p.relative_to(path).as_posix(): p.lstat().st_size for p in path.rglob("*") if not p.is_dir()}
     return {name: found[name] for name in sorted(found) if name != MANIFEST}
 
 
 def seal(path: Path, number: int) -> None:
-    """Hashes the files of a checkpoint into its manifest and waits until all of it is on the disk."""
+    """Writes the manifest of a checkpoint's files and waits until everything is on the disk."""
     sizes = _sizes(path)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(_sha256, [path / name for name in sizes]))
@@ -62,27 +63,27 @@ def seal(path: Path, number: int) -> None:
 
 
 def _render(manifest: dict[str, Any]) -> bytes:
-    """The manifest's text, which has one form for one content, with the SHA-256 of that content among its keys."""
+    """The manifest's canonical text, with the SHA-256 of the content among its keys."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise CheckpointError(f"{path} holds no checkpoint: there is no such directory")
+        raise CheckpointError(f"{path} is not a checkpoint: the directory does not exist")
     try:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
         del manifest["sha256"]
         whole = _render(manifest) == text
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: {MANIFEST} is missing, so this is no checkpoint, or not all of one") from None
+        raise CheckpointError(f"{path}: {MANIFEST} is missing, so the checkpoint is incomplete or not one") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error})") from error
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{path}: {MANIFEST} does not hold what was written")
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged or was edited")
     if manifest["format"] not in READABLE:
         raise CheckpointError(
             f"{path}: {MANIFEST} has format {manifest['format']}, written by gspo_megatron "
@@ -93,11 +94,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verify_listing(path: Path) -> dict[str, Any]:
-    """The manifest, after names and sizes were held against it. Raises CheckpointError as `verify` does."""
+    """The manifest, once names and sizes have been checked against it.
+
+    Raises:
+        CheckpointError: as in `verify`.
+    """
     manifest = _read_manifest(path)
-    # A copy may bear any name but that of another position.
+    # A copy may have any name except that of another position.
     if position_of(path.stem) and path.stem != manifest["name"]:
-        raise CheckpointError(f"{path}: {MANIFEST} is that of {manifest['name']}")
+        raise CheckpointError(f"{path}: {MANIFEST} belongs to {manifest['name']}")
     try:
         files, found = manifest["files"], _sizes(path)
     except OSError as error:
@@ -106,11 +111,9 @@ def _verify_listing(path: Path) -> dict[str, Any]:
         if name not in found:
             raise CheckpointError(f"{path}: {name} is missing")
         if name not in files:
-            raise CheckpointError(f"{path}: {name} is foreign: it is not in {MANIFEST}")
+            raise CheckpointError(f"{path}: {name} does not belong here: it is not in {MANIFEST}")
         if found[name] != files[name]["bytes"]:
-            raise CheckpointError(
-                f"{path}: {name} has {found[name]} bytes, not the {files[name]['bytes']} that were written"
-            )
+            raise CheckpointError(f"{path}: {name} has {found[name]} bytes, but {files[name]['bytes']} were written")
     return manifest
 
 
@@ -121,7 +124,7 @@ def _verify_contents(path: Path, name: str, written: str) -> None:
         raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
     if found != written:
         raise CheckpointError(
-            f"{path}: {name} does not hold what was written (SHA-256 {found[:12]}..., not {written[:12]}...)"
+            f"{path}: {name} is damaged: its contents changed (SHA-256 {found[:12]}..., not {written[:12]}...)"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from gspo_megatron.base.batches import Position
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run directory."""
+"""The subfolder of a run directory."""
 PARTIAL, BEFORE = ".tmp", ".before_"
 
 
@@ -25,8 +25,8 @@ def name_of(position: Position) -> str:
 
 
 def position_of(name: str) -> Position | None:
-    """The position that `name_of` gives this name, or None. The name of a step does not tell the length of the warm
-    start before it: that is 0 here."""
+    """The position that `name_of` gives this name, or None. A step's name does not contain the length of the warm start
+    before it, which is 0 here."""
     match = _NAME.fullmatch(name)
     position = Position(*(int(number or 0) for number in match.groups())) if match else None
     return position if position and name_of(position) == name else None

@@ -1,4 +1,4 @@
-"""Where a rank's tensor lies in the whole model."""
+"""Where a rank's tensor belongs in the whole model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank's tensor lies in the whole model: slice `index` of `count` along `dim`, with `stride` matrices in
-    it. A tensor that is not sliced is slice 0 of 1."""
+    """Where a rank's tensor belongs in the whole model: slice `index` of `count` along `dim`, with `stride` matrices
+    stacked in it. An unsharded tensor is slice 0 of 1."""
 
     name: str
     dim: int = 0

@@ -1,9 +1,9 @@
-"""The tensors of a whole model in shards, kept in files from which any other cut of them can be read.
+"""A model's tensors in shards, stored in files from which any other sharding can be read.
 
-A shard is a run of elements of one rank's slice (`Place`) of a tensor: what a rank of the distributed optimizer holds
-of a parameter, or the share that one of several replicas writes. Laid into the whole matrix, its elements form a few
-rectangles. A shard of one layout is read from the shards of another by the rectangles that they share, so nothing is
-ever gathered: a rank writes what it holds, and reads what it needs.
+A shard is a contiguous range of elements of one rank's slice (`Place`) of a tensor: what a rank of the distributed
+optimizer holds of a parameter, or the share that one of several replicas writes. In the whole matrix its elements form
+a few rectangles. A shard of one layout is read from the shards of another through the rectangles that they share, so
+nothing is ever gathered: a rank writes what it holds, and reads what it needs.
 
 Files are safetensors (https://huggingface.co/docs/safetensors): a header in JSON, then plain numbers. Reading one runs
 no code.
@@ -29,7 +29,7 @@ from gspo_megatron.checkpoint.place import Place
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
 """safetensors' names of number formats."""
 IN_FILE = "pieces"
-"""Where the metadata of a file says which shards it holds; its name since the first format."""
+"""The key of a file's metadata that describes its shards; the name dates from the first format."""
 
 
 class Rectangle(NamedTuple):
@@ -54,7 +54,7 @@ class Rectangle(NamedTuple):
         return Rectangle(row, column, num_rows, num_columns, first, self.pitch)
 
     def within(self, elements: Tensor) -> Tensor:
-        """[num_rows, num_columns], the view of this rectangle in `elements`, where its first one comes first."""
+        """[num_rows, num_columns]: a view of this rectangle in `elements`, which begin with its first one."""
         return elements.as_strided((self.num_rows, self.num_columns), (self.pitch, 1))
 
     @property
@@ -70,7 +70,7 @@ class Shard:
     Attributes:
         place: which slice of which tensor.
         height, width: of the slice.
-        num_rows: of the whole matrix. The slices may hold more, which pad the vocabulary: these belong to nothing.
+        num_rows: of the whole matrix. The slices may hold more, which pad the vocabulary and are in no rectangle.
     """
 
     place: Place
@@ -96,7 +96,7 @@ class Shard:
     def rectangles(self) -> Iterator[Rectangle]:
         """What the shard covers of the whole matrix."""
         place, start = self.place, self.start
-        assert place.dim == 0 or place.stride == 1, "only rows lie in several matrices, one behind the other"
+        assert place.dim == 0 or place.stride == 1, "only a slice of rows can hold several matrices"
         num_bands = place.stride if place.dim == 0 else 1
         band = self.height // num_bands
         while start < self.end:
@@ -149,12 +149,16 @@ class StoredShard(NamedTuple):
         size = self.dtype.itemsize
         read = np.fromfile(self.path, np.uint8, count * size, offset=self.start + first * size)
         if read.size < count * size:
-            raise CheckpointError(f"{self.path} ends before {self.shard.place.name} does")
+            raise CheckpointError(f"{self.path} is truncated: it ends inside {self.shard.place.name}")
         return torch.from_numpy(read).view(self.dtype)
 
 
 class ShardFiles:
-    """The shards in files that `write_shards` wrote, together. Raises CheckpointError when one cannot be read."""
+    """The shards of several files written by `write_shards`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._stored: dict[str, list[StoredShard]] = defaultdict(list)
@@ -166,10 +170,11 @@ class ShardFiles:
                 raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
     def read(self, key: str, shard: Shard, into: Tensor) -> None:
-        """Sets `into` [end - start] to the elements of `shard`, whatever shards of `key` they were written as, in the
-        number format and on the device of `into`; padding becomes 0.
+        """Sets `into` [end - start] to the elements of `shard`, however `key` was sharded when written, in the number
+        format and on the device of `into`; padding becomes 0.
 
-        Raises CheckpointError when `key` is not there, of another shape, or not complete.
+        Raises:
+            CheckpointError: `key` is missing, incomplete, or of another shape.
         """
         into.zero_()
         missing = 0
@@ -183,7 +188,7 @@ class ShardFiles:
                     here.within(into[here.first :]).copy_(part.within(source))
                     missing -= part.num_rows * part.num_columns
         if missing:
-            raise CheckpointError(f"{key} is not complete in the files")
+            raise CheckpointError(f"{key} is incomplete in the files")
 
     def _of(self, key: str, shape: tuple[int, int]) -> list[StoredShard]:
         if key not in self._stored:

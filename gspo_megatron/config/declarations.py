@@ -39,7 +39,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Default:
-    """A dataclass field with its help, a sentence or two of plain text, and what its value must keep. None, where the
+    """A dataclass field with its help, a sentence or two of plain text, and the rules for its value. None, where the
     type allows it, always passes."""
     rules = {"help": help, "least": least, "above": above, "most": most, "below": below, "choices": choices}
     if isinstance(default, dict):
@@ -80,11 +80,11 @@ class Setting:
 
     @property
     def range(self) -> str:
-        """`at least 0 and below 1`; empty where every value of the type will do."""
+        """`at least 0 and below 1`; empty where every value of the type is allowed."""
         return " and ".join(f"{words} {bound:g}" for words, bound, _ in self._bounds())
 
     def complaint(self, value: Any) -> str | None:
-        """Why this value cannot be, with the rule and a way out; None where it can. Its type is taken for granted."""
+        """Why this value is not allowed, with the rule and a way out; None where it is. Its type is assumed right."""
         if value is None and self.allows_none:
             return None
         if self.choices and value not in self.choices:

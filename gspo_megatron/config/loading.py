@@ -1,4 +1,4 @@
-"""Settings from YAML, presets and overrides: read strictly, every value checked by itself."""
+"""Settings from YAML, presets and overrides: read strictly, every value checked on its own."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ SETTINGS = settings_of(Config)
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in SETTINGS))
 
 RENAMED = {"train.skip_dead": "train.skip_zero_gradient"}
-"""What a key was called before, and its name now."""
+"""Old names of keys, and their new names."""
 
-REMOVED = {"rollout.backend": "nothing read it; the training model samples by itself"}
-"""Keys that went away, and why."""
+REMOVED = {"rollout.backend": "it had no effect; the training model itself samples"}
+"""Removed keys, and why."""
 
 Values = dict[str, dict[str, Any]]
 """Values by section and key."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < preset < YAML file < `section.key=value` overrides, every value checked by itself.
+    """Defaults < preset < YAML file < `section.key=value` overrides, every value checked on its own.
 
     A mapping (`reward.functions`, `algorithm.dials`, `data.task`) replaces the one of a lower layer;
-    `reward.functions.NAME=weight`, where NAME may hold dots, adds an entry to it.
+    `reward.functions.NAME=weight`, where NAME may contain dots, adds an entry to it.
 
     Raises:
-        ConfigError: for a missing file, an unknown section or key (with the nearest right name), a value of the wrong
-            type or out of range.
+        ConfigError: a missing file, an unknown section or key (suggests the closest name), or a value of the wrong type
+            or out of range.
     """
     asked: Values = {}
     for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
@@ -58,13 +58,12 @@ def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
     mapping is replaced as a whole.
 
     Raises:
-        ConfigError: for an unknown key, a value of the wrong type or out of range; for model.preset, which decides
-            other settings only while they are loaded.
+        ConfigError: an unknown key, a value of the wrong type or out of range, or model.preset, which affects other
+            settings only while they are loaded.
     """
     if "model.preset" in settings:
         raise ConfigError(
-            f"model.preset={settings['model.preset']!r} cannot be replaced in settings that are loaded; "
-            "give it to load_config"
+            f"model.preset={settings['model.preset']!r} cannot be replaced after loading; pass it to load_config"
         )
     asked: Values = {}
     for place, value in settings.items():
@@ -82,10 +81,10 @@ def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def check_values(config: Config) -> None:
-    """Every value by itself: choices, ranges, finite numbers.
+    """Checks every value on its own: choices, ranges, finite numbers.
 
     Raises:
-        ConfigError: for the first value that cannot be.
+        ConfigError: the first value that is not allowed.
     """
     for key, setting in SETTINGS.items():
         section, _, name = key.partition(".")
@@ -93,15 +92,19 @@ def check_values(config: Config) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved settings as YAML; `load_config` of it gives the same Config."""
+    """The resolved settings as YAML, from which `load_config` makes the same Config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _typed(*layers: Values) -> Config:
-    """The defaults under these layers, lowest first. Raises ConfigError for a value of the wrong type."""
+    """The defaults under these layers, lowest first.
+
+    Raises:
+        ConfigError: a value of the wrong type.
+    """
     schema: DictConfig = OmegaConf.structured(Config)
     for section in SECTIONS:
-        # OmegaConf marks the sections of frozen dataclasses read-only, and merging has to write into them.
+        # OmegaConf marks the sections of frozen dataclasses read-only, and merging must write into them.
         OmegaConf.set_readonly(schema[section], False)
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, *layers))  # type: ignore[return-value]
@@ -123,11 +126,11 @@ def _read_yaml(path: Path) -> Values:
     except Exception as error:  # the YAML parser's own message carries line and column
         raise ConfigError(f"config file {str(path)!r} is not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {str(path)!r} must hold sections ({', '.join(SECTIONS)})")
+        raise ConfigError(f"config file {str(path)!r} must contain sections ({', '.join(SECTIONS)})")
     for section, values in content.items():
         _check_section(str(section))
         if not isinstance(values, dict):
-            raise ConfigError(f"config section {section!r} must hold keys, got {values!r}")
+            raise ConfigError(f"config section {section!r} must contain keys, got {values!r}")
     return content  # type: ignore[return-value]
 
 
@@ -141,9 +144,9 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
     key, name = rest[0], rest[1] if len(rest) > 1 else None
     setting = _declared(section, key)
     if name is not None and not setting.is_mapping:
-        raise ConfigError(f"override {override!r}: {section}.{key} is one value and has no entry {name!r}")
+        raise ConfigError(f"override {override!r}: {section}.{key} is a single value and has no entry {name!r}")
     if setting.is_text and text != "null" and text[:1] not in ("", "'", '"'):
-        # Text is meant as it stands, also where YAML would see something else in it: off, 5, {prompt}, a b #c.
+        # Text is taken literally, even where YAML would read something else into it: off, 5, {prompt}, a b #c.
         return section, key, name, text
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
@@ -153,11 +156,15 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
 
 
 def _meant(setting: Setting, value: Any) -> Any:
-    """A value as YAML read it -> as its setting means it. Raises ConfigError for no mapping where one is meant."""
+    """The value that YAML read, as its setting means it.
+
+    Raises:
+        ConfigError: the setting is a mapping and the value is not.
+    """
     if setting.is_mapping and not isinstance(value, Mapping):
-        raise ConfigError(f"{setting.key} must hold names with values, got {value!r}")
+        raise ConfigError(f"{setting.key} must be a mapping of names to values, got {value!r}")
     if isinstance(value, bool) and setting.choices:
-        return "on" if value else "off"  # what a bare on or off is in YAML 1.1
+        return "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
     return value
 
 
@@ -168,8 +175,11 @@ def _check_section(section: str) -> None:
 
 
 def _declared(section: str, key: str) -> Setting:
-    """The declaration of a setting. Raises ConfigError for a key that was renamed or removed, and for an unknown one
-    with the nearest right one."""
+    """The declaration of a setting.
+
+    Raises:
+        ConfigError: a key that was renamed or removed, or an unknown one (suggests the closest).
+    """
     place = f"{section}.{key}"
     if place in SETTINGS:
         return SETTINGS[place]

@@ -2,8 +2,8 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared here and nowhere else; docs/settings.md is written from these lines by `make docs`. The rules
-between settings, which need the number of processes, are in build/checks.py.
+A setting is declared here and nowhere else; `make docs` writes docs/settings.md from these declarations. Rules that
+involve several settings, or the number of processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gspo_megatron.models.presets import PRESETS
 class RunConfig:
     """Where the run writes, and its random numbers."""
 
-    dir: str = setting("runs/default", "Everything the run writes goes below this directory.")
+    dir: str = setting("runs/default", "The run writes everything below this directory.")
     seed: int = setting(1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0)
 
 
@@ -31,22 +31,22 @@ class ModelConfig:
 
     preset: str = setting(
         "tiny_moe",
-        "A named model; every other key of this section, where given, overrides it.",
+        "A named model. Any other key of this section overrides it.",
         choices=tuple(PRESETS),
     )
     num_layers: int = setting(4, "Transformer layers.", least=1)
     hidden_size: int = setting(64, "Width of the hidden states.", least=1)
-    num_attention_heads: int = setting(4, "Query heads of a layer.", least=1)
-    num_query_groups: int = setting(2, "Key and value heads of a layer, each for a group of query heads.", least=1)
+    num_attention_heads: int = setting(4, "Query heads per layer.", least=1)
+    num_query_groups: int = setting(2, "Key/value heads per layer, each shared by a group of query heads.", least=1)
     head_dim: int = setting(16, "Width of an attention head. Even, since RoPE rotates pairs.", least=1)
-    num_experts: int = setting(8, "Experts of a layer.", least=1)
-    experts_per_token: int = setting(2, "Experts that the router chooses for a token.", least=1)
+    num_experts: int = setting(8, "Experts per layer.", least=1)
+    experts_per_token: int = setting(2, "Experts that the router chooses per token.", least=1)
     expert_ffn_size: int = setting(128, "Inner width of an expert.", least=1)
     vocab_size: int | None = setting(None, "Rows of the vocabulary matrices. null: the tokenizer's size.", least=1)
     max_sequence_length: int = setting(256, "Prompt and response tokens together.", least=2)
     rope_base: float = setting(10_000.0, "Base of the RoPE frequencies.", above=0)
     norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.", above=0)
-    tie_embeddings: bool = setting(False, "One matrix for the embedding and the output.")
+    tie_embeddings: bool = setting(False, "Use one matrix for the embedding and the output.")
     init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)
     aux_loss_coef: float = setting(
         0.0,
@@ -57,7 +57,7 @@ class ModelConfig:
 
     @property
     def shape(self) -> ModelShape:
-        """The settings of this section that decide the tensors and the maths."""
+        """The settings of this section that determine the tensors and the maths."""
         settings = {f.name: getattr(self, f.name) for f in fields(ModelShape) if f.name != "family"}
         return ModelShape(family="qwen3_moe", **settings)
 
@@ -79,7 +79,7 @@ class ParallelConfig:
     )
     recompute: str = setting(
         "none",
-        "What the backward pass computes again, to save memory: selective, the attention core; full, every layer.",
+        "What the backward pass recomputes to save memory: selective, the attention core; full, every layer.",
         choices=("none", "selective", "full"),
     )
     timeout_s: float = setting(600.0, "How long a collective may wait for a rank.", above=0)
@@ -113,25 +113,25 @@ class DataConfig:
     """Prompts and the tokenizer."""
 
     train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
-    eval: str = setting("task:sort_digits", "Held-out prompts, given like data.train.")
+    eval: str = setting("task:sort_digits", "Held-out prompts, in the same form as data.train.")
     tokenizer: str = setting(
         "characters",
         "characters (printable ASCII), characters:ALPHABET, or the path of a SentencePiece .model file.",
     )
     task: dict[str, Any] = setting({}, "Parameters of a generated task, such as min_length and max_length.")
-    eval_size: int = setting(256, "Prompts of an evaluation: the first ones of data.eval.", least=1)
+    eval_size: int = setting(256, "Prompts per evaluation: the first ones of data.eval.", least=1)
     prompt_field: str = setting("prompt", "JSONL field of the prompt.")
     answer_field: str = setting("answer", "JSONL field of the answer that rewards compare with.")
     solution_field: str | None = setting(
         None, "JSONL field that a supervised warm start learns to write. null: the answer."
     )
-    prompt_template: str = setting("{prompt}", "Text around the prompt that a JSONL file gives.")
+    prompt_template: str = setting("{prompt}", "Text around a JSONL prompt, which {prompt} stands for.")
     max_prompt_tokens: int | None = setting(
-        None, "Longest prompt. null: model.max_sequence_length less rollout.max_new_tokens.", least=1
+        None, "Longest prompt in tokens. null: model.max_sequence_length - rollout.max_new_tokens.", least=1
     )
     overlong: str = setting(
         "error",
-        "What a longer prompt is: an error, or dropped and counted (drop).",
+        "A longer prompt is an error, or is dropped and counted (drop).",
         choices=("error", "drop"),
     )
 
@@ -140,20 +140,20 @@ class DataConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
-    group_size: int = setting(8, "Rollouts of a prompt.", least=1)
-    prompts_per_step: int = setting(32, "Prompts of a step.", least=1)
+    group_size: int = setting(8, "Rollouts per prompt.", least=1)
+    prompts_per_step: int = setting(32, "Prompts per step.", least=1)
     max_new_tokens: int = setting(16, "Longest response in tokens.", least=1)
     temperature: float = setting(1.0, "Logits are divided by it, in sampling and in training.", above=0)
     top_k: int = setting(0, "Sample from the k most likely tokens. 0: from all.", least=0)
     top_p: float = setting(
         1.0, "Sample from the most likely tokens that hold this probability. 1: from all.", above=0, most=1
     )
-    max_batch: int = setting(256, "Rollouts of one data-parallel rank that are decoded together.", least=1)
+    max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How responses are judged."""
+    """How responses are scored."""
 
     functions: dict[str, float] = setting(
         {},
@@ -161,29 +161,29 @@ class RewardConfig:
         "Empty: the generated task's own reward, or exact_match for a file.",
     )
     accuracy: str | None = setting(
-        None, "The function whose value 1 counts as correct in eval/accuracy. null: the first one."
+        None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
     )
     on_error: str = setting(
         "stop",
-        "A function that raises or returns NaN: stop the run, or count it as reward 0.",
+        "When a function raises or returns a non-finite number: stop the run, or count it as reward 0.",
         choices=("stop", "count"),
     )
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The objective. null takes the value of the variant."""
+    """The objective. null takes the variant's value."""
 
     variant: str = setting("gspo", "A row of the table of algorithms in objective/variants.py.")
     clip_low: float | None = setting(None, "The ratio is clipped below 1 - clip_low.")
     clip_high: float | None = setting(None, "The ratio is clipped above 1 + clip_high.")
     kl_coef: float | None = setting(
         None,
-        "Coefficient of the KL divergence to the starting policy. Above 0 a frozen copy of that policy is kept and "
-        "scored.",
+        "Coefficient of the KL divergence to the starting policy. Above 0, a frozen copy of that policy is kept to "
+        "score with.",
     )
     kl_estimator: str = setting(
-        "k3", "Estimator of that divergence, by John Schulman's names.", choices=("k1", "k2", "k3")
+        "k3", "Estimator of that divergence, by John Schulman's name for it.", choices=("k1", "k2", "k3")
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -191,14 +191,14 @@ class AlgorithmConfig:
         "Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are "
         "shorthand.",
     )
-    advantage: str | None = setting(None, "How rewards of a group become advantages: mean_std or mean.")
+    advantage: str | None = setting(None, "How a group's rewards become advantages: mean_std or mean.")
     updates_per_rollout: int = setting(
-        4, "Mini-batches a rollout batch is cut into; each is used for one update.", least=1
+        4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
     )
     old_log_probs: str = setting(
         "auto",
-        "recompute: by a forward of the trainer before the updates. auto: the same, except where a rollout batch has "
-        "one update, whose own forward gives them. rollout: those of the sampler.",
+        "Source of the old log-probs. recompute: a forward of the trainer before the updates. auto: the same, except "
+        "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
     )
 
@@ -215,8 +215,8 @@ class OptimizerConfig:
         choices=("constant", "cosine", "linear"),
     )
     lr_warmup_updates: int = setting(0, "Updates over which the learning rate rises to lr.", least=0)
-    adam_beta1: float = setting(0.9, "Decay of the mean of the gradient.", least=0, below=1)
-    adam_beta2: float = setting(0.95, "Decay of the mean of its square.", least=0, below=1)
+    adam_beta1: float = setting(0.9, "Decay of the running mean of the gradient.", least=0, below=1)
+    adam_beta2: float = setting(0.95, "Decay of the running mean of its square.", least=0, below=1)
     adam_eps: float = setting(1e-8, "Added to the root of that mean.", above=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay of the matrices.", least=0)
     clip_grad: float = setting(1.0, "Largest gradient norm; a larger gradient is scaled down to it. 0: off.", least=0)
@@ -226,14 +226,14 @@ class OptimizerConfig:
     overlap: str = setting(
         "auto",
         "Reduce gradients while the backward still runs, and gather the distributed optimizer's parameters during the "
-        "next forward. auto: on a device that computes while others send.",
+        "next forward. auto: on GPUs, where communication runs beside computation.",
         choices=("auto", "on", "off"),
     )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long the run is, and what a step may cost."""
+    """The length of the run, and what a step may cost."""
 
     steps: int = setting(100, "RL steps.", least=0)
     warm_start_steps: int = setting(
@@ -242,12 +242,12 @@ class TrainConfig:
         "random weights. They fit the distribution that is sampled, softmax(z / rollout.temperature).",
         least=0,
     )
-    warm_start_batch: int = setting(64, "Prompts of such an update.", least=1)
-    warm_start_lr: float = setting(1e-3, "Learning rate of these updates.", above=0)
+    warm_start_batch: int = setting(64, "Prompts per warm-start update.", least=1)
+    warm_start_lr: float = setting(1e-3, "Learning rate of the warm start.", above=0)
     eval_every: int = setting(
-        0, "Steps between two evaluations. 0: only before the first and after the last step.", least=0
+        0, "Steps between evaluations. 0: only before the first and after the last step.", least=0
     )
-    tokens_per_micro_batch: int = setting(4096, "Tokens that are packed into a micro-batch.", least=1)
+    tokens_per_micro_batch: int = setting(4096, "Largest number of tokens packed into a micro-batch.", least=1)
     skip_zero_gradient: bool = setting(
         True,
         "Leave out what has no gradient: sequences of advantage 0, unless a KL, entropy or balancing term uses them, "
@@ -255,8 +255,8 @@ class TrainConfig:
     )
     log_prob_store_gib: float = setting(
         0.0,
-        "Memory in which log-probs may keep exponentials for their backward; all of a micro-batch's take 2 to 8 bytes "
-        "a response token and id of the vocabulary. 0: all are computed again. Not with an entropy bonus, whose "
+        "Memory for the exponentials that log-probs keep for their backward; all those of a micro-batch take 2 to 8 "
+        "bytes per response token and vocabulary id. 0: all are recomputed. Not used with an entropy bonus, whose "
         "gradient needs the logits.",
         least=0,
     )
@@ -264,34 +264,34 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved, and what it continues from."""
+    """When the run is saved, and where it resumes from."""
 
-    save_every: int = setting(0, "Steps between two checkpoints. 0: after the last step only.", least=0)
-    keep: int = setting(2, "The newest checkpoints that stay.", least=1)
-    keep_every: int = setting(0, "Checkpoints of steps divisible by this stay for good. 0: none.", least=0)
+    save_every: int = setting(0, "Steps between checkpoints. 0: after the last step only.", least=0)
+    keep: int = setting(2, "How many of the newest checkpoints to keep.", least=1)
+    keep_every: int = setting(0, "Checkpoints of steps divisible by this are never deleted. 0: off.", least=0)
     load: str = setting(
         "none",
-        "latest (the newest whole checkpoint of run.dir; a fresh start where there is none), a path, or none.",
+        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
     )
-    asynchronous: bool = setting(True, "Training goes on while the files are written.")
+    asynchronous: bool = setting(True, "Keep training while the files are written.")
     exit_after_s: float = setting(
         0.0, "Save and exit with status 75 this many seconds after the start. 0: never.", least=0
     )
     grace_s: float = setting(
         600.0,
-        "Seconds to save in after SIGTERM or SIGUSR1; then the run prints all stacks and gives up.",
+        "Seconds to save after SIGTERM or SIGUSR1; then the run prints all stacks and exits.",
         above=0,
     )
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Checks while running. `stop` ends the run with status 70, `skip` leaves the update out; either way its rollouts
-    are written to guards/."""
+    """Checks while running. `stop` ends the run with status 70, `skip` skips the update; either way its rollouts are
+    written to guards/."""
 
     on_nonfinite: str = setting(
         "stop",
-        "A loss or a gradient that is not finite. A log-prob that is not, before the updates, always stops.",
+        "What a non-finite loss or gradient does. A non-finite log-prob before the updates always stops the run.",
         choices=("stop", "skip"),
     )
     grad_norm_spike: float = setting(
@@ -300,10 +300,10 @@ class GuardConfig:
     )
     on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
     ratio_noise: float = setting(
-        0.0, "Stop when a ratio of a step's first update is farther from 1 than this. 0: off.", least=0
+        0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
     )
     check_replicas_every: int = setting(
-        0, "Steps between two checks that all copies of a parameter are equal. 0: off.", least=0
+        0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0
     )
 
 

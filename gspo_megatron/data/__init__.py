@@ -1,1 +1,1 @@
-"""What a run reads and how it is cut into micro-batches: tokenizers, generated tasks, prompt files, packing."""
+"""The input of a run: tokenizers, generated tasks, prompt files, the order of prompts, packing into micro-batches."""

@@ -1,7 +1,7 @@
 """Generated tasks with rule-based answers, in compact text so that a tiny character model is fast.
 
     sort_digits  `3122>`       -> `1223`      reverse    `cab>`      -> `bac`
-    addition     `12+345>`     -> `357`       countdown  `7,5,3=9>`  -> `7+5-3` or any other right expression
+    addition     `12+345>`     -> `357`       countdown  `7,5,3=9>`  -> `7+5-3` or any other correct expression
 
 A prompt is held out by a rule on its text alone (`is_held_out`), so the train and eval splits are disjoint whatever
 their seeds and length ranges are.
@@ -21,7 +21,7 @@ from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
 from gspo_megatron.data.tokenizers import Tokenizer
 
 PARAMETERS = ("min_length", "max_length")
-"""What a run may set of a task."""
+"""The parameters of a task that a run may set."""
 
 HELD_OUT_SHARE = 10
 """One prompt in this many is held out."""
@@ -31,7 +31,7 @@ MAX_FRUITLESS_DRAWS = 10_000
 
 
 class Example(NamedTuple):
-    """A prompt, what its reward compares the response with, and one right response to learn from."""
+    """A prompt, what its reward compares the response with, and one correct response to learn from."""
 
     prompt: str
     answer: str
@@ -42,8 +42,8 @@ class Example(NamedTuple):
 class Task:
     """A rule that makes examples of any length in [min_length, max_length].
 
-    `make(random, length)` draws one; what `length` counts is said in its docstring. `alphabet` holds every character of
-    its prompts and right responses; `reward` names the reward that judges a response.
+    `make(random, length)` draws one; its docstring says what `length` counts. `alphabet` holds every character of its
+    prompts and correct responses; `reward` names the reward that scores a response.
     """
 
     name: str
@@ -77,9 +77,10 @@ def addition(random: Random, length: int) -> Example:
 
 
 def countdown(random: Random, length: int) -> Example:
-    """`length` numbers of 1 to 20; each is to be used once, in any order, with + and - to reach a target of 0 to 30.
+    """`length` numbers from 1 to 20, each to be used once, in any order, with + and - to reach a target from 0 to 30.
 
-    The answer is the exercise itself (`7,5,3=9`): several expressions are right, so the reward evaluates the response.
+    The answer is the exercise itself (`7,5,3=9`): several expressions are correct, so the reward evaluates the
+    response.
     """
     numbers = [random.randint(1, 20) for _ in range(length)]
     while True:
@@ -107,11 +108,12 @@ TASKS: dict[str, Task] = {
 def find_task(name: str, /, **parameters: Any) -> Task:
     """The task of that name, with other lengths where `parameters` has min_length or max_length.
 
-    Errors: DataError for an unknown name (with the nearest one); ConfigError for an unknown parameter or lengths that
-    are no range.
+    Raises:
+        DataError: unknown name. Suggests the closest one.
+        ConfigError: unknown parameter, or lengths that are not a range.
     """
     if name not in TASKS:
-        raise DataError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; there are {', '.join(TASKS)}")
+        raise DataError(f"unknown task {name!r}{did_you_mean(name, TASKS) or '.'} Known: {', '.join(TASKS)}")
     for key in parameters:
         if key not in PARAMETERS:
             raise ConfigError(f"task {name} has no parameter {key!r}{did_you_mean(key, PARAMETERS)}")
@@ -139,9 +141,10 @@ def train_example(task: Task, seed: int, index: int) -> Example:
 
 
 def eval_examples(task: Task, seed: int, size: int) -> list[Example]:
-    """The first `size` examples of the held-out split, no prompt twice; a larger size only adds to their end.
+    """The first `size` examples of the held-out split, without duplicates; a larger size only appends to them.
 
-    Errors: DataError when the task has fewer held-out prompts than that.
+    Raises:
+        DataError: the task has fewer held-out prompts.
     """
     random = _random(task, seed, "eval")
     examples: dict[str, Example] = {}
@@ -155,22 +158,23 @@ def eval_examples(task: Task, seed: int, size: int) -> list[Example]:
         if fruitless == MAX_FRUITLESS_DRAWS:
             raise DataError(
                 f"task {task.name} with lengths {task.min_length}-{task.max_length} has about {len(examples)} "
-                f"held-out prompts, {size} were asked for; lower data.eval_size or raise data.task.max_length"
+                f"held-out prompts, but {size} were requested; lower data.eval_size or raise data.task.max_length"
             )
     return list(examples.values())
 
 
 def _random(task: Task, seed: int, stream: str) -> Random:
-    """Seeded by text, which Python hashes in full: neighbouring seeds and indices give unrelated streams."""
+    """Seeded with text, which Python hashes in full: neighbouring seeds and indices give unrelated streams."""
     return Random(f"{task.name} {task.min_length}-{task.max_length} seed {seed} {stream}")
 
 
 class GeneratedPrompts:
-    """The prompts of a generated task: a fixed list of `size` for the split "eval"; for "train" endless, or with a
-    `size` the first that many.
+    """The prompts of a generated task: for split "eval" a fixed list of `size`; for "train" the first `size`, or an
+    endless supply without one.
 
-    Errors: DataError when the tokenizer lacks a character of the task, or the task has fewer than `size` held-out
-    prompts; ConfigError for another split, or eval without a size.
+    Raises:
+        DataError: the tokenizer lacks a character of the task, or the task has fewer than `size` held-out prompts.
+        ConfigError: another split, or "eval" without a size.
     """
 
     dropped = 0
@@ -179,7 +183,7 @@ class GeneratedPrompts:
         self, task: Task, tokenizer: Tokenizer, *, split: str, seed: int, size: int | None, max_prompt_tokens: int
     ) -> None:
         if split not in ("train", "eval"):
-            raise ConfigError(f"split {split!r} of task {task.name} must be 'train' or 'eval'")
+            raise ConfigError(f"split {split!r} of task {task.name} is not 'train' or 'eval'")
         tokenizer.encode(task.alphabet)
         self.size = size
         self._task, self._tokenizer, self._seed, self._limit = task, tokenizer, seed, max_prompt_tokens
@@ -190,7 +194,11 @@ class GeneratedPrompts:
             self._examples = eval_examples(task, seed, size)
 
     def __getitem__(self, index: int) -> Prompt:
-        """Errors: DataError for a prompt of more than max_prompt_tokens tokens."""
+        """Prompt `index`.
+
+        Raises:
+            DataError: it has more than max_prompt_tokens tokens.
+        """
         example = self._examples[index] if self._examples is not None else train_example(self._task, self._seed, index)
         tokens = self._tokenizer.encode(example.prompt)
         if len(tokens) > self._limit:

@@ -14,16 +14,17 @@ from gspo_megatron.data.tokenizers import Tokenizer
 
 
 class JsonlPrompts:
-    """The prompts of a JSONL file: one JSON object a line, blank lines skipped, at most the first `size` prompts.
+    """The prompts of a JSONL file: one JSON object per line, blank lines skipped, at most the first `size` prompts.
 
     `prompt_template` is the text the model sees: `{prompt}` in it stands for the prompt field, `{name}` for any other
-    field of the object. Braces around anything but a word are left alone. The solution is the answer unless it has a
-    field of its own. A prompt of more than `max_prompt_tokens` tokens is an error, or with overlong="drop" left out and
-    counted in `dropped`.
+    field of the object. Braces around anything but a word stay as they are. The solution is the answer unless
+    `solution_field` is given. A prompt of more than `max_prompt_tokens` tokens is an error, or, with overlong="drop",
+    left out and counted in `dropped`.
 
-    Errors: DataError with file and line for a line that is no JSON object, lacks a field, or has a prompt that is empty
-    or that the tokenizer refuses; for a missing or empty file. ConfigError for a template without a field or an unknown
-    `overlong`.
+    Raises:
+        DataError: a line that is not a JSON object, lacks a field, or has a prompt that is empty or that the tokenizer
+            rejects (with file and line); a missing or empty file.
+        ConfigError: a template without a field, or an unknown `overlong`.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class JsonlPrompts:
             raise ConfigError(f"data.overlong={overlong!r} must be 'error' or 'drop'")
         if not FIELD.search(prompt_template):
             raise ConfigError(
-                f"data.prompt_template={prompt_template!r} has no {{prompt}}: all prompts would be the same"
+                f"data.prompt_template={prompt_template!r} has no {{prompt}}: all prompts would be the same; add it"
             )
         self.dropped = 0
         self._prompts: list[Prompt] = []
@@ -65,8 +66,8 @@ class JsonlPrompts:
                 )
         if not self._prompts:
             raise DataError(
-                f"{path} holds no prompt; expected one JSON object a line ({self.dropped} prompts were dropped because "
-                f"they have more than {max_prompt_tokens} tokens)"
+                f"{path} contains no prompts; expected one JSON object per line ({self.dropped} prompts were dropped "
+                f"because they have more than {max_prompt_tokens} tokens)"
             )
 
     @property
@@ -78,20 +79,22 @@ class JsonlPrompts:
 
 
 FIELD = re.compile(r"\{(\w+)\}")
-"""A place in a prompt template."""
+"""A field in a prompt template."""
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) for every line of a JSONL file that is not blank; `place` is "file:line", for messages.
 
-    Errors: DataError for a missing file (with the nearest name in its folder), text that is not UTF-8, a line that is
-    not a JSON object.
+    Raises:
+        DataError: a missing file (suggests the closest name in its folder), text that is not UTF-8, or a line that is
+            not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"the file {path} {found}{did_you_mean(path.name, names)}; expected a JSONL file")
+        near = did_you_mean(path.name, names) or "."
+        raise DataError(f"the file {path} {found}{near} Expected a JSONL file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
@@ -99,7 +102,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 text = line.decode("utf-8-sig")
                 record = json.loads(text) if text.strip() else None
             except ValueError as error:
-                raise DataError(f"{place}: not JSON in UTF-8 ({error}); expected one object a line") from error
+                raise DataError(f"{place}: not JSON in UTF-8 ({error}); expected one object per line") from error
             if isinstance(record, dict):
                 yield place, record
             elif text.strip():
@@ -107,10 +110,14 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def text_field(record: dict[str, Any], name: str, place: str) -> str:
-    """Field `name` as text; a number is written out. Errors: DataError for a missing field or another type."""
+    """Field `name` as text; a number is converted.
+
+    Raises:
+        DataError: a missing field, or one of another type.
+    """
     if name not in record:
-        near = did_you_mean(name, record)
-        raise DataError(f"{place}: no field {name!r}{near}; its fields are {', '.join(record) or 'none'}")
+        near = did_you_mean(name, record) or "."
+        raise DataError(f"{place}: no field {name!r}{near} Fields: {', '.join(record) or 'none'}")
     value = record[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: field {name!r} is {json.dumps(value)[:60]}; expected text or a number")
@@ -130,5 +137,5 @@ def _encode(tokenizer: Tokenizer, text: str, place: str) -> list[int]:
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     if not tokens:
-        raise DataError(f"{place}: the prompt {text[:60]!r} has no tokens; expected some for the response to follow")
+        raise DataError(f"{place}: the prompt {text[:60]!r} has no tokens; a response needs at least one to follow")
     return tokens

@@ -11,8 +11,8 @@ from gspo_megatron.data.sources import PromptSource
 class PromptOrder:
     """Position k of a run -> index of a prompt: k itself in an endless source, else pi_e[k - e * size], e = k // size.
 
-    pi_e is a permutation that depends on (seed, e) alone. Any position may be asked for at any time, so a resumed run
-    needs only the number k, whatever layout it resumes on.
+    pi_e is a permutation that depends on (seed, e) only. Any position can be read at any time, so a resumed run needs
+    only the number k, whatever its layout.
     """
 
     def __init__(self, size: int | None, seed: int) -> None:
@@ -26,7 +26,7 @@ class PromptOrder:
         epoch, offset = divmod(position, self._size)
         if epoch != self._epoch:
             random = Random(f"order {self._seed} epoch {epoch}")
-            # Sorting by random() and not shuffle(): only random() is promised to stay the same in later Pythons.
+            # Sorting by random() and not shuffle(): only random() is guaranteed to stay the same in later Pythons.
             self._permutation = sorted(range(self._size), key=lambda _: random.random())
             self._epoch = epoch
         return self._permutation[offset]
@@ -39,5 +39,5 @@ class OrderedPrompts:
         self.source, self.order = source, PromptOrder(source.size, seed)
 
     def take(self, position: int, count: int) -> list[Prompt]:
-        """`count` prompts from `position` on."""
+        """`count` prompts, starting at `position`."""
         return [self.source[self.order[position + i]] for i in range(count)]

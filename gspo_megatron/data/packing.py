@@ -1,4 +1,4 @@
-"""Sequences to micro-batches: which rank and which micro-batch each one goes to, and the packed tensors of one.
+"""From sequences to micro-batches: the rank and the micro-batch of each sequence, and the packed tensors.
 
     pack = plan_micro_batches, the same on every rank, then build_micro_batch for those of this rank
 
@@ -19,7 +19,7 @@ from gspo_megatron.base.batches import COLUMNS, IGNORED, MicroBatch, PackingRule
 from gspo_megatron.base.errors import ConfigError, DataError
 
 FREE = PackingRules()
-"""What one rank alone asks for: no padding, any number of micro-batches."""
+"""The rules of a single rank: no padding, any number of micro-batches."""
 
 
 def pack(
@@ -37,7 +37,7 @@ def pack(
     """This rank's micro-batches of an update's `sequences`, which every rank passes in the same order.
 
     `plan_micro_batches` says what `max_tokens` and `cost` mean, `build_micro_batch` what a context-parallel rank holds.
-    With rules.same_tokens the k-th micro-batch is padded to the largest of the data-parallel ranks' k-th ones.
+    With rules.same_tokens the k-th micro-batch is padded to the largest k-th one of all data-parallel ranks.
     """
     lengths = [len(sequence) for sequence in sequences]
     plan = plan_micro_batches(lengths, dp_size, max_tokens, cost=cost, rules=rules)
@@ -72,16 +72,16 @@ def plan_micro_batches(
        differ by no more than one sequence.
     2. Longest first, each sequence of a rank goes to the micro-batch with the fewest tokens so far. All ranks have the
        same number of these, the smallest multiple of rules.count_multiple above 0 with which none exceeds `max_tokens`.
-    3. A rank's micro-batches are ordered by tokens, largest first, so that the k-th ones of all ranks are of similar
-       size: experts make ranks wait for one another.
+    3. A rank's micro-batches are ordered by tokens, largest first, so that the k-th ones of all ranks have similar
+       sizes: expert layers make ranks wait for each other.
 
-    A few more even micro-batches are worth more than the fewest, some full and some nearly empty. One is empty only
+    A few more micro-batches of even size are better than the fewest, some full and some nearly empty. One is empty only
     where a rank has fewer sequences than micro-batches.
 
-    Lengths count with their padding to rules.sequence_multiple, in `max_tokens` as in `cost(length)`, the work of a
-    sequence, by default its tokens. What pads a micro-batch as a whole comes on top: with it one may hold `max_tokens`
-    rounded up to its multiple. The same lengths in another order give the same micro-batches, up to which of several
-    equally long sequences is where.
+    Lengths include the padding to rules.sequence_multiple, both in `max_tokens` and in `cost(length)`, the work of a
+    sequence, by default its tokens. Padding of a micro-batch as a whole is extra: with it, a micro-batch may hold
+    `max_tokens` rounded up to its multiple. The order of the lengths does not matter, except that sequences of equal
+    length may change places.
 
     Raises:
         ConfigError: one sequence alone exceeds `max_tokens`.
@@ -116,16 +116,16 @@ def build_micro_batch(
     cp_rank: int = 0,
     cp_size: int = 1,
 ) -> MicroBatch:
-    """Packs sequences[i], i in `index`, one behind the other, as int64 tensors of T tokens (`cu_seqlens` int32).
+    """Packs sequences[i], i in `index`, end to end, as int64 tensors of T tokens (`cu_seqlens` int32).
 
     Row t of a sequence predicts its token t + 1 where that one is trained on; every other row is IGNORED. Positions
-    count from 0 in each sequence and go on in the padding behind its tokens. Padding behind all sequences brings T to a
-    multiple of rules.token_multiple, or to `num_tokens`; without sequences all of T is padding, since every rank has to
-    take part in the collectives of a forward pass. It is cut into segments no longer than the longest of `sequences`,
-    so that it neither reaches a position nor costs attention that they do not.
+    count from 0 in each sequence and continue in the padding after its tokens. Padding after all sequences brings T to
+    a multiple of rules.token_multiple, or to `num_tokens`; without sequences all of T is padding, since every rank must
+    take part in the collectives of a forward pass. This padding is split into segments no longer than the longest of
+    `sequences`, so that neither its positions nor its attention cost exceed theirs.
 
-    With context parallel everything in T and R is the part that `zigzag` gives to `cp_rank`; the rest is of whole
-    sequences. Columns are there when the sequences have them.
+    With context parallelism everything in T and R is the part that `zigzag` gives to `cp_rank`; the rest describes
+    whole sequences. A column is present if the sequences have it.
 
     Raises:
         DataError: the first token of a sequence is trained on.
@@ -165,10 +165,10 @@ def build_micro_batch(
     for name, column in COLUMNS.items():
         values = [sequence.columns[name] for sequence in packed if name in sequence.columns]
         if len(values) < len(packed):
-            assert not values, f"some sequences of a micro-batch have {name}, others have none"
+            assert not values, f"some sequences of a micro-batch have {name}, others do not"
             continue
         counts = lengths if column.every_token else trained_lengths
-        assert [len(of_sequence) for of_sequence in values] == counts, f"{name} has not a value for each of its tokens"
+        assert [len(of_sequence) for of_sequence in values] == counts, f"{name} does not have one value per token"
         dtype = column.dtype or (values[0].dtype if values else torch.float32)
         if column.every_token:
             columns[name] = laid_out(values, column.shape, dtype, column.fill)[held_T]
@@ -193,22 +193,22 @@ def build_micro_batch(
 def zigzag(lengths: Seq[int], rank: int, size: int) -> Tensor:
     """Which of the packed tokens of sequences of `lengths` context-parallel rank `rank` of `size` holds, int64.
 
-    Every sequence is cut into 2 size equal chunks, of which rank c holds chunks c and 2 size - 1 - c, sequence by
-    sequence: a late chunk, which attends to much, goes with an early one, so that causal attention is the same work on
-    every rank. It is the split that Transformer Engine expects of packed ("thd") sequences. Lengths are multiples of
-    2 size; one rank alone holds everything, whatever the lengths.
+    Every sequence is split into 2 size equal chunks, of which rank c holds chunks c and 2 size - 1 - c, sequence by
+    sequence: a late chunk, which attends to many tokens, is paired with an early one, so that causal attention is the
+    same work on every rank. Transformer Engine expects this split of packed ("thd") sequences. Lengths are multiples of
+    2 size; a single rank holds everything, whatever the lengths.
     """
     tokens_T = torch.arange(sum(lengths))
     if size == 1:
         return tokens_T
-    assert all(length % (2 * size) == 0 for length in lengths), f"no {2 * size} equal chunks in one of {lengths}"
+    assert all(length % (2 * size) == 0 for length in lengths), f"{lengths} are not all multiples of {2 * size}"
     chunks = (sequence.view(2 * size, -1) for sequence in tokens_T.split(list(lengths)))
     return torch.cat([torch.cat([chunk[rank], chunk[-1 - rank]]) for chunk in chunks])
 
 
 def _spread(items: Seq[int], weight: Seq[float], parts: int) -> list[list[int]]:
-    """Heaviest first (in the order of `items` where equal), each of the items goes to the part that is lightest so far;
-    the heaviest part first."""
+    """Heaviest first (in the order of `items` where equal), each item goes to the part that is lightest so far. Returns
+    the parts, heaviest first."""
     members: list[list[int]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
     for item in sorted(items, key=weight.__getitem__, reverse=True):
@@ -233,6 +233,6 @@ def _packed_size(lengths: Iterable[int], rules: PackingRules) -> int:
 
 
 def _cut(length: int, longest: int) -> list[int]:
-    """`length` in pieces of `longest`, and what is left."""
+    """`length` as segments of `longest` and a remainder."""
     whole, rest = divmod(length, longest)
     return [longest] * whole + [rest] * (rest > 0)

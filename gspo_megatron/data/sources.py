@@ -1,4 +1,4 @@
-"""Where prompts come from: a table of sources, each a scheme and the function that opens it."""
+"""Sources of prompts: a table with a row for each scheme, such as `task:`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class PromptSource(Protocol):
 
     @property
     def size(self) -> int | None:
-        """The number of prompts; None where they never end."""
+        """The number of prompts; None for an endless source."""
 
     def __getitem__(self, index: int) -> Prompt: ...
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A source of prompts, and how it is read.
+    """A source of prompts, and how to read it.
 
     Attributes:
         source: `scheme:name` (`task:sort_digits`) or the path of a file.
         split: `train` or `eval`.
         size: the number of prompts: exact for the eval split of a task, an upper bound for a file. None: all.
         max_prompt_tokens: longest prompt.
-        task and the fields behind it: settings of section `data` of the same names, which not every source reads.
+        task and the fields after it: settings of section `data` with the same names, which not every source reads.
     """
 
     source: str
@@ -52,7 +52,7 @@ class DataSpec:
 
     @property
     def name(self) -> str:
-        """What stands behind the scheme."""
+        """What follows the scheme."""
         return self.source.removeprefix(f"{scheme_of(self.source)}:")
 
 
@@ -62,7 +62,7 @@ class Source(NamedTuple):
     Attributes:
         open: (spec, tokenizer, seed of the run) -> its prompts.
         reads: the settings of section `data` that this source reads and others may not.
-        reward: (spec) -> the reward of a run that names none.
+        reward: (spec) -> the default reward.
     """
 
     open: Callable[[DataSpec, Tokenizer, int], PromptSource]
@@ -111,21 +111,21 @@ def open_source(spec: DataSpec, tokenizer: Tokenizer, *, seed: int) -> PromptSou
         DataError: no such task or file, or one that cannot be used.
     """
     if spec.size is not None and spec.size < 1:
-        raise ConfigError(f"{spec.size} {spec.split} prompts were asked for; expected at least 1")
+        raise ConfigError(f"{spec.size} {spec.split} prompts were requested; expected at least 1")
     return SOURCES[scheme_of(spec.source)].open(spec, tokenizer, seed)
 
 
 def checked_tokens(prompt: Prompt, response: Seq[int], vocab_size: int) -> list[int]:
-    """Prompt and response, one after the other.
+    """Prompt and response, end to end.
 
     Raises:
-        DataError: an id that the embedding has no row for.
+        DataError: an id outside the vocabulary.
     """
     tokens = [*prompt.tokens, *response]
     if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
         position, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab_size)
         raise DataError(
             f"prompt {prompt.id} ({prompt.text[:60]!r}): token {position} of {len(tokens)} has id {token}, but "
-            f"model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}; is data.tokenizer that of the model?"
+            f"model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}; does data.tokenizer belong to the model?"
         )
     return tokens

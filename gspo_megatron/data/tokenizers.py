@@ -34,7 +34,8 @@ class Tokenizer(Protocol):
 class CharacterTokenizer:
     """One token per character: id 0 is padding, 1 is EOS, 2 + k the k-th character of `alphabet` (default PRINTABLE).
 
-    Errors: DataError for an empty alphabet or a repeated character.
+    Raises:
+        DataError: an empty alphabet, or a repeated character.
     """
 
     pad_id = 0
@@ -45,7 +46,7 @@ class CharacterTokenizer:
         repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
         if not alphabet or repeated:
             found = f"repeats {''.join(repeated)!r}" if repeated else "is empty"
-            raise DataError(f"the tokenizer's alphabet {found}; name every character exactly once")
+            raise DataError(f"the tokenizer's alphabet {found}; list every character exactly once")
         self._chars = ["", "", *alphabet]
         self._ids = {char: token for token, char in enumerate(alphabet, start=2)}
 
@@ -54,7 +55,11 @@ class CharacterTokenizer:
         return len(self._chars)
 
     def encode(self, text: str) -> list[int]:
-        """One id per character. Errors: DataError for a character outside the alphabet."""
+        """One id per character.
+
+        Raises:
+            DataError: a character outside the alphabet.
+        """
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:
@@ -66,14 +71,19 @@ class CharacterTokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The characters of `ids`. Errors: DataError for an id outside the vocabulary."""
+        """The characters of `ids`.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
         return "".join(self._chars[token] for token in _checked(ids, self.vocab_size))
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file, as tools/train_tokenizer.py makes it.
+    """A SentencePiece model file, such as tools/train_tokenizer.py writes.
 
-    Errors: DataError for a file that is missing, is no such model, or has no padding or EOS id.
+    Raises:
+        DataError: a file that is missing, is not such a model, or has no padding or EOS id.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -82,7 +92,7 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError as error:
-            raise DataError(f"{path} is not a SentencePiece model ({error}); train it anew") from error
+            raise DataError(f"{path} is not a SentencePiece model ({error}); train it again") from error
         missing = [name for name, token in (("pad", self.pad_id), ("eos", self.eos_id)) if token < 0]
         if missing:
             raise DataError(
@@ -103,18 +113,23 @@ class SentencePieceTokenizer:
         return self._model.eos_id()
 
     def encode(self, text: str) -> list[int]:
-        """The model's pieces, without BOS or EOS."""
+        """The ids of the model's pieces, without BOS or EOS."""
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; SentencePiece drops padding and EOS. Errors: DataError for an id it does not have."""
+        """The text of `ids`; SentencePiece drops padding and EOS.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
         return self._model.decode(_checked(ids, self.vocab_size))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `spec` names: "characters", "characters:<alphabet>", or the path of a SentencePiece model.
 
-    Errors: DataError when there is no such file, or it cannot be used.
+    Raises:
+        DataError: there is no such file, or it cannot be used.
     """
     kind, colon, alphabet = spec.partition(":")
     if kind == "characters":
@@ -128,12 +143,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """`ids` as a list, all of them in the vocabulary: a negative id would silently count from its end."""
+    """`ids` as a list, all checked to be in the vocabulary: a negative id would silently index from its end."""
     ids = list(ids)
     for token in ids:
         if not 0 <= token < vocab_size:
             raise DataError(
                 f"token id {token} is outside the tokenizer's vocabulary of {vocab_size}; "
-                "use the tokenizer that the model was made for"
+                "use the tokenizer that the model was trained with"
             )
     return ids

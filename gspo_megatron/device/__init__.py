@@ -1,6 +1,6 @@
-"""The device a run drives in: which device, which collective backend, which number formats. Nothing else names them.
+"""The device of a run: device type, collective backend and number formats. Nothing else names them.
 
-device = open_device(device="auto", dtype="bf16")      # before Megatron is imported
+device = open_device(device="auto", dtype="bf16")    # before Megatron is imported
 device.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
 """
 
@@ -36,7 +36,7 @@ class Device:
     world_size: int
     rank: int
     restarts: int = 0
-    """How often torchrun has started this node's processes anew."""
+    """How often torchrun has restarted this node's processes."""
     max_restarts: int = 0
     nodes: int = 1
 
@@ -49,7 +49,7 @@ class Device:
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
             store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-            # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+            # torchrun's store survives a restart, with the addresses of processes that are gone.
             store = torch.distributed.PrefixStore(f"attempt_{self.restarts}", store)
         else:
             store, rank, world_size = torch.distributed.HashStore(), 0, 1
@@ -58,7 +58,7 @@ class Device:
         )
 
     def notes(self) -> torch.distributed.Store:
-        """A store that every process reaches, through a connection that nothing else waits for. After
+        """A store that all processes share, through a connection that nothing else waits for. Call it after
         `start_processes`."""
         if "RANK" not in os.environ:
             return torch.distributed.HashStore()
@@ -67,8 +67,8 @@ class Device:
         return torch.distributed.PrefixStore(f"notes_{self.restarts}", store)
 
     def random_state(self) -> dict[str, Any]:
-        """The state of every random number generator of this process, as JSON. Nothing here draws from them: they are
-        for rewards of the user's own."""
+        """The state of every random number generator of this process, as JSON. The package draws nothing from them;
+        a user's own rewards may."""
         version, numbers, gauss = random.getstate()
         name, keys, *rest = np.random.get_state()
         states = {"torch": torch.get_rng_state()} | ({} if self.on_cpu else {"device": torch.cuda.get_rng_state()})
@@ -76,7 +76,7 @@ class Device:
         return {"python": [version, list(numbers), gauss], "numpy": [name, np.asarray(keys).tolist(), *rest], **packed}
 
     def set_random_state(self, state: dict[str, Any]) -> None:
-        """Puts back what `random_state` returned."""
+        """Restores what `random_state` returned."""
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
         name, keys, *rest = state["numpy"]
@@ -86,11 +86,11 @@ class Device:
                 put_back(torch.frombuffer(bytearray(base64.b64decode(state[key])), dtype=torch.uint8))
 
     def optimizer_scope(self) -> AbstractContextManager[None]:
-        """Around building and stepping Megatron's optimizers, which ask tensors for the names of device types."""
+        """For building and stepping Megatron's optimizers, which look at the names of tensors' device types."""
         return cpu.tensors_named_as_on_device() if self.on_cpu else nullcontext()
 
     def synchronize(self) -> None:
-        """Waits until the device has done all that it was given."""
+        """Waits for all work queued on the device."""
         if not self.on_cpu:
             torch.cuda.synchronize()
 
@@ -99,11 +99,11 @@ class Device:
         return cpu.resident_gib() if self.on_cpu else torch.cuda.memory_allocated() / 2**30
 
     def peak_memory_gib(self) -> float:
-        """The largest `memory_gib` since the process began or `restart_peak_memory`."""
+        """The largest `memory_gib` since the start of the process, or since `restart_peak_memory`."""
         return cpu.peak_resident_gib() if self.on_cpu else torch.cuda.max_memory_allocated() / 2**30
 
     def restart_peak_memory(self) -> None:
-        """From here on the largest memory is counted anew."""
+        """Resets `peak_memory_gib`."""
         if self.on_cpu:
             cpu.restart_peak_resident()
         else:
@@ -117,7 +117,8 @@ class Device:
 def open_device(device: str, dtype: str) -> Device:
     """Chooses the device; on the CPU, puts stand-ins where Megatron-Core expects a GPU. Call before importing Megatron.
 
-    Raises ConfigError when `device` is "cuda" and there is none, or fp64 is asked of a GPU.
+    Raises:
+        ConfigError: `device` is "cuda" and there is none, or a GPU is to run in fp64.
     """
     started = [int(os.environ.get(name, default)) for name, default in TORCHRUN.items()]
     if device == "auto":

@@ -1,8 +1,7 @@
-"""What stands in for torch.cuda and NCCL when Megatron-Core runs on the CPU. One entry a stand-in, with the place it
-serves.
+"""Stand-ins for torch.cuda and NCCL when Megatron-Core runs on the CPU. One entry for each, with a call that needs it.
 
-Places are `file:line` of megatron-core 0.16.1; 0.19.2 has the same calls. tests/device/test_cpu.py looks each one up in
-the installed Megatron-Core and fails when it is gone, so that the stand-in can go too.
+The calls are in megatron-core 0.16.1 and 0.19.2. tests/device/test_cpu.py looks each one up in the installed version
+and fails when it is gone, so that the stand-in can be removed too.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ STAND_INS: dict[str, tuple[str, str]] = {
 
 
 class _Stream:
-    """A queue of device work, where there is no device: everything is already done."""
+    """A stream without a device: all work is already done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -69,8 +68,7 @@ _THE_STREAM = _Stream()
 
 
 def install() -> None:
-    """Puts the stand-ins in place, once. Compiled functions run eagerly: a compiler costs more than tiny models
-    gain."""
+    """Installs the stand-ins, once. Compiled functions run eagerly: compilation costs more than tiny models gain."""
     if getattr(torch.cuda.current_device, "stands_in", False):
         return
     here = torch.device("cpu")
@@ -81,9 +79,9 @@ def install() -> None:
     _stand_in(torch.cuda, "synchronize", lambda device=None: None)
     # The forward draws no random numbers (no dropout), so activation recompute has no device state to save.
     _stand_in(torch.cuda.random, "get_rng_state", lambda device=None: torch.empty(0, dtype=torch.uint8))
-    # torch lists once, by identity, which functions `with torch.device(...)` concerns. The list has to be of its own
-    # ones: with a stand-in in it, tensors that a library makes under the meta device would be real, and what it loads
-    # into them lost (transformers' from_pretrained: rotary frequencies of uninitialised memory).
+    # torch lists once, by identity, the functions that `with torch.device(...)` affects. The list must hold torch's
+    # own: with a stand-in in it, tensors that a library creates under the meta device would be real, and what it loads
+    # into them would be lost (transformers' from_pretrained: rotary frequencies of uninitialised memory).
     _device._device_constructors()
     for factory in ("zeros", "tensor"):
         _stand_in(torch, factory, _placed_here(getattr(torch, factory)))
@@ -109,8 +107,8 @@ def _placed_here(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def _of_any_lengths(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """all_gather for tensors whose first dimensions differ between ranks, which NCCL takes and gloo refuses: padded to
-    the longest. Equal ones go to torch's own."""
+    """all_gather for tensors whose first dimensions differ between ranks, which NCCL accepts and gloo rejects: padded
+    to the longest. Equal shapes go to torch's own."""
 
     @functools.wraps(all_gather)
     def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +128,10 @@ def _of_any_lengths(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copied_here_when_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A gather or a reduction of large tensors in a group of one is a copy, made by the caller.
+    """A gather or a reduction of large tensors in a group of one is a copy, made in the calling thread.
 
-    gloo would copy in a thread of its own, with as many OpenMP threads again. With more of them than cores none waits
-    actively for work any more: on two threads a step of a small model took about twice as long.
+    gloo would copy in a thread of its own, with a second set of OpenMP threads. With more of these than cores they no
+    longer spin while waiting for work: on two threads a step of a small model took about twice as long.
     """
     signature = inspect.signature(collective)
 
@@ -147,7 +145,7 @@ def _copied_here_when_alone(collective: Callable[..., Any]) -> Callable[..., Any
         output, input_ = given.args[:2]
         if output.data_ptr() != input_.data_ptr():
             output.copy_(input_.detach().reshape(output.shape))
-        # Callers wait for a handle, and torch joins several calls to one: both need a collective.
+        # Callers wait on a handle, and torch coalesces several calls into one: both need a collective.
         return dist.all_reduce(output.new_zeros(1), group=group, async_op=async_op)
 
     return call
@@ -155,9 +153,9 @@ def _copied_here_when_alone(collective: Callable[..., Any]) -> Callable[..., Any
 
 @contextmanager
 def tensors_named_as_on_device() -> Iterator[None]:
-    """Inside, `tensor.type()` answers with the name of the device type that Megatron's optimizers look for.
+    """Inside, `tensor.type()` returns the name of the device type that Megatron's optimizers look for.
 
-    float64 answers as float32: the optimizers know no float64 branch, and the one for float32 does not cast.
+    float64 is named float32: the optimizers have no float64 branch, and the one for float32 does not cast.
     """
     own = torch.Tensor.type
 
@@ -185,7 +183,7 @@ def peak_resident_gib() -> float:
 
 
 def restart_peak_resident() -> None:
-    """What was freed but is still in the C library's hands is given back first: it would hide as much of what comes.
-    A process that was started from a larger one keeps that one's peak; a forked one does not."""
+    """Memory that was freed but is still held by the C library is returned first: it would hide later growth. A process
+    that was started from a larger one keeps that one's peak; a forked one does not."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The number formats of matrix products, as a table: what each asks of sizes and layers, and how Megatron is told."""
+"""Number formats of matrix products, as a table: what each requires of sizes and layers, and Megatron's settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Recipe:
 
     Attributes:
         row_multiple: tokens of one rank's forward come in multiples of this.
-        column_multiple: so do the columns of every rank's part of a matrix.
+        column_multiple: so do the columns of every rank's shard of a matrix.
         dtypes: values of precision.dtype that it can be combined with.
         layers: rows of mcore.layers.LAYERS that can compute in it.
         megatron: fields of Megatron-Core's TransformerConfig.

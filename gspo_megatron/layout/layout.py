@@ -1,5 +1,5 @@
-"""A parallel layout: what it needs of a model and of the number of processes, and which others are near one that cannot
-work. All of it is told from the settings, before any process group exists.
+"""Parallel layouts: what one requires of a model and of the number of processes, and which valid ones are nearest to an
+invalid one. All of it follows from the settings, before any process group exists.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each parallel axis has, and virtual stages a pipeline rank. dp and edp follow from the world
-    size."""
+    """The number of ranks of each parallel axis, and of virtual stages per pipeline rank. dp and edp follow from the
+    world size."""
 
     world_size: int
     tp: int = 1
@@ -49,8 +49,11 @@ class Layout:
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of `world_size` processes. Raises ConfigError, which names the nearest layouts that work, when this
-    one does not."""
+    """The layout of `world_size` processes.
+
+    Raises:
+        ConfigError: the layout does not work. Names the nearest ones that do.
+    """
     layout = Layout(world_size, *(getattr(config.parallel, axis) for axis in AXES))
     complaint = next(broken_rules(config, layout), None)
     if complaint is None:
@@ -65,10 +68,10 @@ def layout_of(config: Config, world_size: int) -> Layout:
 
 
 def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
-    """What `layout` needs of the model, the precision and the number of processes, and does not get.
+    """What `layout` requires of the model, the precision and the number of processes, and does not get.
 
-    A rule that is broken while later ones of AXES are still 1 stays broken, whatever they become: nearest_layouts
-    builds on it.
+    A rule that is broken while later ones of AXES are still 1 stays broken whatever they become: nearest_layouts relies
+    on it.
     """
     m, columns = config.model.shape, RECIPES[config.precision.fp8].column_multiple
     for share in family_of(m).shares(m):
@@ -78,12 +81,12 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
             yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}{why}"
     if layout.cp > 1 and m.max_sequence_length % (2 * layout.cp):
         yield (
-            f"parallel.cp={layout.cp} cuts every sequence into 2 * cp equal chunks, and "
+            f"parallel.cp={layout.cp} splits every sequence into 2 * cp equal chunks, but "
             f"model.max_sequence_length={m.max_sequence_length} is not divisible by {2 * layout.cp}; set it to "
             f"{_nearest_multiples(m.max_sequence_length, 2 * layout.cp)}"
         )
     if layout.vpp > 1 and layout.pp == 1:
-        yield f"parallel.vpp={layout.vpp} cuts the stages of a pipeline, and parallel.pp=1 has none"
+        yield f"parallel.vpp={layout.vpp} splits pipeline stages, but parallel.pp=1 has none"
     if m.tie_embeddings and layout.pp > 1:
         yield (
             f"model.tie_embeddings with parallel.pp={layout.pp}: the copies on the first and the last stage are not "
@@ -100,9 +103,9 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def nearest_layouts(config: Config, asked: Layout) -> list[Layout]:
-    """Up to three layouts of as many processes that work, the nearest to `asked` first.
+    """Up to three layouts of the same number of processes that work, the nearest to `asked` first.
 
-    Every change in them is needed: with one axis put back to what was asked they would not work. None is farther than
+    Every change in them is needed: with any one axis reset to `asked` they would not work. None is farther away than
     the nearest by more than two doublings.
     """
     found: list[tuple[Fraction, Layout]] = []
@@ -117,10 +120,9 @@ def nearest_layouts(config: Config, asked: Layout) -> list[Layout]:
 
 def _by_distance(config: Config, asked: Layout) -> Iterator[tuple[Fraction, Layout]]:
     """All layouts that work, with distance = sum over AXES of |log2(size / asked size)|, kept exact as the product of
-    the ratios. Of equally distant ones the one that leaves tp nearer comes first, then pp, and so on.
+    the ratios. Of equally distant ones, the one with tp closer to `asked` comes first, then pp, and so on.
 
-    Best-first search: the nearest of all beginnings (tp; tp and pp; ...) is taken up, and every size of its next axis
-    tried.
+    Best-first search over prefixes (tp; tp and pp; ...): the nearest one is extended by every size of its next axis.
     """
     of_world, of_layers = _divisors(asked.world_size), _divisors(config.model.num_layers)
     beginnings: list[tuple[Fraction, tuple[Fraction, ...], tuple[int, ...]]] = [(Fraction(1), (), ())]
@@ -166,12 +168,12 @@ def _nearest_multiples(number: int, unit: int) -> str:
 
 
 def packing_rules(config: Config) -> PackingRules:
-    """What the layout asks of micro-batches.
+    """What the layout requires of micro-batches.
 
-    sequence_multiple: context parallel cuts every sequence into 2 * cp chunks, of which a rank takes two.
-    token_multiple: whole sequences, and on each context-parallel rank `token_multiple(config)` tokens at a time.
-    count_multiple: Megatron's interleaved schedule goes round with one micro-batch for each pipeline stage.
-    same_tokens: the allgather dispatcher gathers as many tokens from each of the ranks that share the experts.
+    sequence_multiple: context parallelism splits every sequence into 2 * cp chunks, two for each rank.
+    token_multiple: a multiple of that, and on each context-parallel rank of `token_multiple(config)`.
+    count_multiple: Megatron's interleaved schedule takes one micro-batch per pipeline stage in each round.
+    same_tokens: the allgather dispatcher gathers the same number of tokens from every rank that shares the experts.
     """
     p = config.parallel
     sequence_multiple = 2 * p.cp if p.cp > 1 else 1
@@ -184,7 +186,7 @@ def packing_rules(config: Config) -> PackingRules:
 
 
 def token_multiple(config: Config) -> int:
-    """Tokens of a rank's forward come in multiples of this: sequence parallel gives every tensor-parallel rank as many,
-    and the matmuls of a number format take several rows at a time. The sampler, which runs without context parallel,
-    needs no more."""
+    """Tokens of a rank's forward come in multiples of this: sequence parallelism gives every tensor-parallel rank the
+    same number, and the matmuls of a number format take several rows at a time. The sampler, which runs without context
+    parallelism, needs nothing else."""
     return config.parallel.tp * RECIPES[config.precision.fp8].row_multiple

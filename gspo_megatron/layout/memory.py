@@ -1,4 +1,4 @@
-"""What a model and a layout mean, from the settings alone: parameters of a rank and memory (which --dry-run prints)."""
+"""Parameters per rank and a memory estimate, from the settings alone (printed by --dry-run)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parameters_per_rank(m: ModelShape, layout: Layout) -> tuple[int, int]:
 
 
 def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> str:
-    """The layout, parameters in all and on the fullest rank, and a memory estimate in GiB with its assumptions."""
+    """The layout, parameters in total and on the fullest rank, and a memory estimate in GiB with its assumptions."""
     m = config.model.shape
     n = count_parameters(m)
     total, active = (n.total(m.num_layers, experts) for experts in (m.num_experts, m.experts_per_token))
@@ -34,10 +34,10 @@ def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> st
     return "\n".join(
         (
             f"layout: {layout.world_size} processes = {layout}",
-            f"parameters: {total:,} in all, {active:,} active a token, {dense + experts:,} on the fullest rank "
+            f"parameters: {total:,} in total, {active:,} active per token, {dense + experts:,} on the fullest rank "
             f"({dense:,} dense, {experts:,} expert)",
-            f"memory estimate, GiB on the fullest rank: {parts}; in all {sum(memory.values()):.2f}",
-            "  activations: one micro-batch of train.tokens_per_micro_batch per pipeline stage in flight; without "
+            f"memory estimate, GiB on the fullest rank: {parts}; total {sum(memory.values()):.2f}",
+            "  activations: one micro-batch of train.tokens_per_micro_batch per pipeline stage in flight; excludes "
             "fragmentation, communication buffers and what the device's driver takes (2 to 6 GiB on a GPU)",
         )
     )

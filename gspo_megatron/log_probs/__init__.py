@@ -1,11 +1,11 @@
-"""Log-probabilities of given tokens from hidden states and the vocabulary matrix, without ever holding the logits.
+"""Log-probabilities of given tokens from hidden states and the vocabulary matrix, without materialising the logits.
 
 linear.py           the public functions and the autograd node
-arguments.py        what they refuse, on all ranks together
-rows.py             which rows are scored, and how hidden states and their gradients travel
-shards.py           a vocabulary in parts: how the results of parts become one, and the collectives between ranks
-products.py         matrix products with wide sums
-blocks.py           the rows of a chunk against one shard, block by block, and what is kept for the backward
+arguments.py        checks of their arguments, which fail on all ranks together
+rows.py             which rows are scored, and how hidden states and their gradients move between ranks
+shards.py           vocabulary shards: how their results are merged, and the collectives between ranks
+products.py         matrix products with wide accumulators
+blocks.py           a chunk of rows times one shard, block by block, and what is kept for the backward
 torch_kernels.py    the arithmetic of a block, element by element; triton_kernels.py the same for accelerators
 """
 

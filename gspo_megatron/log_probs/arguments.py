@@ -1,7 +1,6 @@
-"""What `linear_log_probs` refuses, and how all ranks of a group come to refuse it together.
+"""Checks of the arguments of `linear_log_probs`, which fail on all ranks of a group together.
 
-Shape suffixes: N rows of a micro-batch, n those of them that are scored, Vp one rank's shard of the vocabulary, H
-hidden size.
+Shape suffixes: N rows of a micro-batch, n the scored ones, Vp one rank's shard of the vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -32,8 +31,11 @@ def checked_targets(
 ) -> tuple[int, Tensor]:
     """(true size of the vocabulary, targets on the host).
 
-    Raises ConfigError and, with `validate`, DataError, and then on all ranks: where one rank alone has something to
-    object to, the others would wait for it in the next exchange.
+    With `validate` all ranks raise together: otherwise they would wait for the failed one in the next collective.
+
+    Raises:
+        ConfigError: a setting or shape that cannot work.
+        DataError: with `validate`, a target that is not an id, or ranks whose arguments differ.
     """
     num_ids = shards.size * len(weight_VpH)
     targets_host_N, objection = targets_N.cpu(), None
@@ -62,7 +64,11 @@ def checked_targets(
 
 
 def check_lse(lse_n: Tensor, rows: Rows, hidden_H: Tensor) -> None:
-    """Raises DataError, on every rank, for the first row whose log-sum-exp is not finite."""
+    """Checks that every log-sum-exp is finite.
+
+    Raises:
+        DataError: one is not. Names the first such row, on every rank.
+    """
     bad_n = (~lse_n.isfinite()).nonzero().flatten().cpu()
     if not len(bad_n):
         return
@@ -75,8 +81,8 @@ def check_lse(lse_n: Tensor, rows: Rows, hidden_H: Tensor) -> None:
             if hidden_is_bad
             else "its logits are not finite, though its hidden state is"
         )
-        + f" (log-sum-exp {float(lse_n[int(first)])}), as those of {len(bad_n)} of {len(rows)} scored rows; "
-        + ("look at the forward pass that made it" if hidden_is_bad else "look at the vocabulary matrix")
+        + f" (log-sum-exp {float(lse_n[int(first)])}), as in {len(bad_n)} of {len(rows)} scored rows; "
+        + ("check the forward pass that produced it" if hidden_is_bad else "check the vocabulary matrix")
     )
 
 
@@ -94,7 +100,7 @@ def _check_settings(
     if [*map(len, shapes)] != [2, 2, 1] or not hidden_NH.is_floating_point():
         raise ConfigError(
             f"hidden {shapes[0]} ({hidden_NH.dtype}), weight {shapes[1]} and targets {shapes[2]} must have the shapes "
-            "(N, H), (V, H) and (N), hidden and weight of a float format"
+            "(N, H), (V, H) and (N), with hidden and weight in a floating-point format"
         )
     num_rows, num_ids = len(targets_N), shards.size * len(weight_VpH)
     if not 0 < temperature < math.inf:
@@ -103,18 +109,18 @@ def _check_settings(
         raise ConfigError(f"store_bytes={store_bytes} must not be negative; 0 keeps nothing")
     if sequence_parallel and num_rows % shards.size:
         raise ConfigError(
-            f"{num_rows} rows do not divide over {shards.size} sequence-parallel ranks; "
+            f"{num_rows} rows do not divide evenly over {shards.size} sequence-parallel ranks; "
             f"pad the micro-batch to a multiple of {shards.size} rows"
         )
     expected = num_rows // shards.size if sequence_parallel else num_rows
     if len(hidden_NH) != expected:
         raise ConfigError(
-            f"hidden has {len(hidden_NH)} rows where {num_rows} targets, {shards.size} ranks and "
-            f"sequence_parallel={sequence_parallel} ask for {expected}"
+            f"hidden has {len(hidden_NH)} rows, but {num_rows} targets, {shards.size} ranks and "
+            f"sequence_parallel={sequence_parallel} require {expected}"
         )
     if hidden_NH.shape[1] != weight_VpH.shape[1]:
         raise ConfigError(
-            f"hidden has {hidden_NH.shape[1]} columns and weight {weight_VpH.shape[1]}; the model's hidden size is both"
+            f"hidden has {hidden_NH.shape[1]} columns and weight {weight_VpH.shape[1]}; both must be the hidden size"
         )
     if hidden_NH.dtype != weight_VpH.dtype:
         raise ConfigError(f"hidden is {hidden_NH.dtype} and weight {weight_VpH.dtype}; cast one to the other's dtype")
@@ -133,19 +139,23 @@ def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
 
 
 def _compare(seen: dict[str, int], objection: Exception | None, shards: Shards, like: Tensor) -> None:
-    """Raises DataError on a rank that has no objection, when another has one or has seen other numbers. Collective."""
+    """Compares `seen` over the ranks. Collective.
+
+    Raises:
+        DataError: on a rank without an objection, when another has one or has seen other numbers.
+    """
     mine = on_device(torch.tensor([objection is not None, *seen.values()]), like.device)
     objects, *columns = shards.gather(mine).T.tolist()
     if objection:
         return
     if any(objects):
         raise DataError(
-            f"rank {objects.index(1)} of the {shards.size} that share the vocabulary refuses what it was "
-            "given; its own message says why"
+            f"rank {objects.index(1)} of the {shards.size} that share the vocabulary rejected its arguments; "
+            "its own message says why"
         )
     for name, values in zip(seen, columns, strict=True):
         if len(set(values)) > 1:
             raise DataError(
-                f"{name} differs over the {shards.size} ranks that share the vocabulary: {values}, in the order of "
-                "their ranks; give all of them the same targets"
+                f"{name} differs between the {shards.size} ranks that share the vocabulary: {values}, in rank order; "
+                "pass the same targets on all of them"
             )

@@ -1,17 +1,17 @@
-"""The rows of one chunk against one vocabulary shard, block by block: matmuls around the kernels of a block.
+"""A chunk of rows times one vocabulary shard, block by block: the matmuls around the kernels of a block.
 
-A block is b rows by c columns of the logits z = h W^T / temperature. It is made, used and dropped, and made again in
-the backward pass, or else its exponentials are kept in between, as far as `Store` has room. With a = 4 bytes (8 for
-float64 inputs) an accumulator and f bytes a matmul factor, the workspace stays below
+A block is b rows by c columns of the logits z = h W^T / temperature. It is computed, used and dropped, and computed
+again in the backward pass, unless `Store` has room to keep its exponentials. With a = 4 bytes per accumulator (8 for
+float64 inputs) and f bytes per matmul factor, the workspace stays below
 
-    a * (2 b c + b H) + f * (b c + b H + c H)   bytes,
+    a * (2 b c + b H) + f * (b c + b H + c H)   bytes
 
-whatever the number of rows and the size of the vocabulary are. (oneDNN, which multiplies large blocks on the CPU, takes
-about as much again for its results and copies, and keeps the kernels of the shapes that it has seen.)
+for any number of rows and any size of the vocabulary. (oneDNN, which multiplies large blocks on the CPU, takes about as
+much again for its results and copies, and caches a kernel for each shape.)
 
-Shape suffixes: b rows of a chunk, v columns of this shard that are token ids, c those of a block, K statistics of a
-row, H hidden size. `columns_b` is the target of a row, counted in columns of this shard; a target outside [0, v)
-belongs to another shard.
+Shape suffixes: b rows of a chunk, v columns of this shard that are token ids, c columns of a block, K statistics of a
+row, H hidden size. `columns_b` is the target of a row as a column of this shard; a target outside [0, v) belongs to
+another shard.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gspo_megatron.log_probs.products import accumulator, add_product, factor_dt
 from gspo_megatron.log_probs.shards import merge
 from gspo_megatron.log_probs.torch_kernels import position
 
-# (b, c). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs its kernel launches.
+# (b, c). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs the kernel launches.
 CPU_BLOCK = (1024, 1024)
 ACCELERATOR_BLOCK = (4096, 4096)
 
 
 class Kernels(Protocol):
-    """torch_kernels.py, or triton_kernels.py, which has `linear_statistics` too: row_statistics without a block of
+    """torch_kernels.py, or triton_kernels.py, which also has `linear_statistics`: row_statistics without a block of
     logits in memory, `(hidden_bH, weight_vH, columns_b, inverse_temperature, *, with_entropy) -> [K, b]`."""
 
     def row_statistics(
@@ -56,23 +56,23 @@ class Kernels(Protocol):
 
 
 class Kept(NamedTuple):
-    """e^{z - max} of a block, in the format in which gradients enter their matmul, and the maxima of its rows."""
+    """e^{z - max} of a block, in the format of the gradient's matmul, and the maxima of its rows."""
 
     exp_bc: Tensor
     max_b: Tensor
 
 
 class Store:
-    """Memory for what is kept between forward and backward: at most `max_bytes`, in one piece, handed out in parts."""
+    """Memory for what is kept between forward and backward: one block of up to `max_bytes`, handed out in parts."""
 
     def __init__(self, max_bytes: int, chunks: Sequence[int], columns: int, like: Tensor) -> None:
-        """`chunks`: the rows of each chunk. More than they can use is not taken."""
+        """`chunks`: the rows of each chunk. Allocates no more than they can use."""
         dtype, width = factor_dtype(like), min(block_shape(like)[1], columns)
         rows = sum(padded_rows(rows, like, width) for rows in chunks)
         self._free = like.new_empty(min(max_bytes // dtype.itemsize, rows * columns), dtype=dtype)
 
     def take(self, rows: int, columns: int) -> Tensor | None:
-        """[rows, columns], or None when so much is not left."""
+        """[rows, columns], or None when too little is left."""
         if rows * columns > self._free.numel():
             return None
         block, self._free = self._free.split([rows * columns, self._free.numel() - rows * columns])
@@ -80,8 +80,8 @@ class Store:
 
 
 class RowGradients(NamedTuple):
-    """Of each row of a chunk: the statistics of the whole vocabulary and the gradients of their uses, [b]. The
-    gradients are divided by the temperature already."""
+    """For each row of a chunk, [b]: its results over the whole vocabulary and their gradients, which are already
+    divided by the temperature."""
 
     lse: Tensor
     log_probs: Tensor
@@ -90,7 +90,7 @@ class RowGradients(NamedTuple):
     d_entropy: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> RowGradients:
-        """`change` of every one of them."""
+        """`change` applied to each of them."""
         return RowGradients(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
@@ -115,7 +115,7 @@ def statistics(
     stats: list[Tensor] = []
     kept: list[Kept] = []
     for number, part in enumerate(_slices(len(weight_vH), width)):
-        has_room = len(kept) == number  # what is kept are the first blocks, without a gap
+        has_room = len(kept) == number  # the first blocks are kept, without a gap
         kept_bc = store.take(rows, part.stop - part.start) if has_room else None
         if kept_bc is None and fused:
             rest_vH = weight_vH[part.start :]
@@ -146,11 +146,11 @@ def gradients(
     d_weight_vH: Tensor | None,
     with_hidden: Callable[[Tensor], None],
 ) -> None:
-    """d_hidden = D W and d_weight += D^T h (where it is wanted), with D = dL/d(h W^T) made block by block, from what is
-    `kept` or anew. `kept_rows_b`: the places of the rows in what is kept; None: they are all of them, in order.
+    """d_hidden = D W and d_weight += D^T h (where it is wanted), with D = dL/d(h W^T) computed block by block, from
+    what is `kept` or from h and W. `kept_rows_b`: positions of the rows in what is kept; None: all of them, in order.
 
-    `with_hidden` is given this shard's part of d_hidden, [b, H], not rounded: the parts of all shards are to be added
-    first. It is called ahead of the last block's d_weight, so that what it starts has a matmul to hide behind.
+    `with_hidden` receives this shard's part of d_hidden, [b, H], unrounded: the parts of all shards are added first. It
+    is called before the last block's d_weight, so that the communication it starts overlaps with a matmul.
     """
     num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
     rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
@@ -189,7 +189,7 @@ def gradients(
 
 
 def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
-    """Of a part of the vocabulary that has no columns, [K, num_rows]."""
+    """Statistics of a part of the vocabulary without columns, [K, num_rows]."""
     stats_Kn = like.new_full((2 + with_entropy, num_rows), -torch.inf, dtype=accumulator(like))
     stats_Kn[2:] = 0
     return stats_Kn
@@ -207,7 +207,7 @@ def block_shape(x: Tensor) -> tuple[int, int]:
 
 
 class _Workspace:
-    """Memory for one block after another."""
+    """Memory that one block after another uses."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.memory = like, dtype, like.new_empty(0, dtype=dtype)

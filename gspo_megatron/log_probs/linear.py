@@ -1,12 +1,12 @@
-"""Log-probs and entropies straight from hidden states and the vocabulary matrix.
+"""Log-probs and entropies directly from hidden states and the vocabulary matrix.
 
-What crosses the tensor-parallel group: in a forward one all-gather of 2 or 3 numbers a row and, with sequence
-parallelism, one of the scored hidden rows; in a backward, for every chunk of rows, one reduce-scatter (with sequence
-parallelism) or all-reduce of the hidden gradient, behind the matmuls of the weight gradient. Nothing when no row is
-scored.
+Communication in the tensor-parallel group: the forward makes one all-gather of 2 or 3 numbers per row and, with
+sequence parallelism, one of the scored hidden rows; the backward makes, for every chunk of rows, one reduce-scatter
+(with sequence parallelism) or all-reduce of the hidden gradient, overlapped with the matmuls of the weight gradient.
+There is none when no row is scored.
 
-Shape suffixes: N rows of a micro-batch, n those of them that are scored, b some rows of a chunk of these, V vocabulary,
-Vp one rank's shard, v the columns of the shard that are token ids, K statistics of a row, H hidden size.
+Shape suffixes: N rows of a micro-batch, n the scored ones, b some rows of a chunk of these, V vocabulary, Vp one rank's
+shard, v the columns of the shard that are token ids, K statistics of a row, H hidden size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
 
 
 class Scoring(NamedTuple):
-    """How trained tokens are scored: the arguments of `linear_log_probs` of these names."""
+    """How trained tokens are scored: the arguments of the same names of `linear_log_probs`."""
 
     temperature: float
     with_entropy: bool = False
@@ -64,31 +64,33 @@ def linear_log_probs(
     """log p(y) = z_y - log sum_v e^{z_v} and H = -sum_v p_v log p_v of z = h W^T / temperature, v < vocab_size.
 
     hidden_NH: [N, H]; with `sequence_parallel` this rank's contiguous rows of it, [N / t, H].
-    weight_VpH: this rank's contiguous shard of the vocabulary, ids [rank * Vp, (rank + 1) * Vp). Where Megatron's
-        gradient buffers hold a place for it (`main_grad`, `grad_added_to_main_grad`), its gradient is added there.
+    weight_VpH: this rank's contiguous shard of the vocabulary, ids [rank * Vp, (rank + 1) * Vp). If it has a place in
+        Megatron's gradient buffers (`main_grad`, `grad_added_to_main_grad`), its gradient is added there.
     targets_N: int64 [N], the same full list on every rank. Rows whose target is IGNORED never reach the matmul: their
-        results and gradients are 0, whatever their hidden state holds. On the host they cost no wait for the device.
-    group: the ranks that hold the vocabulary between them; None: this process holds all of it.
+        results and gradients are 0, whatever their hidden state holds. Targets on the host cost no synchronisation.
+    group: the ranks that share the vocabulary; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
-    backend: `torch`; `triton`, for GPUs from Hopper on; `auto` takes what suits the device.
-    store_bytes: memory in which exponentials may be kept between forward and backward, 2 to 8 bytes for each scored row
-        and column. What is not kept is computed again: a quarter of all the work where nothing is.
-    skip_zero_rows: rows whose gradients are exactly 0, as those of a clipped sequence, leave the backward. Which they
-        are is read from the device: one wait.
-    validate: check values as well as shapes: targets, finite rows, and that all ranks of the group were given the same
-        rows. It costs a small exchange and a wait for the device.
+    backend: `torch`; `triton`, for Hopper and newer GPUs; `auto` chooses by device and format.
+    store_bytes: memory for exponentials kept between forward and backward, 2 to 8 bytes for each scored row and column.
+        What is not kept is recomputed: a quarter of all the work where nothing is kept.
+    skip_zero_rows: leave rows whose gradients are exactly 0, such as those of a clipped sequence, out of the backward.
+        Finding them costs one synchronisation.
+    validate: check values as well as shapes: targets, finite rows, and that all ranks of the group received the same
+        rows. Costs a small collective and a synchronisation.
 
     Returns log-probs (natural logarithm) and, on request, entropies (nats): [N], float32 (float64 for float64 inputs),
-    bitwise equal on every rank. No logit is rounded to bf16 on the way: its spacing is far above the clip band of 3e-4
-    (arXiv 2507.18071, section 5.1).
+    bitwise equal on every rank. No logit is rounded to bf16 on the way, whose spacing is far above the clip band of
+    3e-4 (arXiv 2507.18071, section 5.1).
 
-    Differentiable in hidden and weight, for a loss that is the same on every rank, to the last bit. The gradient of
-    hidden is that of the whole vocabulary, that of weight is the shard's own; both are added up in float32 (float64)
-    and rounded once.
+    Differentiable in hidden and weight, for a loss that is bitwise equal on every rank. The gradient of hidden is that
+    of the whole vocabulary, that of weight is the shard's own; both are accumulated in float32 (float64) and rounded
+    once.
 
-    Raises ConfigError (settings, shapes) and DataError (a target that is no id, a row that is not finite, different
-    rows on different ranks); with `validate` on every rank of the group together.
+    Raises:
+        ConfigError: a setting or shape that cannot work.
+        DataError: a target that is not an id, a row that is not finite, or different rows on different ranks. With
+            `validate`, both are raised on every rank of the group together.
     """
     shards = Shards.of(group)
     vocab_size, targets_host_N = checked_targets(
@@ -145,7 +147,7 @@ def _kernels(backend: str, x: Tensor) -> Any:
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "triton" and x.dtype == torch.float64:
-        raise ConfigError("backend='triton' multiplies no float64; use torch or auto")
+        raise ConfigError("backend='triton' does not support float64; use torch or auto")
     return import_module(f"gspo_megatron.log_probs.{BACKENDS[backend]}")
 
 
@@ -162,7 +164,7 @@ def _has_triton(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call fixes besides the two differentiable tensors."""
+    """What a call consists of besides the two differentiable tensors."""
 
     kernels: blocks.Kernels
     rows: Rows
@@ -197,7 +199,7 @@ class _LinearLogProbs(torch.autograd.Function):
             stats.append(stats_Kb)
             ctx.kept.append(kept)
         shard_Kn = torch.cat(stats, 1)
-        # Every rank has the same rows, so where there are none no rank waits for another.
+        # Every rank has the same rows, so where there are none all skip the collective.
         lse_n, log_probs_n, *rest = merge(rows.shards.gather(shard_Kn) if len(rows) else shard_Kn[None])
         if call.validate:
             check_lse(lse_n, rows, hidden_H)
@@ -223,7 +225,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if ctx.needs_input_grad[1] and d_weight_VpH is None:
             d_weight_VpH = torch.zeros_like(weight_VpH, dtype=accumulator(weight_VpH))
         d_hidden = GradientReturn(call.rows, hidden_NH)
-        kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward computes it again
+        kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward recomputes it
         indices = _rows_with_gradient(ctx.chunks, row_n, skip_zero_rows=call.skip_zero_rows)
         for chunk, kept_of_chunk, index_b in zip(ctx.chunks, kept, indices, strict=True):
             if not len(index_b):
@@ -250,11 +252,11 @@ class _LinearLogProbs(torch.autograd.Function):
 def _rows_with_gradient(
     chunks: Sequence[Chunk], row_n: blocks.RowGradients, *, skip_zero_rows: bool
 ) -> Iterator[Tensor]:
-    """For each chunk the rows, of the n and on the host, that take part in the backward."""
+    """For each chunk, the rows that take part in the backward, as indices among the n, on the host."""
     if not skip_zero_rows:
         yield from (torch.arange(chunk.rows.start, chunk.rows.stop) for chunk in chunks)
         return
-    has_gradient_n = row_n.d_log_probs != 0  # NaN has one
+    has_gradient_n = row_n.d_log_probs != 0  # True for NaN
     if row_n.d_entropy is not None:
         has_gradient_n |= row_n.d_entropy != 0
     has_gradient_n = has_gradient_n.cpu()
@@ -263,17 +265,17 @@ def _rows_with_gradient(
 
 
 def _main_grad(weight_VpH: Tensor) -> Tensor | None:
-    """The place of the weight's gradient in Megatron's buffers, where it has one."""
+    """The place of the weight's gradient in Megatron's buffers, if it has one."""
     has_place = weight_VpH.requires_grad and hasattr(weight_VpH, "grad_added_to_main_grad")
     return getattr(weight_VpH, "main_grad", None) if has_place else None
 
 
 def _added_to_main_grad(weight_VpH: Any) -> Tensor | None:
-    """Tells Megatron's hook that the gradient is in the buffer already, and gives autograd what sets the hook off.
+    """Marks the gradient as already in Megatron's buffer, and returns what autograd needs to call Megatron's hook.
 
-    With overlapped reduction the hook insists on a gradient, which it then drops unread: any tensor of the right shape
-    does, and the weight itself takes no memory. It must never be added to, so where another gradient is added, that of
-    a tied embedding (`zero_out_wgrad`) or an older one, nothing is given.
+    With overlapped reduction the hook requires a gradient, which it then drops unread: any tensor of the right shape
+    will do, and the weight itself takes no memory. Nothing may be added to it, so where another gradient is added, that
+    of a tied embedding (`zero_out_wgrad`) or an older one, it is None.
     """
     weight_VpH.grad_added_to_main_grad = True
     if getattr(weight_VpH, "zero_out_wgrad", False) or weight_VpH.grad is not None:

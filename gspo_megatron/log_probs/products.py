@@ -1,4 +1,4 @@
-"""Matrix products, added up and returned in a wide format: float64 of float64 factors, float32 of all else."""
+"""Matrix products, accumulated and returned in a wide format: float64 for float64 factors, float32 for all else."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 ONEDNN_FROM = 2**26
-"""Multiplications from which a CPU product is oneDNN's. It compiles a kernel for each new shape, in about 1 ms."""
+"""CPU products of at least this many multiplications go to oneDNN, which compiles a kernel per shape in about 1 ms."""
 ONEDNN_ROWS = 64
-"""Rows come in multiples of it there: the kernel of every shape stays in memory, and micro-batches are ragged."""
+"""There, rows are padded to a multiple of this: micro-batches vary in size, and the kernel of every shape is cached."""
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """What products of x are added up in, and results returned in: float64 for float64, float32 for all else."""
+    """The dtype in which products of x are accumulated and returned: float64 for float64, float32 for all else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def factor_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which factors enter a product. Accelerators multiply bf16 into float32 (torch >= 2.8); a CPU, or an
-    older torch, has only products whose result is rounded to bf16, so there the factors are widened first."""
+    older torch, rounds such a product to bf16, so there the factors are widened first."""
     return x.dtype if _multiplies_wide(x.device, x.dtype) else accumulator(x)
 
 
@@ -33,8 +33,8 @@ def padded_rows(rows: int, like: Tensor, columns: int) -> int:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b in the accumulator's dtype: bf16 factors give logits that were never bf16. It lies in `out`, or, where oneDNN
-    made it, in memory of its own."""
+    """a b in the accumulator's dtype: bf16 factors give logits that were never bf16. It is in `out`, or, if oneDNN
+    computed it, in new memory."""
     dtype, factor = accumulator(a), factor_dtype(a)
     if factor != dtype:
         return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
@@ -55,8 +55,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
-    """torch multiplies float32 on a CPU through MKL, which on AMD's leaves half of AVX-512 unused: there oneDNN, which
-    torch brings as well, takes half the time. Decided by shapes and the processor, never by a clock."""
+    """torch multiplies float32 on a CPU through MKL, which leaves half of AVX-512 unused on AMD processors: there
+    oneDNN, also part of torch, takes half the time. Decided by shapes and the processor, never by timing."""
     return (
         a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
@@ -77,8 +77,8 @@ def _has_operator() -> bool:
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b through the operator that torch.compile calls for a linear layer, x W^T. It copies an x that is not dense;
-    for such a W it has no fast kernel."""
+    """a b through the operator that torch.compile calls for a linear layer, x W^T. It copies an x that is not dense,
+    and has no fast kernel for a W that is not."""
     if not (b.is_contiguous() or b.T.is_contiguous()):
         b = b.contiguous()
     ab: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
@@ -87,7 +87,7 @@ def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _multiplies_wide(device: torch.device, factor: torch.dtype) -> bool:
-    """Whether mm gives a float32 product of narrow factors here: a CPU does not, nor do older versions of torch."""
+    """Whether mm can return a float32 product of narrow factors here: not on a CPU, nor in older versions of torch."""
     if device.type == "cpu" or factor in (torch.float32, torch.float64):
         return False
     x = torch.ones(16, 16, device=device, dtype=factor)
@@ -100,8 +100,8 @@ def _multiplies_wide(device: torch.device, factor: torch.dtype) -> bool:
 
 @functools.cache
 def _adds_wide(device: torch.device, total: torch.dtype, factor: torch.dtype) -> bool:
-    """Whether addmm adds a product of narrow factors to a wide total here: some versions of torch want the total
-    narrow too."""
+    """Whether addmm can add a product of narrow factors to a wide total here: some versions of torch require a narrow
+    total."""
     x = torch.ones(16, 16, device=device)
     try:
         torch.addmm(x.to(total), x.to(factor), x.to(factor), out_dtype=total, out=x.to(total))

@@ -1,8 +1,8 @@
-"""The scored rows of a micro-batch: which they are, where their hidden states lie, and how their gradients return.
+"""The scored rows of a micro-batch: which they are, where their hidden states are, and how their gradients return.
 
-All of it is decided on the host, ahead of the first matmul. Rows are worked on chunk by chunk. Under sequence parallel
+All of it is decided on the host, before the first matmul. Rows are processed chunk by chunk. With sequence parallelism
 every rank holds a contiguous part of the rows; a chunk then takes an equal range of each rank's scored ones, so that
-one reduce-scatter brings the chunk's gradients back to their owners while other matmuls are at work.
+one reduce-scatter returns the chunk's gradients to their owners while other matmuls run.
 
 Shape suffixes: N rows, n scored ones in the order of the chunks, b some of one chunk, m this rank's part of them, t
 ranks, H hidden size. Indices are int64 on the host.
@@ -22,7 +22,7 @@ from gspo_megatron.log_probs.shards import Shards
 
 
 class Chunk(NamedTuple):
-    """Rows `rows` of the n. Under sequence parallel they are the scored rows `start` to `stop` of every rank."""
+    """Rows `rows` of the n. With sequence parallelism they are the scored rows `start` to `stop` of every rank."""
 
     rows: slice
     start: int
@@ -30,16 +30,16 @@ class Chunk(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Of the n."""
+        """The number of rows."""
         return self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`order_n`: the scored rows among the N. `source_n`: their places in what `gather` returns.
+    """`order_n`: the scored rows among the N. `source_n`: their positions in what `gather` returns.
 
-    `counts` and `own_m` where the ranks hold different rows: the scored ones of each rank, and which of its rows are
-    this rank's. None where each rank holds all of them.
+    `counts` and `own_m` where the ranks hold different rows: the number of scored ones on each rank, and which of this
+    rank's rows are scored. None where each rank holds all rows.
     """
 
     shards: Shards
@@ -50,7 +50,7 @@ class Rows:
 
     @classmethod
     def of(cls, is_scored_N: Tensor, shards: Shards, *, sequence_parallel: bool) -> Rows:
-        """`is_scored_N` lies on the host and is the same on all ranks."""
+        """`is_scored_N` is on the host and the same on all ranks."""
         order_n = is_scored_N.nonzero().flatten()
         if not (sequence_parallel and shards.size > 1 and len(order_n)):
             return cls(shards, order_n, order_n)
@@ -71,7 +71,7 @@ class Rows:
         return len(self.order_n)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows, in order; at most `size` of them each, or one of every rank."""
+        """All rows, in order; each chunk has at most `size` of them, or one of every rank."""
         if self.counts is None:
             for start in range(0, len(self), size):
                 stop = min(start + size, len(self))
@@ -95,7 +95,7 @@ class Rows:
         return self.shards.gather(padded_H).flatten(0, 1)
 
     def take(self, gathered_H: Tensor, index_b: Tensor) -> Tensor:
-        """The hidden states of rows `index_b` of the n, without a copy where they lie side by side."""
+        """The hidden states of rows `index_b` of the n, without a copy where they are contiguous."""
         source_b = self.source_n[index_b]
         if self.counts is None and len(source_b) and int(source_b[-1] - source_b[0]) == len(source_b) - 1:
             return gathered_H[int(source_b[0]) : int(source_b[-1]) + 1]
@@ -103,15 +103,15 @@ class Rows:
 
 
 class GradientReturn:
-    """Brings the gradients of hidden states back to their rows: added up over the ranks, rounded once. One chunk is
-    under way at a time, while the caller computes."""
+    """Returns the gradients of hidden states to their rows, summed over the ranks and rounded once. One chunk is in
+    flight at a time, while the caller computes."""
 
     def __init__(self, rows: Rows, hidden_NH: Tensor) -> None:
         self.rows, self.d_hidden_NH = rows, torch.zeros_like(hidden_NH)
         self._under_way: tuple[Any, Tensor, Tensor, Tensor] | None = None
 
     def send(self, chunk: Chunk, index_b: Tensor, d_hidden_bH: Tensor) -> None:
-        """Begins with the chunk's rows `index_b` (of the n). Collective: every rank sends the same rows."""
+        """Starts to send the chunk's rows `index_b` (of the n). Collective: every rank sends the same rows."""
         self._arrive()
         rows, shards = self.rows, self.rows.shards
         if rows.counts is None or rows.own_m is None:
@@ -122,7 +122,7 @@ class GradientReturn:
         all_tH = d_hidden_bH.new_zeros((shards.size * length, d_hidden_bH.shape[1]))
         all_tH.index_copy_(0, on_device(at_b, all_tH.device), d_hidden_bH)
         own_H = all_tH.new_empty((length, all_tH.shape[1]))
-        # What is sent stays in memory until it has left.
+        # What is being sent must stay in memory until it is sent.
         self._under_way = shards.start_scatter(own_H, all_tH), all_tH, own_H, rows.own_m[chunk.start : chunk.stop]
 
     def finish(self) -> Tensor:

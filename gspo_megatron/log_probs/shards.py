@@ -1,4 +1,4 @@
-"""A vocabulary in parts. `merge` joins the results of parts, be they blocks of one matrix or shards of several ranks;
+"""Vocabulary shards. `merge` combines the results of parts, either blocks of one matrix or the shards of several ranks;
 `Shards` holds the collectives between the ranks.
 
 Shape suffixes: n scored rows, K statistics of a row (2, or 3 with the entropy), P parts of the vocabulary, t ranks,
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 gave these two collectives new names and warns at every call of the old ones.
+# torch 2.13 renamed these two collectives and warns on every call of the old names.
 _NEW_NAMES = hasattr(dist, "all_gather_single")
 _all_gather = dist.all_gather_single if _NEW_NAMES else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if _NEW_NAMES else dist.reduce_scatter_tensor
@@ -45,7 +45,7 @@ def merge(parts_PKn: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shards:
-    """The ranks that hold the vocabulary between them. A lone rank exchanges nothing."""
+    """The ranks that share the vocabulary. A single rank communicates nothing."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -56,7 +56,7 @@ class Shards:
         return cls(None, 0, 1) if group is None else cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     def gather(self, mine: Tensor) -> Tensor:
-        """Every rank's tensor, in rank order: [...] -> [t, ...]. The order makes what follows bitwise equal on all."""
+        """Every rank's tensor, in rank order: [...] -> [t, ...]. The order keeps later results bitwise equal on all."""
         if self.size == 1:
             return mine[None]
         gathered = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
@@ -64,9 +64,9 @@ class Shards:
         return gathered.view(self.size, *mine.shape)
 
     def start_sum(self, mine: Tensor) -> Any:
-        """Begins the sum over the ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
+        """Starts the sum over the ranks, in place; call `wait` on the result. None: there is nothing to wait for."""
         return dist.all_reduce(mine, group=self.group, async_op=True) if self.size > 1 else None
 
     def start_scatter(self, own: Tensor, all_t: Tensor) -> Any:
-        """Begins the sum over the ranks of `all_t` [t * m, ...], of which each rank gets its part in `own` [m, ...]."""
+        """Starts the sum over the ranks of `all_t` [t * m, ...]; each rank receives its part in `own` [m, ...]."""
         return _reduce_scatter(own, all_t, group=self.group, async_op=True)

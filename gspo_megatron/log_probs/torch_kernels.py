@@ -59,7 +59,7 @@ def logit_gradients(
 
 
 def gradients_of_kept(kept_bc: Tensor, columns_b: Tensor, log_scale_b: Tensor, d_log_probs_b: Tensor) -> None:
-    """D = g (1[y = v] - kept e^{log_scale}) in the place of kept = e^{z - max}; log_scale = max - lse."""
+    """D = g (1[y = v] - kept e^{log_scale}) in place of kept = e^{z - max}; log_scale = max - lse."""
     kept_bc.mul_((-d_log_probs_b * log_scale_b.exp())[:, None])
     _add_at_targets(kept_bc, columns_b, d_log_probs_b)
 

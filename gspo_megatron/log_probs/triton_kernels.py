@@ -1,8 +1,8 @@
 """The arithmetic of one block of logits in Triton, for Hopper GPUs, and a forward that never writes a logit to memory.
 
 The functions of torch_kernels.py in one pass over the block each, and `linear_statistics`. All arithmetic is float32
-on float32 accumulators. Without atomics and without tuning at run time, the numbers of a row depend neither on the run
-nor on the rows beside it. For float32, bfloat16 and float16 inputs; tensor cores have no product for float64.
+on float32 accumulators. There are no atomics and there is no tuning at run time, so a row's results depend neither on
+the run nor on the other rows. For float32, bfloat16 and float16 inputs, not float64.
 
 Shape suffixes: n rows, v columns of this shard that are token ids, b rows and c columns of one block, K statistics of
 a row, P parts of the columns, H hidden size; in kernels, r rows and c columns of one tile. The target of a row is
@@ -21,13 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gspo_megatron.log_probs.shards import merge
 
-# Below every logit, and finite: unlike -inf, it can be multiplied by the exponential 0 that it has.
+# Below every logit, and finite: unlike -inf, it can be multiplied by its exponential, 0.
 FLOOR = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 ROW_CHUNK = tl.constexpr(4096)
-"""Columns that a program has in registers at a time. Each of the 8 and more programs on a processor has 16 KB of logits
-on the way: more than the latency of memory asks for."""
+"""Columns that a program holds in registers at a time. Each of the 8 or more programs on a multiprocessor has 16 KB of
+logits in flight: more than is needed to hide the latency of memory."""
 
 
 class Tile(NamedTuple):
@@ -40,16 +40,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-# One size each, rather than the fastest found by trial: the order of a sum would follow from the trial.
-# Two groups of four warps with 64 x 256 accumulators each, 128 registers a thread: the largest tile that fits, and so
-# the most arithmetic for a byte from the L2 cache. 4 stages of 48 KB are all that shared memory holds.
+# One fixed size each, without autotuning, which would decide the order of a sum.
+# Two groups of four warps with 64 x 256 accumulators each, 128 registers per thread: the largest tile that fits, and so
+# the most arithmetic per byte from the L2 cache. 4 stages of 48 KB are the most that shared memory holds.
 TENSOR_CORE_TILE = Tile(rows=128, columns=256, hidden=64, warps=8, stages=4)
-# float32 is multiplied as float32, outside of the tensor cores: TF32 would round its factors to 11 bits.
+# float32 is multiplied as float32, outside the tensor cores: TF32 would round its factors to 11 bits.
 FLOAT32_TILE = Tile(rows=64, columns=64, hidden=32, warps=8, stages=3)
 TILES_OF_PART = tl.constexpr(8)
-"""A part has the columns of that many tiles: the statistics of a part are 12 bytes for every 2048 logits."""
+"""Tiles that make up the columns of a part: the statistics of a part are 12 bytes per 2048 logits."""
 ROW_TILES_TOGETHER = tl.constexpr(16)
-"""Programs that run at the same time share 16 row tiles of hidden and few parts of weight, which fit the L2 cache."""
+"""Programs that run at the same time share 16 row tiles of hidden and a few parts of weight, which fit the L2 cache."""
 
 
 def row_statistics(
@@ -99,7 +99,7 @@ def logit_gradients(
 
 
 def gradients_of_kept(kept_bc: Tensor, columns_b: Tensor, log_scale_b: Tensor, d_log_probs_b: Tensor) -> None:
-    """D = g (1[y = v] - kept e^{log_scale}) in the place of kept = e^{z - max}; log_scale = max - lse."""
+    """D = g (1[y = v] - kept e^{log_scale}) in place of kept = e^{z - max}; log_scale = max - lse."""
     _gradients(kept_bc, columns_b, log_scale_b, d_log_probs_b, None, None, out_bc=kept_bc, of_logits=False)
 
 
@@ -108,9 +108,9 @@ def linear_statistics(
 ) -> Tensor:
     """`row_statistics` of z = h W^T inverse_temperature, without a block of logits in memory: [K, n].
 
-    Each program has the statistics of one row tile within one part of the columns; `merge` joins the parts in their
-    order. Beside the result it takes 4 K n bytes for every 2048 columns (512 for float32), and a copy of hidden and
-    weight where their rows do not lie at multiples of 16 bytes, as the hardware's loads of tiles want it.
+    Each program computes the statistics of one row tile within one part of the columns; `merge` combines the parts in
+    order. Besides the result this takes 4 K n bytes per 2048 columns (512 for float32), and a copy of hidden or weight
+    where its rows are not aligned to 16 bytes, as the hardware's tile loads require.
     """
     num_rows, num_columns = len(hidden_nH), len(weight_vH)
     tile = FLOAT32_TILE if hidden_nH.dtype == torch.float32 else TENSOR_CORE_TILE
@@ -179,7 +179,7 @@ def _add_columns(
     to_base_2: tl.tensor,
     WITH_ENTROPY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of the columns so far and those of z: max z, sum e^{s (z - max)} and sum (z - max) e^{s (z - max)}, where s is
+    """Over the columns so far and those of z: max z, sum e^{s (z - max)} and sum (z - max) e^{s (z - max)}, where s is
     to_base_2 / log2 e. z - max is exact where it matters, near 0: s is not multiplied into z, which would round it."""
     new_max_r = tl.maximum(max_r, tl.max(z_rc, 1))
     shift_r = max_r - new_max_r
@@ -231,7 +231,7 @@ def _row_statistics(
     """One program per row."""
     row_r = tl.program_id(0) + tl.arange(0, 1)
     z_r = z + row_r.to(tl.int64) * z_stride
-    # Ahead of the loop, whose reductions bring all warps together: where z is also what is kept, it is overwritten.
+    # Before the loop, whose reductions synchronise all warps: where z is also `kept`, it is overwritten later.
     column_r = tl.load(targets + row_r)
     has_target_r = (column_r >= 0) & (column_r < num_columns)
     target_r = tl.load(z_r + column_r, mask=has_target_r, other=0.0)
@@ -268,7 +268,7 @@ def _row_gradients(
     num_columns: tl.tensor,
     OF_LOGITS: tl.constexpr,
 ) -> None:
-    """One program per row and chunk of columns. x are logits, and shift their lse; or x are e^{z - max} and shift is
+    """One program per row and chunk of columns. x holds logits and shift their lse, or x holds e^{z - max} and shift
     max - lse."""
     row = tl.program_id(0).to(tl.int64)
     column_c = tl.program_id(1) * ROW_CHUNK + tl.arange(0, ROW_CHUNK)
@@ -288,7 +288,7 @@ def _row_gradients(
     tl.store(out + row * out_stride + column_c, d_c, mask=is_column_c)
 
 
-# The counts of rows and columns change from call to call; nothing is gained by a kernel of its own for some of them.
+# The counts of rows and columns change from call to call; specialised kernels for some of them would gain nothing.
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "num_parts"])
 def _linear_statistics(
     hidden: tl.tensor_descriptor,
@@ -325,8 +325,8 @@ def _linear_statistics(
             hidden_rh = hidden.load([row_tile * TILE_ROWS, h])
             weight_ch = weight.load([first + tile * TILE_COLUMNS, h])
             z_rc = tl.dot(hidden_rh, weight_ch.T, z_rc, input_precision="ieee")
-        # What few tiles need is a third of the work on one, so it has branches. They must not give back a tile: the
-        # compiler would make the products wait for each other.
+        # What only few tiles need is a third of the work on one, hence the branches. They must not return a tile: the
+        # compiler would serialise the products.
         column_c = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         if tl.max((column_r // TILE_COLUMNS == tile).to(tl.int32), 0) > 0:
             target_r += tl.sum(tl.where(column_c[None, :] == column_r[:, None], z_rc, 0.0), 1)
@@ -353,7 +353,7 @@ def _linear_statistics(
 
 @triton.jit
 def _place_of_program(num_row_tiles: tl.tensor, num_parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """(row tile, part), such that programs that follow each other share 16 row tiles."""
+    """(row tile, part), such that consecutive programs share 16 row tiles."""
     program = tl.program_id(0)
     first = program // (ROW_TILES_TOGETHER * num_parts) * ROW_TILES_TOGETHER
     together = tl.minimum(num_row_tiles - first, ROW_TILES_TOGETHER)

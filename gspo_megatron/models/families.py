@@ -1,4 +1,4 @@
-"""The model families that can be trained. A new one is a file and a row."""
+"""The model families that can be trained. A new one is a file, and a row here."""
 
 from __future__ import annotations
 

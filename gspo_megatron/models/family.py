@@ -1,6 +1,6 @@
-"""What a model family is: its sizes, its Hugging Face names, and what Megatron-Core and the planner ask of it.
+"""What defines a model family: its sizes, its Hugging Face names, and what Megatron-Core and the planner need from it.
 
-Pure data. A family is a row of FAMILIES (models/families.py), written in a file of its own such as qwen3_moe.py.
+Pure data. A family is a row of FAMILIES (models/families.py), defined in a file of its own such as qwen3_moe.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from gspo_megatron.models.names import NameRule
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides the tensors and the maths of a model. The fields are the settings of the section `model`.
+    """Everything that determines a model's tensors and maths. The fields are settings of section `model`.
 
     Attributes:
         family: a row of FAMILIES.
-        head_dim: width of one attention head; heads * head_dim need not be hidden_size.
-        num_query_groups: key and value heads of a layer.
-        experts_per_token: experts that a token passes through in each layer.
-        expert_ffn_size: width between the two matrices of one expert.
-        vocab_size: rows of the vocabulary matrices, without padding. None: the tokenizer has not decided it yet.
+        head_dim: width of one attention head; heads * head_dim need not equal hidden_size.
+        num_query_groups: key/value heads per layer.
+        experts_per_token: experts that a token is routed to in each layer.
+        expert_ffn_size: inner width of one expert.
+        vocab_size: rows of the vocabulary matrices, without padding. None: not yet set from the tokenizer.
         max_sequence_length: prompt and response, in tokens.
     """
 
@@ -42,20 +42,20 @@ class ModelShape:
     tie_embeddings: bool
 
     def tensor_settings(self) -> dict[str, Any]:
-        """The part that decides which tensors there are, how large, and what their rows and columns mean."""
+        """The fields that determine which tensors exist, their sizes, and what their rows and columns mean."""
         maths_only = ("experts_per_token", "max_sequence_length", "rope_base", "norm_epsilon")
         return {name: value for name, value in asdict(self).items() if name not in maths_only}
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by how they are spread over ranks.
+    """Parameters by how they are sharded.
 
     Attributes:
         vocabulary: one vocabulary matrix. `num_vocabularies` is 2, or 1 where embedding and head are tied.
-        attention: one layer's projections, spread over tp.
-        replicated: one layer's norms and router, whole on every rank of its stage.
-        expert: one expert, spread over etp; a layer's experts over ep.
+        attention: one layer's projections, sharded over tp.
+        replicated: one layer's norms and router, unsharded on every rank of its stage.
+        expert: one expert, sharded over etp; a layer's experts over ep.
         final_norm: on the last stage.
     """
 
@@ -67,19 +67,19 @@ class ParameterCount:
     final_norm: int
 
     def total(self, num_layers: int, experts_per_layer: int) -> int:
-        """Of the whole model; with `experts_per_layer` = the ones a token chooses, those it passes through."""
+        """Parameters of the whole model; with `experts_per_layer` = experts per token, the active ones."""
         layer = self.attention + self.replicated + experts_per_layer * self.expert
         return self.num_vocabularies * self.vocabulary + num_layers * layer + self.final_norm
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Numbers that one token costs in one layer.
+    """What one token costs in one layer.
 
     Attributes:
-        multiplied: weights of matrix products that it passes through.
-        kept: inputs of those products, kept for their backward.
-        cached: keys and values in the sampler's cache, spread over tp.
+        multiplied: weights that it is multiplied with.
+        kept: inputs of those products, kept for the backward pass.
+        cached: keys and values in the sampler's cache, sharded over tp.
         attended: multiply-adds for each token that it attends to.
     """
 
@@ -95,8 +95,8 @@ class Share:
 
     Attributes:
         value: must be divisible by the product of the sizes of `axes`.
-        name: how a message calls it.
-        columns: True where each part is a number of columns of a matrix, which a number format may want in blocks.
+        name: what messages call it.
+        columns: True where each part is a number of matrix columns, of which a number format may require a multiple.
     """
 
     value: int
@@ -107,19 +107,19 @@ class Share:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that the rest of the package asks about an architecture.
+    """Everything that the rest of the package needs to know about an architecture.
 
     Attributes:
         name: the `model_type` of its config.json.
-        shape: config.json of a Hugging Face folder -> the shape. Raises ConfigError for what is not implemented.
-        hf_config: the inverse, without what the weights do not decide (token ids, number format).
+        shape: config.json of a Hugging Face folder -> the shape, or ConfigError for what is not implemented.
+        hf_config: the inverse, without what the weights do not determine (token ids, number format).
         rules: for every tensor of the model, its name here and on the hub.
-        megatron: fields of Megatron-Core's TransformerConfig that the architecture decides.
-        counts: parameters by how they are spread.
+        megatron: fields of Megatron-Core's TransformerConfig that the architecture determines.
+        counts: parameters by how they are sharded.
         per_token: what a token costs in a layer.
         shares: the sizes that parallel axes divide.
-        complaints: texts that say which sizes do not fit together, and what to do.
-        small: (shape, ranks by axis) -> sizes of the smallest model that has every part and fits them.
+        complaints: messages about sizes that do not fit together, and what to do.
+        small: (shape, ranks by axis) -> sizes of the smallest model that has every component and fits these ranks.
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""How tensors are called and cut here and on the Hugging Face hub: rules with invertible operations.
+"""Names and layouts of tensors, here and on the Hugging Face hub: rules with invertible operations.
 
     rule = NameRule("decoder.layers.{layer}.self_attention.linear_proj.weight",
                     ("model.layers.{layer}.self_attn.o_proj.weight",))
 
-Our names are those of `mcore.parameters.global_name`: Megatron-Core's local layer spec, layers and experts counted over
-the whole model.
+Our names are those of `mcore.parameters.global_name`: Megatron-Core's local layer spec, with layers and experts
+numbered over the whole model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Op(Protocol):
-    """One whole tensor of ours <-> the tensors on the hub that hold the same numbers. Each method undoes the other."""
+    """One of our whole tensors <-> the tensors on the hub with the same numbers. Each method is the other's inverse."""
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         """In the order of the rule's names; may be views of `ours`."""
@@ -48,7 +48,7 @@ class Copy:
 class QKV:
     """[q_1 .. q_n, k, v] for each query group, one group after the other <-> all queries, all keys, all values.
 
-    Rows are of head_dim, n = num_attention_heads / num_query_groups. Weights [rows, H] and biases [rows].
+    Each block has head_dim rows; n = num_attention_heads / num_query_groups. Weights [rows, H] and biases [rows].
     """
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
@@ -64,7 +64,7 @@ class QKV:
 
 @dataclass(frozen=True)
 class GateUp:
-    """[gate; up], one below the other <-> gate, up."""
+    """[gate; up], stacked by rows <-> gate, up."""
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         return ours.chunk(2)
@@ -78,7 +78,7 @@ COPY = Copy()
 
 @dataclass(frozen=True)
 class NameRule:
-    """`ours` and `theirs` are names in which {layer} and {expert} stand for numbers counted over the whole model."""
+    """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -89,28 +89,28 @@ class NameRule:
         return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(self.ours)))
 
     def their_names(self, ours: str) -> tuple[str, ...] | None:
-        """The names on the hub for our tensor `ours`; None where the rule is not about it."""
+        """The names on the hub for our tensor `ours`; None where the rule does not match."""
         match = self._pattern.fullmatch(ours)
         return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
 
 
 def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:
-    """The rule about our tensor `ours`, and the names on the hub that it gives.
+    """The rule that matches our tensor `ours`, and its names on the hub.
 
     Raises:
-        ValueError: not exactly one rule is about it.
+        ValueError: not exactly one rule matches.
     """
     found = [(rule, names) for rule in rules if (names := rule.their_names(ours)) is not None]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} name rules are about {ours!r}, not one; mend the family's rules in models/")
+        raise ValueError(f"{len(found)} name rules match {ours!r}, not one; fix the family's rules in models/")
     return found[0]
 
 
 def to_theirs(rules: Sequence[NameRule], ours: str, whole: Tensor, shape: ModelShape) -> list[tuple[str, Tensor]]:
-    """Our whole tensor as (name, tensor) on the hub.
+    """Our whole tensor as (name, tensor) pairs on the hub.
 
     Raises:
-        ValueError: not exactly one rule is about it.
+        ValueError: not exactly one rule matches.
     """
     rule, names = find_rule(rules, ours)
     return list(zip(names, rule.op.to_theirs(whole, shape), strict=True))

@@ -78,15 +78,15 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     """
     hf = {"num_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
     if missing := [key for key in _SAME_NUMBER.values() if key not in hf]:
-        raise ConfigError(f"config.json of a {NAME} model lacks {', '.join(missing)}; use the file the model came with")
+        raise ConfigError(f"config.json of a {NAME} model lacks {', '.join(missing)}; use the model's original file")
     for key, (implemented, default) in _ONLY.items():
         found = hf.get(key, default)
         if found != implemented and (found or implemented):  # null, false and [] mean the same
-            raise ConfigError(f"config.json has {key}={found!r}, and only {implemented!r} is implemented for {NAME}")
+            raise ConfigError(f"config.json has {key}={found!r}, but only {implemented!r} is implemented for {NAME}")
     rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ConfigError(f"config.json has RoPE of type {kind!r}, and only 'default' is implemented for {NAME}")
+        raise ConfigError(f"config.json has RoPE of type {kind!r}, but only 'default' is implemented for {NAME}")
     heads = hf["num_attention_heads"]
     return ModelShape(
         family=NAME,
@@ -99,7 +99,7 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
     """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "the tokenizer decides model.vocab_size before a model is written"
+    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": NAME,
@@ -136,7 +136,7 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """qkv and output projections, two norms, q/k norms, router; gate, up, down."""
-    assert s.vocab_size is not None, "the tokenizer decides model.vocab_size before parameters are counted"
+    assert s.vocab_size is not None, "model.vocab_size must be set before parameters are counted"
     query, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     return ParameterCount(
         vocabulary=s.vocab_size * s.hidden_size,
@@ -150,7 +150,7 @@ def counts(s: ModelShape) -> ParameterCount:
 
 def per_token(s: ModelShape) -> TokenCount:
     """Multiplied: attention's projections, the router, the chosen experts. Kept: hidden x 4, attention x 4, and for
-    each chosen expert its input and expert_ffn_size x 3. In attention a token meets keys, then values."""
+    each chosen expert its input and expert_ffn_size x 3. Attention multiplies a token with keys, then with values."""
     query, n = s.num_attention_heads * s.head_dim, counts(s)
     return TokenCount(
         multiplied=n.attention + s.hidden_size * s.num_experts + s.experts_per_token * n.expert,
@@ -161,7 +161,7 @@ def per_token(s: ModelShape) -> TokenCount:
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
-    """tp takes whole query groups, ep whole experts, etp columns of an expert, pp and vpp whole layers."""
+    """tp splits query groups, ep experts, etp columns of an expert, pp and vpp layers."""
     return (
         Share(s.num_attention_heads, "model.num_attention_heads", ("tp",)),
         Share(s.num_query_groups, "model.num_query_groups", ("tp",)),
@@ -174,7 +174,7 @@ def shares(s: ModelShape) -> tuple[Share, ...]:
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
-    """What would not train, or not even be built."""
+    """Sizes that would not train, or not even build."""
     if s.experts_per_token > s.num_experts:
         yield f"model.experts_per_token={s.experts_per_token} exceeds model.num_experts={s.num_experts}"
     if s.experts_per_token == 1 and s.num_experts > 1:
@@ -192,8 +192,8 @@ def complaints(s: ModelShape) -> Iterator[str]:
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """Two layers or one a (virtual) stage, two heads a group and two groups or one a tp rank, 4 experts or one an ep
-    rank."""
+    """Two layers, or one per (virtual) stage; two heads per group; two groups, or one per tp rank; 4 experts, rounded
+    up to a multiple of ep."""
     groups, stages = max(2, axes["tp"]), axes["pp"] * axes["vpp"]
     experts = min(s.num_experts, axes["ep"] * ceil(4 / axes["ep"]))
     return {

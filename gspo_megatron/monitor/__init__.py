@@ -1,1 +1,1 @@
-"""What a run shows: console, run directory, watchdog."""
+"""Monitoring of a run: console, run directory, watchdog."""

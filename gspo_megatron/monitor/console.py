@@ -1,4 +1,4 @@
-"""What a run prints: a line a step, warnings, and a small table at the end. Only the main process is_reporter."""
+"""What a run prints: a line per step, warnings, and a small table at the end. Only the main process prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 class Console:
-    """`on=False` is silent: the other processes of a run, and tests."""
+    """`on=False` prints nothing: for the other processes of a run, and tests."""
 
     def __init__(self, on: bool = True) -> None:
         self._out = RichConsole(highlight=False, emoji=False, quiet=not on, soft_wrap=True)
@@ -34,7 +34,7 @@ class Console:
             self.say(f"warm start {step}/{steps}  loss {loss:.4f}")
 
     def step(self, row: dict[str, Any], steps: int) -> None:
-        """step, reward, accuracy, clip fraction, tokens/s, remaining time; held-out accuracy where it was measured."""
+        """Step, reward, accuracy, clip fraction, tokens/s, remaining time; held-out accuracy where it was measured."""
         if "eval/accuracy" in row:
             self._evaluations.append(row)
         held_out = f"  held-out accuracy {row['eval/accuracy']:.1%}" if "eval/accuracy" in row else ""
@@ -53,7 +53,7 @@ class Console:
         )
 
     def summary(self) -> None:
-        """Before, after and what a step cost."""
+        """A table of the start and the end of the run."""
         if not self._steps:
             return
         table = Table(title="Run", title_justify="left")

@@ -18,13 +18,13 @@ class RunWriter:
 
     @classmethod
     def of_run(cls, config: Config, *, first_step: int, fresh: bool) -> RunWriter:
-        """Opens config.run.dir, writes the resolved config.yaml into it. Rows of `first_step` and later, from a run
-        that went further, are moved aside; `fresh`: so is everything that an earlier run left."""
+        """Opens config.run.dir and writes the resolved config.yaml into it. Rows of `first_step` and later, from a run
+        that got further, are moved aside; with `fresh`, so is everything that an earlier run left."""
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
         if fresh:
-            # It must not pass for this run's: neither its rollouts, nor its newest checkpoint.
+            # Neither its rollouts nor its newest checkpoint may be taken for this run's.
             for old in (run_dir / "rollouts", run_dir / "guards", run_dir / "checkpoints"):
                 if old.exists() and any(old.iterdir()):
                     _move_aside(old)
@@ -38,7 +38,7 @@ class RunWriter:
         self._move_rows_aside(first_step)
         self._board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not pay
+            from torch.utils.tensorboard import SummaryWriter  # takes half a second, which a run without it saves
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
@@ -60,11 +60,11 @@ class RunWriter:
         os.replace(fresh, self._path)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends one row; `step` is its key. A number that is not finite becomes null: JSON has none."""
+        """Appends one row; `step` is its key. A non-finite number becomes null, as JSON has none."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-            # A checkpoint of this step is about to outlive a power cut; so must its row.
+            # The checkpoint of this step will survive a power cut; so must its row.
             file.flush()
             os.fsync(file.fileno())
         if self._board is not None:
@@ -74,12 +74,11 @@ class RunWriter:
             self._board.flush()
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """rollouts/step_000001.jsonl, one object a rollout."""
+        """rollouts/step_000001.jsonl, one object per rollout."""
         _write_json_lines(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rows)
 
     def offenders(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """guards/NAME.jsonl: what a guard objected to. A number that is not finite is written as Python does, NaN or
-        Infinity."""
+        """guards/NAME.jsonl: what a guard objected to. Non-finite numbers are written as in Python, NaN or Infinity."""
         (self.run_dir / "guards").mkdir(exist_ok=True)
         _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
 
@@ -95,7 +94,7 @@ def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _move_aside(path: Path) -> None:
-    """To `NAME.replaced_1`, or the next number that is free: nothing is lost."""
+    """Renames `path` to `NAME.replaced_1`, or the next free number: nothing is lost."""
     number = 1
     while (aside := path.with_name(f"{path.name}.replaced_{number}")).exists():
         number += 1

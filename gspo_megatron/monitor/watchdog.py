@@ -1,8 +1,8 @@
-"""Which rank is missing when the others cannot go on.
+"""Finds the rank that is missing when the others cannot continue.
 
-A rank that dies or hangs shows on the others as a collective that fails or waits, in a place that has nothing to do
-with the cause. So every rank leaves a note in a store that all can read, each second and at each phase: where it is,
-and the error it ended with. The rank whose note stands still is the one that is missing.
+When a rank dies or hangs, a collective fails or waits on the others, in a place that has nothing to do with the cause.
+So every rank writes a note to a store that all can read, each second and at each phase: where it is, and the error it
+ended with. The rank whose note stops changing is the missing one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, G
 
 BEAT_S = 1.0
 SILENT_BEATS = 5
-"""A rank is missing that wrote nothing for so many beats."""
+"""A rank that has written nothing for this many beats is missing."""
 STORE_BEATS = 15
 """How many beats the store may take to answer."""
 NAMED = 8
-"""Ranks that a message names one by one."""
+"""How many ranks a message lists one by one."""
 EXPLAINED = (CheckpointError, ConfigError, DataError, GuardError)
-"""Errors that say themselves what is wrong."""
+"""Errors whose own message says what is wrong."""
 
 
 class Note(NamedTuple):
@@ -43,8 +43,8 @@ class Note(NamedTuple):
 
 
 class RankWatchdog:
-    """Leaves this rank's notes from when it is entered, and says on stderr which ranks are missing: when an exception
-    ends the run on this rank, and when nothing went on for half of `timeout_s`, the time that a collective waits."""
+    """While entered, writes this rank's notes and reports on stderr which ranks are missing: when an exception ends the
+    run on this rank, and when there was no progress for half of `timeout_s`, the timeout of a collective."""
 
     def __init__(self, store: Store, rank: int, world_size: int, *, timeout_s: float) -> None:
         self._store, self._rank, self._world_size, self._patience_s = store, rank, world_size, timeout_s / 2
@@ -68,7 +68,7 @@ class RankWatchdog:
             self._error, self._ended = f"{type(error).__name__}: {error}".strip().splitlines()[0], time.time()
             self._news.set()
             if not isinstance(error, EXPLAINED):
-                # The store may hang with the node it is on; then so does a thread that nobody waits for.
+                # The store may hang with its node; then only this thread hangs, which nobody waits for.
                 teller = threading.Thread(target=self._tell, name="watchdog", daemon=True)
                 teller.start()
                 teller.join((SILENT_BEATS + STORE_BEATS) * BEAT_S)
@@ -92,7 +92,7 @@ class RankWatchdog:
                     if not self._error:  # otherwise __exit__ says it
                         self._say(missing)
             except RuntimeError:
-                return  # Without its store the run ends soon, on every rank, and each says so.
+                return  # Without its store the run ends soon on every rank, and each reports it.
 
     def _write(self) -> None:
         for_s = time.monotonic() - self._since
@@ -116,7 +116,7 @@ class RankWatchdog:
         return self._message(before, self._read())
 
     def _message(self, before: list[Note], notes: list[Note]) -> str:
-        """Empty when nobody is missing, or another rank says so."""
+        """Empty when no rank is missing, or another rank reports it."""
         silent = [rank for rank, note in enumerate(notes) if note == before[rank] and not note.error]
         failed = [rank for rank, note in enumerate(notes) if note.error]
         here = f"this is rank {self._rank}, in {self._where}"
@@ -125,7 +125,7 @@ class RankWatchdog:
             if not self._error and self._rank != first:
                 return ""
             found = [
-                f"rank {rank} (host {note.host}) was last heard of {time.time() - note.time:.0f} s ago in {note.where}"
+                f"rank {rank} (host {note.host}) last reported {time.time() - note.time:.0f} s ago in {note.where}"
                 for rank, note in ((rank, notes[rank]) for rank in silent[:NAMED])
             ]
             more = [f"{len(silent) - NAMED} more ranks are silent"] if len(silent) > NAMED else []
@@ -136,7 +136,7 @@ class RankWatchdog:
         places = Counter(note.where for note in notes)
         usual, number = places.most_common(1)[0]
         if self._rank == 0 and len(places) > 1:
-            # All write notes, and some are elsewhere: one of them hangs there, or the others do.
+            # All ranks write notes, and some are elsewhere: either one of those hangs, or the others do.
             found = [
                 f"rank {rank} (host {note.host}) has been in {note.where} for {note.for_s:.0f} s"
                 for rank, note in enumerate(notes)

@@ -1,4 +1,4 @@
-"""Baselines: what a reward is worth compared with the other rewards of the same prompt.
+"""Baselines: advantages from the rewards of one prompt.
 
 S  sequences      G  groups
 """
@@ -19,9 +19,8 @@ from gspo_megatron.objective.dials import Baseline, Groups, make_dial, table
 class GroupMeanStd(Baseline):
     """A_i = (R_i - mean(R)) / std(R)                                                            (2507.18071 Eq. 6)
 
-    std divides by G - 1: the rewards are a sample of what the prompt can earn, and other trainers do the same, so
-    learning rates carry over (dividing by G would make every advantage sqrt(G / (G - 1)) times as large). Nothing is
-    added to std.
+    std divides by G - 1: the rewards are a sample, and other trainers do the same, so learning rates carry over
+    (dividing by G would scale every advantage by sqrt(G / (G - 1))). No epsilon is added to std.
     """
 
     name = "mean_std"
@@ -44,7 +43,7 @@ class GroupMean(Baseline):
 BASELINES: dict[str, type[Baseline]] = table(GroupMeanStd, GroupMean)
 
 EQUAL = 1e-6
-"""Rewards of a group that differ by less than this share of their size are equal."""
+"""Rewards of a group are equal when they differ by at most this fraction of their magnitude."""
 
 
 def group_advantages(
@@ -52,19 +51,20 @@ def group_advantages(
 ) -> Tensor:
     """A_i = baseline(R)_i over the group of i, and exactly 0 in a group of equal rewards.
 
-    Such a group, a group of one included, teaches nothing. Rewards that agree to six digits are equal: 0.1 + 0.2 and
+    Such a group, a group of one included, gives no gradient. Rewards that agree to six digits are equal: 0.1 + 0.2 and
     0.3 differ by rounding, and must not become +1 and -1.
 
     Args:
         rewards_S: one reward per sequence, finite.
-        group_ids_S: integers; equal ones form a group. In any order, of any size.
+        group_ids_S: integers; sequences with equal ones form a group. Any order, groups of any size.
         baseline: a dial, or a key of BASELINES for one with its default parameters.
 
     Returns:
         [S], in the dtype of the rewards, without gradient; computed in float64.
 
     Raises:
-        DataError: a reward is NaN or infinite. ConfigError: unknown baseline, or one that needs a parameter.
+        DataError: a reward is NaN or infinite.
+        ConfigError: unknown baseline, or one that needs a parameter.
     """
     rewards_S, group_ids_S = torch.as_tensor(rewards_S).detach(), torch.as_tensor(group_ids_S)
     assert rewards_S.shape == group_ids_S.shape, f"{tuple(rewards_S.shape)} rewards, {tuple(group_ids_S.shape)} groups"
@@ -73,8 +73,8 @@ def group_advantages(
     bad = (~rewards_S.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise DataError(
-            f"reward of sequence {bad[0]} is {rewards_S[bad[0]].item()} ({len(bad)} such): rewards must be finite, "
-            "since one spoils its whole group; mend the reward function, or drop the rollout before this"
+            f"reward of sequence {bad[0]} is {rewards_S[bad[0]].item()} ({len(bad)} not finite in all): rewards must "
+            "be finite, since one spoils its whole group; fix the reward function, or drop the rollout before this"
         )
 
     _, index_S, size_G = torch.unique(group_ids_S, return_inverse=True, return_counts=True)

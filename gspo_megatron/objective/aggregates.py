@@ -1,4 +1,4 @@
-"""Aggregates: from the terms of tokens to this micro-batch's share of their mean over the update.
+"""Aggregates: from per-token terms to this micro-batch's share of their mean over the update.
 
 R  response tokens of all sequences
 """

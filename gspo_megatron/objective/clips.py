@@ -1,4 +1,4 @@
-"""Clips: the surrogate of one token, and whether a bound holds it.
+"""Clips: each token's surrogate, and whether a bound is active.
 
 R  response tokens of all sequences
 """
@@ -20,8 +20,8 @@ from gspo_megatron.objective.ratios import capped
 class PpoClip(Clip):
     """min(s A, clip(s, 1 - low, 1 + high) A) with s = exp(level(log_ratio))            (2507.18071 Eq. 2, 5 and 13).
 
-    min() is one-sided: A > 0 stops gaining above 1 + high, A < 0 stops below 1 - low, and the other two sides are open.
-    What a response far outside gets as gradient on log s:
+    min() is one-sided: A > 0 stops gaining above 1 + high, A < 0 stops below 1 - low; the other two sides are open.
+    The gradient on log s of a response far outside:
         A > 0, log s -> +inf   0 (clipped)             A > 0, log s -> -inf   s A -> 0 (s itself vanishes)
         A < 0, log s -> -inf   0 (clipped)             A < 0, log s -> +inf   s A down to e^20 A, no further: `capped`
 
@@ -60,7 +60,7 @@ class PpoClip(Clip):
 
     def warnings(self, level: Level) -> list[str]:
         wide = [f"clip_{name}={value}" for name, value in self.parameters().items() if value > level.widest_clip]
-        return wide and [f"{', '.join(wide)} can hardly act at level {level.name!r}, where {level.clip_advice}"]
+        return wide and [f"{', '.join(wide)}: too wide to act at level {level.name!r}, where {level.clip_advice}"]
 
 
 CLIPS: dict[str, type[Clip]] = table(PpoClip)

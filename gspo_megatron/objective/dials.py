@@ -1,13 +1,13 @@
-"""What a dial is: a frozen object that owns its equation and its parameters. One base class for each kind.
+"""Dials: frozen objects that own their equation and their parameters. One base class for each kind.
 
     loss = -aggregate(clip(level(log pi(y_t) - log pi_old(y_t)), baseline(rewards)))
 
 Level, clip and aggregate work on one number per response token, [R]: a sequence-level quantity is repeated over the
 tokens of its sequence. So a micro-batch, or a context-parallel rank, that holds some of the tokens computes its share
-of the loss by the same code; an empty response, having no token, takes part in nothing; and KL and entropy terms fit
-every row.
+of the loss with the same code; an empty response has no tokens and contributes nothing; and KL and entropy terms fit
+every algorithm.
 
-    R  response tokens of all sequences, packed one behind the other      S  sequences      G  groups
+    R  response tokens of all sequences, packed end to end      S  sequences      G  groups
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Unit = Literal["sequence", "token"]
 
 @dataclass(frozen=True)
 class Dial(ABC):
-    """Its dataclass fields, all of them numbers, are its parameters; `__post_init__` refuses what is out of range.
+    """The dataclass fields, all numbers, are the dial's parameters; `__post_init__` rejects values out of range.
 
     Attributes:
         kind: the field of Variant that it goes into; set by the four base classes below.
-        name: what a user calls it, and its key in the table of its kind.
-        units: the units of a level that it can be combined with.
+        name: its name in settings, and its key in the table of its kind.
+        units: the units of the levels that it can be combined with.
         unit_reason: completes "has one ratio per sequence, and this dial ..." where `units` leaves one out.
     """
 
@@ -50,17 +50,17 @@ class Dial(ABC):
         return {name: getattr(self, name) for name in self.parameter_names()}
 
     def warnings(self, level: Level) -> list[str]:
-        """What is allowed at this level but hardly meant, one sentence each."""
+        """Parameters that are allowed at this level but probably not intended, one sentence each."""
         return []
 
 
 class Level(Dial):
-    """What a ratio is the ratio of.
+    """What has a ratio, and how it is computed.
 
     Attributes:
-        unit: what has one ratio of its own.
-        widest_clip: a clip range beyond it hardly ever acts at this level.
-        clip_advice: where `widest_clip` is finite, completes "can hardly act at level 'x', where ...".
+        unit: what has its own ratio.
+        widest_clip: a wider clip range hardly ever acts at this level.
+        clip_advice: where `widest_clip` is finite, completes "too wide to act at level 'x', where ...".
     """
 
     kind = "level"
@@ -74,8 +74,8 @@ class Level(Dial):
 
 
 class Surrogate(NamedTuple):
-    """Each token's term of the objective (to be maximised), its ratio, and where the lower or upper bound is the reason
-    that the term has no gradient (bool; a rule without such a bound says False)."""
+    """Each token's term of the objective (to be maximised), its ratio, and whether the lower or the upper bound removes
+    its gradient (bool; False in a rule without that bound)."""
 
     terms_R: Tensor
     ratio_R: Tensor
@@ -84,14 +84,13 @@ class Surrogate(NamedTuple):
 
 
 class Clip(Dial):
-    """The surrogate of one token, and whether a bound holds it."""
+    """Each token's surrogate, and whether a bound is active."""
 
     kind = "clip"
 
     @abstractmethod
     def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
-        """The level comes as a function, so that a rule decides whether it bounds what goes into the level or what
-        comes out."""
+        """`level` is a function, so that a rule can bound either its input or its output."""
 
     @property
     def reach(self) -> float:
@@ -100,7 +99,7 @@ class Clip(Dial):
 
 
 class Aggregate(Dial):
-    """From the terms of tokens to this micro-batch's share of the update's loss."""
+    """From per-token terms to this micro-batch's share of the update's loss."""
 
     kind = "aggregate"
 
@@ -139,7 +138,7 @@ class Baseline(Dial):
 
     @abstractmethod
     def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:
-        """[S] float64 -> [S]. Where all rewards of a group are equal the result is not read: it may be NaN."""
+        """[S] float64 -> [S]. Where all rewards of a group are equal, the result is ignored and may be NaN."""
 
 
 AnyDial = TypeVar("AnyDial", bound=Dial)
@@ -151,11 +150,11 @@ def table(*classes: type[AnyDial]) -> dict[str, type[AnyDial]]:
 
 
 def make_dial(dial: type[AnyDial], parameters: Mapping[str, float]) -> AnyDial:
-    """The dial with these parameters, and its own defaults for others.
+    """The dial with these parameters, and defaults for the rest.
 
     Raises:
-        ConfigError: a parameter that it does not have, one without a default that is missing, or a value that is not a
-            number or that the dial refuses.
+        ConfigError: an unknown parameter, a missing one that has no default, or a value that is not a number or that
+            the dial rejects.
     """
     for name, value in parameters.items():
         if name not in dial.parameter_names():
@@ -169,7 +168,7 @@ def make_dial(dial: type[AnyDial], parameters: Mapping[str, float]) -> AnyDial:
 
 
 def no_such_parameter(dial: type[Dial], name: str, given: str) -> str:
-    """`clip.hihg=0.2: clip 'ppo' has no parameter 'hihg'; did you mean 'high'?; it has: clip.low, clip.high`."""
-    near = did_you_mean(name, dial.parameter_names())
+    """`clip.hihg=0.2: clip 'ppo' has no parameter 'hihg'; did you mean 'high'? It has: clip.low, clip.high`."""
+    near = did_you_mean(name, dial.parameter_names()) or "."
     has = ", ".join(f"{dial.kind}.{known}" for known in dial.parameter_names()) or "none"
-    return f"{given}: {dial.kind} {dial.name!r} has no parameter {name!r}{near}; it has: {has}"
+    return f"{given}: {dial.kind} {dial.name!r} has no parameter {name!r}{near} It has: {has}"

@@ -11,9 +11,10 @@ from gspo_megatron.objective.ratios import capped
 
 
 def k1(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
-    """log pi - log ref. Unbiased, of both signs, noisy.
+    """log pi - log ref. Unbiased, of either sign, noisy.
 
-    As a loss its gradient is that of log pi, whose mean over pi is zero: it does not pull towards ref. Only to watch.
+    As a loss its gradient is that of log pi, whose mean over pi is zero: it does not pull towards ref. For monitoring
+    only.
     """
     return log_probs_R - ref_log_probs_R
 
@@ -30,7 +31,7 @@ def k3(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
     """ref / pi - 1 - log(ref / pi). Unbiased, never negative                                    (2402.03300 Eq. 4).
 
     As a loss its gradient, (1 - ref / pi) grad log pi, has the gradient of KL(ref || pi), the other direction, as its
-    mean over pi. A token that ref likes more than e^20 times as well as pi is pulled as one at e^20 (see `capped`).
+    mean over pi. A token with ref / pi above e^20 is pulled like one at e^20 (see `capped`).
     """
     log_ratio_R = ref_log_probs_R - log_probs_R
     # exp(x) - 1 in float32 would lose x^2 / 2, the whole of the result, where x is small.

@@ -1,6 +1,6 @@
-"""Levels: what a ratio is the ratio of.
+"""Levels: what has a ratio, a token or a sequence, and how it is computed.
 
-R  response tokens of all sequences, packed one behind the other      S  sequences
+R  response tokens of all sequences, packed end to end      S  sequences
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from gspo_megatron.objective.segments import Segments
 MEAN_WIDEST_CLIP = 0.1
 """The widest clip range that acts on a mean over the response.
 
-log s is a mean of |y| token log-ratios; where these spread by sigma, it spreads by sigma / sqrt(|y|). Updates that move
-tokens by sigma = 0.1 are already large, and then, with responses as short as ten tokens, 0.1 is three standard
-deviations of log s. The 0.2 that is usual for token ratios lies beyond; the 3e-4 and 4e-4 of the paper, and the 3e-2
-and 4e-2 that suit ten tokens, lie within.
+log s is a mean of |y| token log-ratios. Where these have standard deviation sigma, log s has sigma / sqrt(|y|). An
+update with sigma = 0.1 is already large; 0.1 is then three standard deviations of log s, even in responses of only ten
+tokens. The 0.2 that is usual for token ratios is wider; the paper's 3e-4 and 4e-4, and the 3e-2 and 4e-2 that suit ten
+tokens, are narrower.
 """
 
 MEAN_CLIP_ADVICE = (
     f"the ratio is a mean over the response and stays within {MEAN_WIDEST_CLIP} of 1; usual: clip_low=3e-4, "
-    "clip_high=4e-4, for about ten tokens 3e-2 and 4e-2"
+    "clip_high=4e-4, or 3e-2 and 4e-2 for responses of about ten tokens"
 )
 
 

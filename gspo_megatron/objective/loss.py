@@ -1,6 +1,6 @@
-"""The two things this package minimises: a row of `variants.VARIANTS`, and the likelihood of a warm start.
+"""The two losses: a row of `variants.VARIANTS`, and the negative log-likelihood of a warm start.
 
-R  response tokens of all sequences, packed one behind the other      S  sequences
+R  response tokens of all sequences, packed end to end      S  sequences
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gspo_megatron.objective.variants import Variant
 class PolicyObjective:
     """loss = aggregate(-clip(level(log_probs - old_log_probs)) + kl_coef * KL - entropy_coef * entropy)
 
-    The variant says what level, clip and aggregate are. KL and entropy are terms of each token, brought together by the
-    same aggregate.
+    The variant supplies level, clip and aggregate. KL and entropy are per-token terms, combined by the same aggregate.
 
-    Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens as
-    the level has it (min and max of nothing are inf and -inf). As means over response tokens: clip_fraction (the clip
-    has taken the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of KL(old || policy),
-    whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy, where given.
+    Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens
+    depending on the level (min and max of an empty batch are inf and -inf). As means over response tokens:
+    clip_fraction (the clip removed the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of
+    KL(old || policy), whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy, where
+    given.
 
     Args:
         variant: a row, from `resolve_variant`.
         kl_coef: weight of the KL term; the variant's own by default.
-        kl_estimator: a key of KL_ESTIMATORS; how its gradient differs is told there.
+        kl_estimator: a key of KL_ESTIMATORS; kl.py says how their gradients differ.
         entropy_coef: weight of the entropy bonus, 0 or more.
 
     Raises:
@@ -63,21 +63,21 @@ class PolicyObjective:
     ) -> LossTerms:
         """This micro-batch's share of the update's loss; the shares of all micro-batches and ranks add up to it.
 
-        Computed in float32, or in float64 when log_probs_T is. Of the packed tokens only those of responses are passed:
-        arguments in T are [R]. Gradient flows to log_probs_T and entropy_T alone. Without a token the loss is 0, and
-        has a gradient all the same (of no entries), so that every rank can call backward.
+        Computed in float32, or in float64 when log_probs_T is. Only response tokens are passed: arguments in T are [R].
+        Gradient flows only to log_probs_T and entropy_T. Without tokens the loss is 0 and still has an (empty)
+        gradient, so that every rank can call backward.
 
         Args:
-            log_probs_T, old_log_probs_T: under the policy, and under the one that it is to improve upon.
-            advantages_S: one per sequence, those of empty responses included (they are not read).
-            ref_log_probs_T, entropy_T: needed where kl_coef or entropy_coef is not 0; otherwise only measured.
+            log_probs_T, old_log_probs_T: under the policy, and under the old one.
+            advantages_S: one per sequence, including empty responses (whose advantage is ignored).
+            ref_log_probs_T, entropy_T: required where kl_coef or entropy_coef is not 0; otherwise only measured.
             num_sequences, num_tokens: non-empty responses and response tokens of the whole update over all ranks;
                 by default of this batch.
 
         Raises:
-            ConfigError: a term has a weight, and what it needs is not given.
+            ConfigError: a term has a weight other than 0, and its input is missing.
         """
-        # Shapes that differ may broadcast, to numbers that look right.
+        # Different shapes may broadcast, to numbers that look right.
         packed = [x_T for x_T in (log_probs_T, old_log_probs_T, ref_log_probs_T, entropy_T) if x_T is not None]
         assert all(x_T.shape == segments.index_R.shape for x_T in packed), [x_T.shape for x_T in packed]
         assert advantages_S.shape == segments.lengths_S.shape, advantages_S.shape
@@ -96,12 +96,12 @@ class PolicyObjective:
         for name, coef, values_R in (("kl/ref", variant.kl_coef, kl_R), ("entropy", -self.entropy_coef, entropy_T)):
             if values_R is not None:
                 metrics[name] = _token_mean(values_R)
-                # Not 0 * values: what is only measured must not be able to spoil the loss.
+                # Not 0 * values: a NaN in what is only measured must not reach the loss.
                 terms_R = terms_R + coef * values_R if coef else terms_R
             elif coef:
                 raise ConfigError(f"{name} has weight {abs(coef)}: pass ref_log_probs_T or entropy_T, or set it to 0")
 
-        # An update without any token divides 0 by 1.
+        # An update without tokens divides 0 by 1.
         num_sequences = max(segments.num_sequences if num_sequences is None else num_sequences, 1)
         num_tokens = max(segments.num_tokens if num_tokens is None else num_tokens, 1)
         loss = variant.aggregate.share(terms_R, segments, num_sequences, num_tokens)
@@ -125,7 +125,7 @@ class LikelihoodObjective:
     """loss = -(1 / num_tokens) sum_t log pi(y_t): a supervised warm start on written solutions."""
 
     def __call__(self, log_probs_T: Tensor, segments: Segments, *, num_tokens: int | None = None) -> LossTerms:
-        """This micro-batch's share, as in PolicyObjective; log_probs_T is [R]. No metrics: the loss says it all."""
+        """This micro-batch's share, as in PolicyObjective; log_probs_T is [R]. No metrics besides the loss."""
         num_tokens = segments.num_tokens if num_tokens is None else num_tokens
         dtype = torch.promote_types(log_probs_T.dtype, torch.float32)
         return LossTerms((-log_probs_T.sum(dtype=torch.float64) / max(num_tokens, 1)).to(dtype), {})

@@ -1,11 +1,10 @@
 """Sums and means over packed sequences.
 
-All that a sequence-level ratio needs to know about where one response ends and the next begins is in this class, and so
-is all that context parallelism changes: it spreads the tokens of one sequence over ranks, and each rank's partial sums,
-[S] numbers, are added up by a function that is handed in. The lengths, and with them `share_R` and the counts, stay
-those of whole sequences; the shares of the loss that the ranks compute add up to the whole.
+`Segments` alone knows where one response ends and the next begins, and it is all that context parallelism changes: the
+tokens of one sequence are then spread over ranks, and `over_ranks` adds up each rank's partial sums, [S]. The lengths,
+and with them `share_R` and the counts, remain those of whole sequences, so the ranks' shares of the loss add up.
 
-    R  response tokens of all sequences, packed one behind the other      S  sequences
+    R  response tokens of all sequences, packed end to end      S  sequences
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ class Segments:
     """Which of the S sequences each of the R tokens belongs to.
 
     Sums over a sequence, forward and backward, are accumulated in float64 and rounded once: a response may have 1e5
-    tokens, and GSPO looks at the fourth decimal of their mean. No method waits for the device.
+    tokens, and GSPO depends on the fourth decimal of their mean. No method synchronises with the device.
 
     Attributes:
         lengths_S: tokens of each sequence on all ranks, int64; zero is allowed.
         index_R: the sequence of each of this rank's tokens, int64.
-        num_sequences: sequences with at least one token. The empty ones take part in nothing.
+        num_sequences: sequences with at least one token. Empty ones contribute nothing.
         num_tokens: the sum of the lengths.
-        over_ranks: sums [S] partial sums over the ranks that share the sequences, forward and backward. None: one rank
-            holds them whole.
+        over_ranks: adds up [S] partial sums over the ranks that share the sequences, forward and backward. None: this
+            rank holds whole sequences.
     """
 
     lengths_S: Tensor
@@ -51,10 +50,10 @@ class Segments:
         over_ranks: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | None = None,
     ) -> Segments:
-        """Segments of the given lengths, in order, on `device` (that of `lengths` by default; a list's is the CPU).
+        """Segments of the given lengths, in order, on `device` (default: that of `lengths`, the CPU for a list).
 
-        `index_R` where this rank holds but some of the tokens, with `over_ranks`; without, all of them in order.
-        A list is free; a tensor on an accelerator costs one wait, since the packed size must be known on the host.
+        `index_R`, with `over_ranks`, where this rank holds only some of the tokens; without, all of them in order. A
+        tensor on an accelerator costs one synchronisation, since the packed size must be known on the host.
         """
         if isinstance(lengths, Tensor):
             device = device or lengths.device
@@ -68,7 +67,7 @@ class Segments:
 
     @cached_property
     def share_R(self) -> Tensor:
-        """1 / |y| of each token's sequence, [R] float64: what the token counts for where every sequence counts one."""
+        """1 / |y| of each token's sequence, [R] float64: the token's weight where every sequence has weight 1."""
         return 1.0 / self.lengths_S.double().index_select(0, self.index_R)
 
     def sum(self, values_R: Tensor) -> Tensor:
@@ -82,5 +81,5 @@ class Segments:
         return (self.sum(values_R.double()) / self.lengths_S.clamp(min=1)).to(values_R.dtype)
 
     def spread(self, values_S: Tensor) -> Tensor:
-        """The value of each token's sequence: [S] -> [R]. What an empty sequence holds, even NaN, reaches no token."""
+        """The value of each token's sequence: [S] -> [R]. An empty sequence's value, even NaN, reaches no token."""
         return values_S.double().index_select(0, self.index_R).to(values_S.dtype)

@@ -1,14 +1,14 @@
-"""One row per algorithm: its dials, and where its equation is printed.
+"""One row per algorithm: its dials, and the source of its equation.
 
-A row names one dial of each kind, with the dial's parameters: a level (what the ratio is the ratio of), a clip (the
-surrogate), an aggregate (which mean over tokens) and a baseline (what a reward is compared with). To add an algorithm:
-1. Made of dials that exist, it is a row of VARIANTS below.
-2. A dial of its own is a frozen dataclass that extends Level, Clip, Aggregate or Baseline (dials.py): `name`, its
-   parameters as fields, their ranges in `__post_init__`, and one method, the equation. It goes into a file of its own,
-   or into that of its kind.
-3. One line puts it into the table of its kind (LEVELS, CLIPS, AGGREGATES or BASELINES). It can then be chosen by name;
-   loss.py, the settings and the trainer stay as they are. Its parameters are set by `algorithm.dials.clip.low=0.1`.
-4. tests/support/oracles.py gets the equation once more, as a plain loop: a row of ORACLES. Tests refuse a row without.
+A row names one dial of each kind, with the dial's parameters: a level (what has a ratio), a clip (the surrogate), an
+aggregate (which mean over tokens) and a baseline (what a reward is compared with). To add an algorithm:
+1. If existing dials suffice, add a row to VARIANTS below.
+2. A new dial is a frozen dataclass that extends Level, Clip, Aggregate or Baseline (dials.py): `name`, its parameters
+   as fields, their ranges in `__post_init__`, and one method, the equation. It goes into a file of its own, or into
+   that of its kind.
+3. Add it to the table of its kind (LEVELS, CLIPS, AGGREGATES or BASELINES) in one line. It can then be chosen by name;
+   loss.py, the settings and the trainer do not change. Set its parameters with `algorithm.dials.clip.low=0.1`.
+4. Write the equation again as a plain loop, a row of ORACLES in tests/support/oracles.py. Tests reject a row without.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ DIALS: dict[str, Mapping[str, type[Dial]]] = {
 """Kinds of dials, which are fields of Variant, and the dials of each kind by name."""
 
 SHORTHAND = {"clip_low": "clip.low", "clip_high": "clip.high"}
-"""Parameters that `resolve_variant` also takes by a name of their own."""
+"""Parameters that `resolve_variant` also accepts by a short name."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm. Checked when made, so that a Variant that exists makes sense.
+    """An algorithm, validated on construction.
 
     Attributes:
-        name, source: what it is called, and the equations it comes from.
+        name, source: its name, and the equations it comes from.
         level, clip, aggregate, baseline: its dials, each with its parameters.
         kl_coef: weight of the KL term to a frozen reference; 0 needs no reference.
 
     Raises:
-        ConfigError: a dial of the wrong kind, a weight out of range, or two dials that contradict each other.
+        ConfigError: a dial of the wrong kind, a weight out of range, or two dials that cannot be combined.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Variant:
         for kind, dial in self.dials.items():
             if not isinstance(dial, Dial) or dial.kind != kind:
                 classes = ", ".join(f"{row.__name__}(...)" for row in DIALS[kind].values())
-                raise ConfigError(f"{kind}={dial!r} of variant {self.name!r} is not a {kind}; there are: {classes}")
+                raise ConfigError(f"{kind}={dial!r} of variant {self.name!r} is not a {kind}; use one of: {classes}")
         if not 0 <= self.kl_coef < math.inf:  # written so that NaN fails
             raise ConfigError(f"kl_coef={self.kl_coef}: a penalty has a finite weight; set it to 0 or more")
         for kind, dial in self.dials.items():
@@ -81,12 +81,20 @@ class Variant:
 
     @property
     def clip_low(self) -> float:
-        """`clip.low`. Raises ConfigError where the clip has no such parameter."""
+        """`clip.low`.
+
+        Raises:
+            ConfigError: the clip has no such parameter.
+        """
         return self._parameter("clip_low")
 
     @property
     def clip_high(self) -> float:
-        """`clip.high`. Raises ConfigError where the clip has no such parameter."""
+        """`clip.high`.
+
+        Raises:
+            ConfigError: the clip has no such parameter.
+        """
         return self._parameter("clip_high")
 
     def _parameter(self, short: str) -> float:
@@ -97,7 +105,7 @@ class Variant:
         return dial.parameters()[name]
 
     def warnings(self) -> list[str]:
-        """What is allowed but hardly meant, one sentence each: a clip range too wide to act at this level."""
+        """What is allowed but probably not intended, one sentence each: a clip range too wide to act at this level."""
         return [warning for dial in self.dials.values() for warning in dial.warnings(self.level)]
 
 
@@ -165,7 +173,7 @@ _OVERRIDES = dict.fromkeys((*DIALS, *SHORTHAND, "kl_coef"))
 def resolve_variant(
     name: str, /, *, dials: Mapping[str, float] | None = None, **overrides: str | float | Dial | None
 ) -> Variant:
-    """The row `name` of VARIANTS with some of its dials turned; None leaves a setting as it is.
+    """The row `name` of VARIANTS with some settings overridden; None keeps the row's own.
 
     Example: resolve_variant("gspo", clip_low=3e-2, clip_high=4e-2)
            = resolve_variant("gspo", dials={"clip.low": 3e-2, "clip.high": 4e-2}).
@@ -176,8 +184,8 @@ def resolve_variant(
             name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two of `dials`.
 
     Raises:
-        ConfigError: unknown name, setting, dial or parameter (with the nearest right one), a parameter given twice, or
-            a value or combination that a dial or Variant refuses.
+        ConfigError: unknown name, setting, dial or parameter (suggests the closest), a parameter given twice, or a
+            value or combination that a dial or Variant rejects.
     """
     row = lookup(VARIANTS, name, "variant")
     for setting in overrides:
@@ -208,14 +216,14 @@ def _set_parameters(
         kind, _, name = key.partition(".")
         if kind not in chosen:
             known = [f"{dial.kind}.{has}" for dial, _ in chosen.values() for has in dial.parameter_names()]
-            near = did_you_mean(key, known) or did_you_mean(kind, DIALS)
+            near = did_you_mean(key, known) or did_you_mean(kind, DIALS) or "."
             raise ConfigError(
-                f"{key}={value}: {kind!r} is not one of the dials {', '.join(DIALS)}{near}; their parameters here: "
+                f"{key}={value}: {kind!r} is not one of the dials {', '.join(DIALS)}{near} Their parameters here: "
                 f"{', '.join(known) or 'none'}"
             )
         dial, parameters = chosen[kind]
         if name not in dial.parameter_names():
             raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}"))
         if spelled != key and key in dials:
-            raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set one parameter; leave one of them out")
+            raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set the same parameter; leave one of them out")
         parameters[name] = value

@@ -1,1 +1,1 @@
-"""What a response is worth."""
+"""Rewards: how responses are scored."""

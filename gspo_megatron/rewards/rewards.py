@@ -1,4 +1,4 @@
-"""Rewards: rules that read the decoded text of a response, and how several of them make one number."""
+"""Rewards: functions of the decoded text of a response, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED_ERRORS = 3
 
 
 class Score(NamedTuple):
-    """What a rollout is worth: the weighted sum, the raw value of every reward by name, and what went wrong."""
+    """The score of a rollout: the weighted sum, the raw value of every reward by name, and what went wrong."""
 
     reward: float
     terms: dict[str, float]
@@ -26,28 +26,30 @@ class Score(NamedTuple):
 
 
 class Reward(Protocol):
-    """Judges a batch of rollouts, whose text has been decoded."""
+    """Scores a batch of rollouts, whose text has been decoded."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
-        """One score for each rollout, in order. A reward of NaN says that a rollout could not be judged, and `error`
-        why: the run stops then."""
+        """One score for each rollout, in order. A reward of NaN means that a rollout could not be scored, and `error`
+        says why: the run then stops."""
 
 
 class Rewards:
     """reward = sum_f weight_f * f(prompt, response, answer), over the functions f of a run.
 
     `functions` maps names of REWARDS, or a user's `module:function`, to weights; weight 0 only measures. `accuracy` is
-    the function that decides whether a response is right (default: the first one). A function that raises, or returns
-    anything but a finite number, is noted in the score's `error`; with on_error="count" it then gives 0, with "stop"
-    NaN, for `refuse_unjudged` to stop the run.
-    Errors: ConfigError for an unknown name, a function that cannot be imported or called, a weight that is not finite.
+    the function that decides whether a response is correct (default: the first one). A function that raises, or returns
+    anything but a finite number, is noted in the score's `error`; its value is then 0 with on_error="count", and NaN
+    with "stop", so that `refuse_unjudged` stops the run.
+
+    Raises:
+        ConfigError: an unknown name, a function that cannot be imported or called, or a weight that is not finite.
     """
 
     def __init__(self, functions: Mapping[str, float], accuracy: str | None = None, on_error: str = "stop") -> None:
         if on_error not in ("stop", "count"):
             raise ConfigError(f"reward.on_error={on_error!r} must be 'stop' or 'count'")
         if not functions:
-            raise ConfigError(f"reward.functions names no reward; add one of {', '.join(REWARDS)} or 'module:function'")
+            raise ConfigError(f"reward.functions is empty; add one of {', '.join(REWARDS)} or 'module:function'")
         self._functions = {name: find_reward(name) for name in functions}
         self._weights = dict(functions)
         for name, weight in functions.items():
@@ -56,8 +58,8 @@ class Rewards:
         self._accuracy = accuracy if accuracy is not None else next(iter(functions))
         if self._accuracy not in functions:
             raise ConfigError(
-                f"reward.accuracy={accuracy!r} is none of the rewards {', '.join(functions)}; name one of them, or add "
-                "it with weight 0"
+                f"reward.accuracy={accuracy!r} is not one of the rewards {', '.join(functions)}; name one of them, or "
+                "add it with weight 0"
             )
         self._stop = on_error == "stop"
 
@@ -88,9 +90,12 @@ def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
 
 
 def refuse_unjudged(rollouts: Iterable[Rollout]) -> None:
-    """Raises DataError when a rollout has an error and a reward of NaN.
+    """Stops the run when a rollout could not be scored.
 
-    Apart from `score`, so that all ranks can gather their rollouts first and then stop together.
+    Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
+
+    Raises:
+        DataError: a rollout has an error and a reward of NaN.
     """
     failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
     if not failed:
@@ -100,22 +105,23 @@ def refuse_unjudged(rollouts: Iterable[Rollout]) -> None:
         for rollout in failed[:LISTED_ERRORS]
     )
     raise DataError(
-        f"{len(failed)} rollouts could not be judged; mend the reward or the data, or set reward.on_error=count to "
-        f"give such a reward 0. The first of them:\n{listed}"
+        f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
+        f"count such a reward as 0. The first of them:\n{listed}"
     )
 
 
 def find_reward(name: str) -> RewardFunction:
     """The reward that `name` stands for: one of REWARDS, or `module:function`.
 
-    Errors: ConfigError for an unknown name (with the nearest one), a failing import, a function of other arguments.
+    Raises:
+        ConfigError: an unknown name (suggests the closest), a failing import, or a function with other arguments.
     """
     if name in REWARDS:
         return REWARDS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"unknown reward {name!r}{did_you_mean(name, REWARDS)}; there are {', '.join(REWARDS)}, "
+            f"unknown reward {name!r}{did_you_mean(name, REWARDS) or '.'} Known: {', '.join(REWARDS)}, "
             "and your own as 'module:function', called with prompt=, response=, answer="
         )
     try:

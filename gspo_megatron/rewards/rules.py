@@ -17,19 +17,21 @@ MARKER = "####"
 
 
 def exact_match(*, prompt: str, response: str, answer: str) -> float:
-    """1 when the response is the answer, white space around them aside."""
+    """1 when the response is the answer, ignoring white space around them."""
     return float(response.strip() == answer.strip())
 
 
 def final_number(*, prompt: str, response: str, answer: str) -> float:
-    """1 when the number behind the response's last `####` equals that of the answer (`#### 1,200.0` = `1200`).
+    """1 when the number after the response's last `####` equals that of the answer (`#### 1,200.0` = `1200`).
 
-    The number has to be alone on the rest of its line, `#### 3 or 4` is none. An answer may be a bare number.
-    Errors: ValueError for an answer without such a number.
+    The number must be alone on the rest of its line: `#### 3 or 4` does not count. An answer may be a bare number.
+
+    Raises:
+        ValueError: an answer without such a number.
     """
     expected = _marked_number(answer if MARKER in answer else f"{MARKER} {answer}")
     if expected is None:
-        raise ValueError(f"the answer {answer[-60:]!r} ends in no '{MARKER} number', nor is it a number")
+        raise ValueError(f"the answer {answer[-60:]!r} is not a number and does not end in '{MARKER} number'")
     return float(_marked_number(response) == expected)
 
 
@@ -43,10 +45,13 @@ def answer_format(*, prompt: str, response: str, answer: str) -> float:
 def countdown(*, prompt: str, response: str, answer: str) -> float:
     """1 when the response is a sum like `7+5-3` that uses each number once and reaches the target.
 
-    The answer is the exercise, `7,5,3=9`. Errors: ValueError for an answer of another form.
+    The answer is the exercise, `7,5,3=9`.
+
+    Raises:
+        ValueError: an answer of another form.
     """
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*=[0-9]+", answer):
-        raise ValueError(f"the answer {answer[:60]!r} is no countdown exercise like '7,5,3=9'")
+        raise ValueError(f"the answer {answer[:60]!r} is not a countdown exercise like '7,5,3=9'")
     numbers, _, target = answer.partition("=")
     expression = response.strip()
     if not re.fullmatch(r"[0-9]+([+-][0-9]+)*", expression):
@@ -65,7 +70,7 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def _marked_number(text: str) -> Decimal | None:
-    """The number that fills the rest of the line behind the last marker: `72`, `-1,200.50`, `$5.`"""
+    """The number that fills the rest of the line after the last marker: `72`, `-1,200.50`, `$5.`"""
     _, marker, tail = text.rpartition(MARKER)
     number = NUMBER.fullmatch(tail.partition("\n")[0].strip())
     return Decimal(number[1] + number[2].replace(",", "")) if marker and number else None

@@ -52,7 +52,7 @@ def refusal(*overrides: str, world_size: int = 1) -> str:
         (
             ("parallel.vpp=2",),
             2,
-            "parallel.vpp=2 cuts the stages of a pipeline, and parallel.pp=1 has none",
+            "parallel.vpp=2 splits pipeline stages, but parallel.pp=1 has none",
             "parallel.vpp=1, or parallel.pp=2",
         ),
         (
@@ -70,7 +70,7 @@ def refusal(*overrides: str, world_size: int = 1) -> str:
         (
             ("parallel.cp=4", "model.max_sequence_length=204"),
             4,
-            "parallel.cp=4 cuts every sequence into 2 * cp equal chunks, and model.max_sequence_length=204 is not "
+            "parallel.cp=4 splits every sequence into 2 * cp equal chunks, but model.max_sequence_length=204 is not "
             "divisible by 8; set it to 200 or 208",
             "parallel.cp=2, or parallel.cp=1",
         ),

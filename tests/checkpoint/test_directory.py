@@ -242,18 +242,18 @@ def make_unreadable(file: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "found"),
     [
-        *((truncate, name, "bytes, not the") for name in FILES if contents(0)[name]),
-        *((flip, name, "does not hold what was written") for name in FILES if contents(0)[name]),
+        *((truncate, name, "bytes, but") for name in FILES if contents(0)[name]),
+        *((flip, name, "is damaged") for name in FILES if contents(0)[name]),
         *((remove, name, "is missing") for name in FILES),
-        *((take_the_other_steps, name, "does not hold what was written") for name in FILES if contents(0)[name]),
+        *((take_the_other_steps, name, "is damaged") for name in FILES if contents(0)[name]),
         (make_unreadable, "run.json", "cannot be read ([Errno 5] Input/output error)"),
-        (lambda file, other: file.write_bytes(b"x"), "empty", "1 bytes, not the 0"),
-        (lambda file, other: file.touch(), "model/shard_2.bin", "is foreign"),
-        (truncate, "manifest.json", "does not hold what was written"),
+        (lambda file, other: file.write_bytes(b"x"), "empty", "1 bytes, but 0"),
+        (lambda file, other: file.touch(), "model/shard_2.bin", "does not belong here"),
+        (truncate, "manifest.json", "is damaged"),
         (remove, "manifest.json", "is missing"),
-        (take_the_other_steps, "manifest.json", "is that of step_000010"),
-        (lambda file, other: file.write_text("[]"), "manifest.json", "does not hold what was written"),
-        (lambda file, other: file.write_bytes(b"\xff\xfe"), "manifest.json", "does not hold what was written"),
+        (take_the_other_steps, "manifest.json", "belongs to step_000010"),
+        (lambda file, other: file.write_text("[]"), "manifest.json", "is damaged"),
+        (lambda file, other: file.write_bytes(b"\xff\xfe"), "manifest.json", "is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
@@ -281,7 +281,7 @@ def test_files_swapped_between_two_steps_damage_both(two: CheckpointDirectory) -
     before = tree(two.directory)
     path, problems = two.newest_whole()
     assert path is None and [p.split(":")[0] for p in problems[:2]] == [str(new), str(old)]
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*shard_0.*; set checkpoint\.load=none"):
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*shard_0.*; set checkpoint\.load=none"):
         two.open("latest")
     assert tree(two.directory) == before
 
@@ -293,7 +293,7 @@ def test_every_byte_of_the_manifest_counts(store: CheckpointDirectory) -> None:
         flipped = bytearray(whole)
         flipped[i] ^= 1 << i % 8
         (path / "manifest.json").write_bytes(flipped)
-        with pytest.raises(CheckpointError, match="does not hold what was written"):
+        with pytest.raises(CheckpointError, match="is damaged"):
             verify(path)
 
 
@@ -305,8 +305,8 @@ def test_checkpoints_under_each_others_names(two: CheckpointDirectory) -> None:
     os.rename(aside, new)
     path, problems = two.newest_whole()
     assert path is None
-    assert f"{new}: manifest.json is that of step_000010" in problems
-    assert f"{old}: manifest.json is that of step_000020" in problems
+    assert f"{new}: manifest.json belongs to step_000010" in problems
+    assert f"{old}: manifest.json belongs to step_000020" in problems
 
 
 def test_a_manifest_of_a_later_format_is_not_guessed_at(two: CheckpointDirectory) -> None:
@@ -362,7 +362,7 @@ def test_a_pointer_to_a_damaged_checkpoint(two: CheckpointDirectory) -> None:
     flip(two.directory / "step_000020" / FILES[0], Path())
     path, problems = two.newest_whole()
     assert path == two.directory / "step_000010" and len(problems) == 2
-    assert "names 'step_000020'; the newest whole checkpoint is step_000010" in problems[1]
+    assert "names 'step_000020'; the newest intact checkpoint is step_000010" in problems[1]
 
 
 def test_a_pointer_alone_is_no_fresh_start(store: CheckpointDirectory) -> None:
@@ -378,9 +378,9 @@ def test_a_path_that_holds_nothing(two: CheckpointDirectory, tmp_path: Path) -> 
     for path in (two.directory / "step_000030", tmp_path / "elsewhere" / "step_000010"):
         with pytest.raises(CheckpointError) as error:
             two.open(str(path))
-        assert f"checkpoint.load='{path}': {path} holds no checkpoint" in str(error.value)
+        assert f"checkpoint.load='{path}': {path} is not a checkpoint" in str(error.value)
         assert f"set checkpoint.load={newest}" in str(error.value)
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint: set checkpoint\.load=none"):
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint: set checkpoint\.load=none"):
         CheckpointDirectory(tmp_path / "empty", keep=1).open(str(tmp_path / "nothing"))
 
 
@@ -447,7 +447,7 @@ def test_too_little_space_is_noticed_before_a_byte_is_written(small_disk: Path) 
     left = tree(store.directory)
     with pytest.raises(CheckpointError) as error:
         store.begin(step(20), 16 << 20)
-    assert f"{store.directory} has 18 MiB free, step_000020 needs 33 MiB (16 MiB, 5 % and 16 MiB to spare)" in str(
+    assert f"{store.directory} has 18 MiB free, step_000020 needs 33 MiB (16 MiB, 5 % and 16 MiB spare)" in str(
         error.value
     )
     assert "lower checkpoint.keep=2" in str(error.value)
@@ -478,7 +478,7 @@ def test_a_read_only_directory(small_disk: Path) -> None:
     store = CheckpointDirectory(small_disk / "checkpoints", keep=2)
     old = save(store, step(10))
     remount(small_disk, "ro")
-    with pytest.raises(CheckpointError, match=r"takes no checkpoint .*Read-only file system.*make it writable"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*Read-only file system.*make it writable"):
         store.begin(step(20), None)
     assert store.open("latest") == (old, [])
     with pytest.raises(ConfigError, match=r"cannot be written .*Read-only file system"), RunLock(small_disk):

@@ -116,7 +116,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (first, second) = cut(whole, slices(1, 1, 2), [])
     into = torch.empty(24)
     asked = Shard.of(Place("w"), whole)
-    with pytest.raises(CheckpointError, match="w is not complete in the files"):
+    with pytest.raises(CheckpointError, match="w is incomplete in the files"):
         written(tmp_path, [first]).read("w", asked, into)
     files = written(tmp_path, [first, second])
     files.read("w", asked, into)
@@ -128,7 +128,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "1.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"1\.safetensors ends before w does"):
+    with pytest.raises(CheckpointError, match=r"1\.safetensors is truncated: it ends inside w"):
         ShardFiles([tmp_path / "0.safetensors", path]).read("w", asked, into)
     for damaged in (b"", content[:20], b"\x80\x04cposix\nsystem\n" + content):
         path.write_bytes(damaged)

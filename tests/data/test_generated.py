@@ -76,7 +76,7 @@ def test_a_prompt_depends_on_task_lengths_seed_and_index_alone() -> None:
 
 def test_a_task_with_too_few_held_out_prompts_says_how_many_it_has() -> None:
     possible = sum(is_held_out(f"{number:03d}>") for number in range(1000))
-    with pytest.raises(DataError, match=f"lengths 3-3 has about {possible} held-out prompts, 500 were asked for"):
+    with pytest.raises(DataError, match=f"lengths 3-3 has about {possible} held-out prompts, but 500 were requested"):
         eval_examples(find_task("sort_digits", max_length=3), 0, 500)
 
 

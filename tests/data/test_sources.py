@@ -66,7 +66,7 @@ def test_template_fills_any_field_and_leaves_other_braces_alone(tmp_path: Path) 
         (b'{"prompt": "\xff", "answer": ""}\n', r"prompts.jsonl:3: not JSON in UTF-8"),
         (b"[1, 2]\n", r"prompts.jsonl:3: found '\[1, 2\]'; expected a JSON object"),
         (b"null\n", r"prompts.jsonl:3: found 'null'"),
-        ({"promt": "a", "answer": "b"}, r":3: no field 'prompt'; did you mean 'promt'\?; its fields are promt, answer"),
+        ({"promt": "a", "answer": "b"}, r":3: no field 'prompt'; did you mean 'promt'\? Fields: promt, answer"),
         ({"prompt": "a"}, r":3: no field 'answer'"),
         ({"prompt": "a", "answer": ["b"]}, r""":3: field 'answer' is \["b"\]; expected text or a number"""),
         ({"prompt": " \n", "answer": "b"}, r":3: field 'prompt' is empty"),
@@ -85,7 +85,7 @@ def test_overlong_prompts_can_be_dropped_with_a_count(tmp_path: Path) -> None:
     source = load(path, max_prompt_tokens=10, overlong="drop")
     assert [(source[i].id, source[i].answer) for i in range(2)] == [(0, "10"), (1, "9")]
     assert (source.size, source.dropped) == (2, 2)
-    with pytest.raises(DataError, match=r"holds no prompt.*4 prompts were dropped"):
+    with pytest.raises(DataError, match=r"contains no prompts.*4 prompts were dropped"):
         load(path, max_prompt_tokens=8, overlong="drop")
 
 
@@ -99,11 +99,11 @@ def test_size_takes_the_first_prompts_of_a_file(gsm8k: Path) -> None:
 def test_missing_and_empty_files(gsm8k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"trian.jsonl does not exist; did you mean 'train.jsonl'\?"):
         load(gsm8k.with_name("trian.jsonl"))
-    with pytest.raises(DataError, match="does not exist; expected a JSONL file"):
+    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL file"):
         load(tmp_path / "nowhere" / "x.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         load(tmp_path)
-    with pytest.raises(DataError, match="holds no prompt"):
+    with pytest.raises(DataError, match="contains no prompts"):
         load(write(tmp_path, b"\n  \n"))
 
 

@@ -61,15 +61,15 @@ def test_a_plan_says_layout_parameters_and_memory() -> None:
     text, config, layout = plan_of(64, "parallel.tp=4", "parallel.pp=2", "parallel.ep=8")
     dense, experts = parameters_per_rank(config.model.shape, layout)
     assert "layout: 64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in text
-    assert "parameters: 30,532,122,624 in all, 3,353,032,704 active a token" in text
+    assert "parameters: 30,532,122,624 in total, 3,353,032,704 active per token" in text
     assert f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)" in text
     sizes = gib(text)
     assert sizes["weights"] == pytest.approx((dense + experts) * 2 / 2**30, abs=0.006)
     assert sizes["gradients"] == pytest.approx((dense + experts) * 4 / 2**30, abs=0.006)
     assert sizes["optimizer"] == pytest.approx(12 * (dense / 8 + experts / 4) / 2**30, abs=0.006)
     assert "reference" not in sizes
-    parts = [size for name, size in sizes.items() if name != "in all"]
-    assert sizes["in all"] == pytest.approx(sum(parts), abs=0.05)
+    parts = [size for name, size in sizes.items() if name != "total"]
+    assert sizes["total"] == pytest.approx(sum(parts), abs=0.05)
 
 
 def test_a_reference_costs_a_second_set_of_weights() -> None:

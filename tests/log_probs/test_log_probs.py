@@ -202,7 +202,7 @@ def test_keeps_hidden_rows_and_never_logits() -> None:
         (ConfigError, "store_bytes=-1 must not be negative", {"store_bytes": -1}),
         (ConfigError, r"targets \(4, 1\) must have the shapes", {"targets_N": torch.zeros(4, 1, dtype=torch.int64)}),
         (ConfigError, r"hidden \(8,\) .* must have the shapes", {"hidden_NH": torch.zeros(H)}),
-        (ConfigError, "torch.int64.* of a float format", {"hidden_NH": torch.zeros(4, H, dtype=torch.int64)}),
+        (ConfigError, "torch.int64.* in a floating-point format", {"hidden_NH": torch.zeros(4, H, dtype=torch.int64)}),
         (ConfigError, "backend='numpy' is not one of auto, torch, triton", {"backend": "numpy"}),
     ],
 )
@@ -310,7 +310,7 @@ def check_errors_and_logits(num_columns: int) -> None:
         return
     refused(
         ConfigError,
-        f"7 rows do not divide over {size} .* multiple of {size} rows",
+        f"7 rows do not divide evenly over {size} .* multiple of {size} rows",
         too_high[:7],
         sequence_parallel=True,
     )
@@ -321,7 +321,7 @@ def check_errors_and_logits(num_columns: int) -> None:
     num_rows = 12 - size * is_last
     refused(
         DataError,
-        r"the number of rows differs over the \d ranks .*: \[12, ",
+        r"the number of rows differs between the \d ranks .*: \[12, ",
         case.targets_N[:num_rows],
         hidden_NH=case.hidden_NH[:num_rows],
     )
@@ -335,14 +335,12 @@ def check_errors_and_logits(num_columns: int) -> None:
     for value in (torch.nan, torch.inf):
         broken_NH = case.hidden_NH.clone()
         broken_NH[10, 3] = value
-        message = "row 10: its hidden state is not finite .* as those of 1 of 12 scored rows"
+        message = "row 10: its hidden state is not finite .* as in 1 of 12 scored rows"
         refused(DataError, message, hidden_NH=broken_NH)
         refused(DataError, message, hidden_NH=broken_NH[share], sequence_parallel=True)
     broken_VpH = weight_VpH.clone()
     broken_VpH[: 17 - rank * num_columns] = torch.nan
-    message = (
-        "row 0: its logits are not finite, though its hidden state is .* as those of 12 of 12 .* vocabulary matrix"
-    )
+    message = "row 0: its logits are not finite, though its hidden state is .* as in 12 of 12 .* vocabulary matrix"
     refused(DataError, message, weight_VpH=broken_VpH if rank == 0 else weight_VpH)
 
 

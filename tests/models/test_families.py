@@ -109,10 +109,10 @@ def test_transformers_5_writes_some_keys_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob=False, and only True"),
-        ({"attention_bias": True}, "attention_bias=True, and only False"),
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\], and only \[\]"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2, and only 1"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False, but only True"),
+        ({"attention_bias": True}, "attention_bias=True, but only False"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\], but only \[\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2, but only 1"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),

@@ -85,5 +85,5 @@ def test_a_rule_carries_layer_and_expert_over() -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("a.0.b.0.w", 2), ("a.x.b.w", 0), ("a.0.b.w.more", 0), ("aX0.b.w", 0)])
 def test_a_tensor_has_exactly_one_rule(name: str, count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} name rules are about '{name}', not one"):
+    with pytest.raises(ValueError, match=f"{count} name rules match '{name}', not one"):
         find_rule(RULES, name)

@@ -69,7 +69,7 @@ def test_a_rank_that_stands_still_is_named() -> None:
     (first, told), (second, also_told), _ = run_distributed(meet, 3, "stop", 2, slower, 6.0, like_torchrun=True)
     assert first == second == "RuntimeError"
     pattern = (
-        rf"missing rank: rank 2 \({HERE}\) was last heard of (\d+) s ago in step 1, scoring; "
+        rf"missing rank: rank 2 \({HERE}\) last reported (\d+) s ago in step 1, scoring; "
         "this is rank {}, in step 1, update 2\n"
     )
     # Rank 0 speaks when half the time-out is over, both do when their collective fails.
@@ -147,7 +147,5 @@ def test_the_command_names_the_rank_that_was_killed(tmp_path: Path) -> None:
             process.wait()
     assert ranks[0].returncode == 1
     place_of = r"(step \d+, (sampling|scoring|update [12])|the evaluation of policy version \d+)"
-    pattern = (
-        rf"missing rank: rank 1 \({HERE}\) was last heard of \d+ s ago in {place_of}; this is rank 0, in {place_of}\n"
-    )
+    pattern = rf"missing rank: rank 1 \({HERE}\) last reported \d+ s ago in {place_of}; this is rank 0, in {place_of}\n"
     assert re.search(pattern, told), told

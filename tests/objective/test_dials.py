@@ -98,7 +98,7 @@ def test_its_parameters_are_settings():
     overrides = ["algorithm.variant=mine", "algorithm.dials.aggregate.length=8", "algorithm.dials.clip.tau_neg=2"]
     row = Algorithm.of(load_config(None, overrides)).variant
     assert (row.aggregate, row.clip) == (FixedLength(8), Gate(1.0, 2.0))
-    with pytest.raises(ConfigError, match=r"clip_low=0.1: clip 'gate' has no parameter 'low'; it has: clip.tau_pos"):
+    with pytest.raises(ConfigError, match=r"clip_low=0.1: clip 'gate' has no parameter 'low'. It has: clip.tau_pos"):
         Algorithm.of(load_config(None, [*overrides, "algorithm.clip_low=0.1"]))
 
 
@@ -136,10 +136,10 @@ def test_its_loss_and_gradient_are_those_of_its_equation():
         ("mine", {"dials": {"clip.tau_neg": -1.0}}, r"clip.tau_neg=-1.0: a temperature is finite"),
         ("mine", {"dials": {"aggregate.lenght": 8}}, r"no parameter 'lenght'; did you mean 'length'.*aggregate.length"),
         ("mine", {"dials": {"length": 8}}, r"did you mean 'aggregate.length'.*: clip.tau_pos, clip.tau_neg, aggregate"),
-        ("mine", {"clip_high": 0.1}, r"clip_high=0.1: clip 'gate' has no parameter 'high'; it has: clip.tau_pos, clip"),
+        ("mine", {"clip_high": 0.1}, r"clip_high=0.1: clip 'gate' has no parameter 'high'. It has: clip.tau_pos, clip"),
         ("mine", {"level": "sequence_mean"}, r"by the length of the response; set aggregate='sequence_mean'"),
         ("mine", {"clip": "ppo", "clip_low": 0.1}, r"clip 'ppo' needs clip.high: no default"),
-        ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\?; known: ppo, .*gate"),
+        ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\? Known: ppo, .*gate"),
         ("grpo", {"aggregate": "fixed_length"}, r"aggregate 'fixed_length' needs aggregate.length: no default"),
         ("gspo", {"dials": {"aggregate.length": 8}}, r"aggregate 'sequence_mean' has no parameter 'length'"),
     ],
@@ -150,12 +150,12 @@ def test_what_is_refused(name, overrides, message):
 
 
 def test_a_clip_without_bounds_has_no_clip_low():
-    with pytest.raises(ConfigError, match=r"clip_low: clip 'gate' has no parameter 'low'; it has: clip.tau_pos"):
+    with pytest.raises(ConfigError, match=r"clip_low: clip 'gate' has no parameter 'low'. It has: clip.tau_pos"):
         _ = ROW.clip_low
 
 
 def test_a_row_of_the_wrong_dials_is_refused():
-    with pytest.raises(ConfigError, match=r"level='token' of variant 'mine' is not a level; there are: TokenLevel"):
+    with pytest.raises(ConfigError, match=r"level='token' of variant 'mine' is not a level; use one of: TokenLevel"):
         replace(ROW, level="token")
     with pytest.raises(ConfigError, match=r"set aggregate='sequence_mean', or level='token' or 'sequence_token'"):
         replace(ROW, level=SequenceMeanLevel())

@@ -439,13 +439,13 @@ def test_the_long_form_and_dials_as_objects_are_the_same():
         ("grpo", {"kl_coef": -0.1}, "kl_coef=-0.1"),
         ("grpo", {"dials": {"clip.low": 1.0}}, "clip_low=1.0"),
         ("grpo", {"dials": {"clip.lo": 0.1}}, r"clip.lo=0.1: clip 'ppo' has no parameter 'lo'; did you mean 'low'"),
-        ("grpo", {"dials": {"clip.tau": 1.0}}, r"clip 'ppo' has no parameter 'tau'; it has: clip.low, clip.high"),
+        ("grpo", {"dials": {"clip.tau": 1.0}}, r"clip 'ppo' has no parameter 'tau'. It has: clip.low, clip.high"),
         ("grpo", {"dials": {"clp.low": 1.0}}, r"'clp' is not one of the dials level, clip.*did you mean 'clip.low'"),
-        ("grpo", {"dials": {"low": 1.0}}, r"did you mean 'clip.low'\?; their parameters here: clip.low, clip.high"),
-        ("grpo", {"dials": {"aggregate.length": 8}}, r"'sequence_mean' has no parameter 'length'; it has: none"),
+        ("grpo", {"dials": {"low": 1.0}}, r"did you mean 'clip.low'\? Their parameters here: clip.low, clip.high"),
+        ("grpo", {"dials": {"aggregate.length": 8}}, r"'sequence_mean' has no parameter 'length'. It has: none"),
         ("grpo", {"dials": {"clip.low": "0.1"}}, r"clip.low='0.1': a parameter of a dial is a number"),
-        ("grpo", {"dials": {"clip.low": 0.1}, "clip_low": 0.2}, "clip_low=0.2 and clip.low=0.1 set one parameter"),
-        ("grpo", {"clip": TokenMean()}, r"clip=TokenMean\(\) of variant 'grpo' is not a clip; there are: PpoClip"),
+        ("grpo", {"dials": {"clip.low": 0.1}, "clip_low": 0.2}, "clip_low=0.2 and clip.low=0.1 set the same parameter"),
+        ("grpo", {"clip": TokenMean()}, r"clip=TokenMean\(\) of variant 'grpo' is not a clip; use one of: PpoClip"),
     ],
 )
 def test_refused_variants(name, overrides, message):

@@ -75,7 +75,7 @@ def test_final_number(response: str, answer: str, reward: float) -> None:
 
 @pytest.mark.parametrize("answer", ["", "seven", "#### seven", "it is 7"])
 def test_final_number_needs_an_answer_with_a_number(answer: str) -> None:
-    with pytest.raises(ValueError, match="nor is it a number"):
+    with pytest.raises(ValueError, match="is not a number"):
         judge("final_number", "#### 7", answer)
 
 
@@ -123,7 +123,7 @@ def test_countdown_evaluates_the_expression(response: str, reward: float) -> Non
 def test_countdown_uses_each_number_as_often_as_it_is_given() -> None:
     assert judge("countdown", "4+4-2", "4,2,4=6") == 1
     assert judge("countdown", "4+2", "4,2,4=6") == 0
-    with pytest.raises(ValueError, match="no countdown exercise"):
+    with pytest.raises(ValueError, match="not a countdown exercise"):
         judge("countdown", "1", "#### 72")
 
 
@@ -213,9 +213,9 @@ def test_a_reward_that_cannot_be_found_or_called(user_module: None, name: str, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"functions": {}}, "names no reward"),
+        ({"functions": {}}, "reward.functions is empty"),
         ({"functions": {"format": math.nan}}, "weight nan of reward 'format'"),
-        ({"functions": {"format": 1.0}, "accuracy": "exact_match"}, "none of the rewards format.*weight 0"),
+        ({"functions": {"format": 1.0}, "accuracy": "exact_match"}, "not one of the rewards format.*weight 0"),
         ({"functions": {"format": 1.0}, "on_error": "skip"}, "'stop' or 'count'"),
     ],
 )

@@ -586,7 +586,7 @@ def test_ids_beyond_the_tokenizer_are_tokens_but_no_text() -> None:
     [
         ("algorithm.variant=gpso", "variant 'gpso' is unknown; did you mean 'gspo'?"),
         ("algorithm.kl_coef=-1", "kl_coef=-1.0"),
-        ("reward.accuracy=format", "reward.accuracy='format' is none of the rewards exact_match"),
+        ("reward.accuracy=format", "reward.accuracy='format' is not one of the rewards exact_match"),
         ("reward.functions.exakt_match=1", "unknown reward 'exakt_match'; did you mean 'exact_match'?"),
     ],
 )
@@ -599,4 +599,4 @@ def test_names_that_nothing_answers_to(override: str, message: str) -> None:
 def test_a_clip_range_that_cannot_act_is_a_warning() -> None:
     config = config_of("algorithm.clip_low=0.2", "algorithm.clip_high=0.2")
     (warning,) = config_warnings(config, Algorithm.of(config))
-    assert "clip_low=0.2" in warning and "can hardly act" in warning
+    assert "clip_low=0.2" in warning and "too wide to act" in warning
