@@ -13,7 +13,7 @@ from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
 from gspo_megatron.models.families import family_of
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.run.algorithm import Algorithm
 
 

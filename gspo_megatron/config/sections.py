@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
-from gspo_megatron.models.family import ModelShape
 from gspo_megatron.models.presets import PRESETS
+from gspo_megatron.models.shape import ModelShape
 
 
 @dataclass(frozen=True)

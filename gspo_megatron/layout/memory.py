@@ -6,7 +6,7 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 _GIB = 2**30

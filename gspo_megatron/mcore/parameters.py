@@ -13,7 +13,7 @@ import torch
 
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 SLICED: dict[str, tuple[int, int]] = {
     # part of a parameter's name: (dimension that tensor parallel splits, number of matrices concatenated along it)

@@ -18,7 +18,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import named_parameters
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type for an element size in bytes."""

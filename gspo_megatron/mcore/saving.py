@@ -42,7 +42,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 POLL_S = 0.02
 """Seconds between checks whether any process is still working on files."""
@@ -82,9 +82,9 @@ class Saving:
 class MegatronCheckpoints:
     """The checkpoints of one run (`Checkpoints` of base/protocols.py). All ranks call every method together."""
 
-    def __init__(self, policy: MegatronPolicy, store: CheckpointDirectory, warn: Callable[[str], None]) -> None:
+    def __init__(self, policy: MegatronPolicy, directory: CheckpointDirectory, warn: Callable[[str], None]) -> None:
         """`warn` receives what is wrong with checkpoints that a load skips."""
-        self.policy, self.groups, self.store, self.warn = policy, policy.groups, store, warn
+        self.policy, self.groups, self.directory, self.warn = policy, policy.groups, directory, warn
         self.shape = policy.config.model.shape
         self._host = HostCopies(pinned=not policy.device.on_cpu)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -106,7 +106,7 @@ class MegatronCheckpoints:
         of_state = state.tensors()
         own_bytes = sum(elements.nbytes for _, _, elements in tensors) + sum(x.nbytes for x in of_state.values())
         num_bytes = sum(self._from_all(own_bytes))
-        directory = self._on_main(lambda: self.store.begin(position, num_bytes))
+        directory = self._on_main(lambda: self.directory.begin(position, num_bytes))
         about = {
             "format": FORMAT,
             "state": state.to_json() if self.groups.is_main else None,
@@ -139,7 +139,7 @@ class MegatronCheckpoints:
             self._saving = None
             self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
             if not saving.completing:
-                commit = partial(self.store.commit, saving.directory) if self.groups.is_main else lambda: None
+                commit = partial(self.directory.commit, saving.directory) if self.groups.is_main else lambda: None
                 self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
 
     def _write(
@@ -192,7 +192,7 @@ class MegatronCheckpoints:
         Raises:
             CheckpointError: the checkpoint is damaged, or holds another model.
         """
-        path, problems = self._on_main(lambda: self.store.open(which))
+        path, problems = self._on_main(lambda: self.directory.open(which))
         for problem in problems:
             self.warn(problem)
         if path is None:

@@ -15,8 +15,8 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
-from gspo_megatron.models.family import ModelShape
 from gspo_megatron.models.names import NameRule, to_theirs
+from gspo_megatron.models.shape import ModelShape
 
 
 class Source(NamedTuple):

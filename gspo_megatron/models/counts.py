@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gspo_megatron.models.families import family_of
-from gspo_megatron.models.family import ModelShape, ParameterCount
+from gspo_megatron.models.family import ParameterCount
+from gspo_megatron.models.shape import ModelShape
 
 
 def count_parameters(shape: ModelShape) -> ParameterCount:

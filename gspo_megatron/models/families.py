@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gspo_megatron.models.family import Family, ModelShape
+from gspo_megatron.models.family import Family
 from gspo_megatron.models.qwen3_moe import QWEN3_MOE
+from gspo_megatron.models.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3_MOE,)}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gspo_megatron.models.family import ModelShape
+    from gspo_megatron.models.shape import ModelShape
 
 
 class Op(Protocol):

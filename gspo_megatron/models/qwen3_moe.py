@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.models.family import Family, ModelShape, ParameterCount, Share, TokenCount
+from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import QKV, GateUp, NameRule
+from gspo_megatron.models.shape import ModelShape
 
 NAME = "qwen3_moe"
 

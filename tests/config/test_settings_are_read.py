@@ -19,7 +19,7 @@ from gspo_megatron.build.checks import prompt_limit
 from gspo_megatron.config.declarations import setting, settings_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, RunConfig
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.testing import commands  # noqa: F401  (for the forked ranks)
 from gspo_megatron.testing.local_ranks import run_distributed
 

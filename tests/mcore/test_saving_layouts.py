@@ -277,14 +277,14 @@ class Obstructed(CheckpointDirectory):
 def obstructed(folder: Path, wait: bool) -> list[str]:
     """What is raised when process 1 cannot write; then a save that works."""
     run = Run(2, folder)
-    run.checkpoints.store = Obstructed(folder, keep=1)
+    run.checkpoints.directory = Obstructed(folder, keep=1)
     errors = []
     for action in (lambda: run.save(1, wait=wait), run.checkpoints.finish):
         try:
             action()
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
-    run.checkpoints.store = CheckpointDirectory(folder, keep=1)
+    run.checkpoints.directory = CheckpointDirectory(folder, keep=1)
     run.save(2)
     return errors
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.models.families import FAMILIES, family_of
-from gspo_megatron.models.family import ModelShape
 from gspo_megatron.models.names import find_rule
 from gspo_megatron.models.presets import PRESETS
+from gspo_megatron.models.shape import ModelShape
 from tests.support.qwen3_moe import hub_sizes, our_sizes
 
 SIZE = st.integers(1, 1 << 20)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo_megatron.models.family import ModelShape
 from gspo_megatron.models.names import QKV, Copy, GateUp, NameRule, Op, find_rule, to_theirs
+from gspo_megatron.models.shape import ModelShape
 
 SHAPE = ModelShape(
     family="qwen3_moe",

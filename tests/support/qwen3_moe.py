@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_megatron.models.family import ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 
 def hub_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
