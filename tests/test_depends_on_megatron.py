@@ -28,7 +28,7 @@ def test_what_reaches_megatron_is_repeated(file: str, how: str) -> None:
     assert depends_on_megatron(TESTS / file), how
 
 
-@pytest.mark.parametrize("folder", ["objective", "data", "rewards", "rollout", "checkpoint", "config", "layout"])
+@pytest.mark.parametrize("folder", ["objective", "data", "rewards", "rollout", "checkpoint", "models", "layout"])
 def test_a_room_below_megatron_is_left_out(folder: str) -> None:
     assert not any(depends_on_megatron(file) for file in (TESTS / folder).glob("test_*.py"))
 

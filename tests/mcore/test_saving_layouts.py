@@ -229,7 +229,7 @@ def saves_beside(folder: Path) -> tuple[list[str], list[str]]:
     twin = MegatronCheckpoints(run.policy, CheckpointDirectory(folder / "waiting", keep=100), print)
     for number in (1, 2):
         run.update(number)
-        twin.save(Position(0, 0, number), {}, wait=True)
+        twin.save(Position(0, 0, number), PlainState({}), wait=True)
         run.save(number, wait=False)
     run.update(3)
     before = sorted(path.name for path in (folder / "beside").glob("step_*"))
