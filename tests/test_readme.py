@@ -30,6 +30,8 @@ def test_the_example_of_data_and_reward(tmp_path: Path, monkeypatch: pytest.Monk
     lines = [json.dumps({"question": f"What is {n} and {n + 1}?", "answer": str(2 * n + 1)}) for n in range(200)]
     for name in ("train", "test"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    # Another test may have imported a module of this name.
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     trained = ["data/train.jsonl", "--fields", "question", "answer", "--vocab-size", "280"]

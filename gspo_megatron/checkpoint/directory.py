@@ -28,7 +28,7 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.checkpoint.manifest import looks_whole, number_of, seal, sync, verify, write_synced
+from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, sync, verify, write_synced
 from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of, position_of_path, progress
 
 POINTER = "latest"
@@ -118,7 +118,7 @@ class CheckpointDirectory:
             ) from error
         return final
 
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and what is wrong with newer ones and with `latest`.
 
         One without a readable manifest could be the newest, so it counts as newer. Nothing is changed or deleted.
@@ -150,7 +150,7 @@ class CheckpointDirectory:
         if which == "none":
             return None, []
         if which == "latest":
-            newest, problems = self.newest_whole()
+            newest, problems = self.newest_intact()
             if problems and not newest:
                 raise CheckpointError(
                     f"checkpoint.load=latest: no intact checkpoint in {self.directory}: {'; '.join(problems)}; set "
@@ -161,8 +161,8 @@ class CheckpointDirectory:
         try:
             verify(path)
         except CheckpointError as error:
-            beside, _ = CheckpointDirectory(path.parent, keep=self.keep).newest_whole()
-            instead = beside or self.newest_whole()[0]
+            beside, _ = CheckpointDirectory(path.parent, keep=self.keep).newest_intact()
+            instead = beside or self.newest_intact()[0]
             found = f"the newest intact checkpoint is {instead}" if instead else "there is no intact checkpoint"
             raise CheckpointError(
                 f"checkpoint.load={which!r}: {error}; {found}: set checkpoint.load={instead or 'none'}"
@@ -192,7 +192,7 @@ class CheckpointDirectory:
         to look at it."""
         paths = self._all()
         replaced = [path for path in paths if path.suffix and path.with_suffix("").exists()]
-        whole = [path for path in paths if path not in replaced and looks_whole(path)]
+        whole = [path for path in paths if path not in replaced and looks_intact(path)]
         gone = outdated([position_of_path(path) for path in whole], keep=self.keep, keep_every=self.keep_every)
         for path in [*replaced, *(path for path in whole if position_of_path(path) in gone)]:
             # A half-deleted checkpoint must not keep its name. Files that another process still reads may be slow to

@@ -128,7 +128,7 @@ def _verify_contents(path: Path, name: str, written: str) -> None:
         )
 
 
-def looks_whole(path: Path) -> bool:
+def looks_intact(path: Path) -> bool:
     try:
         return bool(_verify_listing(path))
     except CheckpointError:

@@ -39,7 +39,7 @@ class Rewards:
     `functions` maps names of REWARDS, or a user's `module:function`, to weights; weight 0 only measures. `accuracy` is
     the function that decides whether a response is correct (default: the first one). A function that raises, or returns
     anything but a finite number, is noted in the score's `error`; its value is then 0 with on_error="count", and NaN
-    with "stop", so that `refuse_unjudged` stops the run.
+    with "stop", so that `refuse_unscored` stops the run.
 
     Raises:
         ConfigError: an unknown name, a function that cannot be imported or called, or a weight that is not finite.
@@ -89,7 +89,7 @@ def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
         rollout.reward, rollout.reward_terms, rollout.reward_error = score
 
 
-def refuse_unjudged(rollouts: Iterable[Rollout]) -> None:
+def refuse_unscored(rollouts: Iterable[Rollout]) -> None:
     """Stops the run when a rollout could not be scored.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.

@@ -10,7 +10,7 @@ from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.data.tokenizers import Tokenizer
-from gspo_megatron.rewards.rewards import Reward, refuse_unjudged, score_rollouts
+from gspo_megatron.rewards.rewards import Reward, refuse_unscored, score_rollouts
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class CollectiveSource:
         prompts = self.prompts.take(self.first_prompt + (step - 1) * self.prompts_per_step, self.prompts_per_step)
         size, first_id = self.group_size, step * self.prompts_per_step * self.group_size
         asked = [(p, first_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
-        rollouts = self._judged(asked, size, greedy=False)
+        rollouts = self._scored(asked, size, greedy=False)
         return [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
 
     def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
         """See `RolloutSource.greedy`."""
-        return self._judged([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
+        return self._scored([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
 
-    def _judged(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
+    def _scored(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
         """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together`
         consecutive items go to one rank."""
         for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
@@ -58,7 +58,7 @@ class CollectiveSource:
                 rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
             score_rollouts(self.reward, rollouts)
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
-        refuse_unjudged(gathered)
+        refuse_unscored(gathered)
         return gathered
 
     def _share(self, stop: int, stride: int) -> range:

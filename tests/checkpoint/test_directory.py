@@ -194,14 +194,14 @@ def test_the_newest_is_the_one_written_last(store: CheckpointDirectory) -> None:
     ]:
         path = save(store, position, "second")
         assert names(store.directory) == left
-        assert store.newest_whole() == (path, []) and held(path) == contents("second")
+        assert store.newest_intact() == (path, []) and held(path) == contents("second")
     assert held(store.directory / "step_000020") == contents("second")
 
 
 def test_times_of_files_say_nothing(two: CheckpointDirectory) -> None:
     os.utime(two.directory / "step_000010", (2e9, 2e9))
     os.utime(two.directory / "step_000010" / "manifest.json", (2e9, 2e9))
-    assert two.newest_whole() == (two.directory / "step_000020", [])
+    assert two.newest_intact() == (two.directory / "step_000020", [])
 
 
 def test_begin_clears_what_dead_processes_left(two: CheckpointDirectory) -> None:
@@ -265,7 +265,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     with pytest.raises(CheckpointError) as error:
         verify(new)
     assert str(error.value).startswith(f"{new}: {name} ") and found in str(error.value)
-    path, problems = two.newest_whole()
+    path, problems = two.newest_intact()
     assert path == old and problems[0] == str(error.value)
     assert two.open("latest") == (path, problems)
     assert (names(two.directory), os.listdir(new), tree(old)) == before
@@ -279,7 +279,7 @@ def test_files_swapped_between_two_steps_damage_both(two: CheckpointDirectory) -
     (new / FILES[0]).write_bytes(contents(step(10))[FILES[0]])
     (old / FILES[0]).write_bytes(contents(step(20))[FILES[0]])
     before = tree(two.directory)
-    path, problems = two.newest_whole()
+    path, problems = two.newest_intact()
     assert path is None and [p.split(":")[0] for p in problems[:2]] == [str(new), str(old)]
     with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*shard_0.*; set checkpoint\.load=none"):
         two.open("latest")
@@ -303,7 +303,7 @@ def test_checkpoints_under_each_others_names(two: CheckpointDirectory) -> None:
     verify(aside)  # a copy may bear any name but that of another position
     os.rename(new, old)
     os.rename(aside, new)
-    path, problems = two.newest_whole()
+    path, problems = two.newest_intact()
     assert path is None
     assert f"{new}: manifest.json belongs to step_000010" in problems
     assert f"{old}: manifest.json belongs to step_000020" in problems
@@ -328,7 +328,7 @@ def test_a_damaged_checkpoint_is_overtaken_but_not_deleted(two: CheckpointDirect
     for number in (22, 24):
         path = save(two, step(number))
     assert names(two.directory) == ["latest", "step_000020", "step_000022", "step_000024"]
-    assert two.newest_whole() == (path, [])
+    assert two.newest_intact() == (path, [])
 
 
 def test_a_directory_that_cannot_be_listed_is_no_fresh_start(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_a_stale_pointer_is_reported_and_not_believed(
 
 def test_a_pointer_to_a_damaged_checkpoint(two: CheckpointDirectory) -> None:
     flip(two.directory / "step_000020" / FILES[0], Path())
-    path, problems = two.newest_whole()
+    path, problems = two.newest_intact()
     assert path == two.directory / "step_000010" and len(problems) == 2
     assert "names 'step_000020'; the newest intact checkpoint is step_000010" in problems[1]
 
@@ -451,7 +451,7 @@ def test_too_little_space_is_noticed_before_a_byte_is_written(small_disk: Path) 
         error.value
     )
     assert "lower checkpoint.keep=2" in str(error.value)
-    assert tree(store.directory) == left and store.newest_whole() == (old, [])
+    assert tree(store.directory) == left and store.newest_intact() == (old, [])
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -535,10 +535,10 @@ def test_killed_anywhere_in_a_save(before: list[Position], position: Position, a
         child.join()
         assert child.exitcode is not None
         exit_code = child.exitcode
-        newest, _ = store.newest_whole()
+        newest, _ = store.newest_intact()
         outcomes.append((newest / "model" / "shard").read_text() if newest else "none")
         last = save_files(store, step(20), FEW["new"])
-        assert store.newest_whole() == (last, [])
+        assert store.newest_intact() == (last, [])
         latest, *kept, twenty = names(store.directory)
         assert (latest, twenty) == ("latest", "step_000020") and len(kept) <= 1 and {*kept} <= after
     assert exit_code == 0 and len(outcomes) > 20
@@ -564,7 +564,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         child.kill()
         child.join()
         exit_codes.append(child.exitcode)
-        path, _ = store.newest_whole()
+        path, _ = store.newest_intact()
         assert path and path.name in (name_of(newest), name_of(step(number)))
         newest = newest if path.name == name_of(newest) else step(number)
         assert {name: (path / name).read_bytes() for name in shards(newest)} == shards(newest)

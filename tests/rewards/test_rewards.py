@@ -8,7 +8,7 @@ import pytest
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.rewards.rewards import Rewards, find_reward, refuse_unjudged, score_rollouts
+from gspo_megatron.rewards.rewards import Rewards, find_reward, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
 
 
@@ -137,7 +137,7 @@ def test_the_reward_is_the_weighted_sum_and_the_terms_stay_raw(user_module: None
     assert bad.reward == pytest.approx(0.25 + 2 / 8, abs=1e-15)
     assert [rewards.accuracy(good), rewards.accuracy(bad)] == [1.0, 0.0]
     assert not good.reward_error and not bad.reward_error
-    refuse_unjudged([good, bad])
+    refuse_unscored([good, bad])
 
 
 def test_accuracy_is_the_named_term_whatever_its_weight(user_module: None) -> None:
@@ -171,7 +171,7 @@ def test_a_failing_reward_stops_the_run_and_names_the_rollout(user_module: None,
     assert math.isnan(failed.reward)
     message = rf"(?s)1 rollouts.*rollout 1234, prompt 5 'How many\?': reward '{name}' failed: .*{reason}"
     with pytest.raises(DataError, match=message):
-        refuse_unjudged([rollout("b"), failed])
+        refuse_unscored([rollout("b"), failed])
 
 
 @pytest.mark.parametrize(("name", "reason"), FAILURES)
@@ -181,7 +181,7 @@ def test_a_failing_reward_can_count_as_zero(user_module: None, name: str, reason
     assert failed.reward == 1.0
     assert failed.reward_terms == {"exact_match": 1.0, name: 0.0}
     assert name in failed.reward_error
-    refuse_unjudged([failed])
+    refuse_unscored([failed])
 
 
 def test_many_failures_are_counted_and_the_first_are_listed(user_module: None) -> None:
@@ -189,7 +189,7 @@ def test_many_failures_are_counted_and_the_first_are_listed(user_module: None) -
     failed = [rollout("a", id=100 + number) for number in range(7)]
     score_rollouts(rewards, failed)
     with pytest.raises(DataError) as caught:
-        refuse_unjudged(failed)
+        refuse_unscored(failed)
     assert "7 rollouts" in str(caught.value)
     assert [number for number in range(100, 107) if f"rollout {number}," in str(caught.value)] == [100, 101, 102]
 
