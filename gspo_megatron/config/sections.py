@@ -226,7 +226,7 @@ class OptimizerConfig:
     overlap: str = setting(
         "auto",
         "Reduce gradients while the backward still runs, and gather the distributed optimizer's parameters during the "
-        "next forward. auto: on GPUs, where communication runs beside computation.",
+        "next forward. auto: on GPUs, where communication overlaps with computation.",
         choices=("auto", "on", "off"),
     )
 

@@ -316,7 +316,7 @@ def check_errors_and_logits(num_columns: int) -> None:
     )
     # What is wrong on the last rank alone is an error on all of them.
     is_last = rank == size - 1
-    message = "target 17 of row 11 " if is_last else f"rank {size - 1} of the {size} that share the vocabulary refuses"
+    message = "target 17 of row 11 " if is_last else f"rank {size - 1} of the {size} that share the vocabulary rejected"
     refused(DataError, message, too_high if is_last else case.targets_N)
     num_rows = 12 - size * is_last
     refused(
