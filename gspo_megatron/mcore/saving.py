@@ -259,7 +259,7 @@ class MegatronCheckpoints:
         return outcome[0]
 
     def _fail_together(self, what: str, error: BaseException | None) -> None:
-        """Raises on all processes when one has an error.
+        """Fails on all processes if one has an error.
 
         Raises:
             CheckpointError: `what`, with the reason and the process.

@@ -4,7 +4,7 @@
     checkpoint.exit_after_s   seconds after the start of the process
 
 A run that does not reach a safe point within the grace period, for example in a collective that hangs, prints every
-thread's stack and exits. A second signal shortens the period to URGENT_S seconds.
+thread's stack and exits. A second signal leaves it only URGENT_S seconds.
 """
 
 from __future__ import annotations
@@ -85,5 +85,5 @@ class StopRequest:
             return
         else:
             left_s = URGENT_S
-            print(f"{name}, the second signal: {left_s:g} s left to save", file=sys.stderr, flush=True)
+            print(f"{name}, another signal: {left_s:g} s left to save", file=sys.stderr, flush=True)
         faulthandler.dump_traceback_later(left_s, exit=True, file=sys.__stderr__ or sys.stderr)

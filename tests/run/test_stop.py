@@ -90,7 +90,7 @@ def test_a_second_signal_leaves_little_time() -> None:
     child.send_signal(signal.SIGUSR1)
     _, err = child.communicate(timeout=5 * time_factor())
     assert child.returncode == 1
-    assert "SIGUSR1, the second signal: 0.5 s left to save" in err
+    assert "SIGUSR1, another signal: 0.5 s left to save" in err
     assert "most recent call first" in err and 'File "<string>"' in err
 
 
