@@ -194,7 +194,7 @@ def test_keeps_hidden_rows_and_never_logits() -> None:
         (DataError, r"target -1 of row 0 ", {"targets_N": torch.tensor([-1, 0, 0, 0])}),
         (DataError, r"target 16 of row 3 .*\[0, 16\)", {"vocab_size": 16, "targets_N": torch.tensor([0, 0, 0, 16])}),
         (ConfigError, r"vocab_size=18 must lie in \[1, 17\]", {"vocab_size": 18}),
-        (ConfigError, "hidden has 4 rows where 3 targets", {"targets_N": torch.tensor([0, 1, 2])}),
+        (ConfigError, "hidden has 4 rows, but 3 targets", {"targets_N": torch.tensor([0, 1, 2])}),
         (ConfigError, "float64 and weight torch.float32", {"weight_VpH": torch.zeros(VOCAB, H)}),
         (ConfigError, "hidden has 8 columns and weight 9", {"weight_VpH": torch.zeros(VOCAB, 9).double()}),
         (ConfigError, "temperature=0.0 must be positive", {"temperature": 0.0}),
