@@ -72,8 +72,11 @@ def open_trainer(
             stop=stop,
             note=watchdog.note,
         )
+        trainer = Trainer(parts, continuation)
+        # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
+        del state, continuation
         try:
-            yield Trainer(parts, continuation)
+            yield trainer
         finally:
             if writer:
                 writer.close()

@@ -15,7 +15,9 @@ from gspo_megatron.checkpoint.manifest import sync
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors by name and waits until they are on the disk."""
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    # Not save_file: it makes files that only their owner can read, whatever the umask.
+    path.write_bytes(content)
     sync(path)
 
 

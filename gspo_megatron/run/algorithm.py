@@ -90,6 +90,7 @@ class Algorithm:
             with_entropy=True,
             # The gradient of an entropy needs the logits themselves.
             store_bytes=0 if self.entropy_coef else self.cache_bytes,
-            # An update that computes its own old log-probs has ratios of 1, so nothing is clipped.
-            skip_zero_rows=self.skip_zero_gradient and self.old_log_probs != "update",
+            # The one update of a rollout batch finds ratios of 1: the clip holds nothing.
+            skip_zero_rows=self.skip_zero_gradient
+            and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler"),
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import COLUMNS, Position
-from gspo_megatron.config.loading import to_yaml
+from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.run.step_state import StepSnapshot
 
@@ -92,7 +92,7 @@ class RunState:
         return cls(
             Position(*about["position"]),
             about["began"],
-            settings_of(about["config"]),
+            {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()},
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],

@@ -111,7 +111,7 @@ class StepState:
             of_each = zip(values_L.split(lengths), known_L.split(lengths), wanted_L.split(lengths), strict=True)
             for number, (sequence, (values, known, wanted)) in enumerate(zip(self.sequences, of_each, strict=True)):
                 known = known & wanted
-                if not known.any():
+                if wanted.any() and not known.any():
                     continue
                 if not torch.equal(known, wanted):
                     raise CheckpointError(

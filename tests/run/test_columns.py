@@ -114,6 +114,8 @@ def resumed(
     config = load_config(None, [*SMALL, "model.max_sequence_length=32", *settings])
     ranks = Groups(check_config(config, world_size), open_device("cpu", "fp32").torch_device)
     step = StepState.restore(about, [read_tensors(file) for file in files], ranks, torch.float64)
+    # Also with a sequence that has no trained token in the same micro-batch.
+    Packer(ranks, 0, 48, packing_rules(config), float, GROUP, UPDATES, seed=3).pack(step, drop_zero_advantage=False)
     return [
         (s.tokens, s.trained, s.advantage, s.columns, r.tokens, r.log_probs, r.text, r.prompt)
         for s, r in zip(step.sequences, step.rollouts, strict=True)
@@ -139,8 +141,7 @@ def test_it_is_packed_saved_and_resumed(layout: str, tmp_path: Path) -> None:
                 found, expected.sequences, expected.rollouts, strict=True
             ):
                 assert torch.equal(tokens, s.tokens) and torch.equal(trained, s.trained) and advantage == s.advantage
-                # A sequence without a trained token has no such value.
-                assert columns.keys() == ({"quality", "experts"} if s.num_trained else {"experts"})
+                assert columns.keys() == {"quality", "experts"}
                 for name, values in columns.items():
                     assert torch.equal(values, s.columns[name])
                 assert rest == [r.tokens, r.log_probs, r.text, r.prompt]

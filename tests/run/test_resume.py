@@ -49,6 +49,17 @@ def test_a_setting_that_did_not_exist_then_is_no_change() -> None:
     assert changed_settings(replace(state, settings={**known, "rollout.backend": "megatron"}), config) == []
 
 
+def test_a_setting_is_known_by_the_name_it_had_then() -> None:
+    """As in checkpoints of the first format."""
+    config = load_config(None)
+    about = state_of(config).to_json()
+    about["config"]["train"]["skip_dead"] = about["config"]["train"].pop("skip_zero_gradient")
+    state = replace(RunState.from_saved(about, []), step=SavedStep({"number": 4}, ()))
+    assert changed_settings(state, config) == []
+    with pytest.raises(CheckpointError, match=r"train.skip_zero_gradient: False, was True"):
+        changed_settings(state, load_config(None, ["train.skip_zero_gradient=false"]))
+
+
 @pytest.mark.parametrize(
     ("load", "own", "newest"),
     [("latest", True, True), ("{run}/checkpoints/step_3", True, False), ("x/y", False, False)],
