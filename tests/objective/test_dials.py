@@ -160,3 +160,32 @@ def test_a_row_of_the_wrong_dials_is_refused():
     with pytest.raises(ConfigError, match=r"set aggregate='sequence_mean', or level='token' or 'sequence_token'"):
         replace(ROW, level=SequenceMeanLevel())
     assert replace(ROW, level=SequenceMeanLevel(), aggregate=SequenceMean()).level.unit == "sequence"
+
+
+PARAMETERS = [
+    (row.name, kind, parameter)
+    for row in VARIANTS.values()
+    for kind, dial in row.dials.items()
+    for parameter in dial.parameter_names()
+]
+
+
+def loss_of(variant: Variant) -> float:
+    """On log-ratios far beyond any clip, both signs of advantage among them."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [3, 5, 1, 4]
+    new_R = 1.5 * torch.randn(sum(lengths), generator=generator, dtype=torch.float64)
+    advantages_S = torch.tensor([1.0, -2.0, 0.5, -0.25])
+    segments = Segments.from_lengths(lengths)
+    return float(PolicyObjective(replace(variant, kl_coef=0.0))(new_R, 0 * new_R, advantages_S, segments).loss)
+
+
+@pytest.mark.parametrize(("name", "kind", "parameter"), PARAMETERS)
+def test_every_parameter_of_a_dial_acts_and_has_a_range(name: str, kind: str, parameter: str) -> None:
+    """The oracles know only the values that the rows have: another value must change the loss, and NaN be refused."""
+    row = VARIANTS[name]
+    value = float(getattr(row.dials[kind], parameter))
+    changed = resolve_variant(name, dials={f"{kind}.{parameter}": value / 2 or 0.5})
+    assert loss_of(changed) != loss_of(row)
+    with pytest.raises(ConfigError):
+        resolve_variant(name, dials={f"{kind}.{parameter}": math.nan})
