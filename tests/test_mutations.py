@@ -60,7 +60,7 @@ class Mutation(NamedTuple):
 
 
 DP, TP, CP, EP, VPP, ETP = "dp=2", "tp=2", "cp=2", "dp=2,ep=2", "pp=2,vpp=2", "tp=2,etp=2"
-MENDED_IN_016 = "expert gradients reduced as dense ones"
+PATCHED_IN_016 = "expert gradients reduced as dense ones"
 
 MUTATIONS = {
     # The scale of the loss
@@ -153,7 +153,7 @@ MUTATIONS = {
         "(groups.layout.ep - 1 - groups.collection.ep.rank())",
     ),
     "gate and up cut as one matrix": Mutation(ETP, parameters.Place.cut, "self.stride * self.count", "self.count"),
-    MENDED_IN_016: Mutation(TP, compat.mark_expert_parameters, "if experts_have_own_groups:", "if False:"),
+    PATCHED_IN_016: Mutation(TP, compat.mark_expert_parameters, "if experts_have_own_groups:", "if False:"),
     "layers as without virtual stages": Mutation(
         VPP,
         parameters.named_parameters,
@@ -200,7 +200,7 @@ def test_a_layout_is_equal_as_it_is(layout: str, one_process: Report, measured: 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_noticed(name: str, one_process: Report, measured: Measured) -> None:
     """By a difference that no rounding makes. What stops a rank, rather than giving wrong numbers, is an error here."""
-    if name == MENDED_IN_016 and not compat.VERSION.startswith("0.16."):
+    if name == PATCHED_IN_016 and not compat.VERSION.startswith("0.16."):
         pytest.skip("newer versions of Megatron-Core mark the experts' weights rightly by themselves")
     broken = measured(MUTATIONS[name].layout, one_process.rollouts, partial(mutated, name))
     noticed = [row.difference for row in compare(one_process, broken, "fp64") if not row.ok]

@@ -54,7 +54,7 @@ def resolved(name: str) -> tuple[Any, str]:
 
 
 def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
-    """Trains once on this rank, without one of the stand-ins or mends; returns what went wrong, or nothing."""
+    """Trains once on this rank, without one of the stand-ins or patches; returns what went wrong, or nothing."""
     own = getattr(*resolved(without)) if without and without.startswith("torch.") else None
     device = open_device("cpu", "fp32")
     if own is not None:
@@ -63,9 +63,9 @@ def one_update(without: str | None, *axes: str, world_size: int = 1) -> str:
         Device.optimizer_scope = lambda self: nullcontext()
     config = load_config(None, [*SETTINGS, *axes])
     groups = Groups(check_config(config, world_size), device.torch_device)
-    for mend in compat.PATCHES + compat.CPU_PATCHES:
-        if mend.__name__ != without:
-            mend()
+    for patch in compat.PATCHES + compat.CPU_PATCHES:
+        if patch.__name__ != without:
+            patch()
     sequences = [Sequence.after_prompt([3, 4, 5, 6, 7, 8], 2), Sequence.after_prompt([7, 8, 9, 10], 1)]
     micro_batches = [build_micro_batch(sequences, [i], pad_id=0, rules=packing_rules(config)) for i in range(2)]
     callbacks = len(torch.cuda._queued_calls)
@@ -131,7 +131,7 @@ def marks_by_megatron() -> set[bool]:
 
 def test_expert_parameters_are_marked_wrongly_by_016_alone() -> None:
     """compat.mark_expert_parameters: True means that the gradient would be reduced over the dense layers' ranks. What
-    comes of the mend is seen in test_layouts.py, tp2."""
+    comes of the patch is seen in test_layouts.py, tp2."""
     assert run_distributed(marks_by_megatron, 2) == [{IN_016}] * 2
 
 
