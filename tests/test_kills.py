@@ -221,7 +221,7 @@ import os, sys
 import torch
 sys.path[:0] = {paths}
 torch.set_num_threads(1)
-from test_kills import Kill, attempt
+from tests.test_kills import Kill, attempt
 where = {where}
 sys.exit(attempt(sys.argv[1:], where[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]))
 """
@@ -231,7 +231,7 @@ def test_torchrun_restarts_a_run(tmp_path: Path, undisturbed: Path) -> None:
     """--max-restarts: the processes are started anew with the command they had, checkpoint.load=none, and continue."""
     where = [Kill((0,), POLICY + "update", 28), Kill((1,), SAMPLER + "_forward", 4), None]
     script = tmp_path / "restarted.py"
-    script.write_text(RESTARTED.format(paths=[str(Path(__file__).parent), *sys.path], where=where))
+    script.write_text(RESTARTED.format(paths=[str(Path(__file__).parents[1]), *sys.path], where=where))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command = [*launcher, str(script), *arguments_of(tmp_path, "run"), "checkpoint.load=none"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180 * time_factor())

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_log_probs import TARGETS, VOCAB, Case, H, assert_near, make_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo_megatron.log_probs import blocks, linear_log_probs
 from gspo_megatron.log_probs.products import accumulator
+from tests.log_probs.test_log_probs import TARGETS, VOCAB, Case, H, assert_near, make_case
 
 ALL = 1 << 20
 """Bytes enough for every block."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
-from test_model import build
 from torch import Tensor
 
 from gspo_megatron.mcore.experts import WholeExperts
 from gspo_megatron.testing.local_ranks import run_distributed
+from tests.mcore.test_model import build
 
 H = 16
 

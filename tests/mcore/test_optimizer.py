@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from test_sampler import open_sampler
 from torch import Tensor
 
 from gspo_megatron.base.batches import MicroBatch, Sequence, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.data.packing import build_micro_batch
 from gspo_megatron.testing.local_ranks import run_distributed
+from tests.mcore.test_sampler import open_sampler
 
 
 def decayed(distributed: bool) -> dict[str, tuple[int, bool]]:

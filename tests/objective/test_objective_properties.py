@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_objective import ROWS, gradients, reduced
 
 from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.objective import VARIANTS, PolicyObjective, Segments, group_advantages
+from tests.objective.test_objective import ROWS, gradients, reduced
 from tests.support import oracles as oracles
 from tests.support.context_parts import in_parts
 
