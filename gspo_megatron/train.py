@@ -2,7 +2,8 @@
 
 Settings are read, completed and checked, then the parts of the run are assembled and the trainer runs. Without
 torchrun the same command runs on one process. Exit status: 0 done; 2 settings, data or a checkpoint cannot work; 70 a
-guard stopped the run; 75 saved and stopped on request: start again to continue.
+guard stopped the run; 75 saved and stopped on request: start again to continue; 130 Ctrl-C before there was anything to
+save, or twice.
 """
 
 from __future__ import annotations
@@ -14,32 +15,36 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError
 from gspo_megatron.build.inputs import Inputs, settle
 from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
-from gspo_megatron.checkpoint.names import CHECKPOINTS
+from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.loading import load_config, replaced, to_yaml
 from gspo_megatron.config.sections import Config
-from gspo_megatron.device import Device, open_device
+from gspo_megatron.device import Device, open_device, torchrun
 from gspo_megatron.layout.memory import describe_plan
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
-from gspo_megatron.run.stop import REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
+from gspo_megatron.run.stop import QUIT, REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
 from gspo_megatron.run.trainer import Trainer
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
+EXAMPLE = """example, two processes on this machine:
+  torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml train.steps=20
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    options = parsed(argv)
     # Megatron-Core warns about every missing optional package; our own choices are printed by the run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
+        options = parsed(argv)
         config = load_config(options.config, options.overrides)
         # A dry run needs no device: a laptop can print the plan of a cluster.
         device = open_device("cpu" if options.dry_run else config.precision.device, config.precision.dtype)
@@ -53,25 +58,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(describe_plan(inputs.config, inputs.layout, with_reference=needs_reference))
             return 0
         c = inputs.config.checkpoint
-        stop = StopRequest(exit_after_s=c.exit_after_s, grace_s=c.grace_s)
+        stop = StopRequest(
+            exit_after_s=c.exit_after_s, grace_s=c.grace_s, forwarded=torchrun.launched(), say=console.say
+        )
         with opened(inputs, device, console, stop) as trainer:
             if trainer.run():
                 return 0
-            console.say(
-                f"stopped after {describe(trainer.position)} ({stop.reason or 'another process was asked to stop'}); "
-                "checkpoint.load=latest continues"
-            )
-            return STOPPED
+            position = trainer.position
+        saved = Path(inputs.config.run.dir) / CHECKPOINTS / name_of(position)
+        message = f"stopped after {describe(position)}; saved in {saved}; the same command with checkpoint.load=latest"
+        message += f" continues ({stop.reason or 'another process was asked to stop'})"
+        console.say(message)
+        torchrun.leave_message(message)
+        return STOPPED
     except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        report(f"{type(error).__name__}: {error}")
         return REFUSED
     except GuardError as error:
-        print(f"GuardError: {error}", file=sys.stderr)
+        report(f"GuardError: {error}")
         return STOPPED_BY_GUARD
+    except KeyboardInterrupt:
+        report("interrupted before the run began; nothing was changed")
+        return QUIT
+
+
+def report(error: str) -> None:
+    """Says why the command ends: once for the processes of a node, and in torchrun's report."""
+    if torchrun.leave_message(error):
+        print(error, file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a usage error as every other: once, though each process of torchrun parses the same command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gspo_megatron.train", description=__doc__.split("\n\n")[0])
+    parser = Parser(
+        prog="gspo_megatron.train",
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file; docs/settings.md lists every section and key")
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit"
@@ -79,6 +109,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_intermixed_args(argv)
+    if options.config is None and not options.overrides:
+        parser.error("no settings: name a file with --config, or give overrides to train the demo's tiny model")
     if options.world_size is not None and not (options.dry_run and options.world_size > 0):
         parser.error("--world-size needs --dry-run and 1 or more processes; a run has those that torchrun starts")
     return options
@@ -135,9 +167,6 @@ def leave_status(status: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except SystemExit as usage:  # of the argument parser
-        status = int(usage.code or 0)
+    status = main()
     leave_status(status)
     sys.exit(status)

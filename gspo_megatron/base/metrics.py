@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -62,9 +63,9 @@ def on_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """total / weight for means (0 where the weight is 0), the total otherwise."""
+    """total / weight for means (NaN where there was nothing to average), the total otherwise."""
     return {
-        name: (float(m.total) / float(m.weight) if float(m.weight) else 0.0)
+        name: (float(m.total) / float(m.weight) if float(m.weight) else math.nan)
         if m.reduction == "mean"
         else float(m.total)
         for name, m in metrics.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from gspo_megatron.base.protocols import Checkpoints, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs
@@ -14,6 +15,7 @@ from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.collective import CollectiveSource
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards
+from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer
 from gspo_megatron.run.state import GuardState
 from gspo_megatron.run.trainer import Parts
@@ -64,6 +66,7 @@ def assemble(
         seed=config.run.seed,
     )
     watch = Guards(config, ranks, writer, console.warn, guards)
+    asked_by = Path(config.run.dir) / "save" if ranks.is_main else None
     return Parts(
         config=config,
         algorithm=algorithm,
@@ -78,6 +81,7 @@ def assemble(
         console=console,
         writer=writer,
         checkpoints=checkpoints,
+        save_request=SaveRequest(every_s=config.checkpoint.save_every_s, file=asked_by),
         stop=stop,
         note=note,
     )

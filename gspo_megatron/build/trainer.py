@@ -17,7 +17,7 @@ from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
-from gspo_megatron.run.resume import Continuation, describe
+from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
 
@@ -55,11 +55,13 @@ def open_trainer(
         continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
         for setting in continuation.changed:
             console.warn(f"continuing with a changed setting, {setting}")
-        if state:
-            console.say(f"continuing after {describe(state.position)}")
+        for message in continuation.messages(config):
+            console.say(message)
         writer = None
         if groups.is_main:
             writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
+            if writer.moved:
+                console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         parts = assemble(
             inputs,
             policy,

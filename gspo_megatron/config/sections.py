@@ -266,7 +266,14 @@ class TrainConfig:
 class CheckpointConfig:
     """When the run is saved, and where it resumes from."""
 
-    save_every: int = setting(0, "Steps between checkpoints. 0: after the last step only.", least=0)
+    save_every_s: float = setting(
+        600.0,
+        "Seconds between checkpoints, each written at the next safe point: between updates or steps. 0: off.",
+        least=0,
+    )
+    save_every: int = setting(
+        0, "Steps between checkpoints, besides those of save_every_s and after the last step. 0: off.", least=0
+    )
     keep: int = setting(2, "How many of the newest checkpoints to keep.", least=1)
     keep_every: int = setting(0, "Checkpoints of steps divisible by this are never deleted. 0: off.", least=0)
     load: str = setting(
@@ -279,7 +286,7 @@ class CheckpointConfig:
     )
     grace_s: float = setting(
         600.0,
-        "Seconds to save after SIGTERM or SIGUSR1; then the run prints all stacks and exits.",
+        "Seconds to save after SIGTERM, SIGINT or SIGUSR1; then the run prints all stacks and exits.",
         above=0,
     )
 

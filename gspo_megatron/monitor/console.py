@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -48,7 +49,7 @@ class Console:
         left = (time.perf_counter() - self._started) / done * (steps - row["step"])
         self.say(
             f"step {row['step']}/{steps}  reward {row['reward/mean']:.3f}  accuracy {row['accuracy']:.1%}  "
-            f"clip {row['clip_fraction']:.1%}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} "
+            f"clip {_percent(row['clip_fraction'])}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} "
             f"left{held_out}"
         )
 
@@ -70,8 +71,13 @@ class Console:
         self.print(table)
 
 
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
 def _mean(rows: list[dict[str, Any]], key: str) -> str:
-    return f"{sum(row[key] for row in rows) / len(rows):.3f}"
+    known = [row[key] for row in rows if not math.isnan(row[key])]
+    return f"{sum(known) / len(known):.3f}" if known else "-"
 
 
 def _duration(seconds: float) -> str:

@@ -23,18 +23,23 @@ class RunWriter:
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
+        moved = []
         if fresh:
             # Neither its rollouts nor its newest checkpoint may be taken for this run's.
             for old in (run_dir / "rollouts", run_dir / "guards", run_dir / "checkpoints"):
                 if old.exists() and any(old.iterdir()):
-                    _move_aside(old)
-        return cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
+                    moved.append(f"its {old.name}/ is now {_move_aside(old).name}/")
+        writer = cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
+        writer.moved = [*moved, *writer.moved]
+        return writer
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
         """Rows of `first_step` and later are moved to metrics.replaced.jsonl."""
         self.run_dir = run_dir
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
+        self.moved: list[str] = []
+        """What an earlier run left and where it is now, for the user."""
         self._move_rows_aside(first_step)
         self._board = None
         if tensorboard:
@@ -52,6 +57,7 @@ class RunWriter:
         if replaced:
             with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
                 aside.writelines(replaced)
+            self.moved.append(f"{len(replaced)} rows of its metrics are now in metrics.replaced.jsonl")
         fresh = self._path.with_suffix(".tmp")
         with fresh.open("w") as file:
             file.writelines(kept)
@@ -93,12 +99,13 @@ def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _move_aside(path: Path) -> None:
-    """Renames `path` to `NAME.replaced_1`, or the next free number: nothing is lost."""
+def _move_aside(path: Path) -> Path:
+    """Renames `path` to `NAME.replaced_1`, or the next free number: nothing is lost. Returns the new path."""
     number = 1
     while (aside := path.with_name(f"{path.name}.replaced_{number}")).exists():
         number += 1
     os.replace(path, aside)
+    return aside
 
 
 def _step_of(row: str) -> float:

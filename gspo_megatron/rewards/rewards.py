@@ -72,7 +72,7 @@ class Rewards:
         for name, function in self._functions.items():
             try:
                 terms[name] = _call(function, rollout)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # sys.exit in a reward must not end the run as done
                 terms[name] = math.nan if self._stop else 0.0
                 errors.append(f"reward {name!r} failed: {type(error).__name__}: {error}")
         total = sum(weight * terms[name] for name, weight in self._weights.items())
@@ -127,7 +127,7 @@ def find_reward(name: str) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module), attribute)
         inspect.signature(function).bind(prompt="", response="", answer="")
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a __main__ guard exits when it is imported
         raise ConfigError(
             f"reward {name!r} cannot be used ({type(error).__name__}: {error}); expected a function "
             "f(prompt, response, answer) in a module that Python can import from the working folder"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,19 @@ class Continuation:
     def first_step(self) -> int:
         """The first step whose row of metrics is still to be written."""
         return self.state.position.steps + 1 if self.state and self.state.began else 0
+
+    def messages(self, config: Config) -> Iterator[str]:
+        """What the user is told of the start."""
+        load, steps = config.checkpoint.load, config.train.steps
+        if self.state is None and load == "latest":
+            yield (
+                f"checkpoint.load=latest: nothing was saved in {Path(config.run.dir) / CHECKPOINTS}, so the run starts "
+                "from the beginning"
+            )
+        if self.state:
+            yield f"continuing after {describe(self.state.position)}"
+            if self.state.position.steps >= steps:
+                yield f"train.steps={steps} are done: nothing is left to train; a larger train.steps continues the run"
 
     @property
     def fresh(self) -> bool:

@@ -154,5 +154,5 @@ def ratio_noise(first_update: dict[str, Metric]) -> dict[str, Metric]:
     if "ratio/min" not in first_update:
         return {}
     low, high = float(first_update["ratio/min"].total), float(first_update["ratio/max"].total)
-    # 0 where no sequence has a gradient.
-    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1, 0.0), reduction="max")}
+    # -inf, the least of all, where no sequence has a gradient.
+    return {"ratio/first_update_noise": Metric(max(1 - low, high - 1), reduction="max")}

@@ -1,6 +1,7 @@
 """Stopping on request: a signal or a time limit sets a flag; the run saves at its next safe point and exits.
 
     SIGTERM, SIGUSR1          what schedulers send before a time limit or a preemption
+    SIGINT                    Ctrl-C; a second one quits at once, without saving
     checkpoint.exit_after_s   seconds after the start of the process
 
 A run that does not reach a safe point within the grace period, for example in a collective that hangs, prints every
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 STOPPED = 75
 """Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): start again to continue."""
@@ -22,7 +24,9 @@ STOPPED_BY_GUARD = 70
 """Exit status of a run that a guard stopped (EX_SOFTWARE): a person has to look into it."""
 REFUSED = 2
 """Exit status for settings, prompts or a checkpoint that cannot work."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+QUIT = 130
+"""Exit status after a second Ctrl-C: 128 + SIGINT, as shells have it."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 URGENT_S = 30.0
@@ -37,10 +41,19 @@ class StopRequest:
     Args:
         exit_after_s: seconds from now until it is set; 0: never.
         grace_s: seconds from a signal until every thread's stack is printed and the process exits with status 1.
+        forwarded: whether a launcher hands on what it gets, so that one Ctrl-C arrives twice.
+        say: called with a line for the user when the first signal arrives.
     """
 
-    def __init__(self, *, exit_after_s: float = 0.0, grace_s: float = 600.0) -> None:
-        self.reason = ""
+    def __init__(
+        self,
+        *,
+        exit_after_s: float = 0.0,
+        grace_s: float = 600.0,
+        forwarded: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.reason, self._forwarded, self._say = "", forwarded, say
         self._grace_s, self._exit_after_s = grace_s, exit_after_s
         self._deadline = time.monotonic() + exit_after_s if exit_after_s > 0 else None
         self._first_signal: float | None = None
@@ -65,7 +78,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
+            # A run that was asked to stop is on its way out: a further signal must not take its exit status.
+            signal.signal(number, signal.SIG_IGN if self.reason else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe_in)
         self._thread.join()
@@ -81,6 +95,11 @@ class StopRequest:
         now = time.monotonic()
         if self._first_signal is None:
             self.reason, self._first_signal, left_s = name, now, self._grace_s
+            again = "; Ctrl-C again quits without saving" if name == "SIGINT" else ""
+            self._say(f"{name}: saving at the next safe point, then exiting{again}")
+        elif name == "SIGINT" and now - self._first_signal >= (SAME_S if self._forwarded else 0):
+            print("SIGINT again: quitting without saving", file=sys.stderr, flush=True)
+            os._exit(QUIT)
         elif now - self._first_signal < SAME_S:
             return
         else:

@@ -30,12 +30,15 @@ from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards, rows_of
 from gspo_megatron.run.learning_rate import LearningRate
 from gspo_megatron.run.resume import Continuation
+from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer, PolicyLoss
 from gspo_megatron.run.state import RunState, SavedStep
 from gspo_megatron.run.step_state import StepState, rollout_row
 from gspo_megatron.run.warm_start import WarmStart
 
 START = Position(0, 0, 0)
+FLAT_STEPS_A_WARNING = 20
+"""Of steps in a row without a policy gradient, the first is warned of, and every one of this number."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Parts:
 
     Attributes:
         accuracy: 1 for a correct rollout, else 0.
+        save_request: looked at in safe points; where it is set on any process, the run saves and goes on.
         stop: called at safe points; True stops the run.
         note: called with where in the run this process is.
     """
@@ -61,6 +65,7 @@ class Parts:
     console: Console
     writer: RunWriter | None
     checkpoints: Checkpoints | None
+    save_request: SaveRequest
     stop: Callable[[], bool]
     note: Callable[[str], None]
 
@@ -75,6 +80,8 @@ class Trainer:
         t = self.config.train
         self.learning_rate = LearningRate(self.config.optimizer, t.steps * self.algorithm.updates_per_rollout)
         self.clock, self.pause_s = Clock(), 0.0
+        self.flat_steps = 0
+        """Steps in a row, up to the last one, in which no group had rewards that differ."""
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
         self.step_state: StepState | None = None
@@ -138,10 +145,18 @@ class Trainer:
         return Position(self.warm_updates, self.completed_steps, updates)
 
     def safe_point(self) -> None:
-        """Completes a save in the background; raises StopRequested on all processes if one was asked to stop."""
+        """Completes a save in the background, and does what any process was asked to do: save, or stop.
+
+        Raises:
+            StopRequested: one was asked to stop. Raised on all processes.
+        """
         self.complete_save()
-        if self.ranks.any_rank(self.parts.stop()):
-            raise StopRequested
+        stop, save = self.parts.stop(), self.parts.save_request.is_set()
+        # Nearly always neither: one exchange tells.
+        if self.ranks.any_rank(stop or save):
+            if self.ranks.any_rank(stop):
+                raise StopRequested
+            self.save(wait=not self.config.checkpoint.asynchronous)
 
     def complete_save(self) -> None:
         """Completes a save in the background, if its files are written."""
@@ -166,6 +181,7 @@ class Trainer:
             )
             checkpoints.save(self.position, state, wait=wait)
             self.saved = self.position
+        self.parts.save_request.saved()
         if wait:
             checkpoints.finish()
         self.pause_s = time.perf_counter() - start
@@ -192,7 +208,12 @@ class Trainer:
         """1. Rollout groups with their rewards, the same on every process."""
         self.note(f"step {number}, sampling")
         with self.clock.timed("rollout"):
-            groups = self.parts.source.groups(number)
+            try:
+                groups = self.parts.source.groups(number)
+            except DataError:
+                # A prompt or a reward, found on all processes together. The policy is as good as before.
+                self.save(wait=True)
+                raise
         self.complete_save()
         return groups
 
@@ -243,11 +264,13 @@ class Trainer:
         """The step's row of metrics.jsonl. Writes its rollouts, too."""
         of_rollouts = step.metrics(self.parts.accuracy)
         row = {"step": step.number, **metrics, "kl/ref": metrics.get("kl/ref"), **of_rollouts}
-        if row["groups/zero_variance_fraction"] == 1:
+        self.flat_steps = self.flat_steps + 1 if row["groups/zero_variance_fraction"] == 1 else 0
+        if self.flat_steps == 1 or (self.flat_steps and self.flat_steps % FLAT_STEPS_A_WARNING == 0):
+            so_far = f", as in the {self.flat_steps - 1} steps before" if self.flat_steps > 1 else ""
             self.parts.console.warn(
                 f"step {step.number}: within each of the {len(step.groups)} groups all rewards are equal (in the first "
-                f"group {step.rollouts[0].reward:g}), so every advantage is 0 and there is no policy gradient; use "
-                "easier or harder prompts, a larger rollout.group_size or a finer-grained reward"
+                f"group {step.rollouts[0].reward:g}){so_far}, so every advantage is 0 and there is no policy gradient; "
+                "use easier or harder prompts, a larger rollout.group_size or a finer-grained reward"
             )
         if self.parts.writer:
             kept = self.config.logging.rollouts_per_step

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,18 @@ def test_a_reward_that_cannot_be_found_or_called(user_module: None, name: str, m
 def test_reward_settings_that_cannot_work(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rewards(**arguments)
+
+
+def exits(*, prompt: str, response: str, answer: str) -> float:
+    sys.exit(0)
+
+
+def test_a_reward_that_exits_is_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sys.exit(0) in a reward, or at the end of its module, must not end the run as done."""
+    rewards = Rewards({f"{__name__}:exits": 1.0}, None, "count")
+    (score,) = rewards.score([rollout("a", "a")])
+    assert score.reward == 0 and "SystemExit: 0" in score.error
+    (tmp_path / "a_script.py").write_text("import sys\n\ndef f(prompt, response, answer): ...\n\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'a_script:f' cannot be used \(SystemExit: 0\)"):
+        find_reward("a_script:f")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,11 @@ from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
+from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation, changed_settings
 from gspo_megatron.run.state import GuardState, RunState, SavedStep
+from gspo_megatron.testing.fakes import Shelf, config_of, trainer_of
 
 
 def state_of(config: Config) -> RunState:
@@ -77,3 +80,35 @@ def test_a_reference_that_was_never_frozen_is_missed() -> None:
     with pytest.raises(CheckpointError, match=r"no reference policy.*set algorithm.kl_coef=0"):
         Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
     assert Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True).state is not None
+
+
+def test_the_start_of_a_run_says_what_it_starts_from(tmp_path: Path) -> None:
+    def messages(state: RunState | None, *overrides: str) -> list[str]:
+        config = config_of(f"run.dir={tmp_path}", *overrides)
+        return list(Continuation(state).messages(config))
+
+    shelf = Shelf()
+    trainer_of(config_of("train.steps=3"), checkpoints=shelf).run()
+    saved = shelf.saved[-1][1]
+    assert messages(None) == []
+    assert messages(None, "checkpoint.load=latest") == [
+        f"checkpoint.load=latest: nothing was saved in {tmp_path}/checkpoints, so the run starts from the beginning"
+    ]
+    assert messages(saved, "train.steps=4") == ["continuing after step 3"]
+    (_, done) = messages(saved, "train.steps=3", "checkpoint.load=latest")
+    assert done == "train.steps=3 are done: nothing is left to train; a larger train.steps continues the run"
+
+
+def test_what_an_earlier_run_left_is_named_with_its_new_place(tmp_path: Path) -> None:
+    config = config_of(f"run.dir={tmp_path}", "train.steps=2", "logging.tensorboard=false")
+
+    def opened(first_step: int, fresh: bool) -> list[str]:
+        writer = RunWriter.of_run(config, first_step=first_step, fresh=fresh)
+        trainer_of(config, writer=writer).run()
+        return writer.moved
+
+    assert opened(0, True) == []
+    assert opened(0, True) == [
+        "its rollouts/ is now rollouts.replaced_1/",
+        "3 rows of its metrics are now in metrics.replaced.jsonl",
+    ]

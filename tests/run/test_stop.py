@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.run.stop import SAME_S, StopRequest
+from gspo_megatron.run.stop import QUIT, SAME_S, SIGNALS, StopRequest
 from gspo_megatron.testing.time_limits import time_factor
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +35,7 @@ from gspo_megatron.run.stop import StopRequest
     return started
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals) -> None:
     child = process(
         """
@@ -44,12 +43,13 @@ def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals
             print("ready", flush=True)
             while not stop_request.is_set():
                 time.sleep(0.01)
-        print(stop_request.reason, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)  # too late to take the exit status
+        print(stop_request.reason)
         """
     )
     child.send_signal(number)
     out, err = child.communicate(timeout=20 * time_factor())
-    assert (child.returncode, out, err) == (0, f"{number.name} True\n", "")
+    assert (child.returncode, out, err) == (0, f"{number.name}\n", "")
 
 
 def test_signals_that_come_together_are_one() -> None:
@@ -120,13 +120,29 @@ def test_the_clock() -> None:
         assert not stop_request.is_set()
 
 
-def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+def test_handlers_are_given_back_where_nobody_asked() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
     for _ in range(3):
-        with StopRequest() as stop_request:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            deadline = time.monotonic() + SAME_S * time_factor()
-            while not stop_request.is_set() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert stop_request.reason == "SIGUSR1"
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+        with StopRequest():
+            assert all(signal.getsignal(number) not in before for number in SIGNALS)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_ctrl_c_quits_at_once() -> None:
+    """The main thread hangs. Under torchrun, one Ctrl-C arrives twice: from the terminal and from torchrun."""
+    for forwarded, status in ((False, QUIT), (True, 0)):
+        child = process(
+            f"""
+            with StopRequest(forwarded={forwarded}, say=lambda line: print(line, flush=True)) as asked:
+                print("ready", flush=True)
+                while not asked.is_set():
+                    time.sleep(0.01)
+                time.sleep(2 if {forwarded} else 600)
+            """
+        )
+        child.send_signal(signal.SIGINT)
+        assert child.stdout and child.stdout.readline().endswith("Ctrl-C again quits without saving\n")
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=20 * time_factor())
+        assert child.returncode == status
+        assert err == ("" if forwarded else "SIGINT again: quitting without saving\n")

@@ -1,0 +1,37 @@
+"""Saving on request and by the clock: the run saves at its next safe point and goes on.
+
+checkpoint.save_every_s   seconds since the last save
+touch RUN/save            now; the file is deleted once the run has saved
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+class SaveRequest:
+    """Whether a save is due. The main process asks its clock and its disk; on the others nothing is ever due.
+
+    Args:
+        every_s: seconds between saves; 0: not by the clock.
+        file: its existence asks for a save. None: this process does not look.
+    """
+
+    def __init__(self, *, every_s: float, file: Path | None) -> None:
+        self._every_s, self._file = every_s, file
+        self._saved_at = time.monotonic()
+
+    def is_set(self) -> bool:
+        if self._file is None:
+            return False
+        by_clock = 0 < self._every_s <= time.monotonic() - self._saved_at
+        return by_clock or self._file.exists()
+
+    def saved(self) -> None:
+        """The run has just been saved: starts the clock anew and deletes the file."""
+        self._saved_at = time.monotonic()
+        if self._file is not None:
+            with suppress(FileNotFoundError):
+                self._file.unlink()
