@@ -43,7 +43,7 @@ def open_trainer(
     use_te = wants_transformer_engine(config, device)
     device.start_processes(config.parallel.timeout_s)
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
-        groups = Groups(inputs.layout, device.torch_device)
+        groups = Groups(inputs.layout, device.torch_device, config.parallel.timeout_s)
         compat.apply_patches(device.on_cpu)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)

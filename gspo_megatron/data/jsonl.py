@@ -121,7 +121,15 @@ def text_field(record: dict[str, Any], name: str, place: str) -> str:
     value = record[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: field {name!r} is {json.dumps(value)[:60]}; expected text or a number")
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field {name!r} has half a surrogate pair, {text[error.start]!a}, which is not text; remove "
+            "it, or write the whole character"
+        ) from error
+    return text
 
 
 def _fill(template: str, prompt_field: str, record: dict[str, Any], place: str) -> str:

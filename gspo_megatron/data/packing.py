@@ -7,6 +7,7 @@ S sequences of a micro-batch, T packed tokens (padding included), R trained toke
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -96,7 +97,7 @@ def plan_micro_batches(
         )
     longest_first = sorted(range(len(padded)), key=padded.__getitem__, reverse=True)
     shares = _spread(longest_first, [cost(length) for length in padded], dp_size)
-    fewest = max(1, *(math.ceil(sum(padded[i] for i in share) / max_tokens) for share in shares))
+    fewest = max(1, *(_fewest([padded[i] for i in share], max_tokens) for share in shares))
     counts = itertools.count(_round_up(fewest, rules.count_multiple), rules.count_multiple)
     plans = ([_spread(share, padded, count) for share in shares] for count in counts)
     return next(
@@ -206,16 +207,27 @@ def zigzag(lengths: Seq[int], rank: int, size: int) -> Tensor:
     return torch.cat([torch.cat([chunk[rank], chunk[-1 - rank]]) for chunk in chunks])
 
 
+def _fewest(lengths: Seq[int], max_tokens: int) -> int:
+    """A lower bound on the micro-batches that hold `lengths`: by their sum, and for every k because at most k
+    sequences longer than max_tokens / (k + 1) fit together. Where the bound falls short, the search for the right
+    number is one by one and takes long."""
+    bound, longest_first = math.ceil(sum(lengths) / max_tokens), sorted(lengths, reverse=True)
+    for count, length in enumerate(longest_first, start=1):
+        together = max_tokens // length
+        bound = max(bound, math.ceil(count / together))
+    return bound
+
+
 def _spread(items: Seq[int], weight: Seq[float], parts: int) -> list[list[int]]:
     """Heaviest first (in the order of `items` where equal), each item goes to the part that is lightest so far. Returns
     the parts, heaviest first."""
     members: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0.0] * parts
+    loads = [(0.0, part) for part in range(parts)]  # a heap: the first is the lightest, of equals the lowest part
     for item in sorted(items, key=weight.__getitem__, reverse=True):
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
         members[lightest].append(item)
-        loads[lightest] += weight[item]
-    return [members[part] for part in sorted(range(parts), key=loads.__getitem__, reverse=True)]
+        heapq.heapreplace(loads, (load + weight[item], lightest))
+    return [members[part] for _, part in sorted(loads, key=lambda at: (-at[0], at[1]))]
 
 
 def _round_up(number: int, multiple: int) -> int:

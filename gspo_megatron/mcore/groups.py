@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from gspo_megatron.config.sections import ParallelConfig
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.mcore.context_parallel import SumOverRanks
 
@@ -16,9 +17,12 @@ Number = TypeVar("Number", int, float)
 
 
 class Groups:
-    """The process groups of one layout (`Ranks` of base/protocols.py). Rank order: tp fastest, then cp, dp, pp."""
+    """The process groups of one layout (`Ranks` of base/protocols.py). Rank order: tp fastest, then cp, dp, pp.
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    `timeout_s`: how long a collective of any of them may wait for a rank.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, timeout_s: float = ParallelConfig().timeout_s) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -27,6 +31,7 @@ class Groups:
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.etp,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_s / 60,
         )
         self.layout, self.device = layout, device
         self.collection = ProcessGroupCollection.use_mpu_process_groups()

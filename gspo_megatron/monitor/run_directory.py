@@ -22,7 +22,7 @@ class RunWriter:
         that got further, are moved aside; with `fresh`, so is everything that an earlier run left."""
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         moved = []
         if fresh:
             # Neither its rollouts nor its newest checkpoint may be taken for this run's.
@@ -68,7 +68,7 @@ class RunWriter:
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one row; `step` is its key. A non-finite number becomes null, as JSON has none."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             # The checkpoint of this step will survive a power cut; so must its row.
             file.flush()
@@ -94,9 +94,19 @@ class RunWriter:
 
 
 def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_json_line(row))
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """Readable in any language; escaped where the text cannot be UTF-8, as a reward's message may be."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
 
 
 def _move_aside(path: Path) -> Path:

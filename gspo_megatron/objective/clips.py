@@ -46,12 +46,16 @@ class PpoClip(Clip):
 
     def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
         ratio_R = capped(level(log_ratio_R)).exp()
-        clipped_ratio_R = ratio_R.clamp(1 - self.low, 1 + self.high)
+        low_R = (ratio_R < 1 - self.low) & (advantages_R < 0)
+        high_R = (ratio_R > 1 + self.high) & (advantages_R > 0)
+        # min() by the decision. torch.minimum halves the gradient where both products round to the same number, which
+        # happens on the open side of a bound, within an ulp or two of it.
+        bounded_R = ratio_R.detach().clamp(1 - self.low, 1 + self.high)
         return Surrogate(
-            terms_R=torch.minimum(ratio_R * advantages_R, clipped_ratio_R * advantages_R),
+            terms_R=torch.where(low_R | high_R, bounded_R, ratio_R) * advantages_R,
             ratio_R=ratio_R,
-            clipped_low_R=(ratio_R < 1 - self.low) & (advantages_R < 0),
-            clipped_high_R=(ratio_R > 1 + self.high) & (advantages_R > 0),
+            clipped_low_R=low_R,
+            clipped_high_R=high_R,
         )
 
     @property

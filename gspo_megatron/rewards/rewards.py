@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from gspo_megatron.base.batches import Rollout
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
 from gspo_megatron.rewards.rules import REWARDS, RewardFunction
+from gspo_megatron.rewards.user_code import contained
 
 LISTED_ERRORS = 3
 
@@ -85,7 +86,9 @@ class Rewards:
 
 def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
     """Fills `reward`, `reward_terms` and `reward_error` of the rollouts in place."""
-    for rollout, score in zip(rollouts, reward.score(rollouts), strict=True):
+    with contained():
+        scores = reward.score(rollouts)
+    for rollout, score in zip(rollouts, scores, strict=True):
         rollout.reward, rollout.reward_terms, rollout.reward_error = score
 
 
@@ -125,7 +128,8 @@ def find_reward(name: str) -> RewardFunction:
             "and your own as 'module:function', called with prompt=, response=, answer="
         )
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        with contained():
+            function = getattr(importlib.import_module(module), attribute)
         inspect.signature(function).bind(prompt="", response="", answer="")
     except (Exception, SystemExit) as error:  # a script without a __main__ guard exits when it is imported
         raise ConfigError(

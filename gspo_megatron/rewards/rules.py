@@ -11,8 +11,7 @@ RewardFunction = Callable[..., float]
 
 
 NUMBER = re.compile(r"([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
-
-
+SIGNED_ALONE = re.compile(r"((?<![0-9])[-+]|)" + NUMBER.pattern.partition(")")[2])
 MARKER = "####"
 
 
@@ -33,6 +32,30 @@ def final_number(*, prompt: str, response: str, answer: str) -> float:
     if expected is None:
         raise ValueError(f"the answer {answer[-60:]!r} is not a number and does not end in '{MARKER} number'")
     return float(_marked_number(response) == expected)
+
+
+def last_number(*, prompt: str, response: str, answer: str) -> float:
+    """1 when the last number of the response, wherever it stands, equals that of the answer (`The answer is 12.`).
+
+    Raises:
+        ValueError: an answer without a number.
+    """
+    expected = _last_number(answer)
+    if expected is None:
+        raise ValueError(f"the answer {answer[-60:]!r} has no number")
+    return float(_last_number(response) == expected)
+
+
+def boxed(*, prompt: str, response: str, answer: str) -> float:
+    r"""1 when the response's last `\boxed{...}` holds the answer: the same number, or the same text but for white
+    space. The answer may be boxed itself."""
+    found, expected = _boxed(response), _boxed(answer) or answer
+    if found is None:
+        return 0.0
+    numbers = [NUMBER.fullmatch(text.strip()) for text in (found, expected)]
+    if numbers[0] and numbers[1]:
+        return float(_decimal(numbers[0]) == _decimal(numbers[1]))
+    return float("".join(found.split()) == "".join(expected.split()))
 
 
 def answer_format(*, prompt: str, response: str, answer: str) -> float:
@@ -64,6 +87,8 @@ def countdown(*, prompt: str, response: str, answer: str) -> float:
 REWARDS: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "final_number": final_number,
+    "last_number": last_number,
+    "boxed": boxed,
     "format": answer_format,
     "countdown": countdown,
 }
@@ -73,4 +98,25 @@ def _marked_number(text: str) -> Decimal | None:
     """The number that fills the rest of the line after the last marker: `72`, `-1,200.50`, `$5.`"""
     _, marker, tail = text.rpartition(MARKER)
     number = NUMBER.fullmatch(tail.partition("\n")[0].strip())
-    return Decimal(number[1] + number[2].replace(",", "")) if marker and number else None
+    return _decimal(number) if marker and number else None
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The sign of `5-3` is a minus between two numbers."""
+    numbers = list(SIGNED_ALONE.finditer(text))
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds, with braces inside it balanced; None without one that is closed."""
+    _, marker, tail = text.rpartition(r"\boxed{")
+    depth = 1
+    for i, character in enumerate(tail if marker else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return tail[:i]
+    return None
+
+
+def _decimal(number: re.Match[str]) -> Decimal:
+    return Decimal(number[1] + number[2].replace(",", ""))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from gspo_megatron.base.batches import IGNORED, MicroBatch, PackingRules, Sequence
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.data import packing
 from gspo_megatron.data.packing import build_micro_batch, pack, plan_micro_batches, zigzag
 
 PAD = 99
@@ -367,3 +369,27 @@ def test_context_parallel_parts_make_up_the_whole(packing: tuple[list[Sequence],
                         assert target in sequences[part.index[number]].tokens.tolist()
             pairs = {int((part.positions_T + 1).sum()) for part in parts}
             assert len(pairs) == 1, f"work differs: {pairs}"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 64), max_size=40), st.integers(1, 3), st.sampled_from([1, 2]))
+def test_the_search_for_a_count_may_start_at_its_bound(lengths: list[int], dp_size: int, multiple: int) -> None:
+    """The plan is that of a search from 1."""
+    rules = PackingRules(count_multiple=multiple)
+    plan = plan_micro_batches(lengths, dp_size, 64, rules=rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_fewest", lambda lengths, max_tokens: 1)
+        assert plan_micro_batches(lengths, dp_size, 64, rules=rules) == plan
+
+
+@pytest.mark.parametrize("length", [33, 22, 17, 64, 3])
+def test_planning_does_not_grow_faster_than_the_sequences(length: int) -> None:
+    """Sequences just above a half, a third or a quarter of a micro-batch: one by one, the right count was far off."""
+
+    def seconds(num_sequences: int) -> float:
+        start = time.process_time()
+        plan_micro_batches([length] * num_sequences, 1, 64)
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(16 * 512) < 20 * 3 * max(seconds(512), 1e-3)

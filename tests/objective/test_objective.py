@@ -476,3 +476,20 @@ def test_warnings():
     for name in ("gspo", "gspo_token"):
         (warning,) = resolve_variant(name, clip_low=0.2, clip_high=0.2).warnings()
         assert "clip_low=0.2, clip_high=0.2" in warning and "clip_low=3e-4, clip_high=4e-4" in warning
+
+
+@pytest.mark.parametrize("bound", [1 - 0.03, 1 + 0.04])
+def test_near_a_bound_a_gradient_is_whole_or_none(bound: float) -> None:
+    """Within an ulp or two of a bound both products of min() may round to one number, on the open side too. There
+    torch.minimum would halve the gradient."""
+    # The steps of a logarithm are finer than those of its ratio, which so takes every value around the bound.
+    log_R = (math.log(bound) + torch.arange(-60, 61, dtype=torch.float64) * 2e-8).float().requires_grad_()
+    for advantage in (sign * (0.5 + i / 64) for sign in (1, -1) for i in range(64)):
+        surrogate = PpoClip(low=0.03, high=0.04).surrogate(log_R, torch.full_like(log_R, advantage), lambda x: x)
+        (gradient_R,) = torch.autograd.grad(surrogate.terms_R.sum(), log_R)
+        clipped_R = surrogate.clipped_low_R | surrogate.clipped_high_R
+        assert len(set(surrogate.ratio_R.tolist())) >= 8
+        expected_R = torch.where(clipped_R, 0.0, surrogate.ratio_R.detach() * advantage)
+        assert torch.allclose(gradient_R, expected_R, rtol=1e-6, atol=0), advantage
+        bounded_R = surrogate.ratio_R.clamp(1 - 0.03, 1 + 0.04)
+        assert torch.equal(surrogate.terms_R, torch.minimum(surrogate.ratio_R * advantage, bounded_R * advantage))

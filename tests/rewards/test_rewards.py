@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
@@ -78,6 +80,45 @@ def test_final_number(response: str, answer: str, reward: float) -> None:
 def test_final_number_needs_an_answer_with_a_number(answer: str) -> None:
     with pytest.raises(ValueError, match="is not a number"):
         judge("final_number", "#### 7", answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("The answer is 12.", "#### 12", 1),
+        ("3 + 4 = 7, so $1,200.50", "1200.5", 1),
+        ("It is -3", "-3", 1),
+        ("so x=-3", "-3", 1),
+        ("from 5-3", "3", 1),
+        ("12, or 13", "12", 0),
+        ("no idea", "12", 0),
+        ("", "12", 0),
+    ],
+)
+def test_last_number(response: str, answer: str, reward: float) -> None:
+    assert judge("last_number", response, answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        (r"so \boxed{12}", "12", 1),
+        (r"\boxed{1,200.0}", "1200", 1),
+        (r"\boxed{\frac{1}{2}} at last", r"\frac{1}{2}", 1),
+        (r"\boxed{ \frac{1} {2} }", r"\boxed{\frac{1}{2}}", 1),
+        (r"\boxed{3} or \boxed{4}", "3", 0),
+        (r"\boxed{12", "12", 0),
+        ("12", "12", 0),
+        ("", "12", 0),
+    ],
+)
+def test_boxed(response: str, answer: str, reward: float) -> None:
+    assert judge("boxed", response, answer) == reward
+
+
+def test_last_number_needs_an_answer_with_a_number() -> None:
+    with pytest.raises(ValueError, match="has no number"):
+        judge("last_number", "7", "seven")
 
 
 @pytest.mark.parametrize(
@@ -238,3 +279,23 @@ def test_a_reward_that_exits_is_a_reward_that_fails(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'a_script:f' cannot be used \(SystemExit: 0\)"):
         find_reward("a_script:f")
+
+
+def careless(*, prompt: str, response: str, answer: str) -> float:
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    os.chdir("/")
+    raise KeyError("and then fails")
+
+
+def test_what_a_reward_changes_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients, or in another folder, a run would go on and do the wrong thing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "careless_module.py").write_text(
+        "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+        "def f(prompt, response, answer): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    score_rollouts(Rewards({f"{__name__}:careless": 1.0}, None, "count"), [rollout("a", "a")])
+    find_reward("careless_module:f")
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and Path.cwd() == tmp_path

@@ -503,7 +503,9 @@ def test_a_step_under_way_goes_on_with_other_ranks() -> None:
 @pytest.mark.parametrize("function", ["constant", "nearly_constant"])
 def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
     """`nearly_constant` differs by 1e-8, far below six digits of a metric, but not of itself: it does teach."""
-    trainer, rows = run(f"reward.functions={{{HERE}:{function}: 1}}", f"train.steps={41 if function == 'constant' else 2}")
+    trainer, rows = run(
+        f"reward.functions={{{HERE}:{function}: 1}}", f"train.steps={41 if function == 'constant' else 2}"
+    )
     before = TablePolicy(OneRank()).logits_VV
     if function == "constant":
         assert {row["groups/zero_variance_fraction"] for row in rows[1:]} == {1.0}

@@ -1,0 +1,26 @@
+"""What a user's reward changes in its process stays with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """On leaving, torch's grad mode and default dtype and the working folder are what they were.
+
+    Code that loads a reward model often turns gradients off for the whole process, after which an update would change
+    nothing; code that runs programs changes the folder, and relative paths of the run would lead elsewhere. Random
+    number generators are left alone: their state belongs to the run and is saved with it.
+    """
+    grad_mode, dtype, folder = torch.is_grad_enabled(), torch.get_default_dtype(), os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad_mode)
+        torch.set_default_dtype(dtype)
+        os.chdir(folder)
