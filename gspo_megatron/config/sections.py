@@ -319,6 +319,9 @@ class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
     tensorboard: bool = setting(True, "Write TensorBoard events.")
+    console_every: int = setting(
+        1, "Steps between printed lines. Evaluations and the last step are always printed.", least=1
+    )
     rollouts_per_step: int = setting(16, "Rollouts written to rollouts/step_*.jsonl. -1: all.", least=-1)
 
 

@@ -10,6 +10,16 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
+WIDE = 140
+"""Columns of a terminal with room for ON_WIDE."""
+ON_WIDE = {
+    # printed as: metric
+    "entropy": "entropy",
+    "length": "response_length/mean",
+    "gradient": "grad_norm",
+    "kl": "kl/old",
+}
+
 
 class Console:
     """`on=False` prints nothing: for the other processes of a run, and tests."""
@@ -34,8 +44,10 @@ class Console:
         if step == steps or step % 50 == 0:
             self.say(f"warm start {step}/{steps}  loss {loss:.4f}")
 
-    def step(self, row: dict[str, Any], steps: int) -> None:
-        """Step, reward, accuracy, clip fraction, tokens/s, remaining time; held-out accuracy where it was measured."""
+    def step(self, row: dict[str, Any], steps: int, every: int = 1) -> None:
+        """Step, reward, accuracy, clip fraction, tokens/s, remaining time; held-out accuracy where it was measured. On
+        a wide terminal also the time of day, entropy, response length, gradient norm and KL. Prints every `every`-th
+        step, evaluations and the last step."""
         if "eval/accuracy" in row:
             self._evaluations.append(row)
         held_out = f"  held-out accuracy {row['eval/accuracy']:.1%}" if "eval/accuracy" in row else ""
@@ -45,12 +57,18 @@ class Console:
         self._steps.append(row)
         if self._first_step is None:
             self._first_step, self._started = row["step"] - 1, time.perf_counter() - row["time/step_s"]
+        if row["step"] % every and "eval/accuracy" not in row and row["step"] != steps:
+            return
+        assert self._first_step is not None
         done = row["step"] - self._first_step
+        wide = self._out.width >= WIDE
+        clock = f"{time.strftime('%H:%M:%S')}  " if wide else ""
+        more = "".join(f"  {name} {_number(row.get(key))}" for name, key in ON_WIDE.items()) if wide else ""
         left = (time.perf_counter() - self._started) / done * (steps - row["step"])
         self.say(
-            f"step {row['step']}/{steps}  reward {row['reward/mean']:.3f}  accuracy {row['accuracy']:.1%}  "
+            f"{clock}step {row['step']}/{steps}  reward {row['reward/mean']:.3f}  accuracy {row['accuracy']:.1%}  "
             f"clip {_percent(row['clip_fraction'])}  {row['tokens_per_second']:,.0f} tokens/s  {_duration(left)} "
-            f"left{held_out}"
+            f"left{more}{held_out}"
         )
 
     def summary(self) -> None:
@@ -69,6 +87,10 @@ class Console:
         table.add_row("clip fraction", _mean(first, "clip_fraction"), _mean(last, "clip_fraction"))
         table.add_row("seconds per step", _mean(first, "time/step_s"), _mean(last, "time/step_s"))
         self.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

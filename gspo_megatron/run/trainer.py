@@ -284,4 +284,4 @@ class Trainer:
     def record(self, row: dict[str, Any]) -> None:
         if self.parts.writer:
             self.parts.writer.metrics(row)
-        self.parts.console.step(row, self.config.train.steps)
+        self.parts.console.step(row, self.config.train.steps, self.config.logging.console_every)

@@ -1,0 +1,60 @@
+"""The lines of a run, as a terminal shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from gspo_megatron.monitor.console import Console
+
+
+def row(step: int, **more: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "reward/mean": 0.25,
+        "accuracy": 0.5,
+        "clip_fraction": 0.125,
+        "tokens_per_second": 1234.0,
+        "time/step_s": 2.0,
+        "entropy": 1.5,
+        "response_length/mean": 20.0,
+        "grad_norm": 0.75,
+        "kl/old": 1e-4,
+        **more,
+    }
+
+
+def lines(capsys: pytest.CaptureFixture[str], rows: list[dict[str, float]], every: int = 1) -> list[str]:
+    console = Console()
+    for one in rows:
+        console.step(one, steps=10, every=every)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    (line,) = lines(capsys, [row(1)])
+    assert re.fullmatch(
+        r"step 1/10  reward 0\.250  accuracy 50\.0%  clip 12\.5%  1,234 tokens/s  0m1[78]s left", line
+    ), line
+
+
+def test_a_wide_terminal_shows_more(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    (line,) = lines(capsys, [row(1)])
+    assert re.match(r"\d\d:\d\d:\d\d  step 1/10", line)
+    assert line.endswith("left  entropy 1.5  length 20  gradient 0.75  kl 0.0001")
+
+
+def test_a_metric_of_nothing_is_a_dash(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    (line,) = lines(capsys, [row(1, clip_fraction=math.nan, entropy=math.nan)])
+    assert "clip -  " in line and "entropy -  " in line
+
+
+def test_some_steps_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every third, evaluations, and the last."""
+    rows = [row(step, **({"eval/accuracy": 0.5} if step == 4 else {})) for step in range(1, 11)]
+    assert [re.search(r"step (\d+)/", line)[1] for line in lines(capsys, rows, every=3)] == ["3", "4", "6", "9", "10"]
