@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["gspo_megatron*"]),
     python_requires=">=3.10",
     install_requires=[
+        "jinja2",
         "megatron-core>=0.16.1",
         "numpy",
         "omegaconf>=2.3",
@@ -24,6 +25,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "tensorboard",
+        "tokenizers",
         "torch>=2.6",
     ],
     extras_require={

@@ -31,7 +31,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.config.sections import Config, ModelConfig
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console

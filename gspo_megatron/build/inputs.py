@@ -79,5 +79,8 @@ def _data_spec(config: Config, split: str) -> DataSpec:
         answer_field=d.answer_field,
         solution_field=d.solution_field,
         prompt_template=d.prompt_template,
+        messages_field=d.messages_field,
+        chat=d.chat,
+        chat_arguments=d.chat_arguments,
         overlong=d.overlong,
     )

@@ -47,7 +47,7 @@ def open_trainer(
         compat.apply_patches(device.on_cpu)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
-        sampler = MegatronSampler(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, stop=stop)
+        sampler = MegatronSampler(policy, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, stop=stop)
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)

@@ -116,7 +116,8 @@ class DataConfig:
     eval: str = setting("task:sort_digits", "Held-out prompts, in the same form as data.train.")
     tokenizer: str = setting(
         "characters",
-        "characters (printable ASCII), characters:ALPHABET, or the path of a SentencePiece .model file.",
+        "characters (printable ASCII), characters:ALPHABET, the path of a SentencePiece .model file, or of a Hugging "
+        "Face folder with a tokenizer.json.",
     )
     task: dict[str, Any] = setting({}, "Parameters of a generated task, such as min_length and max_length.")
     eval_size: int = setting(256, "Prompts per evaluation: the first ones of data.eval.", least=1)
@@ -126,6 +127,13 @@ class DataConfig:
         None, "JSONL field that a supervised warm start learns to write. null: the answer."
     )
     prompt_template: str = setting("{prompt}", "Text around a JSONL prompt, which {prompt} stands for.")
+    messages_field: str | None = setting(
+        None,
+        "JSONL field that holds a conversation, [{role: user, content: ...}], for the tokenizer's chat template. null: "
+        "the prompt is text.",
+    )
+    chat: bool = setting(False, "Put the prompt into the tokenizer's chat template, as the user's message.")
+    chat_arguments: dict[str, Any] = setting({}, "Parameters of the chat template, such as {enable_thinking: false}.")
     max_prompt_tokens: int | None = setting(
         None, "Longest prompt in tokens. null: model.max_sequence_length - rollout.max_new_tokens.", least=1
     )

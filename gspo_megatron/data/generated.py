@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 
 PARAMETERS = ("min_length", "max_length")
 """The parameters of a task that a run may set."""
@@ -200,7 +200,7 @@ class GeneratedPrompts:
             DataError: it has more than max_prompt_tokens tokens.
         """
         example = self._examples[index] if self._examples is not None else train_example(self._task, self._seed, index)
-        tokens = self._tokenizer.encode(example.prompt)
+        tokens = self._tokenizer.encode_prompt(example.prompt)
         if len(tokens) > self._limit:
             raise DataError(
                 f"prompt {example.prompt!r} of task {self._task.name} has {len(tokens)} tokens, the limit is "

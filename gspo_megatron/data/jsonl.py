@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.chat import ChatTemplate
+from gspo_megatron.data.token_ids import Tokenizer
 
 
 class JsonlPrompts:
     """The prompts of a JSONL file: one JSON object per line, blank lines skipped, at most the first `size` prompts.
 
     `prompt_template` is the text the model sees: `{prompt}` in it stands for the prompt field, `{name}` for any other
-    field of the object. Braces around anything but a word stay as they are. The solution is the answer unless
+    field of the object. Braces around anything but a word stay as they are. With `chat` that text is what the user says
+    in a conversation, unless `messages_field` names a field that holds a whole one. The solution is the answer unless
     `solution_field` is given. A prompt of more than `max_prompt_tokens` tokens is an error, or, with overlong="drop",
     left out and counted in `dropped`.
 
@@ -36,6 +38,8 @@ class JsonlPrompts:
         answer_field: str = "answer",
         solution_field: str | None = None,
         prompt_template: str = "{prompt}",
+        chat: ChatTemplate | None = None,
+        messages_field: str | None = None,
         max_prompt_tokens: int,
         overlong: str = "error",
         size: int | None = None,
@@ -51,10 +55,17 @@ class JsonlPrompts:
         for place, record in read_records(path):
             if size is not None and len(self._prompts) == size:
                 break
-            text = _fill(prompt_template, prompt_field, record, place)
+            if messages_field:
+                messages = messages_of(record, messages_field, place)
+            else:
+                text = _fill(prompt_template, prompt_field, record, place)
+                messages = [{"role": "user", "content": text}]
+            if chat:
+                text = _rendered(chat, messages, place)
             answer = text_field(record, answer_field, place)
             solution = text_field(record, solution_field, place) if solution_field else answer
-            tokens = _encode(tokenizer, text, place)
+            # A chat template writes BOS itself, where it has one.
+            tokens = _encode(tokenizer.encode if chat else tokenizer.encode_prompt, text, place)
             if len(tokens) <= max_prompt_tokens:
                 self._prompts.append(Prompt(len(self._prompts), text, tuple(tokens), answer, solution))
             elif overlong == "drop":
@@ -139,9 +150,34 @@ def _fill(template: str, prompt_field: str, record: dict[str, Any], place: str) 
     return FIELD.sub(lambda match: prompt if match[1] == "prompt" else text_field(record, match[1], place), template)
 
 
-def _encode(tokenizer: Tokenizer, text: str, place: str) -> list[int]:
+def messages_of(record: dict[str, Any], name: str, place: str) -> list[dict[str, Any]]:
+    """Field `name` as a conversation.
+
+    Raises:
+        DataError: a missing field, or one that is not a list of messages.
+    """
+    if name not in record:
+        near = did_you_mean(name, record) or "."
+        raise DataError(f"{place}: no field {name!r}{near} Fields: {', '.join(record) or 'none'}")
+    value = record[name]
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{place}: field {name!r} is {json.dumps(value)[:60]}; expected messages, "
+            '[{"role": "user", "content": "..."}]'
+        )
+    return value
+
+
+def _rendered(chat: ChatTemplate, messages: list[dict[str, Any]], place: str) -> str:
     try:
-        tokens = tokenizer.encode(text)
+        return chat.render(messages)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+def _encode(encode: Callable[[str], list[int]], text: str, place: str) -> list[int]:
+    try:
+        tokens = encode(text)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     if not tokens:

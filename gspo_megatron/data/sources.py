@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.generated import GeneratedPrompts, find_task
 from gspo_megatron.data.jsonl import JsonlPrompts
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 
 
 class PromptSource(Protocol):
@@ -48,6 +49,9 @@ class DataSpec:
     answer_field: str = "answer"
     solution_field: str | None = None
     prompt_template: str = "{prompt}"
+    messages_field: str | None = None
+    chat: bool = False
+    chat_arguments: Mapping[str, Any] = field(default_factory=dict)
     overlong: str = "error"
 
     @property
@@ -83,13 +87,42 @@ def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource
         answer_field=spec.answer_field,
         solution_field=spec.solution_field,
         prompt_template=spec.prompt_template,
+        chat=chat_of(spec, tokenizer),
+        messages_field=spec.messages_field,
         max_prompt_tokens=spec.max_prompt_tokens,
         overlong=spec.overlong,
         size=spec.size,
     )
 
 
-OF_FILES = frozenset({"prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"})
+def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that turns the conversations of `spec` into text; None where its prompts are text already.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or arguments for one that is not used.
+    """
+    if not (spec.chat or spec.messages_field):
+        if spec.chat_arguments:
+            raise ConfigError(
+                f"data.chat_arguments={dict(spec.chat_arguments)} would not be used: set data.chat=true or "
+                "data.messages_field, or leave it out"
+            )
+        return None
+    if tokenizer.chat_template is None:
+        asked = f"data.messages_field={spec.messages_field}" if spec.messages_field else "data.chat=true"
+        raise ConfigError(
+            f"{asked} needs a tokenizer with a chat template, and data.tokenizer has none; use a Hugging Face folder "
+            "with chat_template.jinja, or write the whole text with data.prompt_template"
+        )
+    return tokenizer.chat_template.with_arguments(spec.chat_arguments)
+
+
+OF_FILES = frozenset(
+    {
+        *("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"),
+        *("messages_field", "chat", "chat_arguments"),
+    }
+)
 SOURCES: dict[str, Source] = {
     "task": Source(_open_task, frozenset({"task"}), lambda spec: find_task(spec.name, **spec.task).reward),
     "jsonl": Source(_open_jsonl, OF_FILES, lambda spec: "exact_match"),

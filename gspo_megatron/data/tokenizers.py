@@ -1,34 +1,19 @@
-"""Text to token ids and back: one token per character, or a SentencePiece model."""
+"""Text to token ids and back: one token per character, or a SentencePiece model; and which of these a setting names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 
 from gspo_megatron.base.errors import DataError
+from gspo_megatron.data import hugging_face
+from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
+from gspo_megatron.data.token_ids import Tokenizer, checked_ids
 
 PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 """Newline and printable ASCII: the alphabet of the character tokenizer when none is given."""
-
-
-class Tokenizer(Protocol):
-    """`encode` adds no special token; `decode` drops padding and EOS. Ids lie in [0, vocab_size)."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class CharacterTokenizer:
@@ -40,6 +25,8 @@ class CharacterTokenizer:
 
     pad_id = 0
     eos_id = 1
+    stop_ids = (1,)
+    chat_template = None
 
     def __init__(self, alphabet: str | None = None) -> None:
         alphabet = PRINTABLE if alphabet is None else alphabet
@@ -70,13 +57,15 @@ class CharacterTokenizer:
                 "with tools/train_tokenizer.py"
             ) from None
 
+    encode_prompt = encode
+
     def decode(self, ids: Iterable[int]) -> str:
         """The characters of `ids`.
 
         Raises:
             DataError: an id outside the vocabulary.
         """
-        return "".join(self._chars[token] for token in _checked(ids, self.vocab_size))
+        return "".join(self._chars[token] for token in checked_ids(ids, self.vocab_size))
 
 
 class SentencePieceTokenizer:
@@ -85,6 +74,8 @@ class SentencePieceTokenizer:
     Raises:
         DataError: a file that is missing, is not such a model, or has no padding or EOS id.
     """
+
+    chat_template = None
 
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
@@ -112,9 +103,15 @@ class SentencePieceTokenizer:
     def eos_id(self) -> int:
         return self._model.eos_id()
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
     def encode(self, text: str) -> list[int]:
         """The ids of the model's pieces, without BOS or EOS."""
         return self._model.encode(text)
+
+    encode_prompt = encode
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; SentencePiece drops padding and EOS.
@@ -122,11 +119,12 @@ class SentencePieceTokenizer:
         Raises:
             DataError: an id outside the vocabulary.
         """
-        return self._model.decode(_checked(ids, self.vocab_size))
+        return self._model.decode(checked_ids(ids, self.vocab_size))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names: "characters", "characters:<alphabet>", or the path of a SentencePiece model.
+    """The tokenizer that `spec` names: "characters", "characters:<alphabet>", the path of a SentencePiece model, or of
+    a Hugging Face folder with a tokenizer.json.
 
     Raises:
         DataError: there is no such file, or it cannot be used.
@@ -134,21 +132,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind, colon, alphabet = spec.partition(":")
     if kind == "characters":
         return CharacterTokenizer(alphabet if colon else None)
-    if not Path(spec).is_file():
+    path = Path(spec)
+    if path.name == hugging_face.FILE or (path / hugging_face.FILE).is_file():
+        return HuggingFaceTokenizer(path.parent if path.name == hugging_face.FILE else path)
+    if not path.is_file():
+        found = f"a folder without {hugging_face.FILE}" if path.is_dir() else "no file or folder"
         raise DataError(
-            f"tokenizer {spec!r} is neither 'characters', nor 'characters:<alphabet>', nor the path of an existing "
-            "SentencePiece model; tools/train_tokenizer.py trains one"
+            f"tokenizer {spec!r} is {found}; expected 'characters', 'characters:<alphabet>', a Hugging Face folder "
+            f"with a {hugging_face.FILE}, or a SentencePiece model; tools/train_tokenizer.py trains one"
         )
     return SentencePieceTokenizer(spec)
-
-
-def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """`ids` as a list, all checked to be in the vocabulary: a negative id would silently index from its end."""
-    ids = list(ids)
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise DataError(
-                f"token id {token} is outside the tokenizer's vocabulary of {vocab_size}; "
-                "use the tokenizer that the model was trained with"
-            )
-    return ids

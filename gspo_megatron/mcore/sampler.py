@@ -67,15 +67,22 @@ class ForwardInputs(NamedTuple):
 
 
 class MegatronSampler:
-    """`Sampler` of base/protocols.py. `eos_id` ends a response, `pad_id` fills places that attention never reads.
-    `stop` is called at every token; when it returns True on any process, generate raises StopRequested on all."""
+    """`Sampler` of base/protocols.py. Each of `stop_ids` ends a response, `pad_id` fills places that attention never
+    reads. `stop` is called at every token; when it returns True on any process, generate raises StopRequested on
+    all."""
 
     def __init__(
-        self, policy: MegatronPolicy, *, eos_id: int, pad_id: int, stop: Callable[[], bool] = lambda: False
+        self,
+        policy: MegatronPolicy,
+        *,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
-        self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
+        self.stop_ids, self.pad_id, self.stop = tuple(stop_ids), pad_id, stop
+        self.stop_ids_E = torch.tensor(self.stop_ids, device=self.device)
         self.multiple = token_multiple(policy.config)
         rules = packing_rules(policy.config)
         # As in training, the layout decides the number of micro-batches, and whether they must be equally long.
@@ -96,7 +103,7 @@ class MegatronSampler:
             max_new_tokens=self.settings.max_new_tokens,
             max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
             num_micro_batches=self.num_micro_batches,
-            eos_id=self.eos_id,
+            stop_ids=self.stop_ids,
         )
         cache = KVCache(scheduler.num_rows, scheduler.num_positions)
         for chunk in self.policy.chunks:
@@ -190,7 +197,8 @@ class MegatronSampler:
     def _agree_on_next(self, inputs: ForwardInputs, tokens_B: Tensor) -> Tensor:
         """[M + 1], the maximum over all ranks: the tokens of each micro-batch of the next forward, and whether to
         stop."""
-        num_continuing = (inputs.may_continue_B * (tokens_B != self.eos_id)).sum()
+        ended_B = (tokens_B[:, None] == self.stop_ids_E).any(dim=1)
+        num_continuing = (inputs.may_continue_B * ~ended_B).sum()
         num_tokens_M = num_tokens_of_forward(num_continuing, inputs.max_continuing_W, inputs.prompt_tokens_WM)
         agreed = torch.cat([num_tokens_M, inputs.stop])
         if dist.get_world_size() > 1:

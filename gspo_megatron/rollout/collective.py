@@ -9,7 +9,7 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.rewards.rewards import Reward, refuse_unscored, score_rollouts
 
 

@@ -15,7 +15,7 @@ from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.objective import LikelihoodObjective
 from gspo_megatron.run.guards import Guards

@@ -157,7 +157,7 @@ def test_a_tokenizer_that_is_no_model_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "broken.model"))
     for spec in ("character", str(tmp_path / "none.model"), str(tmp_path)):
-        with pytest.raises(DataError, match=r"neither 'characters'.*train_tokenizer"):
+        with pytest.raises(DataError, match=r"expected 'characters'.*train_tokenizer"):
             load_tokenizer(spec)
 
 

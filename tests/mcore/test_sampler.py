@@ -54,7 +54,7 @@ def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
     policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
-    return policy, MegatronSampler(policy, eos_id=EOS, pad_id=PAD)
+    return policy, MegatronSampler(policy, stop_ids=[EOS], pad_id=PAD)
 
 
 def generate(
@@ -354,7 +354,7 @@ def test_one_new_token(rollouts: list[Rollout]) -> None:
 def ends_at_once() -> tuple[list[int], list[Rollout]]:
     policy, sampler = open_sampler(1)
     favourite = sampler.generate(PROMPTS[:1], [0], greedy=True)[0].tokens[0]
-    return favourite, MegatronSampler(policy, eos_id=favourite, pad_id=PAD).generate(
+    return favourite, MegatronSampler(policy, stop_ids=[favourite], pad_id=PAD).generate(
         PROMPTS[:1] * 2, [0, 1], greedy=True
     )
 

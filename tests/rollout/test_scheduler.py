@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 
-EOS = 1
+EOS, END_OF_TURN = 1, 3
 
 
 def scheduler_of(
@@ -28,7 +28,7 @@ def scheduler_of(
         max_new_tokens=5,
         max_prompt_tokens=max_prompt_tokens,
         num_micro_batches=num_micro_batches,
-        eos_id=EOS,
+        stop_ids=[EOS, END_OF_TURN],
     )
 
 
@@ -149,3 +149,12 @@ def test_host_and_device_count_alike(num_micro_batches: int, num_continuing: int
         on_host = num_tokens_of_forward(num_continuing, scheduler.max_continuing_W, scheduler.prompt_tokens_WM)
         tensors = torch.from_numpy(scheduler.max_continuing_W), torch.from_numpy(scheduler.prompt_tokens_WM)
         assert num_tokens_of_forward(torch.tensor(num_continuing), *tensors).tolist() == on_host.tolist()
+
+
+def test_any_of_the_stop_ids_ends_a_rollout() -> None:
+    scheduler = scheduler_of([3])
+    scheduler.record(drawn_by(scheduler.next_micro_batches()), np.array([EOS, END_OF_TURN, 5]), np.zeros(3))
+    assert scheduler.active.tolist() == [2]
+    scheduler.record(drawn_by(scheduler.next_micro_batches()), np.array([END_OF_TURN]), np.zeros(1))
+    assert not scheduler.next_num_tokens().any()
+    assert [(r.tokens, r.truncated) for r in scheduler.rollouts(0)] == [([1], False), ([3], False), ([5, 3], False)]

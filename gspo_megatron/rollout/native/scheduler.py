@@ -92,10 +92,10 @@ class DecodeScheduler:
         max_new_tokens: int,
         max_prompt_tokens: int,
         num_micro_batches: int,
-        eos_id: int,
+        stop_ids: Sequence[int],
     ) -> None:
         self.prompts, self.max_prompt_tokens, self.num_micro_batches = prompts, max_prompt_tokens, num_micro_batches
-        self.max_new_tokens, self.eos_id = max_new_tokens, eos_id
+        self.max_new_tokens, self.stop_ids = max_new_tokens, np.array(stop_ids, dtype=np.int64)
         self.num_rows = min(max_rows, len(prompts))
         self.num_positions = max((len(p.tokens) for p in prompts), default=0) + max_new_tokens
         self.ids = np.array(ids, dtype=np.int64)
@@ -175,7 +175,8 @@ class DecodeScheduler:
         self._drawn.append((rollout_index, tokens, log_probs))
         self.newest[rollout_index] = tokens
         self.counts[rollout_index] += 1
-        continues = (self.newest[self.active] != self.eos_id) & (self.counts[self.active] < self.max_new_tokens)
+        ended = np.isin(self.newest[self.active], self.stop_ids)
+        continues = ~ended & (self.counts[self.active] < self.max_new_tokens)
         num_rows = int(continues.sum())
         free = np.flatnonzero(~continues[:num_rows])
         moved = num_rows + np.flatnonzero(continues[num_rows:])
@@ -196,6 +197,6 @@ class DecodeScheduler:
         order = np.argsort(rollout_index, kind="stable")
         of_each = [np.split(x[order], np.cumsum(self.counts))[:-1] for x in (tokens, log_probs)]
         return [
-            Rollout(int(i), prompt, t.tolist(), p.tolist(), bool(t[-1] != self.eos_id), policy_version)
+            Rollout(int(i), prompt, t.tolist(), p.tolist(), t[-1] not in self.stop_ids, policy_version)
             for i, prompt, t, p in zip(self.ids, self.prompts, *of_each, strict=True)
         ]

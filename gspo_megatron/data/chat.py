@@ -1,0 +1,113 @@
+"""Conversations as text: the chat templates of Hugging Face folders, rendered by Jinja in its sandbox.
+
+The environment is the one that transformers documents for templates (Chat templates, "Writing a chat template"):
+trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now` and a `tojson` that escapes nothing.
+tests/data/test_chat.py compares its text with transformers' own.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, ClassVar, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gspo_megatron.base.errors import DataError
+
+LIMIT_S = 10.0
+"""A conversation whose text takes longer is refused: a template can loop."""
+ROLES = "system, user, assistant or tool"
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks what an assistant wrote; its text is that of its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A Jinja template from messages to the text of a prompt, ending where the assistant's turn begins.
+
+    Args:
+        source: the template.
+        special: special tokens that it may name, such as `bos_token`.
+        name: what messages call it.
+        arguments: its own parameters, such as `enable_thinking`.
+
+    Raises:
+        DataError: not a Jinja template.
+    """
+
+    def __init__(
+        self, source: str, special: Mapping[str, str], *, name: str, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self.source, self.name, self._special, self.arguments = source, name, dict(special), dict(arguments or {})
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise DataError(f"{name}, line {error.lineno}, is not a Jinja template: {error}") from error
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTemplate:
+        return ChatTemplate(self.source, self._special, name=self.name, arguments=arguments)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of a conversation, followed by the beginning of the assistant's turn.
+
+        Raises:
+            DataError: messages without role or content, or a template that raises or takes longer than LIMIT_S.
+        """
+        for number, message in enumerate(messages, start=1):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise DataError(f"message {number} is {str(message)[:60]!r}; expected an object with a role ({ROLES})")
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+        try:
+            with _time_limit(LIMIT_S):
+                return self._template.render(**(self._special | given | self.arguments))
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise DataError(f"{self.name} does not take this conversation ({type(error).__name__}: {error})") from error
+        except TimeoutError as error:
+            raise DataError(f"{self.name} was not done after {LIMIT_S:g} s; does it loop?") from error
+
+
+def _to_json(value: Any, indent: int | None = None, **how: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **how)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after `seconds`. Only the main thread can be interrupted; in others there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> NoReturn:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

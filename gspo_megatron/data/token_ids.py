@@ -1,0 +1,55 @@
+"""What a tokenizer is to the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from gspo_megatron.base.errors import DataError
+from gspo_megatron.data.chat import ChatTemplate
+
+
+class Tokenizer(Protocol):
+    """Ids lie in [0, vocab_size).
+
+    Attributes:
+        eos_id: ends a solution that a warm start learns to write.
+        stop_ids: any of these ends a response; EOS is one of them.
+        chat_template: how conversations become text, for a tokenizer that has one.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens that `text` does not spell out."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A text that begins a sequence: with BOS, where the tokenizer has it that way."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Without special tokens."""
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """`ids` as a list, all checked to be in the vocabulary: a negative id would silently index from its end."""
+    ids = list(ids)
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise DataError(
+                f"token id {token} is outside the tokenizer's vocabulary of {vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+    return ids
