@@ -1,9 +1,9 @@
 """Trains a policy: `torchrun ... -m gspo_megatron.train --config FILE [section.key=value ...] [--dry-run]`.
 
 Settings are read, completed and checked, then the parts of the run are assembled and the trainer runs. Without
-torchrun the same command runs on one process. Exit status: 0 done; 2 settings, data or a checkpoint cannot work; 70 a
-guard stopped the run; 75 saved and stopped on request: start again to continue; 130 Ctrl-C before there was anything to
-save, or twice.
+torchrun the same command runs on one process. Exit status: 0 done; 1 the processes did not meet, or an error in the
+code; 2 settings, data or a checkpoint cannot work; 70 a guard stopped the run; 75 saved and stopped on request: start
+again to continue; 130 Ctrl-C before there was anything to save, or twice.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.trainer import open_trainer
+from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
@@ -29,7 +29,7 @@ from gspo_megatron.device import Device, open_device, torchrun
 from gspo_megatron.layout.memory import describe_plan
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
-from gspo_megatron.run.stop import QUIT, REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
+from gspo_megatron.run.stop import FAILED, QUIT, REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
 from gspo_megatron.run.trainer import Trainer
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parsed(argv)
         config = load_config(options.config, options.overrides)
         # A dry run needs no device: a laptop can print the plan of a cluster.
-        device = open_device("cpu" if options.dry_run else config.precision.device, config.precision.dtype)
+        device = open_device("cpu", config.precision.dtype) if options.dry_run else device_of(config)
         console = Console(on=device.rank == 0)
         config = continued_after_restart(config, device, console)
         inputs = settle(config, options.world_size or device.world_size)
-        announce(inputs, console)
+        announce(inputs, device, console)
         if options.dry_run:
             console.say(to_yaml(inputs.config))
             needs_reference = inputs.algorithm.needs_reference
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         report(f"{type(error).__name__}: {error}")
         return REFUSED
+    except StartError as error:
+        report(f"StartError: {error}")
+        return FAILED
     except GuardError as error:
         report(f"GuardError: {error}")
         return STOPPED_BY_GUARD
@@ -116,7 +119,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def announce(inputs: Inputs, console: Console) -> None:
+def announce(inputs: Inputs, device: Device, console: Console) -> None:
     """Prints what the user may not expect from the settings."""
     vocab_size, known = inputs.config.model.vocab_size, inputs.tokenizer.vocab_size
     if vocab_size != known:
@@ -124,7 +127,7 @@ def announce(inputs: Inputs, console: Console) -> None:
             f"model.vocab_size={vocab_size} exceeds the tokenizer's {known} ids; sampling one of the extra ids yields "
             "a token with no text"
         )
-    for warning in inputs.warnings:
+    for warning in (*device.warnings, *inputs.warnings):
         console.warn(warning)
 
 
