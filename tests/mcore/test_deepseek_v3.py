@@ -230,8 +230,9 @@ def scored(
 ) -> tuple[float, int, Slices]:
     """(largest difference of a log-prob, log-probs that were compared, slices of gradients)."""
     policy = open_policy(world_size, settings, folder)
-    mine = sequences[policy.groups.dp_rank :: policy.groups.dp_size]
-    micro_batches = pack(mine, pad_id=0, max_tokens=128, rules=packing_rules(policy.config))
+    groups, rules = policy.groups, packing_rules(policy.config)
+    ranks = {"dp_rank": groups.dp_rank, "dp_size": groups.dp_size, "cp_rank": groups.cp_rank, "cp_size": groups.cp_size}
+    micro_batches = pack(sequences, pad_id=0, max_tokens=128, rules=rules, **ranks)
     expected = [m.columns["old_log_probs"] for m in micro_batches]
     worst = max(
         float((ours - theirs).abs().max())
