@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from gspo_megatron.config.sections import Config
@@ -21,6 +21,7 @@ from gspo_megatron.mcore.layers import LAYERS
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.rope import rope_of
 
 
 class PolicyModel(GPTModel):
@@ -93,8 +94,9 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         # memory valid; on the CPU nothing would.
         "deallocate_pipeline_outputs": not device.on_cpu,
     }
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    transformer = TransformerConfig(**{k: v for k, v in settings.items() if k in known})
+    kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    known = {f.name for f in dataclasses.fields(kind)}
+    transformer = kind(**{k: v for k, v in settings.items() if k in known})
     # The micro-batches of a pipeline differ in length. Set here because the constructor rejects it with the allgather
     # dispatcher, which needs equal lengths on the ranks that share experts; packing_rules guarantees those.
     transformer.variable_seq_lengths = p.pp > 1
@@ -112,7 +114,7 @@ def build_model(config: Config, groups: Groups, device: Device, use_te: bool) ->
     shape, num_chunks, layers = config.model.shape, config.parallel.vpp, "te" if use_te else "local"
     assert shape.vocab_size is not None, "settle sets model.vocab_size before the model is built"
     transformer = transformer_config(config, device, layers)
-    rotary = Rotary(shape.head_dim, shape.rope_base, shape.max_sequence_length, device.torch_device, device.dtype)
+    rotary = Rotary(rope_of(shape), shape.max_sequence_length, device.torch_device, device.dtype)
     chunks = []
     for i in range(num_chunks):
         number = i if num_chunks > 1 else None
