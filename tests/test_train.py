@@ -81,7 +81,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     assert load_config(path) == resolved
     assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
     m = resolved.model
-    assert f"parameters: {count_parameters(m.shape).total(m.num_layers, m.num_experts):,} in total" in plan
+    assert f"parameters: {count_parameters(m.shape).total:,} in total" in plan
     assert "memory estimate, GiB" in plan
     assert not run_dir.exists()
 

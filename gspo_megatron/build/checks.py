@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
-from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig
+from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
-from gspo_megatron.models.families import family_of
-from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.run.algorithm import Algorithm
 
 
@@ -25,7 +24,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     """
     check_values(config)
     algorithm = Algorithm.of(config)
-    _check_model(config.model.shape)
+    _check_model(config.model)
     _check_precision(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
@@ -36,8 +35,14 @@ def check_config(config: Config, world_size: int) -> Layout:
     return layout
 
 
-def _check_model(shape: ModelShape) -> None:
-    if complaint := next(family_of(shape).complaints(shape), None):
+def _check_model(m: ModelConfig) -> None:
+    for key in m.ignored:
+        families = " and ".join(name for name, family in FAMILIES.items() if key in family.uses)
+        raise ConfigError(
+            f"model.{key}={getattr(m, key)} has no effect with model.family={m.family}, only with {families}; remove "
+            "it, or set model.family"
+        )
+    if complaint := next(family_of(m.shape).complaints(m.shape), None):
         raise ConfigError(complaint)
 
 

@@ -21,6 +21,7 @@ from gspo_megatron.mcore.layers import LAYERS
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.rope import rope_of
 
 
 class PolicyModel(GPTModel):
@@ -114,7 +115,7 @@ def build_model(config: Config, groups: Groups, device: Device, use_te: bool) ->
     shape, num_chunks, layers = config.model.shape, config.parallel.vpp, "te" if use_te else "local"
     assert shape.vocab_size is not None, "settle sets model.vocab_size before the model is built"
     transformer = transformer_config(config, device, layers)
-    rotary = Rotary(shape.head_dim, shape.rope_base, shape.max_sequence_length, device.torch_device, device.dtype)
+    rotary = Rotary(rope_of(shape), shape.max_sequence_length, device.torch_device, device.dtype)
     chunks = []
     for i in range(num_chunks):
         number = i if num_chunks > 1 else None
