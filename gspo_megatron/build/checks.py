@@ -10,6 +10,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
+from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
@@ -33,6 +34,22 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_batches(config)
     _check_savings(config, algorithm)
     return layout
+
+
+def needs_of(config: Config) -> Needs:
+    """What the settings ask of a GPU and its libraries."""
+    p = config.precision
+    return Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
+
+
+def check_machine(config: Config, machine: Machine) -> None:
+    """Checks the settings against the GPU of this process and its libraries.
+
+    Raises:
+        ConfigError: they cannot do what the settings ask. Names the first cause.
+    """
+    for problem in problems(machine, needs_of(config)):
+        raise ConfigError(str(problem))
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -60,6 +77,17 @@ def _check_precision(config: Config) -> None:
     if precision.dtype not in recipe.dtypes:
         allowed = " or ".join(recipe.dtypes)
         raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype={allowed}, got {precision.dtype}")
+    ends, a_stage = precision.first_last_layers_bf16, config.model.num_layers // config.parallel.pp
+    if ends and not recipe.quantizes:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} has no effect with precision.fp8={precision.fp8}, which "
+            "quantizes no layer; set it to 0"
+        )
+    if ends > a_stage:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
+        )
 
 
 def _check_data(d: DataConfig) -> None:
