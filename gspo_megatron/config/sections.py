@@ -368,6 +368,11 @@ class GuardConfig:
     ratio_noise: float = setting(
         0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
     )
+    on_memory: str = setting(
+        "stop",
+        "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",
+        choices=("stop", "warn"),
+    )
     check_replicas_every: int = setting(
         0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0
     )
