@@ -23,7 +23,7 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.hardware import GPUS
-from gspo_megatron.layout.memory import GIB, RESERVED_GIB, checkpoint_bytes, counts_of
+from gspo_megatron.layout.memory import GIB, RESERVED_GIB, checkpoint_bytes, counts_of, rollouts_at_once
 from gspo_megatron.layout.planner import Plan, distinct, search
 from gspo_megatron.layout.timing import Cluster, Work
 from gspo_megatron.models.families import FAMILIES
@@ -98,6 +98,7 @@ COLUMNS = (
     "layout",
     "recompute",
     "tokens",
+    "rows",
     "GiB",
     "bubble",
     "rollout",
@@ -118,6 +119,7 @@ def row(plan: Plan, work: Work) -> list[str]:
         short(plan),
         p.recompute,
         str(plan.config.train.tokens_per_micro_batch),
+        str(rollouts_at_once(plan.config, plan.layout)),
         f"{plan.peak_gib:.1f}",
         f"{plan.time.bubble:.0%}",
         *(f"{seconds:.1f}" for seconds in parts.values()),
@@ -128,11 +130,11 @@ def row(plan: Plan, work: Work) -> list[str]:
 
 def short(plan: Plan) -> str:
     """tp2 pp8(11..11) ep16 dp8"""
-    l = plan.layout
-    stages = "" if (l.first, l.last) == (None, None) else f"({l.first or ''}..{l.last or ''})"
-    axes = {"tp": l.tp, "pp": l.pp, "vpp": l.vpp, "cp": l.cp, "ep": l.ep, "etp": l.etp}
+    ranks = plan.layout
+    stages = "" if (ranks.first, ranks.last) == (None, None) else f"({ranks.first or ''}..{ranks.last or ''})"
+    axes = {"tp": ranks.tp, "pp": ranks.pp, "vpp": ranks.vpp, "cp": ranks.cp, "ep": ranks.ep, "etp": ranks.etp}
     shown = [f"{axis}{size}{stages if axis == 'pp' else ''}" for axis, size in axes.items() if size > 1]
-    return " ".join([*shown, f"dp{l.dp}"])
+    return " ".join([*shown, f"dp{ranks.dp}"])
 
 
 def show(plans: Sequence[Plan], work: Work, options: argparse.Namespace) -> None:
@@ -178,18 +180,19 @@ def show_plan(plan: Plan, work: Work, options: argparse.Namespace) -> None:
 
 def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) -> str:
     """The settings that were asked for and the layout, as a file of the run."""
-    l, p = plan.layout, plan.config.parallel
-    parallel = {"tp": l.tp, "pp": l.pp, "vpp": l.vpp, "cp": l.cp, "ep": l.ep, "etp": l.etp, "recompute": p.recompute}
-    stages = {"first_stage_layers": l.first, "last_stage_layers": l.last}
+    ranks, p = plan.layout, plan.config.parallel
+    parallel = {"tp": ranks.tp, "pp": ranks.pp, "vpp": ranks.vpp, "cp": ranks.cp, "ep": ranks.ep, "etp": ranks.etp, "recompute": p.recompute}
+    stages = {"first_stage_layers": ranks.first, "last_stage_layers": ranks.last}
     parallel |= {name: size for name, size in stages.items() if size is not None}
     chosen = {f"parallel.{name}": str(value) for name, value in parallel.items()}
+    chosen["rollout.max_batch"] = str(plan.config.rollout.max_batch)
     chosen["train.tokens_per_micro_batch"] = str(plan.config.train.tokens_per_micro_batch)
     sections: dict[str, dict[str, str]] = {}
     for key, value in {**dict(setting.split("=", 1) for setting in settings), **chosen}.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
     lines = [
-        f"# {options.model} on {l.world_size} {options.gpu} ({time.strftime('%Y-%m-%d')}, tools/plan_layout.py). A prediction:",
+        f"# {options.model} on {ranks.world_size} {options.gpu} ({time.strftime('%Y-%m-%d')}, tools/plan_layout.py). A prediction:",
         f"# {plan.time.total:.0f} s a step, {plan.peak_gib:.0f} GiB a GPU. Set data, reward and run.dir to your own.",
     ]
     for section, values in sections.items():

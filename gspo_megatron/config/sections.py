@@ -9,6 +9,7 @@ involve several settings, or the number of processes, are in build/checks.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
@@ -99,7 +100,7 @@ class ModelConfig:
         least=0,
     )
 
-    @property
+    @cached_property
     def shape(self) -> ModelShape:
         """The settings of this section that determine the tensors and the maths."""
         unused = OPTIONAL.keys() - FAMILIES[self.family].uses

@@ -6,6 +6,7 @@ under the names used here; tests/layout/test_measured_memory.py compares them wi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,6 +65,25 @@ def counts_of(m: ModelShape) -> tuple[ParameterCount, tuple[TokenCount, ...]]:
     return count_parameters(m), family_of(m).per_token(m)
 
 
+Kinds = tuple[tuple[LayerCount, TokenCount, int], ...]
+"""Kinds of layers: parameters, costs of a token, and how many layers are alike."""
+
+
+def kinds_of_stage(m: ModelShape, layout: Layout, stage: int) -> Kinds:
+    """The layers of a pipeline rank by kind."""
+    return _kinds_of_stages(m, layout.pp, layout.vpp, layout.first, layout.last)[stage]
+
+
+@lru_cache(256)
+def _kinds_of_stages(m: ModelShape, pp: int, vpp: int, first: int | None, last: int | None) -> tuple[Kinds, ...]:
+    layout, (n, costs) = Layout(pp, pp=pp, vpp=vpp, first=first, last=last), counts_of(m)
+    stages = []
+    for stage in range(pp):
+        layers = Counter((n.layers[i], costs[i]) for i in layout.layers_of_stage(m.num_layers, stage))
+        stages.append(tuple((*kind, number) for kind, number in layers.items()))
+    return tuple(stages)
+
+
 def parameters_per_rank(m: ModelShape, layout: Layout) -> tuple[int, int]:
     """(dense, expert) parameters of the pipeline rank with the most."""
     return max((stage_parameters(m, layout, stage) for stage in range(layout.pp)), key=sum)
@@ -72,13 +92,13 @@ def parameters_per_rank(m: ModelShape, layout: Layout) -> tuple[int, int]:
 def stage_parameters(m: ModelShape, layout: Layout, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters of a rank of pipeline stage `stage`."""
     assert m.vocab_size is not None
-    n = counts_of(m)[0]
-    layers = [n.layers[i] for i in layout.layers_of_stage(m.num_layers, stage)]
+    n, kinds = counts_of(m)[0], kinds_of_stage(m, layout, stage)
     shard = -(-m.vocab_size // layout.tp) * m.hidden_size
     is_first, is_last = stage == 0, stage == layout.pp - 1
     vocabularies = n.num_vocabularies if layout.pp == 1 else is_first + is_last
-    dense = vocabularies * shard + sum(x.sharded // layout.tp + x.replicated for x in layers) + is_last * n.final_norm
-    return dense, sum(x.num_experts // layout.ep * x.expert // layout.etp for x in layers)
+    layers = sum(number * (x.sharded // layout.tp + x.replicated) for x, _, number in kinds)
+    experts = sum(number * (x.num_experts // layout.ep * x.expert // layout.etp) for x, _, number in kinds)
+    return vocabularies * shard + layers + is_last * n.final_norm, experts
 
 
 # -------------------------------------------------------------------------------------------------------------- held
@@ -102,8 +122,10 @@ def held_sizes(config: Config, layout: Layout, stage: int, *, with_reference: bo
 def quantized_parameters(m: ModelShape, layout: Layout, stage: int) -> int:
     """Weights of the matrix products that FP8 computes: those of attention, networks and experts. The rest, such as
     norms, routers and what every tensor-parallel rank holds, is counted as unquantized."""
-    layers = (counts_of(m)[0].layers[i] for i in layout.layers_of_stage(m.num_layers, stage))
-    return sum(x.sharded // layout.tp + x.num_experts // layout.ep * x.expert // layout.etp for x in layers)
+    return sum(
+        number * (x.sharded // layout.tp + x.num_experts // layout.ep * x.expert // layout.etp)
+        for x, _, number in kinds_of_stage(m, layout, stage)
+    )
 
 
 def optimizer_bytes(config: Config, layout: Layout, dense: float, experts: float) -> float:
@@ -130,21 +152,19 @@ def micro_batches_in_flight(layout: Layout, stage: int) -> float:
 def activation_sizes(config: Config, layout: Layout, stage: int) -> dict[str, float]:
     """What is kept for the backward, and what the layer that runs works with on top."""
     f, m, tokens = Format.of(config), config.model.shape, config.train.tokens_per_micro_batch / layout.cp
-    kept, largest, buffers = 0.0, 0.0, 0.0
-    n = counts_of(m)[0]
-    layers = [n.layers[i] for i in layout.layers_of_stage(m.num_layers, stage)]
-    for kind in dict.fromkeys(layers):
+    kept, largest, buffers, core, num_layers = 0.0, 0.0, 0.0, 0.0, 0
+    for kind, _, number in kinds_of_stage(m, layout, stage):
         each = layer_bytes(m, kind, layout, f)
-        kept += layers.count(kind) * each
+        kept, num_layers = kept + number * each, num_layers + number
         largest, buffers = max(largest, each), max(buffers, dispatch_bytes(m, kind, layout, f))
+        core = max(core, core_attention_bytes(m, kind, layout, f))
     in_flight = micro_batches_in_flight(layout, stage)
     ends = (stage == 0) * 8 + (stage == layout.pp - 1) * (f.norm(m.hidden_size) + f.width * m.hidden_size) / layout.tp
     if config.parallel.recompute == "full":
-        boundary = len(layers) * m.hidden_size * f.width / layout.tp
+        boundary = num_layers * m.hidden_size * f.width / layout.tp
         sizes = {"activations": boundary * in_flight + ends, "recomputed layer": largest}
     elif config.parallel.recompute == "selective":
-        core = max(core_attention_bytes(m, kind, layout, f) for kind in dict.fromkeys(layers))
-        sizes = {"activations": (kept - len(layers) * core) * in_flight + ends, "recomputed layer": core}
+        sizes = {"activations": (kept - num_layers * core) * in_flight + ends, "recomputed layer": core}
     else:
         sizes = {"activations": kept * in_flight + ends, "recomputed layer": 0.0}
     return {name: size * tokens for name, size in {**sizes, "dispatch buffers": buffers}.items()}
@@ -160,6 +180,17 @@ def layer_bytes(m: ModelShape, kind: LayerCount, layout: Layout, f: Format) -> f
     return _layer_bytes(m, kind, layout.tp, layout.etp, f)
 
 
+def largest_layer(m: ModelShape, layout: Layout, f: Format) -> float:
+    """Of one token in the layer that keeps most."""
+    return max(layer_bytes(m, kind, layout, f) for kind in kinds_of_model(m))
+
+
+@lru_cache(64)
+def kinds_of_model(m: ModelShape) -> tuple[LayerCount, ...]:
+    """The different layers of a model."""
+    return tuple(dict.fromkeys(counts_of(m)[0].layers))
+
+
 def core_attention_bytes(m: ModelShape, kind: LayerCount, layout: Layout, f: Format) -> float:
     """What selective recompute does not keep of one token in one layer: all but the output of core attention, less the
     queries and keys that it starts from."""
@@ -169,22 +200,22 @@ def core_attention_bytes(m: ModelShape, kind: LayerCount, layout: Layout, f: For
 
 
 def log_prob_sizes(config: Config, layout: Layout, *, trained: bool) -> dict[str, float]:
-    """On the last stage: blocks of logits and their factors (log_probs/blocks.py), hidden states of the scored rows and
-    their gradient, and the exponentials that are kept."""
-    m, tokens = config.model.shape, config.train.tokens_per_micro_batch / layout.cp
+    """On the last stage: a block of logits, its factors and gradients (log_probs/blocks.py), the scored rows and their
+    gradients (log_probs/rows.py), and the exponentials that are kept. Without what oneDNN takes on some CPUs."""
+    m, tokens, h = config.model.shape, config.train.tokens_per_micro_batch / layout.cp, config.model.hidden_size
     assert m.vocab_size is not None
     on_cpu, width = config.precision.device == "cpu", BYTES[config.precision.dtype]
-    wide = max(width, 4)
-    block, h = CPU_BLOCK if on_cpu else ACCELERATOR_BLOCK, m.hidden_size
-    b, c = min(block[0], tokens), min(block[1], -(-m.vocab_size // layout.tp))
-    factor = wide if on_cpu else width
-    logits = wide * (2 * b * c + b * h) + factor * (b * c + b * h + c * h)
-    rows = tokens * width * h * (1 + trained * 1 / layout.tp) + trained * wide * tokens * h / layout.tp
+    wide, columns = max(width, 4), -(-m.vocab_size // layout.tp)
+    block = CPU_BLOCK if on_cpu else ACCELERATOR_BLOCK
+    b, c = min(block[0], tokens), min(block[1], columns)
+    # A CPU widens bf16 factors; a GPU multiplies them as they are, and rounds the gradient of the logits to bf16.
+    factors = 0.0 if width == wide else wide * (b * h + c * h) if on_cpu else trained * width * b * c
+    gathered = (layout.tp > 1) * width * tokens * h
+    returned = trained * (2 * wide * b * h + width * tokens * h / layout.tp)
     store = config.train.log_prob_store_gib * GIB if trained and not config.algorithm.entropy_coef else 0.0
-    return {
-        "log-prob workspace": logits + rows,
-        "log-prob store": min(store, tokens * m.vocab_size / layout.tp * factor),
-    }
+    store = min(store, tokens * columns * (wide if on_cpu else width))
+    logits = 0.0 if store == tokens * columns * (wide if on_cpu else width) else wide * b * c
+    return {"log-prob workspace": logits + factors + gathered + returned, "log-prob store": store}
 
 
 def rollouts_at_once(config: Config, layout: Layout) -> int:
@@ -196,8 +227,8 @@ def rollouts_at_once(config: Config, layout: Layout) -> int:
 def cache_bytes(config: Config, layout: Layout, stage: int, *, rows: int, positions: int) -> float:
     """Keys and values (or latents) of `rows` rollouts of `positions` tokens, allocated for all of a forward's layers."""
     m = config.model.shape
-    layers = (counts_of(m)[1][i] for i in layout.layers_of_stage(m.num_layers, stage))
-    cached = sum(x.cached // layout.tp + x.cached_whole for x in layers)
+    kinds = kinds_of_stage(m, layout, stage)
+    cached = sum(number * (x.cached // layout.tp + x.cached_whole) for _, x, number in kinds)
     return rows * positions * cached * BYTES[config.precision.dtype]
 
 
@@ -207,11 +238,10 @@ def rollout_sizes(config: Config, layout: Layout, stage: int) -> dict[str, float
     m, rows = config.model.shape, rollouts_at_once(config, layout)
     assert m.vocab_size is not None
     prompts = min(config.train.tokens_per_micro_batch, rows * (m.max_sequence_length - config.rollout.max_new_tokens))
-    f, kinds = Format.of(config), dict.fromkeys(counts_of(m)[0].layers)
-    is_last = stage == layout.pp - 1
+    f, is_last = Format.of(config), stage == layout.pp - 1
     return {
         "KV cache": cache_bytes(config, layout, stage, rows=rows, positions=m.max_sequence_length),
-        "working memory": (prompts + rows) * max(layer_bytes(m, kind, layout, f) for kind in kinds),
+        "working memory": (prompts + rows) * largest_layer(m, layout, f),
         "logits": is_last * rows * m.vocab_size * (2 * 4 + 3 * 8),
     }
 
@@ -221,7 +251,7 @@ def memory_of_stage(config: Config, layout: Layout, stage: int, *, with_referenc
     held = held_sizes(config, layout, stage, with_reference=with_reference)
     activations, is_last = activation_sizes(config, layout, stage), stage == layout.pp - 1
     m, f = config.model.shape, Format.of(config)
-    layer = max(layer_bytes(m, kind, layout, f) for kind in dict.fromkeys(counts_of(m)[0].layers))
+    layer = largest_layer(m, layout, f)
     tokens = config.train.tokens_per_micro_batch / layout.cp
     head = {name: is_last * size for name, size in log_prob_sizes(config, layout, trained=True).items()}
     scored = {name: is_last * size for name, size in log_prob_sizes(config, layout, trained=False).items()}
@@ -260,10 +290,9 @@ def checkpoint_bytes(config: Config, *, with_reference: bool) -> float:
 def stages_of(config: Config, layout: Layout, *, with_reference: bool) -> Iterator[Memory]:
     """Every pipeline stage's memory. Of stages between the first and the last with the same layers only the first,
     which has the most micro-batches in flight."""
-    m, seen = config.model.shape, set()
-    layers = counts_of(m)[0].layers
+    m, seen = config.model.shape, set[Kinds]()
     for stage in range(layout.pp):
-        kinds = tuple(sorted(hash(layers[i]) for i in layout.layers_of_stage(m.num_layers, stage)))
+        kinds = kinds_of_stage(m, layout, stage)
         if stage in (0, layout.pp - 1) or kinds not in seen:
             yield memory_of_stage(config, layout, stage, with_reference=with_reference)
         if stage:

@@ -13,7 +13,7 @@ from itertools import product
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import Layout, broken_rules
-from gspo_megatron.layout.memory import GIB, RESERVED_GIB, Memory, fullest_stage, held_sizes
+from gspo_megatron.layout.memory import GIB, RESERVED_GIB, Memory, fullest_stage, held_sizes, rollouts_at_once
 from gspo_megatron.layout.stages import uneven_stages
 from gspo_megatron.layout.timing import Cluster, StepTime, Work
 
@@ -47,8 +47,8 @@ class Plan:
     @cached_property
     def order(self) -> tuple[float, ...]:
         """Faster first; of equally fast ones those that split less."""
-        l = self.layout
-        return round(self.time.total, 6), l.tp * l.pp * l.cp, l.pp, l.ep * l.etp, self.memory.peak
+        ranks = self.layout
+        return round(self.time.total, 6), ranks.tp * ranks.pp * ranks.cp, ranks.pp, ranks.ep * ranks.etp, self.memory.peak
 
 
 def search(
@@ -79,6 +79,12 @@ def search(
                 train=replace(own.train, tokens_per_micro_batch=factor * config.model.max_sequence_length),
             )
             memory = fullest_stage(tried, layout, with_reference=with_reference)
+            while memory.total("rollout") > usable and tried.rollout.max_batch > 1:
+                # Fewer rollouts decode together; the others wait.
+                tried = replace(
+                    tried, rollout=replace(tried.rollout, max_batch=rollouts_at_once(tried, layout) // 2 or 1)
+                )
+                memory = fullest_stage(tried, layout, with_reference=with_reference)
             if memory.peak <= usable:
                 found.append(Plan(tried, layout, memory, StepTime(tried, layout, cluster, work)))
     return sorted(found, key=lambda plan: plan.order)
@@ -113,11 +119,11 @@ def stage_split(num_layers: int, pp: int, vpp: int) -> tuple[int | None, int | N
     return next(uneven_stages(num_layers, pp, vpp), None)
 
 
-def _with_layout(config: Config, l: Layout) -> Config:
-    axes = {"tp": l.tp, "pp": l.pp, "vpp": l.vpp, "cp": l.cp, "ep": l.ep, "etp": l.etp}
+def _with_layout(config: Config, ranks: Layout) -> Config:
+    axes = {"tp": ranks.tp, "pp": ranks.pp, "vpp": ranks.vpp, "cp": ranks.cp, "ep": ranks.ep, "etp": ranks.etp}
     return replace(
         config,
-        parallel=replace(config.parallel, **axes, first_stage_layers=l.first, last_stage_layers=l.last),
+        parallel=replace(config.parallel, **axes, first_stage_layers=ranks.first, last_stage_layers=ranks.last),
     )
 
 

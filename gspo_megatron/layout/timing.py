@@ -18,7 +18,15 @@ from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.activations import BYTES, Format, dispatch_bytes
 from gspo_megatron.layout.hardware import Efficiency, Gpu
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import counts_of, layer_bytes, rollouts_at_once, saved_bytes, stage_parameters
+from gspo_megatron.layout.memory import (
+    Kinds,
+    counts_of,
+    kinds_of_stage,
+    layer_bytes,
+    rollouts_at_once,
+    saved_bytes,
+    stage_parameters,
+)
 from gspo_megatron.models.family import LayerCount, TokenCount
 
 
@@ -109,16 +117,16 @@ class StepTime:
 
     def layer(self, n: LayerCount, cost: TokenCount, tokens: float, context: float) -> LayerTime:
         """`tokens` of a context-parallel rank, each of which attends to `context` others on average."""
-        e, l, m, f = self.cluster.efficiency, self.layout, self.m, self.format
+        e, ranks, m, f = self.cluster.efficiency, self.layout, self.m, self.format
         chosen = m.experts_per_token if n.num_experts else 0
-        grouped = 2 * tokens * chosen * n.expert / l.tp
-        dense = 2 * tokens * (cost.multiplied - chosen * n.expert) / l.tp
-        weights = n.num_experts // l.ep * n.expert / l.etp * (1 if self.is_fp8 else f.width)
-        attention = self._seconds(2 * tokens * context * cost.attended / l.tp, e.attention)
+        grouped = 2 * tokens * chosen * n.expert / ranks.tp
+        dense = 2 * tokens * (cost.multiplied - chosen * n.expert) / ranks.tp
+        weights = n.num_experts // ranks.ep * n.expert / ranks.etp * (1 if self.is_fp8 else f.width)
+        attention = self._seconds(2 * tokens * context * cost.attended / ranks.tp, e.attention)
         products = self._seconds(dense, e.dense, fp8=self.is_fp8)
         experts = max(self._seconds(grouped, e.grouped, fp8=self.is_fp8), self._moved(weights))
         # What is kept is written once and read once; so are the buffers on the way to the experts.
-        traffic = 2 * tokens * (layer_bytes(m, n, l, f) + dispatch_bytes(m, n, l, f))
+        traffic = 2 * tokens * (layer_bytes(m, n, ranks, f) + dispatch_bytes(m, n, ranks, f))
         busy = products + experts + attention + self._moved(traffic)
         return LayerTime(max(busy, e.kernels * e.launch_s), attention, *self._communication(n, cost, tokens))
 
@@ -126,29 +134,29 @@ class StepTime:
         """Sequence parallel: an all-gather and a reduce-scatter around attention and around dense networks, and in the
         backward a third collective that gathers the input again. Experts: two exchanges each way. Context parallel:
         keys and values around the ring."""
-        l, m, w = self.layout, self.m, self.format.width
+        ranks, m, w = self.layout, self.m, self.format.width
         tp = ep = cp = 0.0
-        if l.tp > 1:
-            _, speed = self.cluster.bandwidth(l.tp, 1)
+        if ranks.tp > 1:
+            _, speed = self.cluster.bandwidth(ranks.tp, 1)
             inner = m.shared_expert_ffn_size if n.num_experts else m.dense_ffn_size
-            blocks = 1 + (inner > 0) + (n.num_experts > 0 and l.etp > 1)
-            each = tokens * m.hidden_size * w * (l.tp - 1) / l.tp / speed + self.cluster.efficiency.message_s
+            blocks = 1 + (inner > 0) + (n.num_experts > 0 and ranks.etp > 1)
+            each = tokens * m.hidden_size * w * (ranks.tp - 1) / ranks.tp / speed + self.cluster.efficiency.message_s
             tp = 2 * blocks * each
-        if l.ep > 1 and n.num_experts:
-            ep = 2 * self.exchange(tokens / l.tp * m.experts_per_token * m.hidden_size * w)
-        if l.cp > 1:
-            _, speed = self.cluster.bandwidth(l.cp, l.tp)
-            keys = (cost.cached // l.tp + cost.cached_whole) * w
-            cp = tokens * keys * (l.cp - 1) / speed + self.cluster.efficiency.message_s
+        if ranks.ep > 1 and n.num_experts:
+            ep = 2 * self.exchange(tokens / ranks.tp * m.experts_per_token * m.hidden_size * w)
+        if ranks.cp > 1:
+            _, speed = self.cluster.bandwidth(ranks.cp, ranks.tp)
+            keys = (cost.cached // ranks.tp + cost.cached_whole) * w
+            cp = tokens * keys * (ranks.cp - 1) / speed + self.cluster.efficiency.message_s
         return tp, 1.5 * tp, ep, cp
 
     def exchange(self, size: float) -> float:
         """An all-to-all of `size` bytes a rank between the ranks that share the experts: what stays in the node and
         what leaves it travel at the same time."""
-        l, c = self.layout, self.cluster
-        inside = min(l.ep, max(1, c.node // l.etp))
-        nvlink = size * (inside - 1) / l.ep / (c.gpu.nvlink_gb_s * 1e9 * c.efficiency.nvlink)
-        network = size * (l.ep - inside) / l.ep / (c.gpu.network_gb_s * 1e9 * c.efficiency.network)
+        ranks, c = self.layout, self.cluster
+        inside = min(ranks.ep, max(1, c.node // ranks.etp))
+        nvlink = size * (inside - 1) / ranks.ep / (c.gpu.nvlink_gb_s * 1e9 * c.efficiency.nvlink)
+        network = size * (ranks.ep - inside) / ranks.ep / (c.gpu.network_gb_s * 1e9 * c.efficiency.network)
         return max(nvlink, network) + c.efficiency.message_s
 
     # -------------------------------------------------------------------------------------------------------- a stage
@@ -163,23 +171,23 @@ class StepTime:
     @cached_property
     def stages(self) -> list[tuple[float, float, dict[str, float]]]:
         """(forward, forward and backward) of a micro-batch on each stage, and the communication within the second."""
-        found, times = [], {}
+        found = []
+        times: dict[tuple[LayerCount, TokenCount], LayerTime] = {}
         last = self.layout.pp - 1
         for stage in range(self.layout.pp):
             forward = both = 0.0
             axes = dict.fromkeys(("tp", "ep", "cp", "pp"), 0.0)
-            for i in self.layout.layers_of_stage(self.m.num_layers, stage):
-                kind = self.parameters.layers[i], self.costs[i]
-                t = times.get(kind)
-                if t is None:
-                    t = times[kind] = self.layer(*kind, self.tokens, self.work.length / 2)
+            for n, cost, number in kinds_of_stage(self.m, self.layout, stage):
+                if (n, cost) not in times:
+                    times[n, cost] = self.layer(n, cost, self.tokens, self.work.length / 2)
+                t = times[n, cost]
                 recompute = {"none": 0.0, "selective": t.attention, "full": t.forward + t.tp + t.ep + t.cp}
                 again = recompute[self.config.parallel.recompute]
-                forward += t.forward + t.tp + t.ep + t.cp
-                both += 3 * t.forward + t.tp + t.tp_backward + 2 * t.ep + 3 * t.cp + again
-                axes["tp"] += t.tp + t.tp_backward
-                axes["ep"] += 2 * t.ep
-                axes["cp"] += 3 * t.cp
+                forward += number * (t.forward + t.tp + t.ep + t.cp)
+                both += number * (3 * t.forward + t.tp + t.tp_backward + 2 * t.ep + 3 * t.cp + again)
+                axes["tp"] += number * (t.tp + t.tp_backward)
+                axes["ep"] += number * 2 * t.ep
+                axes["cp"] += number * 3 * t.cp
             if self.layout.pp > 1 and self.layout.vpp == 1:
                 # Interleaved stages send while they compute (mcore/model.py, overlap_p2p_comm).
                 send = self.tokens / self.layout.tp * self.m.hidden_size * self.format.width / self._pipeline_speed
@@ -210,21 +218,21 @@ class StepTime:
 
     def gradients_and_weights(self) -> tuple[str, float]:
         """(link, seconds) of reducing gradients (float32 under bf16) and gathering weights, once an update."""
-        l, w = self.layout, self.format.width
-        dense, experts = max((stage_parameters(self.m, l, stage) for stage in {0, l.pp - 1}), key=sum)
+        ranks, w = self.layout, self.format.width
+        dense, experts = max((stage_parameters(self.m, ranks, stage) for stage in {0, ranks.pp - 1}), key=sum)
         each = (4 if w == 2 else w) + w
-        link, speed = self.cluster.bandwidth(l.dp * l.cp, l.tp)
-        expert_link, expert_speed = self.cluster.bandwidth(l.edp, l.etp * l.ep)
-        replicas, expert_replicas = l.dp * l.cp, l.edp
+        link, speed = self.cluster.bandwidth(ranks.dp * ranks.cp, ranks.tp)
+        expert_link, expert_speed = self.cluster.bandwidth(ranks.edp, ranks.etp * ranks.ep)
+        replicas, expert_replicas = ranks.dp * ranks.cp, ranks.edp
         seconds = dense * each * (replicas - 1) / replicas / speed
         seconds += experts * each * (expert_replicas - 1) / expert_replicas / expert_speed
         return ("network" if "network" in (link, expert_link) else link), seconds
 
     def optimizer(self) -> float:
         """Adam reads and writes 30 bytes for each parameter of a rank's shard."""
-        l = self.layout
-        dense, experts = stage_parameters(self.m, l, 0)
-        shard = dense / (l.dp * l.cp) + experts / l.edp if self.config.optimizer.distributed else dense + experts
+        ranks = self.layout
+        dense, experts = stage_parameters(self.m, ranks, 0)
+        shard = dense / (ranks.dp * ranks.cp) + experts / ranks.edp if self.config.optimizer.distributed else dense + experts
         return self._moved(30 * shard)
 
     def update(self) -> float:
@@ -247,43 +255,38 @@ class StepTime:
     def rollout(self) -> float:
         """Prompts in one forward each, then a token for every rollout at a time. A forward passes through all stages one
         after the other; waiting rollouts take the rows of those that ended."""
-        l, w, m = self.layout, self.work, self.m
-        rollouts = ceil(w.sequences / (l.dp * l.cp))
-        rows = min(rollouts, rollouts_at_once(self.config, l))
+        ranks, w, m = self.layout, self.work, self.m
+        rollouts = ceil(w.sequences / (ranks.dp * ranks.cp))
+        rows = min(rollouts, rollouts_at_once(self.config, ranks))
         forwards = max(w.longest, 0) + w.response * max(0.0, rollouts / rows - 1)
         prefill = rollouts / max(1, self.config.rollout.group_size) * w.prompt
-        prompts = sum(self._layers(prefill, w.prompt / 2))
+        times = ((self.layer(n, cost, prefill, w.prompt / 2), number) for n, cost, number in self._kinds)
+        prompts = sum(number * (t.forward + t.tp + t.ep) for t, number in times)
         return prompts + forwards * self.decode(rows, w.prompt + w.response / 2)
 
     def decode(self, rows: float, context: float) -> float:
         """One token for each of `rows` rollouts: the weights that any of them needs and their caches are read once."""
-        e, l, m, f = self.cluster.efficiency, self.layout, self.m, self.format
+        e, ranks, m, f = self.cluster.efficiency, self.layout, self.m, self.format
         seconds = 0.0
-        times: dict[tuple[LayerCount, TokenCount], float] = {}
-        for n, cost in zip(self.parameters.layers, self.costs, strict=True):
-            if (n, cost) not in times:
-                local = n.num_experts // l.ep
-                # Of experts that `drawn` tokens choose among evenly, the share that at least one chooses.
-                drawn = rows * l.ep * m.experts_per_token / max(1, l.tp)
-                touched = local * (1 - (1 - 1 / max(1, n.num_experts)) ** drawn) if local else 0.0
-                width = 1 if self.is_fp8 else f.width
-                weights = (n.sharded / l.tp + n.replicated + touched * n.expert / l.etp) * width
-                cache = rows * context * (cost.cached // l.tp + cost.cached_whole) * f.width
-                products = self._seconds(2 * rows * cost.multiplied / l.tp, e.dense, fp8=self.is_fp8)
-                tp, _, ep, _ = self._communication(n, cost, rows)
-                launches = 0.0 if self.work.engine else e.kernels * e.launch_s
-                times[n, cost] = max(self._moved(weights + cache), products, launches) + tp + ep
-            seconds += times[n, cost]
-        head = self._moved(self.parameters.vocabulary / l.tp * f.width + rows * (m.vocab_size or 0) * 32)
-        return seconds + head + (l.pp - 1) * e.message_s
+        for n, cost, number in self._kinds:
+            local = n.num_experts // ranks.ep
+            # Of experts that `drawn` tokens choose among evenly, the share that at least one chooses.
+            drawn = rows * ranks.ep * ranks.etp * m.experts_per_token / ranks.tp
+            touched = local * (1 - (1 - 1 / max(1, n.num_experts)) ** drawn) if local else 0.0
+            width = 1 if self.is_fp8 else f.width
+            weights = (n.sharded / ranks.tp + n.replicated + touched * n.expert / ranks.etp) * width
+            cache = rows * context * (cost.cached // ranks.tp + cost.cached_whole) * f.width
+            products = self._seconds(2 * rows * cost.multiplied / ranks.tp, e.dense, fp8=self.is_fp8)
+            tp, _, ep, _ = self._communication(n, cost, rows)
+            launches = 0.0 if self.work.engine else e.kernels * e.launch_s
+            seconds += number * (max(self._moved(weights + cache), products, launches) + tp + ep)
+        head = self._moved(self.parameters.vocabulary / ranks.tp * f.width + rows * (m.vocab_size or 0) * 32)
+        return seconds + head + (ranks.pp - 1) * e.message_s
 
-    def _layers(self, tokens: float, context: float) -> list[float]:
-        kinds: dict[tuple[LayerCount, TokenCount], float] = {}
-        for kind in zip(self.parameters.layers, self.costs, strict=True):
-            if kind not in kinds:
-                t = self.layer(*kind, tokens, context)
-                kinds[kind] = t.forward + t.tp + t.ep
-        return [kinds[kind] for kind in zip(self.parameters.layers, self.costs, strict=True)]
+    @property
+    def _kinds(self) -> Kinds:
+        """All layers, whatever stage they are on."""
+        return kinds_of_stage(self.m, Layout(1), 0)
 
     def save(self) -> float:
         """A checkpoint's copy to the host, averaged over steps; files are written in the background."""
@@ -314,13 +317,13 @@ class StepTime:
     def by_axis(self) -> dict[str, tuple[str, float]]:
         """(link, seconds of an update) of communication by axis: of the slowest stage, all of its micro-batches; dp is
         what reduces gradients and gathers weights, hidden or not."""
-        l = self.layout
+        ranks = self.layout
         axes = max(self.stages, key=lambda stage: stage[1])[2]
         links = {
-            "tp": self.cluster.bandwidth(l.tp, 1)[0],
-            "cp": self.cluster.bandwidth(l.cp, l.tp)[0],
-            "ep": self.cluster.bandwidth(l.ep, l.etp)[0],
-            "pp": self.cluster.bandwidth(2, l.world_size // l.pp)[0],
+            "tp": self.cluster.bandwidth(ranks.tp, 1)[0],
+            "cp": self.cluster.bandwidth(ranks.cp, ranks.tp)[0],
+            "ep": self.cluster.bandwidth(ranks.ep, ranks.etp)[0],
+            "pp": self.cluster.bandwidth(2, ranks.world_size // ranks.pp)[0],
         }
         found = {axis: (links[axis], seconds * self.micro_batches) for axis, seconds in axes.items() if seconds}
         link, seconds = self.gradients_and_weights()
