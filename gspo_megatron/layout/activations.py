@@ -81,7 +81,8 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     up = f.input_width * (m.q_lora_rank + m.kv_lora_rank)
     core = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
     if not f.uses_te:
-        core += w * (2 * qk + 2 * v)  # spread over a grid and collected
+        # Values are narrower than keys, which torch attends with on a CPU by writing the scores out, in float32.
+        core += f.norm_width * (2 * qk + v + heads * m.max_sequence_length)
     return {
         "latents": latents + up,
         "attention": core + 4 * heads,
@@ -97,8 +98,8 @@ ATTENTION: dict[str, Callable[[ModelShape, Format], Kept]] = {
 
 
 def dense_network(hidden: int, inner: int, f: Format) -> float:
-    """Input, gate and up, silu(gate), and their product, which is the input of the second matrix."""
-    return (f.input_width * hidden + 3 * f.width * inner + f.input_width * inner) if inner else 0.0
+    """Input, gate and up, silu(gate), a copy of up, and their product, which is the input of the second matrix."""
+    return (f.input_width * hidden + 4 * f.width * inner + f.input_width * inner) if inner else 0.0
 
 
 def router(m: ModelShape, f: Format) -> float:
@@ -113,8 +114,9 @@ def expert_inputs(m: ModelShape, f: Format) -> float:
 
 def expert_products(m: ModelShape, f: Format) -> float:
     """For each expert of the token: gate and up, silu(gate), their product, and that times the router's weight, which
-    is the input of the second matrix."""
-    return m.experts_per_token * ((4 * f.width + f.input_width) * m.expert_ffn_size + 4)
+    is the input of the second matrix. Megatron-Core's own grouped experts copy up as well."""
+    copies = 5 if f.uses_te else 4
+    return m.experts_per_token * ((copies * f.width + f.input_width) * m.expert_ffn_size + 4)
 
 
 def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> dict[str, float]:
@@ -138,7 +140,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
 
 
 def dispatch_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
-    """Buffers of one layer that carry tokens to their experts and back while it runs, per token as above: sorted by
-    expert, received, and sorted again, k times each."""
-    copies = 3 if layout.ep * layout.etp > 1 else 2
-    return copies * m.experts_per_token * m.hidden_size * f.width * layout.etp / layout.tp if n.num_experts else 0.0
+    """What a layer at work holds besides, per token as above: the residual stream and its change, and the tokens on
+    their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again."""
+    sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
+    return (2 + sent) * m.hidden_size * f.width / layout.tp

@@ -209,7 +209,7 @@ def log_prob_sizes(config: Config, layout: Layout, *, trained: bool) -> dict[str
     block = CPU_BLOCK if on_cpu else ACCELERATOR_BLOCK
     b, c = min(block[0], tokens), min(block[1], columns)
     # A CPU widens bf16 factors; a GPU multiplies them as they are, and rounds the gradient of the logits to bf16.
-    factors = 0.0 if width == wide else wide * (b * h + c * h) if on_cpu else trained * width * b * c
+    factors = 0.0 if width == wide else wide * (2 * b * h + c * h) if on_cpu else trained * width * b * c
     gathered = (layout.tp > 1) * width * tokens * h
     returned = trained * (2 * wide * b * h + width * tokens * h / layout.tp)
     store = config.train.log_prob_store_gib * GIB if trained and not config.algorithm.entropy_coef else 0.0
