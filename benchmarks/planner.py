@@ -121,25 +121,43 @@ def rl_step() -> dict[str, Any]:
     trained = StepTime(config, Layout(32, ep=8), cluster, work).parts
     generated = StepTime(config, Layout(32, tp=2, etp=2), cluster, work).parts["rollout"]
     seconds = generated + trained["log_probs"] + trained["update"] + trained["communication"]
-    return {"name": "qwen3_30b_a3b 32 h100 bf16, an RL step", "unit": "s", "predicted": seconds, "published": 192.0,
-            "source": NEMO}
+    return {
+        "name": "qwen3_30b_a3b 32 h100 bf16, an RL step",
+        "unit": "s",
+        "predicted": seconds,
+        "published": 192.0,
+        "source": NEMO,
+    }
 
 
 def published() -> list[dict[str, Any]]:
     """Every comparison: name, unit, predicted, published, error, source."""
     rows: list[dict[str, Any]] = [
-        {"name": t.name, "unit": "tokens/s/GPU", "predicted": t.predicted(), "published": t.published, "source": t.source}
+        {
+            "name": t.name,
+            "unit": "tokens/s/GPU",
+            "predicted": t.predicted(),
+            "published": t.published,
+            "source": t.source,
+        }
         for t in TRAINING
     ]
     rows.append(rl_step())
     peak = GPUS["h100"].bf16_tflops * Efficiency().dense
     rows += [
-        {"name": f"log-probs {n} x {h} x {v}, {which}, tp{tp}", "unit": "TFLOP/s", "predicted": peak, "published": value,
-         "source": LIGER}
+        {
+            "name": f"log-probs {n} x {h} x {v}, {which}, tp{tp}",
+            "unit": "TFLOP/s",
+            "predicted": peak,
+            "published": value,
+            "source": LIGER,
+        }
         for n, h, v, which, tp, value in HEAD
     ]
-    return [{**row, "predicted": _rounded(row["predicted"]), "error": round(row["predicted"] / row["published"] - 1, 3)}
-            for row in rows]
+    return [
+        {**row, "predicted": _rounded(row["predicted"]), "error": round(row["predicted"] / row["published"] - 1, 3)}
+        for row in rows
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- scaling
@@ -175,7 +193,9 @@ def scaling_row(model: str, gpus: int, fp8: str) -> dict[str, Any] | None:
 
 
 def scaling_work(gpus: int) -> Work:
-    return Work(SEQUENCES_PER_GPU * gpus, WORK["prompt"], WORK["response"], WORK["longest"], WORK["updates"], save_every=10)
+    return Work(
+        SEQUENCES_PER_GPU * gpus, WORK["prompt"], WORK["response"], WORK["longest"], WORK["updates"], save_every=10
+    )
 
 
 def described(plan: Plan, work: Work) -> dict[str, Any]:
@@ -197,7 +217,9 @@ def described(plan: Plan, work: Work) -> dict[str, Any]:
         "seconds": {name: round(seconds, 2) for name, seconds in time.parts.items()},
         "step_s": round(time.total, 1),
         "tokens_per_s_per_gpu": round(work.sequences * work.length / time.total / layout.world_size, 1),
-        "update_share_of_peak": round(time.flops["update"] / trained / layout.world_size / time.cluster.gpu.peak_flops(fp8=False), 3),
+        "update_share_of_peak": round(
+            time.flops["update"] / trained / layout.world_size / time.cluster.gpu.peak_flops(fp8=False), 3
+        ),
         "exaflop": _rounded(step_flops / 1e18),
         "checkpoint_gb": round(checkpoint_bytes(plan.config, with_reference=False) / 1e9),
         "gpu_hours": round(layout.world_size * time.total / 3600, 2),
@@ -252,11 +274,21 @@ def scaling_table(rows: Sequence[dict[str, Any]]) -> str:
         shown = [f"{name}{size}" for name, size in r["layout"].items() if size and size > 1 and len(name) < 4]
         ends = "" if r["layout"]["first"] is None and r["layout"]["last"] is None else " uneven"
         cells = [
-            r["model"], "bf16" if r["fp8"] == "none" else f"FP8 {r['fp8']}", str(r["gpus"]), " ".join(shown) + ends,
-            r["recompute"], str(r["max_batch"]), f"{r['gib']:.0f}", f"{r['bubble']:.0%}",
+            r["model"],
+            "bf16" if r["fp8"] == "none" else f"FP8 {r['fp8']}",
+            str(r["gpus"]),
+            " ".join(shown) + ends,
+            r["recompute"],
+            str(r["max_batch"]),
+            f"{r['gib']:.0f}",
+            f"{r['bubble']:.0%}",
             *(f"{r['seconds'][name]:.1f}" for name in parts),
-            f"{r['step_s']:.0f}", f"{r['tokens_per_s_per_gpu']:.0f}", f"{r['update_share_of_peak']:.0%}",
-            f"{r['exaflop']:.3g}", f"{r['checkpoint_gb']:,}", f"{r['gpu_hours']:,.1f}",
+            f"{r['step_s']:.0f}",
+            f"{r['tokens_per_s_per_gpu']:.0f}",
+            f"{r['update_share_of_peak']:.0%}",
+            f"{r['exaflop']:.3g}",
+            f"{r['checkpoint_gb']:,}",
+            f"{r['gpu_hours']:,.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

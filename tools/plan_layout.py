@@ -181,7 +181,15 @@ def show_plan(plan: Plan, work: Work, options: argparse.Namespace) -> None:
 def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) -> str:
     """The settings that were asked for and the layout, as a file of the run."""
     ranks, p = plan.layout, plan.config.parallel
-    parallel = {"tp": ranks.tp, "pp": ranks.pp, "vpp": ranks.vpp, "cp": ranks.cp, "ep": ranks.ep, "etp": ranks.etp, "recompute": p.recompute}
+    parallel = {
+        "tp": ranks.tp,
+        "pp": ranks.pp,
+        "vpp": ranks.vpp,
+        "cp": ranks.cp,
+        "ep": ranks.ep,
+        "etp": ranks.etp,
+        "recompute": p.recompute,
+    }
     stages = {"first_stage_layers": ranks.first, "last_stage_layers": ranks.last}
     parallel |= {name: size for name, size in stages.items() if size is not None}
     chosen = {f"parallel.{name}": str(value) for name, value in parallel.items()}

@@ -48,7 +48,13 @@ class Plan:
     def order(self) -> tuple[float, ...]:
         """Faster first; of equally fast ones those that split less."""
         ranks = self.layout
-        return round(self.time.total, 6), ranks.tp * ranks.pp * ranks.cp, ranks.pp, ranks.ep * ranks.etp, self.memory.peak
+        return (
+            round(self.time.total, 6),
+            ranks.tp * ranks.pp * ranks.cp,
+            ranks.pp,
+            ranks.ep * ranks.etp,
+            self.memory.peak,
+        )
 
 
 def search(

@@ -232,7 +232,11 @@ class StepTime:
         """Adam reads and writes 30 bytes for each parameter of a rank's shard."""
         ranks = self.layout
         dense, experts = stage_parameters(self.m, ranks, 0)
-        shard = dense / (ranks.dp * ranks.cp) + experts / ranks.edp if self.config.optimizer.distributed else dense + experts
+        shard = (
+            dense / (ranks.dp * ranks.cp) + experts / ranks.edp
+            if self.config.optimizer.distributed
+            else dense + experts
+        )
         return self._moved(30 * shard)
 
     def update(self) -> float:
