@@ -3,9 +3,9 @@
     python tools/plan_layout.py --model qwen3_30b_a3b --gpu h100 --gpus 32 --prompt 1024 --response 8192
     python tools/plan_layout.py --model DIR/Qwen3-235B-A22B --gpu h200 --gpus 128 --precision fp8 --write run.yaml
 
---model is a preset or a Hugging Face folder (its config.json is read). Everything printed is a prediction; docs/planner.md
-has the formula of every column, its assumptions, and its errors against published measurements. --write writes the
-recommended settings, or those of another row (--choose), as a file for `python -m gspo_megatron.train --config`.
+--model is a preset or a Hugging Face folder (its config.json is read). Everything printed is a prediction;
+docs/planner.md has the formula of every column, its assumptions, and its errors against published measurements. --write
+writes the recommended settings, or those of another row (--choose), for `python -m gspo_megatron.train --config`.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) ->
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
     lines = [
-        f"# {options.model} on {ranks.world_size} {options.gpu} ({time.strftime('%Y-%m-%d')}, tools/plan_layout.py). A prediction:",
+        f"# {options.model} on {ranks.world_size} {options.gpu}, by tools/plan_layout.py. A prediction:",
         f"# {plan.time.total:.0f} s a step, {plan.peak_gib:.0f} GiB a GPU. Set data, reward and run.dir to your own.",
     ]
     for section, values in sections.items():
@@ -257,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not best:
             total = counts_of(config.model.shape)[0].total
             raise ConfigError(
-                f"no layout of {options.gpus} {gpu.name} holds {total:,} parameters in {usable:.1f} GiB a GPU; their weights, "
-                f"gradients and optimizer state alone take {18 * total / GIB / options.gpus:.0f} GiB a GPU; use more GPUs, or "
-                "fewer sequences of rollout.max_batch or of a shorter length"
+                f"no layout of {options.gpus} {gpu.name} holds {total:,} parameters in {usable:.1f} GiB a GPU; their "
+                f"weights, gradients and optimizer state take {18 * total / GIB / options.gpus:.0f} GiB a GPU where "
+                "nothing is there twice; use more GPUs, or shorter prompts and responses"
             )
         if options.choose > len(best):
             raise ConfigError(f"--choose {options.choose}: only {len(best)} layouts fit")
@@ -268,8 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ConfigError: {error}", file=sys.stderr)
         return 2
     print(
-        f"{options.model} on {options.gpus} {gpu.name} ({cluster.node} joined by NVLink), {options.precision}: predictions; "
-        f"{len(plans)} plans fit in {usable:.1f} GiB, found in {time.monotonic() - start:.1f} s\n"
+        f"{options.model} on {options.gpus} {gpu.name} ({cluster.node} joined by NVLink), {options.precision}: "
+        f"predictions; {len(plans)} plans fit in {usable:.1f} GiB, found in {time.monotonic() - start:.1f} s\n"
     )
     show(best, work, options)
     if options.write:

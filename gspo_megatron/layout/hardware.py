@@ -68,8 +68,8 @@ class Efficiency:
 
     Attributes:
         dense: matrix products of attention, networks and the output head. DeepGEMM's tables for H800, FP8 and 4,096
-            rows: 0.52 to 0.69 of the peak; Liger-Kernel PR 1422, bf16, H100: 0.58 to 0.80 (0.78 in the widest).
-        grouped: products of experts. DeepGEMM's tables, grouped and contiguous, 4,096 to 8,192 rows a group: 0.55 to 0.66.
+            rows: 0.52 to 0.69 of the peak; Liger-Kernel PR 1422, bf16, H100: 0.48 to 0.80.
+        grouped: products of experts. DeepGEMM's tables, grouped, 4,096 to 8,192 rows a group: 0.55 to 0.66.
         attention: FlashMLA on H800: 580 to 660 of 989 TFLOP/s.
         memory: FlashMLA on H800: 3,000 of 3,350 GB/s.
         nvlink: DeepEP on H800: 153 to 158 of 160 GB/s, in kernels of its own; NCCL's collectives stay at about 0.8.

@@ -141,9 +141,10 @@ def optimizer_bytes(config: Config, layout: Layout, dense: float, experts: float
 
 
 def micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once, each over all of its layers: pp - stage in the one-forward-
-    one-backward schedule; of chunks of 1 / vpp of the layers 2 (pp - stage - 1) + (vpp - 1) pp + 1 in Megatron's
-    interleaved one (pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
+    """Micro-batches whose activations a stage holds at once, counted over all of its layers.
+
+    pp - stage where one forward and one backward alternate. In Megatron's interleaved schedule 2 (pp - stage - 1) +
+    (vpp - 1) pp + 1 chunks of 1 / vpp of the layers (pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
     if layout.vpp == 1:
         return layout.pp - stage
     return (2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1) / layout.vpp
@@ -225,7 +226,7 @@ def rollouts_at_once(config: Config, layout: Layout) -> int:
 
 
 def cache_bytes(config: Config, layout: Layout, stage: int, *, rows: int, positions: int) -> float:
-    """Keys and values (or latents) of `rows` rollouts of `positions` tokens, allocated for all of a forward's layers."""
+    """Keys and values, or latents, of `rows` rollouts of `positions` tokens in all layers of the stage."""
     m = config.model.shape
     kinds = kinds_of_stage(m, layout, stage)
     cached = sum(number * (x.cached // layout.tp + x.cached_whole) for _, x, number in kinds)
@@ -275,7 +276,7 @@ def memory_of_stage(config: Config, layout: Layout, stage: int, *, with_referenc
 
 
 def saved_bytes(config: Config, layout: Layout, dense: float, experts: float) -> float:
-    """What a rank copies for a checkpoint: weights (float32 under bf16) and Adam's two moments, each element on one rank."""
+    """What a rank copies for a checkpoint: weights (float32 under bf16) and Adam's moments, each element once."""
     each = 3 * (4 if config.precision.dtype == "bf16" else BYTES[config.precision.dtype])
     return each * (dense / (layout.dp * layout.cp) + experts / layout.edp)
 

@@ -111,26 +111,32 @@ def layouts(config: Config, world_size: int, node: int) -> Iterator[Layout]:
             continue
         for tp, cp, ep in product(tps, cps, eps):
             for etp in {1, tp}:
-                layout = Layout(world_size, tp, pp, vpp, cp, ep, etp, *split)
+                layout = Layout(world_size, tp, pp, vpp, cp, ep, etp, first=split[0], last=split[1])
                 if next(broken_rules(config, layout), None) is None:
                     yield layout
 
 
 @cache
 def stage_split(num_layers: int, pp: int, vpp: int) -> tuple[int | None, int | None] | None:
-    """(first_stage_layers, last_stage_layers) for these stages: none of both where equal stages work; None where nothing
-    does."""
+    """(first_stage_layers, last_stage_layers) for these stages: neither where equal ones work; None: nothing does."""
     if num_layers % (pp * vpp) == 0:
         return None if pp == 1 < vpp else (None, None)
     return next(uneven_stages(num_layers, pp, vpp), None)
 
 
 def _with_layout(config: Config, ranks: Layout) -> Config:
-    axes = {"tp": ranks.tp, "pp": ranks.pp, "vpp": ranks.vpp, "cp": ranks.cp, "ep": ranks.ep, "etp": ranks.etp}
-    return replace(
-        config,
-        parallel=replace(config.parallel, **axes, first_stage_layers=ranks.first, last_stage_layers=ranks.last),
+    parallel = replace(
+        config.parallel,
+        tp=ranks.tp,
+        pp=ranks.pp,
+        vpp=ranks.vpp,
+        cp=ranks.cp,
+        ep=ranks.ep,
+        etp=ranks.etp,
+        first_stage_layers=ranks.first,
+        last_stage_layers=ranks.last,
     )
+    return replace(config, parallel=parallel)
 
 
 def distinct(plans: Sequence[Plan], limit: int) -> list[Plan]:

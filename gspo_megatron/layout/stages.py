@@ -67,6 +67,7 @@ def uneven_stages(num_layers: int, pp: int, vpp: int) -> Iterator[tuple[int | No
     the last."""
     if pp < 2 or num_layers < pp * vpp:
         return
+    pairs: Iterator[tuple[int, int | None]]
     if pp == 2:
         pairs = ((first, None) for first in range(vpp, num_layers - vpp + 1, vpp) if (num_layers - first) % vpp == 0)
     else:

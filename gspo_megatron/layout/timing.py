@@ -9,13 +9,13 @@ Units: seconds, bytes, floating-point operations. T tokens of a micro-batch on o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.activations import BYTES, Format, dispatch_bytes
+from gspo_megatron.layout.activations import Format, dispatch_bytes
 from gspo_megatron.layout.hardware import Efficiency, Gpu
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.layout.memory import (
@@ -36,7 +36,7 @@ class Cluster:
 
     gpu: Gpu
     node: int
-    efficiency: Efficiency = Efficiency()
+    efficiency: Efficiency = field(default_factory=Efficiency)
 
     def bandwidth(self, size: int, stride: int) -> tuple[str, float]:
         """(link, bytes per second of each rank) of a collective over `size` ranks, `stride` apart. Over nodes each
@@ -162,10 +162,10 @@ class StepTime:
     # -------------------------------------------------------------------------------------------------------- a stage
 
     def head(self, *, trained: bool) -> float:
-        """Log-probs of a micro-batch's response tokens on the last stage: 2 N H V forward, 4 N H V backward, and 2 N H V
-        for what is recomputed."""
+        """Log-probs of a micro-batch's N response tokens on the last stage: 2 N H V forward, 4 N H V backward, and
+        2 N H V for what is recomputed."""
         rows = self.sequences_per_micro_batch * self.work.response / self.layout.cp
-        once = 2 * rows * self.m.hidden_size * self.parameters.vocabulary / self.m.hidden_size / self.layout.tp
+        once = 2 * rows * self.parameters.vocabulary / self.layout.tp
         return self._seconds(once * (4 if trained else 1), self.cluster.efficiency.dense)
 
     @cached_property
@@ -257,9 +257,9 @@ class StepTime:
         return self.work.scorings * self._pipeline(each, self.work.updates * self.micro_batches)
 
     def rollout(self) -> float:
-        """Prompts in one forward each, then a token for every rollout at a time. A forward passes through all stages one
-        after the other; waiting rollouts take the rows of those that ended."""
-        ranks, w, m = self.layout, self.work, self.m
+        """Prompts in one forward each, then a token for every rollout at a time. A forward passes through all stages
+        one after the other; waiting rollouts take the rows of those that ended."""
+        ranks, w = self.layout, self.work
         rollouts = ceil(w.sequences / (ranks.dp * ranks.cp))
         rows = min(rollouts, rollouts_at_once(self.config, ranks))
         forwards = max(w.longest, 0) + w.response * max(0.0, rollouts / rows - 1)
@@ -337,7 +337,7 @@ class StepTime:
     def flops(self) -> dict[str, float]:
         """Of a step's matrix products over all GPUs: forward and backward of the updates, forwards ahead of them, and
         the rollout. Recomputation is not counted."""
-        w, m = self.work, self.m
+        w = self.work
         weights = sum(cost.multiplied for cost in self.costs)
         attended = sum(cost.attended for cost in self.costs)
         layers = 2 * w.length * weights + w.length * (w.length + 1) * attended

@@ -18,7 +18,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import packing_rules
-from gspo_megatron.layout.memory import Memory, cache_bytes, checkpoint_bytes, memory_of_stage
+from gspo_megatron.layout.memory import Memory, cache_bytes, memory_of_stage
 from gspo_megatron.log_probs import linear_log_probs
 from gspo_megatron.mcore import compat, schedule
 from gspo_megatron.mcore.groups import Groups
