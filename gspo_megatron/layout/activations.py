@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gspo_megatron.config.sections import Config
-from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.models.family import LayerCount
 from gspo_megatron.models.shape import ModelShape
@@ -42,8 +42,7 @@ class Format:
     def of(cls, config: Config) -> Format:
         p, recipe = config.precision, RECIPES[config.precision.fp8]
         width = BYTES[p.dtype]
-        wants_te = p.transformer_engine == "on" or (p.transformer_engine == "auto" and p.device != "cpu")
-        return cls(width, max(width, 4), 1 if recipe.quantizes else width, wants_te or "local" not in recipe.layers)
+        return cls(width, max(width, 4), 1 if recipe.quantizes else width, expects_te_layers(p))
 
     def norm(self, size: int) -> float:
         """Input and 1 / rms. torch's norm keeps the normalised values too, and in bf16 both as float32."""
