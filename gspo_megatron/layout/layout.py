@@ -90,8 +90,12 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
     for share in family_of(m).shares(m):
         unit = columns if share.columns else 1
         if share.value % (unit * _ranks(layout, share.axes)):
-            why = f" (matmuls in precision.fp8 take {unit} columns at a time)" if unit > 1 else ""
-            yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}{why}"
+            yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}" + (
+                f" (matmuls in precision.fp8={config.precision.fp8} take {unit} columns at a time: "
+                f"{_nearest_multiples(share.value, unit * _ranks(layout, share.axes))} would do, or precision.fp8=none)"
+                if unit > 1
+                else ""
+            )
     if layout.cp > 1 and m.max_sequence_length % (2 * layout.cp):
         yield (
             f"parallel.cp={layout.cp} splits every sequence into 2 * cp equal chunks, but "
@@ -212,8 +216,13 @@ def packing_rules(config: Config) -> PackingRules:
 
 
 def token_multiple(config: Config) -> int:
-    """Tokens of a rank's forward come in multiples of this: sequence parallelism gives every tensor-parallel rank the
-    same number, and the matmuls of a number format take several rows at a time. The sampler, which runs without context
-    parallelism, needs nothing else."""
+    """Tokens of a rank's forward in training and scoring come in multiples of this: sequence parallelism gives every
+    tensor-parallel rank the same number, and a number format takes several rows at a time."""
     recipe, tp = RECIPES[config.precision.fp8], config.parallel.tp
     return tp * recipe.gathered_row_multiple if tp > 1 else recipe.row_multiple
+
+
+def sampler_token_multiple(config: Config) -> int:
+    """The same for the sampler, which runs without context parallelism. Its forwards are small, often a token for each
+    rollout: they keep to what matmuls need, and rows that are gathered in bf16 are quantized to the same numbers."""
+    return config.parallel.tp * RECIPES[config.precision.fp8].row_multiple
