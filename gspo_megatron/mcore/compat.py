@@ -7,6 +7,7 @@ installed version no longer needs it. Stand-ins for torch.cuda itself are in dev
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from megatron.core.extensions import transformer_engine as extensions
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
+from torch.overrides import TorchFunctionMode
 
 from gspo_megatron.base.errors import ConfigError
 
@@ -48,8 +50,30 @@ def _no_device_rng() -> None:
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
 
 
+class _Float64Stays(TorchFunctionMode):
+    """x.float() is x where x is float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _sigmoid_in_float64() -> None:
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function: a sigmoid router's scores are
+    float32 even from float64 logits. On a CPU their last bit depends on how many there are, since vector instructions
+    and the loop over the rest round differently: layouts would differ by 1e-8."""
+    route = router.topk_routing_with_score_function
+
+    def routed(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Float64Stays() if logits.dtype == torch.float64 else nullcontext():
+            return route(logits, *args, **kwargs)
+
+    router.topk_routing_with_score_function = routed
+
+
 PATCHES: tuple[Callable[[], None], ...] = (_te_general_gemm,)
-CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng)
+CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng, _sigmoid_in_float64)
 
 
 def apply_patches(on_cpu: bool) -> None:

@@ -60,9 +60,11 @@ class LatentAttention(torch.nn.Module):
         hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
 
         def down(module: Any, size: int, name: str) -> torch.nn.Module:
-            return _linear(
-                module, hidden, size, config, name, parallel_mode="duplicated", skip_weight_param_allocation=False
-            )
+            duplicated = {"parallel_mode": "duplicated", "skip_weight_param_allocation": False}
+            linear = _linear(module, hidden, size, config, name, **duplicated)
+            # 0.16.1 leaves the mark that Transformer Engine sets: the gradient norm would count every rank's copy.
+            linear.weight.tensor_model_parallel = False  # type: ignore[union-attr]
+            return linear
 
         def up(module: Any, size_in: int, size_out: int, name: str) -> torch.nn.Module:
             return _linear(module, size_in, size_out, config, name, gather_output=False, tp_group=pg_collection.tp)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import router
 from torch.utils import _device
 
 from gspo_megatron.base.batches import Sequence, UpdateBatch
@@ -115,6 +116,21 @@ def test_training_on_two_processes_fails_without(without: str, axis: str, what_h
 
 def _one_of_two(without: str, axis: str) -> str:
     return one_update(without, axis, world_size=2)
+
+
+def routed(patched: bool) -> float:
+    """Largest difference between a sigmoid router's probabilities and those of float64 arithmetic."""
+    if patched:
+        compat.apply_patches(on_cpu=True)
+    logits = torch.linspace(-3, 3, 35, dtype=torch.float64).view(5, 7)
+    probs, _ = router.topk_routing_with_score_function(logits, 7, score_function="sigmoid")
+    scores = 1 / (1 + torch.exp(-logits))
+    return float((probs - scores / scores.sum(1, keepdim=True)).abs().max())
+
+
+def test_a_sigmoid_router_rounds_to_float32_without_its_patch() -> None:
+    [with_patch], [without] = run_distributed(routed, 1, True), run_distributed(routed, 1, False)
+    assert with_patch < 1e-15 and without > 1e-10
 
 
 def marks_by_megatron() -> set[bool]:

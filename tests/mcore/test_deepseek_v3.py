@@ -1,7 +1,7 @@
 """DeepSeek-V3 against transformers, which shares no code with this package: log-probs, the gradient of every parameter,
 greedy tokens, and weights there and back.
 
-Both run in float64, with transformers' and Megatron's own casts to float32 lifted, so that 1e-10 can be asked for.
+Both run in float64, with transformers' own casts to float32 lifted, so that 1e-10 can be asked for.
 """
 
 from __future__ import annotations
@@ -210,9 +210,6 @@ def open_policy(world_size: int, settings: tuple[str, ...], folder: Path) -> Meg
 
     fixed = ("precision.device=cpu", "optimizer.clip_grad=1e9", "optimizer.distributed=false")
     config = load_config(None, ["precision.dtype=fp64", *fixed, *settings])
-    if config.precision.dtype == "fp64":
-        # Megatron's router computes its sigmoid in float32 (transformer/moe/moe_utils.py). This process ends soon.
-        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     device = open_device("cpu", config.precision.dtype)
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
