@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm check docs gpu clean
+.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-slurm check docs gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -72,6 +72,9 @@ bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer,
 		--output $(RUNS)_trl_2threads.json
 	.venv-trl/bin/python -m benchmarks.step --from $(RUNS)_trl.json $(RUNS)_trl_all.json $(RUNS)_trl_2threads.json \
 		--markdown docs/benchmarks.md
+
+planner: .venv/.installed ## Write the tables of docs/planner.md: published numbers, scaling; minutes
+	.venv/bin/python -m benchmarks.planner
 
 grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
 	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)

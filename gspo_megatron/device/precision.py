@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,21 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """By precision.fp8, the recommended one first."""
+
+
+class PrecisionSettings(Protocol):
+    """The settings of section `precision` that decide about layers."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def fp8(self) -> str: ...
+    @property
+    def transformer_engine(self) -> str: ...
+
+
+def expects_te_layers(settings: PrecisionSettings) -> bool:
+    """Whether a run with these settings is planned with Transformer Engine's layers: unless they say otherwise, every
+    run on GPUs is."""
+    wanted = settings.transformer_engine == "on" or (settings.transformer_engine == "auto" and settings.device != "cpu")
+    return wanted or "local" not in RECIPES[settings.fp8].layers

@@ -214,7 +214,7 @@ def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
-    """tp splits heads and the dense and shared networks, ep experts, etp columns of an expert, pp and vpp layers."""
+    """tp splits heads and the dense and shared networks, ep experts, etp columns of an expert."""
     latent = s.kv_lora_rank + s.qk_rope_head_dim
     return (
         Share(s.num_attention_heads, "model.num_attention_heads", ("tp",)),
@@ -223,7 +223,6 @@ def shares(s: ModelShape) -> tuple[Share, ...]:
         Share(s.q_lora_rank, "model.q_lora_rank", columns=True),
         Share(s.kv_lora_rank, "model.kv_lora_rank", columns=True),
         Share(latent, "model.kv_lora_rank + model.qk_rope_head_dim", columns=True),
-        Share(s.num_layers, "model.num_layers", ("pp", "vpp")),
         Share(s.dense_ffn_size * (s.num_dense_layers > 0), "model.dense_ffn_size", ("tp",), columns=True),
         Share(s.shared_expert_ffn_size, "model.shared_expert_ffn_size", ("tp",), columns=True),
         Share(s.num_experts, "model.num_experts", ("ep",)),

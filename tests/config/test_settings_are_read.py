@@ -26,7 +26,10 @@ from gspo_megatron.testing.local_ranks import run_distributed
 NO_USE = ("gspo_megatron.config.", "gspo_megatron.build.checks", "dataclasses", "omegaconf.", "copy")
 """Beginnings of the names of modules that only check, compare, copy or print settings."""
 
-UNREAD = {"model.preset": "load_config itself uses it: it names the defaults of its section"}
+UNREAD = {
+    "model.preset": "load_config itself uses it: it names the defaults of its section",
+    "guards.on_memory": "only a GPU has memory of its own (tests/test_train.py)",
+}
 """Settings that no run on a CPU reads, and why."""
 
 TINY = (
