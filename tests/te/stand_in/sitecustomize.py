@@ -84,7 +84,7 @@ def checks_see_a_device(base: Any) -> None:
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function == is_cuda:  # a new object at every look
                 return True
-            here = {name: "cpu" if name == "device" and x == "cuda" else x for name, x in (kwargs or {}).items()}
+            here = {name: "cpu" if name == "device" and str(x) == "cuda" else x for name, x in (kwargs or {}).items()}
             return function(*args, **here)
 
     def seen(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +104,7 @@ def checks_see_a_device(base: Any) -> None:
 
     module.prepare_forward = prepare_forward
     base.seen = seen
+    base.get_dummy_wgrad = seen(base.get_dummy_wgrad)
 
 
 def attention_sees_a_device(attention: Any) -> None:
@@ -125,13 +126,65 @@ class _Entered:
         return self._manager.__exit__(*error)
 
 
+def ring_sends_at_once(context_parallel: Any) -> None:
+    """NCCL orders messages by stream. gloo sends from memory that the caller may change before it has left, so an
+    exchange is complete when this returns."""
+    import torch.distributed as dist
+
+    def exchange(rank: int, sent: Any, to: int, received: Any, source: int, group: Any, batched: Any) -> list[Any]:
+        operations = [dist.isend(sent.clone(), to, group), dist.irecv(received, source, group)]
+        for operation in operations:
+            operation.wait()
+        return []
+
+    context_parallel.flash_attn_p2p_communicate = exchange
+
+
+def reference_writes_where_it_is_told(gemm: Any) -> None:
+    """2.20.2, custom_recipes/gemm.py:38: the reference ignores `out` and `accumulate`, so a gradient that is to be added
+    to main_grad would be lost."""
+    own = gemm.custom_gemm
+
+    def custom_gemm(*args: Any, **kwargs: Any) -> Any:
+        names = ("A", "B", "workspace", "out_dtype", "quantization_params", "gelu", "gelu_in", "accumulate", "layout")
+        given = dict(zip((*names, "out", "bias", "use_split_accumulator", "grad"), args, strict=False)) | kwargs
+        result, *rest = own(**given)
+        out = given.get("out")
+        if out is not None:
+            out.copy_((out if given.get("accumulate") else 0) + result.view(out.shape))
+            result = out
+        return result, *rest
+
+    gemm.custom_gemm = custom_gemm
+
+
+def permutation_in_torch(permutation: Any) -> None:
+    import stand_in_permutation
+
+    for name, function in vars(stand_in_permutation).items():
+        if name.startswith("moe_"):
+            setattr(permutation, name, function)
+
+
+def dispatcher_sees_a_device(token_dispatcher: Any) -> None:
+    """Megatron-Core's, which puts its indices on the GPU where Transformer Engine permutes."""
+    from transformer_engine.pytorch.module.base import seen
+
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.__init__ = seen(dispatcher.__init__)
+
+
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformer_engine.common": without_libraries,
     "transformer_engine.pytorch.cpp_extensions": with_names_of_the_extension,
     "transformer_engine.pytorch.cpp_extensions.gemm": without_workspace,
+    "transformer_engine.pytorch.custom_recipes.gemm": reference_writes_where_it_is_told,
     "transformer_engine.pytorch.utils": on_a_hopper,
     "transformer_engine.pytorch.module.base": checks_see_a_device,
+    "transformer_engine.pytorch.permutation": permutation_in_torch,
+    "megatron.core.transformer.moe.token_dispatcher": dispatcher_sees_a_device,
     "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention": attention_sees_a_device,
+    "transformer_engine.pytorch.attention.dot_product_attention.context_parallel": ring_sends_at_once,
 }
 
 

@@ -166,8 +166,19 @@ def te_general_grouped_gemm(
     assert not any(x.numel() for x in bias)
     outs = out[0].split([int(m) for m in m_splits]) if single_output else out
     for one_a, one_b, one_out in zip(a, b, outs, strict=True):
-        _store(_product(one_a, transa, one_b, transb), one_out, accumulate)
+        if isinstance(one_a, Tensor):
+            _store(_product(one_a, transa, one_b, transb), one_out, accumulate)
+        else:
+            _reference_product(one_a, transa, one_b, transb, one_out, accumulate, grad)
     return bias
+
+
+def _reference_product(a: Any, transa: bool, b: Any, transb: bool, out: Tensor, accumulate: bool, grad: bool) -> None:
+    """Of tensors that Transformer Engine's own reference has quantised. The real extension does not take them."""
+    from transformer_engine.pytorch.custom_recipes.gemm import custom_gemm
+
+    layout = ("T" if transa else "N") + ("T" if transb else "N")
+    custom_gemm(a, b, None, out.dtype, layout=layout, out=out, accumulate=accumulate, grad=grad)
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
