@@ -34,6 +34,7 @@ class PolicyModel(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rotary = rotary
         self.true_vocab_size = true_vocab_size
+        self.weights_changed = True  # since the last forward; see schedule
 
     def forward(self, tokens_T: Tensor, packed: PackedTokens) -> Tensor:
         self.rotary.prepare(packed)
@@ -106,6 +107,8 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
     # The micro-batches of a pipeline differ in length. Set here because the constructor rejects it with the allgather
     # dispatcher, which needs equal lengths on the ranks that share experts; packing_rules guarantees those.
     transformer.variable_seq_lengths = p.pp > 1
+    for name, value in LAYERS[layers].fusions.items():
+        setattr(transformer, name, value)
     return transformer
 
 
