@@ -27,6 +27,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     algorithm = Algorithm.of(config)
     _check_model(config.model.shape)
     _check_precision(config)
+    _check_kernels(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
@@ -55,6 +56,15 @@ def _check_precision(config: Config) -> None:
     if precision.dtype not in recipe.dtypes:
         allowed = " or ".join(recipe.dtypes)
         raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype={allowed}, got {precision.dtype}")
+
+
+def _check_kernels(config: Config) -> None:
+    backend, precision = config.train.log_prob_backend, config.precision
+    if backend == "triton" and (precision.device == "cpu" or precision.dtype == "fp64"):
+        raise ConfigError(
+            f"train.log_prob_backend=triton needs a GPU and fp32 or bf16, not precision.device={precision.device} with "
+            f"precision.dtype={precision.dtype}; use auto"
+        )
 
 
 def _check_data(d: DataConfig) -> None:
