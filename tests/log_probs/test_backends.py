@@ -76,6 +76,11 @@ def test_where_triton_is_missing_auto_says_nothing(
     backends._objection.cache_clear()
 
 
+def test_the_versions_named_are_the_ones_tested() -> None:
+    makefile = Path(__file__).parents[2].joinpath("Makefile").read_text()
+    assert f"\nTRITONS = {' '.join(backends.TESTED_TRITON)}\n" in makefile
+
+
 # --- Triton as it runs on a GPU, with an assembler that fails ---
 
 
