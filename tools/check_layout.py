@@ -40,6 +40,7 @@ from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import AXES
+from gspo_megatron.layout.stages import stage_layers
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
@@ -75,7 +76,8 @@ TOLERANCES = {"fp64": (1e-12, 1e-12, 1e-6), "fp32": (1e-5, 1e-4, 1e-4), "bf16": 
 
 @dataclass(frozen=True)
 class LayoutRequest:
-    """A layout as it is written: `tp=2,pp=2,dp=2`. Axes that are not named are 1."""
+    """A layout as it is written: `tp=2,pp=2,dp=2`. Axes that are not named are 1. `first` and `last` are layers of the
+    outer pipeline stages (parallel.first_stage_layers, parallel.last_stage_layers); 0: as many as the others."""
 
     dp: int = 1
     tp: int = 1
@@ -84,6 +86,8 @@ class LayoutRequest:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    first: int = 0
+    last: int = 0
 
     @classmethod
     def parse(cls, text: str) -> LayoutRequest:
@@ -101,8 +105,18 @@ class LayoutRequest:
         except (TypeError, ValueError):
             raise ConfigError(
                 f"layout {text!r}: write it as tp=2,pp=2,dp=4, with sizes above 0, each at most once, of the axes dp, "
-                f"{', '.join(AXES)}"
+                f"{', '.join(AXES)}, and first and last for the layers of the outer pipeline stages"
             ) from None
+
+    @classmethod
+    def of_run(cls, config: Config) -> LayoutRequest:
+        """The run's own layout, with the fewest data-parallel ranks that can share its experts."""
+        p = config.parallel
+        layout = cls(
+            **{axis: getattr(p, axis) for axis in AXES}, first=p.first_stage_layers or 0, last=p.last_stage_layers or 0
+        )
+        experts, dense = p.ep * p.etp, p.tp * p.cp
+        return replace(layout, dp=math.lcm(experts, dense) // dense)
 
     @property
     def world_size(self) -> int:
@@ -110,10 +124,13 @@ class LayoutRequest:
 
     @property
     def overrides(self) -> list[str]:
-        return [f"parallel.{axis}={getattr(self, axis)}" for axis in AXES]
+        stages = [f"parallel.{name}_stage_layers={getattr(self, name) or 'null'}" for name in ("first", "last")]
+        return [f"parallel.{axis}={getattr(self, axis)}" for axis in AXES] + stages
 
     def __str__(self) -> str:
-        return " ".join(f"{axis}={size}" for axis, size in vars(self).items() if size > 1) or "one process"
+        least = LayoutRequest()
+        shown = [f"{name}={size}" for name, size in vars(self).items() if size > getattr(least, name)]
+        return " ".join(shown) or "one process"
 
 
 Drawn = list[tuple[int, list[int], list[float]]]
@@ -271,6 +288,18 @@ def reduced(asked: LayoutRequest, max_processes: int) -> LayoutRequest:
     return fitting[0]
 
 
+def with_shallow_stages(asked: LayoutRequest, smaller: LayoutRequest, num_layers: int) -> tuple[LayoutRequest, int]:
+    """`smaller`, a reduction of `asked`, and a number of layers that it splits as unevenly: one layer in each virtual
+    stage of the shallowest stages, one more in each of deeper ones. Of two stages the last is one deeper, if `asked`
+    has equal ones around those between."""
+    sizes = stage_layers(num_layers, asked.pp, asked.first or None, asked.last or None)
+    depths = sorted({*sizes})
+    first, middle, last = (smaller.vpp * (1 + depths.index(size)) for size in (sizes[0], sizes[1], sizes[-1]))
+    if smaller.pp == 2 and first == last:
+        last += smaller.vpp
+    return replace(smaller, first=first, last=last), first + last + (smaller.pp - 2) * middle
+
+
 def shrunk(config: Config, layouts: Sequence[LayoutRequest]) -> list[str]:
     """Overrides for a model that is as small as the layouts allow, with every part of the large one."""
     axis = {a: math.lcm(*(getattr(layout, a) for layout in layouts)) for a in (*AXES, "dp")}
@@ -305,7 +334,11 @@ def task_instead() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", help="YAML file of the run")
-    parser.add_argument("--layout", required=True, help="the layout to check, such as tp=2,pp=2,ep=4,dp=2")
+    parser.add_argument(
+        "--layout",
+        help="the layout to check, such as tp=2,pp=2,ep=4,dp=2 (default: the config's own, with as few data-parallel "
+        "ranks as share its experts)",
+    )
     parser.add_argument("--reference", default="dp=1", help="the layout to compare it with (default: one process)")
     parser.add_argument("--max-processes", type=int, default=16, help="a larger layout is reduced (default: 16)")
     parser.add_argument("--worst", type=int, default=8, help="gradients shown, worst first (default: 8)")
@@ -325,9 +358,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> list[Row]:
     """Shrinks a large run, measures both layouts and compares them."""
-    asked = {"reference": LayoutRequest.parse(options.reference), "layout": LayoutRequest.parse(options.layout)}
     settings = [*ON_CPU, *options.overrides, *FIXED]
     config = load_config(options.config, settings)
+    layout = LayoutRequest.parse(options.layout) if options.layout else LayoutRequest.of_run(config)
+    asked = {"reference": LayoutRequest.parse(options.reference), "layout": layout}
     for layout in asked.values():
         check_config(load_config(options.config, [*settings, *layout.overrides]), layout.world_size)
     layouts = {name: reduced(layout, options.max_processes) for name, layout in asked.items()}
@@ -339,6 +373,11 @@ def check(options: argparse.Namespace) -> list[Row]:
     shape = replace(config.model.shape, vocab_size=vocab_size)
     if count_parameters(shape).total(shape.num_layers, shape.num_experts) > SMALL:
         smaller = shrunk(config, list(layouts.values()))
+        for name, layout in asked.items():
+            if layout.first or layout.last:
+                layouts[name], num_layers = with_shallow_stages(layout, layouts[name], shape.num_layers)
+                print(f"{name}: stages of unequal depth become {layouts[name]}")
+                smaller.append(f"model.num_layers={num_layers}")
         print(f"the model has more than {SMALL:,} parameters and is shrunk: {' '.join(smaller)}, on task:sort_digits")
         settings += [*smaller, *task_instead()]
     reports: dict[str, Report] = {}

@@ -69,6 +69,12 @@ class ParallelConfig:
     tp: int = setting(1, "Tensor parallel, with sequence parallel.", least=1)
     pp: int = setting(1, "Pipeline stages.", least=1)
     vpp: int = setting(1, "Virtual stages on each pipeline rank (Megatron's interleaved schedule).", least=1)
+    first_stage_layers: int | None = setting(
+        None,
+        "Layers of the first pipeline stage, over all of its virtual stages. null: as many as the others.",
+        least=1,
+    )
+    last_stage_layers: int | None = setting(None, "Layers of the last pipeline stage, in the same way.", least=1)
     cp: int = setting(1, "Context parallel: ranks that share the tokens of every sequence.", least=1)
     ep: int = setting(1, "Expert parallel: ranks that share the experts of a layer.", least=1)
     etp: int = setting(1, "Tensor parallel inside an expert.", least=1)

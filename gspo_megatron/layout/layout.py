@@ -14,6 +14,7 @@ from gspo_megatron.base.batches import PackingRules
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.layout.stages import broken_stages, layers_of_chunks, stage_layers
 from gspo_megatron.models.families import family_of
 
 AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
@@ -22,7 +23,7 @@ AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 @dataclass(frozen=True)
 class Layout:
     """The number of ranks of each parallel axis, and of virtual stages per pipeline rank. dp and edp follow from the
-    world size."""
+    world size. `first` and `last`: layers of the outer pipeline stages where they differ from the others."""
 
     world_size: int
     tp: int = 1
@@ -31,6 +32,8 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    first: int | None = None
+    last: int | None = None
 
     @property
     def dp(self) -> int:
@@ -42,8 +45,18 @@ class Layout:
         """Data-parallel replicas of the experts."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline rank."""
+        return stage_layers(num_layers, self.pp, self.first, self.last)
+
+    def layers_of_stage(self, num_layers: int, stage: int) -> list[int]:
+        """The layers of a pipeline rank, numbered from 0 over the whole model."""
+        return [layer for chunk in layers_of_chunks(self.stage_layers(num_layers), self.vpp)[stage] for layer in chunk]
+
     def __str__(self) -> str:
-        pipeline = f"pp {self.pp}" + (f" (vpp {self.vpp})" if self.vpp > 1 else "")
+        outer = [f"{name} {size}" for name, size in (("first", self.first), ("last", self.last)) if size is not None]
+        notes = [f"vpp {self.vpp}"] * (self.vpp > 1) + [f"{size} layers" for size in outer]
+        pipeline = f"pp {self.pp}" + (f" ({', '.join(notes)})" if notes else "")
         dense = f"tp {self.tp} x {pipeline} x cp {self.cp} x dp {self.dp}"
         return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
 
@@ -54,14 +67,13 @@ def layout_of(config: Config, world_size: int) -> Layout:
     Raises:
         ConfigError: the layout does not work. Names the nearest ones that do.
     """
-    layout = Layout(world_size, *(getattr(config.parallel, axis) for axis in AXES))
+    p = config.parallel
+    layout = Layout(world_size, *(getattr(p, axis) for axis in AXES), p.first_stage_layers, p.last_stage_layers)
     complaint = next(broken_rules(config, layout), None)
     if complaint is None:
         return layout
-    near = [
-        " ".join(f"parallel.{axis}={getattr(other, axis)}" for axis in _changed_axes(layout, other))
-        for other in nearest_layouts(config, layout)
-    ]
+    even = replace(layout, first=None, last=None)
+    near = [_settings(layout, other) for other in nearest_layouts(config, layout) or nearest_layouts(config, even)]
     if not near:
         raise ConfigError(f"{complaint}; no layout works for this model with precision.fp8={config.precision.fp8}")
     raise ConfigError(f"{complaint}; nearest layouts that work on WORLD_SIZE={world_size}: {', or '.join(near)}")
@@ -85,6 +97,7 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
             f"model.max_sequence_length={m.max_sequence_length} is not divisible by {2 * layout.cp}; set it to "
             f"{_nearest_multiples(m.max_sequence_length, 2 * layout.cp)}"
         )
+    yield from broken_stages(m.num_layers, layout.pp, layout.vpp, layout.first, layout.last)
     if layout.vpp > 1 and layout.pp == 1:
         yield f"parallel.vpp={layout.vpp} splits pipeline stages, but parallel.pp=1 has none"
     if m.tie_embeddings and layout.pp > 1:
@@ -124,18 +137,23 @@ def _by_distance(config: Config, asked: Layout) -> Iterator[tuple[Fraction, Layo
 
     Best-first search over prefixes (tp; tp and pp; ...): the nearest one is extended by every size of its next axis.
     """
-    of_world, of_layers = _divisors(asked.world_size), _divisors(config.model.num_layers)
+    of_world = _divisors(asked.world_size)
+    uneven = (asked.first, asked.last)
+    num_layers = config.model.num_layers
+    of_layers = _divisors(num_layers) if uneven == (None, None) else list(range(1, num_layers + 1))
     beginnings: list[tuple[Fraction, tuple[Fraction, ...], tuple[int, ...]]] = [(Fraction(1), (), ())]
     while beginnings:
         distance, ratios, sizes = heapq.heappop(beginnings)
         if len(sizes) == len(AXES):
-            yield distance, Layout(asked.world_size, *sizes)
+            yield distance, replace(asked, **dict(zip(AXES, sizes, strict=True)))
             continue
         axis = AXES[len(sizes)]
         wanted = getattr(asked, axis)
         for size in of_layers if axis == "vpp" else of_world:
             longer = (*sizes, size)
-            if _works(config, Layout(asked.world_size, *longer)):
+            # Before pp is chosen there are no stages.
+            stages = uneven if len(longer) > AXES.index("pp") else (None, None)
+            if _works(config, Layout(asked.world_size, *longer, **dict(zip(("first", "last"), stages, strict=True)))):
                 ratio = Fraction(max(size, wanted), min(size, wanted))
                 heapq.heappush(beginnings, (distance * ratio, (*ratios, ratio), longer))
 
@@ -146,6 +164,13 @@ def _works(config: Config, layout: Layout) -> bool:
 
 def _changed_axes(asked: Layout, other: Layout) -> list[str]:
     return [axis for axis in AXES if getattr(other, axis) != getattr(asked, axis)]
+
+
+def _settings(asked: Layout, other: Layout) -> str:
+    """The settings that make `other` of `asked`."""
+    changed = [f"parallel.{axis}={getattr(other, axis)}" for axis in _changed_axes(asked, other)]
+    stages = ("first", asked.first, other.first), ("last", asked.last, other.last)
+    return " ".join(changed + [f"parallel.{name}_stage_layers=null" for name, old, new in stages if new != old])
 
 
 def _divisors(number: int) -> list[int]:

@@ -13,13 +13,19 @@ _GIB = 2**30
 
 
 def parameters_per_rank(m: ModelShape, layout: Layout) -> tuple[int, int]:
-    """(dense, expert) parameters of a rank of the last pipeline stage, which no other rank exceeds."""
+    """(dense, expert) parameters of a rank of the fullest pipeline stage."""
+    return max((parameters_of_stage(m, layout, stage) for stage in range(layout.pp)), key=sum)
+
+
+def parameters_of_stage(m: ModelShape, layout: Layout, stage: int) -> tuple[int, int]:
+    """(dense, expert) parameters of each rank of a pipeline stage."""
     assert m.vocab_size is not None
-    n, layers = count_parameters(m), m.num_layers // layout.pp
+    n, layers = count_parameters(m), layout.stage_layers(m.num_layers)[stage]
     shard = -(-m.vocab_size // layout.tp) * m.hidden_size
+    is_last = stage == layout.pp - 1
     # The first and the last stage hold a vocabulary matrix each; one stage holds both.
-    vocabularies = n.num_vocabularies if layout.pp == 1 else 1
-    dense = vocabularies * shard + layers * (n.attention // layout.tp + n.replicated) + n.final_norm
+    vocabularies = n.num_vocabularies if layout.pp == 1 else int(stage == 0 or is_last)
+    dense = vocabularies * shard + layers * (n.attention // layout.tp + n.replicated) + is_last * n.final_norm
     return dense, layers * (m.num_experts // layout.ep) * n.expert // layout.etp
 
 
@@ -52,7 +58,7 @@ def _memory(config: Config, layout: Layout, dense: int, experts: int, with_refer
     sharded = config.optimizer.distributed and config.precision.dtype != "fp64"
     optimizer = main * (dense / layout.dp / layout.cp + experts / layout.edp) if sharded else main * (dense + experts)
     tokens = config.train.tokens_per_micro_batch / layout.tp / layout.cp
-    layers = m.num_layers // layout.pp
+    layers = max(layout.stage_layers(m.num_layers))
     kept = m.hidden_size if config.parallel.recompute == "full" else token.kept
     activations = tokens * kept * layers * layout.pp * width
     rollouts = min(

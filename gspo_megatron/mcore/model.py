@@ -52,6 +52,10 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
     """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that the installed version lacks
     are left out."""
     shape, m, p = config.model.shape, config.model, config.parallel
+    first, last = p.first_stage_layers, p.last_stage_layers
+    if p.pp == 2 and first is not None:
+        # The last stage has the rest. Told both, Megatron divides by the number of stages between them, which is 0.
+        last = None
     settings: dict[str, Any] = {
         **family_of(shape).megatron(shape),
         **LAYERS[layers].settings,
@@ -65,6 +69,8 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         "tensor_model_parallel_size": p.tp,
         "pipeline_model_parallel_size": p.pp,
         "virtual_pipeline_model_parallel_size": p.vpp if p.vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
         "context_parallel_size": p.cp,
         "expert_model_parallel_size": p.ep,
         "expert_tensor_parallel_size": p.etp,

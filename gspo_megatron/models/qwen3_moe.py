@@ -162,13 +162,12 @@ def per_token(s: ModelShape) -> TokenCount:
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
-    """tp splits query groups, ep experts, etp columns of an expert, pp and vpp layers."""
+    """tp splits query groups, ep experts, etp columns of an expert."""
     return (
         Share(s.num_attention_heads, "model.num_attention_heads", ("tp",)),
         Share(s.num_query_groups, "model.num_query_groups", ("tp",)),
         Share(s.num_query_groups * s.head_dim, "model.num_query_groups * model.head_dim", ("tp",), columns=True),
         Share(s.hidden_size, "model.hidden_size", columns=True),
-        Share(s.num_layers, "model.num_layers", ("pp", "vpp")),
         Share(s.num_experts, "model.num_experts", ("ep",)),
         Share(s.expert_ffn_size, "model.expert_ffn_size", ("etp",), columns=True),
     )

@@ -40,7 +40,8 @@ def refusal(*overrides: str, world_size: int = 1) -> str:
         (
             ("parallel.pp=3",),
             12,
-            "model.num_layers=4 is not divisible by pp(3) * vpp(1) = 3",
+            "model.num_layers=4 is not divisible by pp(3) * vpp(1) = 3; stages of unequal depth work: "
+            "parallel.first_stage_layers=1 parallel.last_stage_layers=1",
             "parallel.pp=4, or parallel.pp=2, or parallel.pp=1",
         ),
         (

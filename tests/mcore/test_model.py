@@ -15,7 +15,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import layout_of
-from gspo_megatron.layout.memory import parameters_per_rank
+from gspo_megatron.layout.memory import parameters_of_stage, parameters_per_rank
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.layers import LAYERS as LAYER_KINDS
@@ -164,14 +164,17 @@ def one() -> dict[str, Tensor]:
         ("parallel.cp=2",),
         ("parallel.pp=2",),
         ("parallel.pp=2", "parallel.vpp=2"),
+        ("parallel.pp=2", "parallel.first_stage_layers=1"),
         (),
     ],
 )
 def test_weights_do_not_depend_on_the_layout(axes: tuple[str, ...], one: dict[str, Tensor]) -> None:
     ranks = run_distributed(slices, 2, 2, axes)
     config = load_config(None, [*SETTINGS, *axes])
-    assert sizes(ranks[-1]) == parameters_per_rank(config.model.shape, layout_of(config, 2))
-    assert sum(sizes(ranks[0])) <= sum(sizes(ranks[-1]))
+    layout = layout_of(config, 2)
+    for rank, held in enumerate(ranks):
+        assert sizes(held) == parameters_of_stage(config.model.shape, layout, rank * layout.pp // 2)
+    assert parameters_per_rank(config.model.shape, layout) == max(map(sizes, ranks), key=sum)
     many = whole(ranks)
     assert many.keys() == one.keys() and len(one) == LAYERS * (4 + 4 * 2 + 3) + 1 + 2
     for name, weight in one.items():

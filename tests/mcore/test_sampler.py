@@ -134,6 +134,7 @@ def test_log_probs_are_those_that_the_trainer_recomputes(dtype: str, tolerance: 
         ("parallel.tp=2",),
         ("parallel.pp=2",),
         ("parallel.pp=2", "parallel.vpp=2", "model.num_layers=4"),
+        ("parallel.pp=2", "parallel.first_stage_layers=1", "model.num_layers=3"),
         ("parallel.ep=2", "parallel.token_dispatcher=allgather"),
     ],
 )

@@ -149,6 +149,7 @@ CHAIN: list[tuple[int, tuple[str, ...]]] = [
     (2, axes(pp=2, vpp=2)),
     (4, axes(tp=2, etp=2, ep=2)),
     (2, axes(cp=2)),
+    (2, axes(pp=2, first_stage_layers=3)),
     (1, axes()),
 ]
 """Each continues the one before it, the first a run on one process."""

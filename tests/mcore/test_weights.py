@@ -76,6 +76,7 @@ def test_tied_embeddings_leave_no_head() -> None:
         (2, ("parallel.cp=2",)),
         (2, ("parallel.pp=2",)),
         (2, ("parallel.pp=2", "parallel.vpp=2")),
+        (2, ("parallel.pp=2", "parallel.first_stage_layers=1")),
         (4, ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2")),
         (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.etp=2")),
         (4, ("parallel.tp=2", "parallel.ep=2", "parallel.etp=2")),

@@ -16,7 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from check_layout import AXES, FIXED, ON_CPU, SMALL, LayoutRequest, Report, compare, main, reduced, shrunk, task_instead
+from check_layout import (
+    AXES,
+    FIXED,
+    ON_CPU,
+    SMALL,
+    LayoutRequest,
+    Report,
+    compare,
+    main,
+    reduced,
+    shrunk,
+    task_instead,
+    with_shallow_stages,
+)
 from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError
@@ -288,6 +301,61 @@ def test_what_cannot_work_is_said(
     printed = capsys.readouterr()
     assert printed.err.startswith(complaint)
     assert "difference" not in printed.out
+
+
+UNEVEN = """
+model: {num_layers: 5, hidden_size: 16, num_attention_heads: 2, num_query_groups: 2, head_dim: 8, num_experts: 4,
+        expert_ffn_size: 16, max_sequence_length: 24, init_std: 0.2}
+parallel: {pp: 2, first_stage_layers: 3}
+data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 6}, eval_size: 4,
+       tokenizer: "characters:0123456789>"}
+rollout: {prompts_per_step: 4, group_size: 4, max_new_tokens: 8}
+train: {tokens_per_micro_batch: 48}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        # The config's own layout.
+        ([], "pp 2 (first 3 layers)"),
+        (["--layout", "pp=2,last=4"], "pp 2 (last 4 layers)"),
+        (["--layout", "pp=2,first=2,last=3"], "pp 2 (first 2 layers, last 3 layers)"),
+        (["--layout", "pp=2,vpp=2,first=2", "model.num_layers=6"], "pp 2 (vpp 2, first 2 layers)"),
+        (["--layout", "pp=3,first=1,last=2"], "pp 3 (first 1 layers, last 2 layers)"),
+        (["--layout", "pp=3,vpp=2,last=4", "model.num_layers=8"], "pp 3 (vpp 2, last 4 layers)"),
+    ],
+)
+def test_stages_of_unequal_depth_change_no_gradient(
+    arguments: list[str], stages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "uneven.yaml"
+    path.write_text(UNEVEN)
+    assert main(["--config", str(path), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"= tp 1 x {stages} x cp 1 x dp 1" in printed and printed.endswith("\nEQUAL\n")
+
+
+def test_a_run_has_a_layout_of_its_own() -> None:
+    """With the fewest data-parallel ranks that hold its experts."""
+    settings = ("tp=2", "pp=8", "ep=32", "first_stage_layers=11", "last_stage_layers=11")
+    config = load_config(None, [f"parallel.{setting}" for setting in settings])
+    assert str(LayoutRequest.of_run(config)) == "dp=16 tp=2 pp=8 ep=32 first=11 last=11"
+
+
+@pytest.mark.parametrize(
+    ("asked", "smaller", "expected", "num_layers"),
+    [
+        ("pp=8,first=11,last=11", "pp=8", "pp=8 first=1 last=1", 14),
+        ("pp=8,first=11,last=11", "pp=4", "pp=4 first=1 last=1", 6),
+        ("pp=8,first=11,last=11", "pp=2", "pp=2 first=1 last=2", 3),
+        ("pp=8,vpp=2,first=12,last=10", "pp=4,vpp=2", "pp=4 vpp=2 first=4 last=2", 14),
+        ("pp=2,first=50", "pp=2", "pp=2 first=2 last=1", 3),
+    ],
+)
+def test_what_is_uneven_stays_uneven(asked: str, smaller: str, expected: str, num_layers: int) -> None:
+    found, layers = with_shallow_stages(LayoutRequest.parse(asked), LayoutRequest.parse(smaller), 94)
+    assert (str(found), layers) == (expected, num_layers)
 
 
 def test_a_layout_for_64_gpus_is_checked_by_8_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
