@@ -88,12 +88,11 @@ def install() -> None:
     """
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} is a build for CPUs; make venv-cuda installs one for CUDA")
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
     for name, replacement in REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
     for name in ("get_rng_state", "set_rng_state"):
         setattr(torch.cuda.random, name, REPLACEMENTS[name])
     # Fake tensors would initialise the device, to learn its index and to have a context for indexing.
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda mode: True)  # type: ignore[assignment, method-assign]
-    if hasattr(fake_tensor, "init_gpu_context"):
-        fake_tensor.init_gpu_context = lambda device=None: None
+    setattr(fake_tensor, "init_gpu_context", lambda device=None: None)  # noqa: B010  (missing in older versions)
