@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = load_config(None, [*settings, "model.vocab_size=1024", "model.num_experts=2"])
     # The vocabulary makes up the rest of the requested size.
     wanted = options.gib * 2**30 / BYTES_PER_PARAMETER
-    rest = count_parameters(one.model.shape).total(4, 2) - 2 * 1024 * 512
+    rest = count_parameters(one.model.shape).total - 2 * 1024 * 512
     config = load_config(None, [*settings, f"model.vocab_size={int((wanted - rest) / 1024)}", "model.num_experts=2"])
     device.start_processes(60)
     groups = Groups(check_config(config, 1), device.torch_device)

@@ -371,7 +371,7 @@ def check(options: argparse.Namespace) -> list[Row]:
     # Without `settle`: the files of a large run may be elsewhere, and its own layout is that of another world size.
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     shape = replace(config.model.shape, vocab_size=vocab_size)
-    if count_parameters(shape).total(shape.num_layers, shape.num_experts) > SMALL:
+    if count_parameters(shape).total > SMALL:
         smaller = shrunk(config, list(layouts.values()))
         for name, layout in asked.items():
             if layout.first or layout.last:

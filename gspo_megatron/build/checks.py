@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
-from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig
+from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
+from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
-from gspo_megatron.models.families import family_of
-from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.run.algorithm import Algorithm
 
 
@@ -25,7 +25,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     """
     check_values(config)
     algorithm = Algorithm.of(config)
-    _check_model(config.model.shape)
+    _check_model(config.model)
     _check_precision(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
@@ -36,8 +36,30 @@ def check_config(config: Config, world_size: int) -> Layout:
     return layout
 
 
-def _check_model(shape: ModelShape) -> None:
-    if complaint := next(family_of(shape).complaints(shape), None):
+def needs_of(config: Config) -> Needs:
+    """What the settings ask of a GPU and its libraries."""
+    p = config.precision
+    return Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
+
+
+def check_machine(config: Config, machine: Machine) -> None:
+    """Checks the settings against the GPU of this process and its libraries.
+
+    Raises:
+        ConfigError: they cannot do what the settings ask. Names the first cause.
+    """
+    for problem in problems(machine, needs_of(config)):
+        raise ConfigError(str(problem))
+
+
+def _check_model(m: ModelConfig) -> None:
+    for key in m.ignored:
+        families = " and ".join(name for name, family in FAMILIES.items() if key in family.uses)
+        raise ConfigError(
+            f"model.{key}={getattr(m, key)} has no effect with model.family={m.family}, only with {families}; remove "
+            "it, or set model.family"
+        )
+    if complaint := next(family_of(m.shape).complaints(m.shape), None):
         raise ConfigError(complaint)
 
 
@@ -55,6 +77,17 @@ def _check_precision(config: Config) -> None:
     if precision.dtype not in recipe.dtypes:
         allowed = " or ".join(recipe.dtypes)
         raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype={allowed}, got {precision.dtype}")
+    ends, a_stage = precision.first_last_layers_bf16, config.model.num_layers // config.parallel.pp
+    if ends and not recipe.quantizes:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} has no effect with precision.fp8={precision.fp8}, which "
+            "quantizes no layer; set it to 0"
+        )
+    if ends > a_stage:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
+        )
 
 
 def _check_data(d: DataConfig) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.models.families import FAMILIES
 from gspo_megatron.models.presets import PRESETS
-from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.rope import SCALINGS
+from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,67 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Qwen3-MoE architecture: RMSNorm, q/k norm, grouped-query attention, SwiGLU experts, RoPE, softmax-top-k
-    router."""
+    """The architecture. A setting of another family than `family` is an error."""
 
     preset: str = setting(
         "tiny_moe",
         "A named model. Any other key of this section overrides it.",
         choices=tuple(PRESETS),
     )
+    family: str = setting(
+        "qwen3_moe",
+        "qwen3_moe: grouped-query attention with q/k norm, experts in every layer, softmax router. deepseek_v3: latent "
+        "attention, dense first layers, shared expert, sigmoid router with groups and a bias. Both: RMSNorm, RoPE, "
+        "SwiGLU.",
+        choices=tuple(FAMILIES),
+    )
     num_layers: int = setting(4, "Transformer layers.", least=1)
     hidden_size: int = setting(64, "Width of the hidden states.", least=1)
     num_attention_heads: int = setting(4, "Query heads per layer.", least=1)
-    num_query_groups: int = setting(2, "Key/value heads per layer, each shared by a group of query heads.", least=1)
-    head_dim: int = setting(16, "Width of an attention head. Even, since RoPE rotates pairs.", least=1)
+    num_query_groups: int = setting(
+        2, "qwen3_moe: key/value heads per layer, each shared by a group of query heads.", least=1
+    )
+    head_dim: int = setting(16, "qwen3_moe: width of an attention head. Even, since RoPE rotates pairs.", least=1)
+    q_lora_rank: int = setting(
+        0,
+        "deepseek_v3: width of the latent of queries. 0: they are projected from the hidden states.",
+        least=0,
+    )
+    kv_lora_rank: int = setting(0, "deepseek_v3: width of the latent of keys and values.", least=0)
+    qk_nope_head_dim: int = setting(0, "deepseek_v3: the part of a query or key without RoPE.", least=0)
+    qk_rope_head_dim: int = setting(0, "deepseek_v3: the part of a query or key with RoPE. Even.", least=0)
+    v_head_dim: int = setting(0, "deepseek_v3: width of a value.", least=0)
     num_experts: int = setting(8, "Experts per layer.", least=1)
     experts_per_token: int = setting(2, "Experts that the router chooses per token.", least=1)
     expert_ffn_size: int = setting(128, "Inner width of an expert.", least=1)
+    shared_expert_ffn_size: int = setting(
+        0, "deepseek_v3: inner width of the expert that every token passes through.", least=0
+    )
+    num_dense_layers: int = setting(0, "deepseek_v3: first layers that have no experts but one network.", least=0)
+    dense_ffn_size: int = setting(0, "deepseek_v3: inner width of that network.", least=0)
+    router_groups: int = setting(1, "deepseek_v3: groups of experts.", least=1)
+    router_groups_per_token: int = setting(
+        1, "deepseek_v3: groups that the router chooses before it chooses experts in them.", least=1
+    )
+    routed_scaling_factor: float = setting(
+        1.0, "deepseek_v3: factor on the weights of a token's experts, which sum to 1.", above=0
+    )
     vocab_size: int | None = setting(None, "Rows of the vocabulary matrices. null: the tokenizer's size.", least=1)
     max_sequence_length: int = setting(256, "Prompt and response tokens together.", least=2)
     rope_base: float = setting(10_000.0, "Base of the RoPE frequencies.", above=0)
+    rope_scaling: str = setting(
+        "none", "deepseek_v3: how RoPE reaches beyond the length it was trained with.", choices=tuple(SCALINGS)
+    )
+    rope_scaling_factor: float = setting(1.0, "yarn: the factor by which it was extended.", least=1)
+    rope_original_length: int = setting(0, "yarn: the length before that.", least=0)
+    rope_beta_fast: float = setting(
+        32.0, "yarn: pairs that turn more often in that length keep their frequency.", above=0
+    )
+    rope_beta_slow: float = setting(1.0, "yarn: those that turn less often have it divided by the factor.", above=0)
+    rope_mscale: float = setting(
+        0.0, "yarn: with rope_mscale_all_dim, the factor on cosines and sines. 0 is as if it were absent.", least=0
+    )
+    rope_mscale_all_dim: float = setting(0.0, "yarn: the factor on attention scores. 0: none.", least=0)
     norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.", above=0)
     tie_embeddings: bool = setting(False, "Use one matrix for the embedding and the output.")
     init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)
@@ -58,8 +102,14 @@ class ModelConfig:
     @property
     def shape(self) -> ModelShape:
         """The settings of this section that determine the tensors and the maths."""
-        settings = {f.name: getattr(self, f.name) for f in fields(ModelShape) if f.name != "family"}
-        return ModelShape(family="qwen3_moe", **settings)
+        unused = OPTIONAL.keys() - FAMILIES[self.family].uses
+        return ModelShape(**{f.name: getattr(self, f.name) for f in fields(ModelShape) if f.name not in unused})
+
+    @property
+    def ignored(self) -> list[str]:
+        """Keys with a value other than the default that the family does not use."""
+        unused = (key for key in OPTIONAL if key not in FAMILIES[self.family].uses)
+        return [key for key in unused if getattr(self, key) != getattr(ModelConfig, key)]
 
 
 @dataclass(frozen=True)
@@ -104,8 +154,18 @@ class PrecisionConfig:
     )
     fp8: str = setting(
         "none",
-        "Transformer Engine's recipe for FP8 matmuls. Needs a GPU and dtype=bf16.",
-        choices=("none", "tensorwise", "blockwise", "delayed"),
+        "Transformer Engine's recipe for FP8 matmuls; docs/precision.md compares them. Needs a GPU and dtype=bf16.",
+        choices=("none", "blockwise", "tensorwise", "mxfp8"),
+    )
+    first_last_layers_bf16: int = setting(
+        0,
+        "With fp8: this many layers at each end of the model stay in bf16 (Megatron's first_last_layers_bf16).",
+        least=0,
+    )
+    deterministic: bool = setting(
+        False,
+        "Equal inputs give equal bits on a GPU, run after run. Slower attention, reductions and embeddings; see "
+        "docs/precision.md.",
     )
     transformer_engine: str = setting(
         "auto",

@@ -20,20 +20,19 @@ from torch import Tensor
 from gspo_megatron.mcore.context_parallel import Part, whole
 from gspo_megatron.mcore.kv_cache import CacheUse
 from gspo_megatron.mcore.packed_tokens import PackedTokens
+from gspo_megatron.models.rope import Rope
 
 
 class Rotary:
-    """RoPE angles: position p turns pair (i, i + D/2) by p * base^(-2i/D). arXiv 2104.09864, Eq. 15 (half-split
-    pairs)."""
+    """RoPE angles: position p turns pair (i, i + D/2) by p * rope.inverse_D2[i]; cosines and sines have the factor
+    rope.factor."""
 
-    def __init__(
-        self, head_dim: int, base: float, num_positions: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, rope: Rope, num_positions: int, device: torch.device, dtype: torch.dtype) -> None:
         precise = torch.float64 if dtype == torch.float64 else torch.float32
-        inverse_D2 = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64, device=device), inverse_D2)
+        positions = torch.arange(num_positions, dtype=torch.float64, device=device)
+        angles = torch.outer(positions, rope.inverse_D2.to(device))
         angles = torch.cat([angles, angles], dim=1)
-        self.cos, self.sin = angles.cos().to(precise), angles.sin().to(precise)
+        self.cos, self.sin = ((turned * rope.factor).to(precise) for turned in (angles.cos(), angles.sin()))
 
     def prepare(self, tokens: PackedTokens) -> None:
         """Looks up the angles of this forward once; every layer then uses the same rows."""

@@ -21,6 +21,7 @@ from gspo_megatron.mcore.layers import LAYERS
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.mcore.parameters import initialize_weights, padded_vocab_size
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.rope import rope_of
 
 
 class PolicyModel(GPTModel):
@@ -51,7 +52,7 @@ class PolicyModel(GPTModel):
 def transformer_config(config: Config, device: Device, layers: str) -> TransformerConfig:
     """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that the installed version lacks
     are left out."""
-    shape, m, p = config.model.shape, config.model, config.parallel
+    shape, m, p, ends = config.model.shape, config.model, config.parallel, config.precision.first_last_layers_bf16
     first, last = p.first_stage_layers, p.last_stage_layers
     if p.pp == 2 and first is not None:
         # The last stage has the rest. Told both, Megatron divides by the number of stages between them, which is 0.
@@ -60,6 +61,10 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         **family_of(shape).megatron(shape),
         **LAYERS[layers].settings,
         **RECIPES[config.precision.fp8].megatron,
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+        "deterministic_mode": config.precision.deterministic,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "moe_router_load_balancing_type": "aux_loss" if m.aux_loss_coef > 0 else "none",
@@ -114,7 +119,7 @@ def build_model(config: Config, groups: Groups, device: Device, use_te: bool) ->
     shape, num_chunks, layers = config.model.shape, config.parallel.vpp, "te" if use_te else "local"
     assert shape.vocab_size is not None, "settle sets model.vocab_size before the model is built"
     transformer = transformer_config(config, device, layers)
-    rotary = Rotary(shape.head_dim, shape.rope_base, shape.max_sequence_length, device.torch_device, device.dtype)
+    rotary = Rotary(rope_of(shape), shape.max_sequence_length, device.torch_device, device.dtype)
     chunks = []
     for i in range(num_chunks):
         number = i if num_chunks > 1 else None

@@ -42,7 +42,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
 POLL_S = 0.02
 """Seconds between checks whether any process is still working on files."""
@@ -277,7 +277,8 @@ class MegatronCheckpoints:
 
 def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
     """Settings of a checkpoint's tensors that differ from those of `shape`."""
-    saved = {"family": "qwen3_moe"} | saved  # the only family when checkpoints did not name one
+    # The only family when checkpoints did not name one; fields that it does not use were added later.
+    saved = {"family": "qwen3_moe"} | OPTIONAL | saved
     return [f"model.{key}={saved[key]}, not {own}" for key, own in shape.tensor_settings().items() if saved[key] != own]
 
 

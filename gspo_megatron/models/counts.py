@@ -15,13 +15,14 @@ def count_parameters(shape: ModelShape) -> ParameterCount:
 
 
 def sequence_cost(shape: ModelShape) -> Callable[[int], float]:
-    """cost(L) = 2 L W + 2 L (L + 1) / 2 * num_layers * A: forward FLOPs of a sequence of L tokens.
+    """cost(L) = 2 L W + 2 L (L + 1) / 2 * A: forward FLOPs of a sequence of L tokens.
 
     Matrix products only, two FLOPs per multiply-add. W counts the weights that a token is multiplied with: those of
     every layer, and the vocabulary once, since an embedding lookup is free. In attention, token t makes A multiply-adds
-    for each of t tokens. Every token is counted as a response token, although prompt tokens skip the vocabulary. The
-    backward pass costs twice as much throughout, so ratios hold for both.
+    for each of t tokens, all layers together. Every token is counted as a response token, although prompt tokens skip
+    the vocabulary. The backward pass costs twice as much throughout, so ratios hold for both.
     """
-    vocabulary, token = count_parameters(shape).vocabulary, family_of(shape).per_token(shape)
-    weights = vocabulary + shape.num_layers * token.multiplied
-    return lambda length: float(2 * length * weights + length * (length + 1) * shape.num_layers * token.attended)
+    tokens = family_of(shape).per_token(shape)
+    weights = count_parameters(shape).vocabulary + sum(token.multiplied for token in tokens)
+    attended = sum(token.attended for token in tokens)
+    return lambda length: float(2 * length * weights + length * (length + 1) * attended)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from gspo_megatron.models.deepseek_v3 import DEEPSEEK_V3
 from gspo_megatron.models.family import Family
 from gspo_megatron.models.qwen3_moe import QWEN3_MOE
 from gspo_megatron.models.shape import ModelShape
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3_MOE,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3_MOE, DEEPSEEK_V3)}
 
 
 def family_of(shape: ModelShape) -> Family:

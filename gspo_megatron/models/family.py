@@ -14,28 +14,49 @@ from gspo_megatron.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
+class LayerCount:
+    """Parameters of one layer by how they are sharded.
+
+    Attributes:
+        sharded: projections of attention, a dense or shared feed-forward network: over tp.
+        replicated: norms, the router and the like: unsharded on every rank of the stage.
+        expert: one expert, over etp.
+        num_experts: experts of the layer, over ep; 0 in a dense layer.
+    """
+
+    sharded: int
+    replicated: int
+    expert: int = 0
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
 class ParameterCount:
     """Parameters by how they are sharded.
 
     Attributes:
         vocabulary: one vocabulary matrix. `num_vocabularies` is 2, or 1 where embedding and head are tied.
-        attention: one layer's projections, sharded over tp.
-        replicated: one layer's norms and router, unsharded on every rank of its stage.
-        expert: one expert, sharded over etp; a layer's experts over ep.
+        layers: from the first to the last.
         final_norm: on the last stage.
     """
 
     vocabulary: int
     num_vocabularies: int
-    attention: int
-    replicated: int
-    expert: int
+    layers: tuple[LayerCount, ...]
     final_norm: int
 
-    def total(self, num_layers: int, experts_per_layer: int) -> int:
-        """Parameters of the whole model; with `experts_per_layer` = experts per token, the active ones."""
-        layer = self.attention + self.replicated + experts_per_layer * self.expert
-        return self.num_vocabularies * self.vocabulary + num_layers * layer + self.final_norm
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model."""
+        return self.active(None)
+
+    def active(self, experts_per_token: int | None) -> int:
+        """Parameters that a token passes through: `experts_per_token` experts of a layer, None for all of them."""
+        layers = sum(
+            n.sharded + n.replicated + min(n.num_experts, experts_per_token or n.num_experts) * n.expert
+            for n in self.layers
+        )
+        return self.num_vocabularies * self.vocabulary + layers + self.final_norm
 
 
 @dataclass(frozen=True)
@@ -45,14 +66,16 @@ class TokenCount:
     Attributes:
         multiplied: weights that it is multiplied with.
         kept: inputs of those products, kept for the backward pass.
-        cached: keys and values in the sampler's cache, sharded over tp.
+        cached: numbers in the sampler's cache, sharded over tp: keys and values.
         attended: multiply-adds for each token that it attends to.
+        cached_whole: numbers in the sampler's cache that every tp rank holds: latents.
     """
 
     multiplied: int
     kept: int
     cached: int
     attended: int
+    cached_whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,24 +100,26 @@ class Family:
 
     Attributes:
         name: the `model_type` of its config.json.
+        uses: the optional fields of ModelShape that it reads.
         shape: config.json of a Hugging Face folder -> the shape, or ConfigError for what is not implemented.
         hf_config: the inverse, without what the weights do not determine (token ids, number format).
         rules: for every tensor of the model, its name here and on the hub.
         megatron: fields of Megatron-Core's TransformerConfig that the architecture determines.
         counts: parameters by how they are sharded.
-        per_token: what a token costs in a layer.
+        per_token: what a token costs in each layer.
         shares: the sizes that parallel axes divide.
         complaints: messages about sizes that do not fit together, and what to do.
         small: (shape, ranks by axis) -> sizes of the smallest model that has every component and fits these ranks.
     """
 
     name: str
+    uses: frozenset[str]
     shape: Callable[[Mapping[str, Any]], ModelShape]
     hf_config: Callable[[ModelShape], dict[str, Any]]
     rules: tuple[NameRule, ...]
     megatron: Callable[[ModelShape], dict[str, Any]]
     counts: Callable[[ModelShape], ParameterCount]
-    per_token: Callable[[ModelShape], TokenCount]
+    per_token: Callable[[ModelShape], tuple[TokenCount, ...]]
     shares: Callable[[ModelShape], tuple[Share, ...]]
     complaints: Callable[[ModelShape], Iterator[str]]
     small: Callable[[ModelShape, Mapping[str, int]], dict[str, int]]

@@ -11,39 +11,35 @@ from typing import Any
 
 import torch
 
-from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
-from gspo_megatron.models.names import QKV, GateUp, NameRule
+from gspo_megatron.models.family import Family, LayerCount, ParameterCount, Share, TokenCount
+from gspo_megatron.models.names import QKV, NameRule
+from gspo_megatron.models.parts import (
+    BLOCK_RULES,
+    EXPERT_RULES,
+    OURS,
+    THEIRS,
+    check_implemented,
+    read_rope,
+    read_sizes,
+    router_complaints,
+    write_rope,
+)
+from gspo_megatron.models.rope import rope_complaints
 from gspo_megatron.models.shape import ModelShape
 
 NAME = "qwen3_moe"
-
-_OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
-_OUR_EXPERT = _OURS + "mlp.experts.local_experts.{expert}."
-_THEIR_EXPERT = _THEIRS + "mlp.experts.{expert}."
+USES = frozenset({"num_query_groups", "head_dim", "num_experts", "experts_per_token", "expert_ffn_size"})
 
 RULES = (
-    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    NameRule(f"{_OURS}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",)),
+    *BLOCK_RULES,
     NameRule(
-        f"{_OURS}self_attention.linear_qkv.weight",
-        tuple(f"{_THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
+        f"{OURS}self_attention.linear_qkv.weight",
+        tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
         QKV(),
     ),
-    NameRule(f"{_OURS}self_attention.q_layernorm.weight", (f"{_THEIRS}self_attn.q_norm.weight",)),
-    NameRule(f"{_OURS}self_attention.k_layernorm.weight", (f"{_THEIRS}self_attn.k_norm.weight",)),
-    NameRule(f"{_OURS}self_attention.linear_proj.weight", (f"{_THEIRS}self_attn.o_proj.weight",)),
-    NameRule(f"{_OURS}pre_mlp_layernorm.weight", (f"{_THEIRS}post_attention_layernorm.weight",)),
-    NameRule(f"{_OURS}mlp.router.weight", (f"{_THEIRS}mlp.gate.weight",)),
-    NameRule(
-        f"{_OUR_EXPERT}linear_fc1.weight",
-        (f"{_THEIR_EXPERT}gate_proj.weight", f"{_THEIR_EXPERT}up_proj.weight"),
-        GateUp(),
-    ),
-    NameRule(f"{_OUR_EXPERT}linear_fc2.weight", (f"{_THEIR_EXPERT}down_proj.weight",)),
-    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    # Where embedding and head are tied, neither side has it.
-    NameRule("output_layer.weight", ("lm_head.weight",)),
+    NameRule(f"{OURS}self_attention.q_layernorm.weight", (f"{THEIRS}self_attn.q_norm.weight",)),
+    NameRule(f"{OURS}self_attention.k_layernorm.weight", (f"{THEIRS}self_attn.k_norm.weight",)),
+    *EXPERT_RULES,
 )
 
 _SAME_NUMBER = {
@@ -71,30 +67,20 @@ _ONLY = {
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
-    """config.json -> the shape. transformers 5 writes `num_experts` as `num_local_experts`, and `rope_theta` into
-    `rope_parameters`.
+    """config.json -> the shape. transformers 5 writes `num_experts` as `num_local_experts`.
 
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
     hf = {"num_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
-    if missing := [key for key in _SAME_NUMBER.values() if key not in hf]:
-        raise ConfigError(f"config.json of a {NAME} model lacks {', '.join(missing)}; use the model's original file")
-    for key, (implemented, default) in _ONLY.items():
-        found = hf.get(key, default)
-        if found != implemented and (found or implemented):  # null, false and [] mean the same
-            raise ConfigError(f"config.json has {key}={found!r}, but only {implemented!r} is implemented for {NAME}")
-    rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"config.json has RoPE of type {kind!r}, but only 'default' is implemented for {NAME}")
-    heads = hf["num_attention_heads"]
+    sizes = read_sizes(hf, _SAME_NUMBER, NAME)
+    check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rope_base=float(rope["rope_theta"]),
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **{field: hf[key] for field, key in _SAME_NUMBER.items()},
+        **sizes,
+        **read_rope(hf, NAME),
     )
 
 
@@ -106,8 +92,7 @@ def hf_config(s: ModelShape) -> dict[str, Any]:
         "model_type": NAME,
         **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
         "head_dim": s.head_dim,
-        "rope_theta": s.rope_base,
-        "rope_scaling": None,
+        **write_rope(s),
         "tie_word_embeddings": s.tie_embeddings,
         **{key: implemented for key, (implemented, _) in _ONLY.items()},
     }
@@ -139,26 +124,31 @@ def counts(s: ModelShape) -> ParameterCount:
     """qkv and output projections, two norms, q/k norms, router; gate, up, down."""
     assert s.vocab_size is not None, "model.vocab_size must be set before parameters are counted"
     query, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
+    layer = LayerCount(
+        sharded=s.hidden_size * (query + 2 * kv) + query * s.hidden_size,
+        replicated=2 * s.hidden_size + 2 * s.head_dim + s.hidden_size * s.num_experts,
+        expert=3 * s.hidden_size * s.expert_ffn_size,
+        num_experts=s.num_experts,
+    )
     return ParameterCount(
         vocabulary=s.vocab_size * s.hidden_size,
         num_vocabularies=1 if s.tie_embeddings else 2,
-        attention=s.hidden_size * (query + 2 * kv) + query * s.hidden_size,
-        replicated=2 * s.hidden_size + 2 * s.head_dim + s.hidden_size * s.num_experts,
-        expert=3 * s.hidden_size * s.expert_ffn_size,
+        layers=(layer,) * s.num_layers,
         final_norm=s.hidden_size,
     )
 
 
-def per_token(s: ModelShape) -> TokenCount:
+def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections, the router, the chosen experts. Kept: hidden x 4, attention x 4, and for
     each chosen expert its input and expert_ffn_size x 3. Attention multiplies a token with keys, then with values."""
-    query, n = s.num_attention_heads * s.head_dim, counts(s)
-    return TokenCount(
-        multiplied=n.attention + s.hidden_size * s.num_experts + s.experts_per_token * n.expert,
+    query, n = s.num_attention_heads * s.head_dim, counts(s).layers[0]
+    token = TokenCount(
+        multiplied=n.sharded + s.hidden_size * s.num_experts + s.experts_per_token * n.expert,
         kept=4 * s.hidden_size + 4 * query + s.experts_per_token * (s.hidden_size + 3 * s.expert_ffn_size),
         cached=2 * s.num_query_groups * s.head_dim,
         attended=2 * query,
     )
+    return (token,) * s.num_layers
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
@@ -175,20 +165,13 @@ def shares(s: ModelShape) -> tuple[Share, ...]:
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
-    if s.experts_per_token > s.num_experts:
-        yield f"model.experts_per_token={s.experts_per_token} exceeds model.num_experts={s.num_experts}"
-    if s.experts_per_token == 1 and s.num_experts > 1:
-        yield (
-            "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
-            "nothing; use 2 or more"
-        )
+    yield from router_complaints(s)
     if s.num_attention_heads % s.num_query_groups:
         yield (
             f"model.num_attention_heads={s.num_attention_heads} must be a multiple of "
             f"model.num_query_groups={s.num_query_groups}"
         )
-    if s.head_dim % 2:
-        yield f"model.head_dim={s.head_dim} must be even: RoPE rotates pairs"
+    yield from rope_complaints(s)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
@@ -208,4 +191,4 @@ def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-QWEN3_MOE = Family(NAME, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)
+QWEN3_MOE = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)

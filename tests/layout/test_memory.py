@@ -12,7 +12,7 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import describe_plan, parameters_per_rank
+from gspo_megatron.layout.memory import describe_plan, parameters_per_rank, stage_parameters
 from gspo_megatron.models.counts import count_parameters, sequence_cost
 
 FIT = "train.tokens_per_micro_batch=32768"
@@ -30,7 +30,7 @@ def totals(*overrides: str) -> tuple[int, int]:
     """Parameters in all, and those that one token passes through."""
     m = load_config(None, [*overrides, FIT]).model
     n = count_parameters(m.shape)
-    return n.total(m.num_layers, m.num_experts), n.total(m.num_layers, m.experts_per_token)
+    return n.total, n.active(m.experts_per_token)
 
 
 def test_the_presets_have_the_sizes_in_their_names() -> None:
@@ -43,6 +43,19 @@ def test_the_presets_have_the_sizes_in_their_names() -> None:
 def test_tied_embeddings_are_counted_once() -> None:
     untied, tied = totals(*SMALL), totals(*SMALL, "model.tie_embeddings=true")
     assert untied[0] - tied[0] == 13 * 24
+
+
+@pytest.mark.parametrize("preset", ["tiny_moe", "tiny_mla"])
+def test_pipeline_stages_hold_the_model_between_them(preset: str) -> None:
+    """With dense and mixture-of-experts layers, stages differ; the estimate is for the fullest."""
+    settings = [f"model.preset={preset}", "model.vocab_size=14", "model.num_layers=8"]
+    config = load_config(None, [*settings, "parallel.pp=2", "parallel.vpp=2"])
+    layout, shape = check_config(config, 2), config.model.shape
+    stages = [stage_parameters(shape, layout, stage) for stage in range(2)]
+    assert sum(map(sum, stages)) == totals(*settings)[0]
+    assert parameters_per_rank(shape, layout) == max(stages, key=sum)
+    assert [layout.layers_of_stage(shape.num_layers, stage) for stage in range(2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert (stages[0][1] == stages[1][1]) == (preset == "tiny_moe")
 
 
 def gib(plan: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from gspo_megatron.device import open_device
 from gspo_megatron.mcore.attention import PackedAttention, Rotary, rotate
 from gspo_megatron.mcore.kv_cache import KVCache
 from gspo_megatron.mcore.packed_tokens import CachedPrompt, PackedTokens, cached_tokens, packed
+from gspo_megatron.models.rope import Rope
 from gspo_megatron.testing.local_ranks import run_distributed
 
 D = 6
@@ -48,8 +49,12 @@ def layer() -> PackedAttention:
     return PackedAttention(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), layer_number=1)
 
 
+def rope(dim: int, base: float) -> Rope:
+    return Rope(base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+
+
 def rotary() -> Rotary:
-    return Rotary(D, BASE, NUM_POSITIONS, CPU, torch.float64)
+    return Rotary(rope(D, BASE), NUM_POSITIONS, CPU, torch.float64)
 
 
 def pack(lengths: list[int]) -> PackedTokens:
@@ -84,7 +89,7 @@ def test_rotation_is_a_complex_product() -> None:
 
 def test_angles_are_right_to_the_last_bit_far_from_the_origin() -> None:
     """Angles made in float32 would be off by 2e-3 at position 32,767."""
-    float32 = Rotary(128, 1e6, 32_768, CPU, torch.bfloat16)
+    float32 = Rotary(rope(128, 1e6), 32_768, CPU, torch.bfloat16)
     angles = 32_767 * 1e6 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     assert float32.cos.dtype == torch.float32
     torch.testing.assert_close(float32.cos[-1, :64].double(), angles.cos(), rtol=0, atol=6e-8)

@@ -15,7 +15,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import layout_of
-from gspo_megatron.layout.memory import parameters_of_stage, parameters_per_rank
+from gspo_megatron.layout.memory import parameters_per_rank, stage_parameters
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.layers import LAYERS as LAYER_KINDS
@@ -71,9 +71,7 @@ def parameters_of(overrides: tuple[str, ...]) -> int:
 )
 def test_the_plan_counts_the_parameters_of_the_real_model(overrides: tuple[str, ...]) -> None:
     m = load_config(None, [*SETTINGS, *overrides]).model
-    assert run_distributed(parameters_of, 1, overrides) == [
-        count_parameters(m.shape).total(m.num_layers, m.num_experts)
-    ]
+    assert run_distributed(parameters_of, 1, overrides) == [count_parameters(m.shape).total]
 
 
 def preset_layer(preset: str) -> tuple[Any, int]:
@@ -95,7 +93,7 @@ def test_presets(preset: str, parameters: int | None, layers: int) -> None:
     [(head_dim, num_layers)] = run_distributed(preset_layer, 1, preset)
     assert (head_dim, num_layers) == (config.model.head_dim, layers)
     if parameters:
-        assert count_parameters(config.model.shape).total(layers, config.model.num_experts) == parameters
+        assert count_parameters(config.model.shape).total == parameters
 
 
 # --------------------------------------------------------------------------------------------------------- its weights
@@ -173,7 +171,7 @@ def test_weights_do_not_depend_on_the_layout(axes: tuple[str, ...], one: dict[st
     config = load_config(None, [*SETTINGS, *axes])
     layout = layout_of(config, 2)
     for rank, held in enumerate(ranks):
-        assert sizes(held) == parameters_of_stage(config.model.shape, layout, rank * layout.pp // 2)
+        assert sizes(held) == stage_parameters(config.model.shape, layout, rank * layout.pp // 2)
     assert parameters_per_rank(config.model.shape, layout) == max(map(sizes, ranks), key=sum)
     many = whole(ranks)
     assert many.keys() == one.keys() and len(one) == LAYERS * (4 + 4 * 2 + 3) + 1 + 2
