@@ -4,11 +4,12 @@ Megatron's own local attention rejects packed sequences; this core replaces it i
 passed down the model as Megatron's `packed_seq_params`, so the layers in between need no change.
 
 Shapes: T packed tokens (under context parallel those of this rank's part), B sequences (rows), L positions, Q query
-heads, K key/value heads of this tensor-parallel rank, D head dimension.
+heads, K key/value heads of this tensor-parallel rank, D head dimension, Dv that of values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,19 +51,32 @@ def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention: [T, Q, D] queries, [T, K, D] keys and values in, [T, Q * D] out.
+    """Core attention: [T, Q, D] queries, [T, K, D] keys and [T, K, Dv] values in, [T, Q * Dv] out.
 
-    softmax(q k^T / sqrt(D)) v over the earlier tokens of the same sequence. `fused`, if given, is the core attention
-    that computes this for packs of whole sequences (Transformer Engine's, which splits sequences over context-parallel
-    ranks as this package does); attention over a cache is always computed here.
+    softmax(q k^T * scale) v over the earlier tokens of the same sequence; `softmax_scale` None is 1 / sqrt(D).
+    `rotates`: queries and keys come without RoPE. `fused`, if given, is the core attention that computes this for packs
+    of whole sequences (Transformer Engine's, which splits sequences over context-parallel ranks as this package does);
+    attention over a cache is always computed here.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, fused: ModuleSpec | type | None = None, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        fused: ModuleSpec | type | None = None,
+        rotates: bool = True,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.layer_number = layer_number
-        self.fused = fused and build_module(fused, config=config, layer_number=layer_number, **kwargs)
+        self.layer_number, self.rotates, self.scale = layer_number, rotates, softmax_scale
+        if "v_channels" in kwargs:
+            # The kernels for packed sequences want values as wide as keys; `_fused` pads them.
+            kwargs["v_channels"] = kwargs["k_channels"]
+        self.fused = fused and build_module(
+            fused, config=config, layer_number=layer_number, softmax_scale=softmax_scale, **kwargs
+        )
 
     def forward(
         self,
@@ -75,30 +89,51 @@ class PackedAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         tokens = packed_seq_params
-        query, key = rotate(query, tokens), rotate(key, tokens)
+        if self.rotates:
+            query, key = rotate(query, tokens), rotate(key, tokens)
         if tokens.through_cache is not None:
-            return _attend_cached(query, key, value, tokens, tokens.through_cache, self.layer_number)
+            return self._attend_cached(query, key, value, tokens, tokens.through_cache)
         if self.fused is not None:
-            return self.fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
+            return self._fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
         if tokens.part is not None:
-            return _attend_part(query, key, value, tokens, tokens.part)
-        return _attend_packed(query, key, value, tokens)
+            return attend_part(query, key, value, tokens, tokens.part, self.scale)
+        return attend_packed(query, key, value, tokens, self.scale)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.fused is not None
+        width, missing = value.size(-1), key.size(-1) - value.size(-1)
+        out = self.fused(query, key, F.pad(value, (0, missing)) if missing else value, *args, **kwargs)
+        return out.unflatten(-1, (-1, width + missing))[..., :width].flatten(-2) if missing else out
+
+    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, use: CacheUse) -> Tensor:
+        """Keys and values of all but the padding are written to the cache first."""
+        keys, values = use.cache.write(self.layer_number, (key, value), use.write)
+        return attend_cached(
+            tokens,
+            use,
+            continued=lambda new: attend_rows(query[new], keys, values, use, self.scale),
+            prompts=lambda old: attend_packed(query[old], key[old], value[old], tokens, self.scale),
+            padding=lambda num_tokens: query.new_zeros(num_tokens, query.size(1) * value.size(2)),
+            num_tokens=len(query),
+        )
 
 
-def _attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, scale: float | None) -> Tensor:
     """Attention on a [B, L] grid. The padding of a row follows its tokens, where the causal mask hides it."""
     query, key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
     return _collect(out, tokens.slots_T)
 
 
-def _attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part) -> Tensor:
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part, scale: float | None
+) -> Tensor:
     """The same when this rank holds two chunks of every sequence. Keys and values of all ranks are gathered (as in
     arXiv 2407.21783, Section 3.3.2; grouped queries keep them small), and each chunk of queries attends to the keys up
     to its end."""
-    both = whole(torch.cat([key, value], dim=-1), part)
-    key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in both.chunk(2, dim=-1))
-    out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
+    both = whole(torch.cat([key, value], dim=-1), part).split([key.size(-1), value.size(-1)], dim=-1)
+    key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in both)
+    out = query.new_zeros(query.size(0), query.size(1) * value.size(-1))
     for chunk in part.chunks:
         num_queries, num_keys = chunk.seen.shape[-2:]
         rows = F.scaled_dot_product_attention(
@@ -107,9 +142,44 @@ def _attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens
             value[:, :, :num_keys],
             attn_mask=chunk.seen,
             enable_gqa=True,
+            scale=scale,
         )
         out = out.index_copy(0, chunk.tokens, _collect(rows, chunk.slots))
     return out
+
+
+def attend_cached(
+    tokens: PackedTokens,
+    use: CacheUse,
+    *,
+    continued: Callable[[slice], Tensor],
+    prompts: Callable[[slice], Tensor],
+    padding: Callable[[int], Tensor],
+    num_tokens: int,
+) -> Tensor:
+    """[T, Q * Dv]: new tokens attend to their rows of the cache, prompts to themselves, and padding gives zeros; each
+    by a function of its place in the pack, which is called if there are any."""
+    num_new, num_prompt_tokens = len(use.seen_BL), len(tokens.slots_T)
+    end = num_new + num_prompt_tokens
+    parts = [continued(slice(0, num_new))] if num_new else []
+    parts += [prompts(slice(num_new, end))] if num_prompt_tokens else []
+    parts += [padding(num_tokens - end)] if num_tokens > end else []
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def attend_rows(query: Tensor, keys: Tensor, values: Tensor, use: CacheUse, scale: float | None) -> Tensor:
+    """One query per row, [B, Q, D], over the positions of its row that it may see: [B, Q * Dv]. Nothing is copied: the
+    rows are adjacent, and the query heads that share a key head take the dimension of query positions."""
+    num_rows, length = use.seen_BL.shape
+    rows = slice(use.first_row, use.first_row + num_rows)
+    out = F.scaled_dot_product_attention(
+        query.unflatten(1, (keys.size(1), -1)),
+        keys[rows, :, :length],
+        values[rows, :, :length],
+        attn_mask=use.seen_BL[:, None, None, :],
+        scale=scale,
+    )
+    return out.flatten(1)
 
 
 def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -122,35 +192,3 @@ def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
 def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
     """[B, H, L, D] -> [T, H * D]."""
     return x_BHLD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, slots_T)
-
-
-def _attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, use: CacheUse, layer: int
-) -> Tensor:
-    """New tokens attend to their rows of the cache, prompts to themselves, and padding gives zeros. Keys and values of
-    all but the padding are written to the cache first."""
-    keys, values = use.cache.write(layer, key, value, use.write)
-    num_new, num_prompt_tokens = len(use.seen_BL), len(tokens.slots_T)
-    prompts = slice(num_new, num_new + num_prompt_tokens)
-    parts = []
-    if num_new:
-        parts.append(_attend_rows(query[:num_new], keys, values, use.first_row, use.seen_BL))
-    if num_prompt_tokens:
-        parts.append(_attend_packed(query[prompts], key[prompts], value[prompts], tokens))
-    if num_padding := len(query) - prompts.stop:
-        parts.append(query.new_zeros(num_padding, query.size(1) * query.size(2)))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, first_row: int, seen_BL: Tensor) -> Tensor:
-    """One query per row, [B, Q, D], over the positions of its row that it may see. Nothing is copied: the rows are
-    adjacent, and the query heads that share a key head take the dimension of query positions."""
-    num_rows, length = seen_BL.shape
-    rows = slice(first_row, first_row + num_rows)
-    out = F.scaled_dot_product_attention(
-        query.unflatten(1, (keys.size(1), -1)),
-        keys[rows, :, :length],
-        values[rows, :, :length],
-        attn_mask=seen_BL[:, None, None, :],
-    )
-    return out.flatten(1)

@@ -59,12 +59,14 @@ def apply_patches(on_cpu: bool) -> None:
 
 
 def set_experts(mlp: Any, module: type) -> None:
-    """Makes `module` the experts of a layer's spec: 0.16.1 nests ModuleSpec objects, 0.19.2 partial functions."""
-    if isinstance(mlp, partial):
-        submodules = mlp.keywords["submodules"]
-        submodules.experts = partial(module, *submodules.experts.args, **submodules.experts.keywords)
-    else:
-        mlp.submodules.experts.module = module
+    """Makes `module` the experts of a layer's spec, if it has any: 0.16.1 nests ModuleSpec objects, 0.19.2 partial
+    functions."""
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    experts = getattr(submodules, "experts", None)
+    if isinstance(experts, partial):
+        submodules.experts = partial(module, *experts.args, **experts.keywords)
+    elif experts is not None:
+        experts.module = module
 
 
 def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool) -> None:

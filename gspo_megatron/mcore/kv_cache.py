@@ -6,6 +6,7 @@ tensor-parallel rank, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,25 +22,27 @@ class CacheWrite(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer on this rank for a fixed number of rows, [row, K, position, D]."""
+    """What attention keeps of earlier tokens, for every layer on this rank and a fixed number of rows: one or several
+    tensors a layer, [row, K, position, D] each, such as keys and values."""
 
     def __init__(self, num_rows: int, num_positions: int) -> None:
         self.num_rows, self.num_positions = num_rows, num_positions
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Tensor, ...]] = {}
 
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys, values) of a layer, allocated at its first use in the number format of `like` [T, K, D]."""
+    def layer(self, number: int, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What is kept of a layer, allocated at its first use in sizes and number format of `like`, [T, K, D] each."""
         if number not in self._layers:
-            shape = (self.num_rows, like.size(1), self.num_positions, like.size(2))
-            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
+            self._layers[number] = tuple(
+                x.new_zeros(self.num_rows, x.size(1), self.num_positions, x.size(2)) for x in like
+            )
         return self._layers[number]
 
-    def write(self, layer: int, key: Tensor, value: Tensor, write: CacheWrite) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values [T, K, D] of a layer's tokens where `write` says. Returns all of that layer."""
-        keys, values = self.layer(layer, key)
-        keys[write.row_W, :, write.position_W] = key[write.token_W]
-        values[write.row_W, :, write.position_W] = value[write.token_W]
-        return keys, values
+    def write(self, layer: int, new: Sequence[Tensor], write: CacheWrite) -> tuple[Tensor, ...]:
+        """Stores `new`, [T, K, D] each, of a layer's tokens where `write` says. Returns all that is kept of it."""
+        kept = self.layer(layer, new)
+        for rows, x in zip(kept, new, strict=True):
+            rows[write.row_W, :, write.position_W] = x[write.token_W]
+        return kept
 
     def copy_rows(self, from_rows: Tensor, to_rows: Tensor, length: int) -> None:
         """Copies the first `length` positions of rows to other rows; no row is in both."""

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import PackedAttention
 from gspo_megatron.mcore.experts import WholeExperts
+from gspo_megatron.mcore.latent_attention import ReplicatedLinear, use_latent_attention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -29,9 +30,12 @@ def local_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None
     """Megatron's local block spec with this package's attention core, norm and experts."""
     block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, pp_rank=pp_rank, vp_stage=chunk)
     for layer in distinct_layers(block):
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = ModuleSpec(module=PackedAttention, params={"fused": None})
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention = layer.submodules.self_attention
+        attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params={"fused": None})
+        if transformer.multi_latent_attention:
+            use_latent_attention(attention, norm=RMSNorm, down=ReplicatedLinear)
+        else:
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
         compat.set_experts(layer.submodules.mlp, WholeExperts)
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
@@ -44,6 +48,9 @@ def te_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None) -
     """Megatron's block spec for Transformer Engine with this package's attention core around the fused one."""
     block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True, pp_rank=pp_rank, vp_stage=chunk)
     wrap_attention_cores(block)
+    if transformer.multi_latent_attention:
+        for layer in distinct_layers(block):
+            use_latent_attention(layer.submodules.self_attention, norm=RMSNorm)
     return block
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from gspo_megatron.config.sections import Config
@@ -100,8 +100,9 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
         # memory valid; on the CPU nothing would.
         "deallocate_pipeline_outputs": not device.on_cpu,
     }
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    transformer = TransformerConfig(**{k: v for k, v in settings.items() if k in known})
+    kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    known = {f.name for f in dataclasses.fields(kind)}
+    transformer = kind(**{k: v for k, v in settings.items() if k in known})
     # The micro-batches of a pipeline differ in length. Set here because the constructor rejects it with the allgather
     # dispatcher, which needs equal lengths on the ranks that share experts; packing_rules guarantees those.
     transformer.variable_seq_lengths = p.pp > 1

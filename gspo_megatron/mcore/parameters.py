@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ SLICED: dict[str, tuple[int, int]] = {
     "word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
     "linear_qkv.weight": (0, 1),
+    "linear_q_proj.weight": (0, 1),
+    "linear_q_up_proj.weight": (0, 1),
+    "linear_kv_up_proj.weight": (0, 1),
     "linear_proj.weight": (1, 1),
     "linear_fc1.weight": (0, 2),  # gate and up: every rank holds its part of both
     "linear_fc2.weight": (1, 1),
@@ -38,9 +41,10 @@ def is_vocabulary(name: str) -> bool:
 
 def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
     """The parameter's name in the whole model, with layers and experts numbered over all ranks. Names follow the local
-    layer spec; the Transformer Engine spec keeps the input norm of attention in the linear layer after it, and all
-    experts' matrices in one layer."""
+    layer spec; the Transformer Engine spec keeps the input norm of attention, and in dense layers that of the
+    network, in the linear layer after it, and all experts' matrices in one layer."""
     name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
+    name = name.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
     name = re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
     name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda n: str(int(n.group()) + layer_offset), name)
     return re.sub(r"(?<=local_experts\.)\d+", lambda n: str(int(n.group()) + expert_offset), name)
@@ -48,25 +52,39 @@ def global_name(name: str, layer_offset: int, expert_offset: int) -> str:
 
 def named_parameters(model: Any, shape: ModelShape, groups: Groups) -> Iterator[tuple[Place, Any]]:
     """(place in the whole model, parameter) of one model chunk of this rank."""
+    return _placed(model.named_parameters(), model, shape, groups)
+
+
+def named_tensors(model: Any, shape: ModelShape, groups: Groups) -> Iterator[tuple[Place, Any]]:
+    """Parameters, and buffers that are weights all the same: a router's bias, which has no gradient."""
+    yield from named_parameters(model, shape, groups)
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".expert_bias"))
+    yield from _placed(buffers, model, shape, groups)
+
+
+def _placed(
+    named: Iterable[tuple[str, Any]], model: Any, shape: ModelShape, groups: Groups
+) -> Iterator[tuple[Place, Any]]:
     layer_offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     expert_offset = groups.collection.ep.rank() * (shape.num_experts // groups.layout.ep)
-    for local_name, parameter in model.named_parameters():
+    for local_name, tensor in named:
         name = global_name(local_name, layer_offset, expert_offset)
         group = groups.collection.expt_tp if ".experts." in name else groups.tp
         how = next((how for part, how in SLICED.items() if part in name), None)
-        yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), parameter
+        yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), tensor
 
 
 @torch.no_grad()
 def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
-    """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1.
+    """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1,
+    biases 0.
 
     Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its slice, so every layout
     starts from the same weights.
     """
-    for place, parameter in named_parameters(model, shape, groups):
+    for place, parameter in named_tensors(model, shape, groups):
         if parameter.dim() < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if place.name.endswith("bias") else 1.0)
             continue
         adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
         own_std = std / math.sqrt(2 * shape.num_layers) if adds_to_residual else std

@@ -17,7 +17,7 @@ from torch import Tensor
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
-from gspo_megatron.mcore.parameters import named_parameters
+from gspo_megatron.mcore.parameters import named_tensors
 from gspo_megatron.models.shape import ModelShape
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +28,7 @@ CHUNK = 1 << 22
 
 def differing_replicas(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> list[str]:
     """See `Policy.differing_replicas`. A few small collectives, whatever the size of the model."""
-    held = [pair for chunk in chunks for pair in named_parameters(chunk, shape, groups)]
+    held = [pair for chunk in chunks for pair in named_tensors(chunk, shape, groups)]
     sums = {place: fingerprint(parameter.detach()) for place, parameter in held}
     dense = [place for place in sums if ".experts." not in place.name]
     experts = [place for place in sums if ".experts." in place.name]

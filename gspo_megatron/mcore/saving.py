@@ -1,7 +1,8 @@
 """What a checkpoint holds: the policy and Adam's moments, the frozen reference, and the trainer's own state.
 
     rank_00000.safetensors ...   a file for each process, with its shards (see checkpoint/shards.py), by global names:
-                                 policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME
+                                 policy.NAME (float32 under bf16), exp_avg.NAME, exp_avg_sq.NAME, reference.NAME; a
+                                 router's bias, which has no moments, as policy.NAME alone
     step_00000.safetensors ...   inside a step, a file for each process: its share of the tokens, old log-probs, ...
     run.json                     numbers and text: Adam's step count, the random states of all processes, the settings
                                  that decide the model's tensors, versions, the trainer's state
@@ -40,7 +41,7 @@ from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
-from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
+from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
@@ -157,6 +158,8 @@ class MegatronCheckpoints:
         replicated = not is_distributed(self.policy.device, self.policy.config.optimizer)
         for name, whole, parameter in self._shards(self.policy.model):
             adam = adam_shards.get(parameter)
+            if not isinstance(parameter, torch.nn.Parameter):
+                yield from self._written_by_replicas(f"policy.{name}", whole, parameter)
             if adam is None or self._is_copy(whole):
                 continue
             shard = self._share(whole) if replicated else replace(whole, start=adam.start, end=adam.end)
@@ -165,10 +168,14 @@ class MegatronCheckpoints:
                 yield f"policy.{name}", shard, adam.main[inside]
                 yield f"exp_avg.{name}", shard, adam.exp_avg[inside]
                 yield f"exp_avg_sq.{name}", shard, adam.exp_avg_sq[inside]
-        for name, whole, parameter in self._shards(self.policy.reference or []):
-            shard = self._share(whole)
-            if shard.start < shard.end and not self._is_copy(whole):
-                yield f"reference.{name}", shard, parameter.detach().view(-1)[shard.start : shard.end]
+        for name, whole, tensor in self._shards(self.policy.reference or []):
+            yield from self._written_by_replicas(f"reference.{name}", whole, tensor)
+
+    def _written_by_replicas(self, key: str, whole: Shard, tensor: Tensor) -> Iterator[Keyed]:
+        """This replica's part of a tensor without optimizer state."""
+        shard = self._share(whole)
+        if shard.start < shard.end and not self._is_copy(whole):
+            yield key, shard, tensor.detach().view(-1)[shard.start : shard.end]
 
     def _share(self, whole: Shard) -> Shard:
         """The part of a slice that this data-parallel replica writes."""
@@ -236,11 +243,11 @@ class MegatronCheckpoints:
     # ------------------------------------------------------------------------------------------------------- both
 
     def _shards(self, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Shard, Tensor]]:
-        """(name in the checkpoint, all of this rank's slice as a shard, parameter)."""
+        """(name in the checkpoint, all of this rank's slice as a shard, parameter or buffer)."""
         for chunk in chunks:
-            for place, parameter in named_parameters(chunk, self.shape, self.groups):
+            for place, tensor in named_tensors(chunk, self.shape, self.groups):
                 num_rows = self.shape.vocab_size if is_vocabulary(place.name) else None
-                yield place.name, Shard.of(place, parameter, num_rows), parameter
+                yield place.name, Shard.of(place, tensor, num_rows), tensor
 
     def _on_main(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the main process; returns its result, or raises its CheckpointError, on all processes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
-from gspo_megatron.mcore.parameters import is_vocabulary, named_parameters
+from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
 from gspo_megatron.models.names import NameRule, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
@@ -40,7 +40,7 @@ def whole_weights(
     Raises:
         ValueError: a tensor has no rule, or several.
     """
-    held = {place: p.detach() for chunk in chunks for place, p in named_parameters(chunk, shape, groups)}
+    held = {place: p.detach() for chunk in chunks for place, p in named_tensors(chunk, shape, groups)}
     sources = _sources(held, groups)
     for first in sorted((place for place in sources if place.index == 0), key=_reading_order):
         places = [replace(first, index=i) for i in range(first.count)]

@@ -9,7 +9,7 @@ ignores them, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import ceil, lcm
+from math import ceil, lcm, sqrt
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from gspo_megatron.models.parts import (
     router_complaints,
     write_rope,
 )
-from gspo_megatron.models.rope import rope_complaints
+from gspo_megatron.models.rope import rope_complaints, rope_of
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
 NAME = "deepseek_v3"
@@ -124,8 +124,8 @@ def hf_config(s: ModelShape) -> dict[str, Any]:
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:
-    """Fields of MLATransformerConfig. RoPE and the scale of attention scores are this package's own, so Megatron's are
-    at their plainest."""
+    """Fields of MLATransformerConfig. RoPE is this package's own (models/rope.py), and so is its part in the scale of
+    attention scores; what is said of it here only keeps Megatron from adding to it."""
     groups = s.router_groups if s.router_groups_per_token < s.router_groups else None
     return {
         "multi_latent_attention": True,
@@ -138,6 +138,7 @@ def megatron(s: ModelShape) -> dict[str, Any]:
         "qk_pos_emb_head_dim": s.qk_rope_head_dim,
         "v_head_dim": s.v_head_dim,
         "qk_layernorm": True,
+        "softmax_scale": rope_of(s).score_factor / sqrt(s.qk_nope_head_dim + s.qk_rope_head_dim),
         "rope_type": "rope",
         "rotary_base": s.rope_base,
         "rotary_scaling_factor": 1.0,

@@ -194,7 +194,7 @@ def test_padding_touches_no_row() -> None:
         cache, n = KVCache(3, 4), 1 + padding
         tokens = through(cache, [0], [], first_row=1, padding=padding)
         outs.append(layer()(query[:n], key[:n], value[:n], packed_seq_params=tokens)[0])
-        caches.append(cache.layer(1, key))
+        caches.append(cache.layer(1, (key, key)))
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=0)
     for ours, theirs in zip(*caches, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -204,6 +204,6 @@ def test_padding_touches_no_row() -> None:
 def test_layers_have_caches_of_their_own() -> None:
     cache = KVCache(1, 4)
     like = torch.zeros(3, 2, D, dtype=torch.bfloat16)
-    keys, values = cache.layer(1, like)
+    keys, values = cache.layer(1, (like, like))
     assert keys.shape == values.shape == (1, 2, 4, D) and keys.dtype == torch.bfloat16
-    assert cache.layer(1, like)[0] is keys and cache.layer(2, like)[0] is not keys
+    assert cache.layer(1, (like, like))[0] is keys and cache.layer(2, (like, like))[0] is not keys

@@ -214,7 +214,7 @@ class Watched:
         assert packed_tokens.through_cache is not None
         cache = packed_tokens.through_cache.cache
         self.tokens.append(len(tokens_T))
-        layers = [cache.layer(layer.layer_number, torch.empty(0, 2, 8)) for layer in model.decoder.layers]
+        layers = [cache.layer(layer.layer_number, [torch.empty(0, 2, 8)] * 2) for layer in model.decoder.layers]
         self.caches.add(tuple((x.data_ptr(), tuple(x.shape)) for kept in layers for x in kept))
 
     def generate(self, *args: Any, **how: Any) -> list[Rollout]:
