@@ -1,6 +1,6 @@
 """Builds the policy of a large run for any of its ranks, with a CUDA build of torch and without a GPU.
 
-    python tools/dry_cuda.py --config examples/qwen3_30b_a3b_gspo.yaml --ranks 0,15           (`make dry-cuda`: all of it)
+    python tools/dry_cuda.py --config examples/qwen3_30b_a3b_gspo.yaml --ranks 0,15          (`make dry-cuda`: all)
     python tools/dry_cuda.py --config run.yaml --world-size 128 --ranks all --layers 8 precision.fp8=blockwise
 
 Each rank's model, gradient buffers, optimizer and reference are built as in a run, from fake tensors over a fake
@@ -37,10 +37,12 @@ import torch
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
+from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ParallelConfig
+from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import _memory, parameters_of_stage
+from gspo_megatron.layout.memory import _memory, stage_parameters
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
@@ -123,12 +125,11 @@ def chosen(ranks: str, layout: Layout) -> list[int]:
 def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any]:
     """Builds the ranks and compares; `faults` lists all that is not as it should be."""
     mock_cuda.install()
-    from gspo_megatron.build.trainer import wants_transformer_engine
-    from gspo_megatron.device import DTYPES, Device
+    device = open_device("cuda", config.precision.dtype, fp8=config.precision.fp8)
+    use_te = wants_transformer_engine(config, device)
+    # Megatron-Core is imported only here: the device has to be open before that.
     from gspo_megatron.testing.dry_build import Coverage, DryBuild
 
-    device = Device(mock_cuda.DEVICE, "fake", DTYPES[config.precision.dtype], layout.world_size, 0)
-    use_te = wants_transformer_engine(config, device)
     dry = DryBuild(config, layout, device.torch_device, use_te)
     started = time.monotonic()
     shape, coverage = config.model.shape, Coverage()
@@ -139,7 +140,7 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
         contents.append(found := dry.rank(rank))
         coverage.add(found.written)
         stage = rank * layout.pp // layout.world_size
-        planned = parameters_of_stage(shape, layout, stage)
+        planned = stage_parameters(shape, layout, stage)
         held = (found.num_parameters(experts=False), found.num_parameters(experts=True))
         if held != planned:
             faults.append(f"rank {rank} holds {held} dense and expert parameters, the planner says {planned}")
@@ -151,15 +152,14 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
         ]
     build_s = time.monotonic() - started
     complete = len(set(ranks)) == layout.world_size
-    n = count_parameters(shape)
-    total = n.total(shape.num_layers, shape.num_experts)
+    total = count_parameters(shape).total
     names = None
     if complete:
         faults += coverage.faults()
         whole = dry.whole_weights([found.sources for found in sorted(contents, key=lambda found: found.rank)])
-        written = sum(rows * columns for key, (rows, columns) in coverage.shapes.items() if key.startswith("policy."))
-        if written != total:
-            faults.append(f"{written:,} elements are written, the model has {total:,}")
+        trained = sum(rows * columns for key, (rows, columns) in coverage.shapes.items() if key.startswith("exp_avg."))
+        if trained != total:
+            faults.append(f"{trained:,} elements are trained, the model has {total:,}")
         names = equal_names(whole, shape, faults)
     fullest = max(memory, key=lambda rank: sum(gib for gib, _ in memory[rank].values()))
     return {

@@ -63,6 +63,7 @@ REPLACEMENTS: dict[str, Any] = {
     "get_device_capability": lambda device=None: (HOPPER.major, HOPPER.minor),
     "get_device_properties": lambda device=None: HOPPER,
     "get_device_name": lambda device=None: HOPPER.name,
+    "mem_get_info": lambda device=None: (HOPPER.total_memory, HOPPER.total_memory),
     "synchronize": lambda device=None: None,
     "Stream": Stream,
     "Event": Stream,

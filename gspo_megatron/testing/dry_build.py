@@ -36,7 +36,7 @@ from gspo_megatron.layout.layout import Layout
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import mcore_random
-from gspo_megatron.mcore.parameters import named_parameters
+from gspo_megatron.mcore.parameters import named_tensors
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.saving import MegatronCheckpoints
 from gspo_megatron.mcore.weights import Source, sources_of
@@ -84,11 +84,11 @@ class DryBuild:
         """Builds one rank's policy as a run does, and its reference where the algorithm has one."""
         with self._policy(rank) as policy:
             shape, groups = self.config.model.shape, policy.groups
-            held = {place: p for chunk in policy.model for place, p in named_parameters(chunk, shape, groups)}
+            held = {place: x for chunk in policy.model for place, x in named_tensors(chunk, shape, groups)}
             checkpoints = MegatronCheckpoints(policy, None, print)  # type: ignore[arg-type]  # nothing is written
             return RankContents(
                 rank,
-                {place: tuple(p.shape) for place, p in held.items()},
+                {place: tuple(x.shape) for place, x in held.items() if isinstance(x, torch.nn.Parameter)},
                 tuple((key, shard) for key, shard, _ in checkpoints.to_write()),
                 sources_of(held, groups),
                 _num_bytes(policy, self.device),
