@@ -109,15 +109,14 @@ test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with 
 	PYTHONPATH=tests/te/stand_in:$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 
-# Without the stand-in, Transformer Engine cannot be imported: local layers and torch's Adam, as a run would fall back to.
-DRY = .venv-cuda/bin/python -W ignore tools/dry_cuda.py --output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
+DRY = PYTHONPATH=tests/te/stand_in .venv-cuda/bin/python -W ignore tools/dry_cuda.py --output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
 RECIPES = qwen3_30b_a3b qwen3_235b_a22b deepseek_v3
 
 dry-cuda: .venv-cuda/.installed ## Build the large recipes rank by rank from fake tensors, without a GPU; by hand, monthly; half an hour
 	for recipe in $(RECIPES); do for fp8 in none blockwise; do for ranks in "all --layers 16" stages; do \
-		PYTHONPATH=tests/te/stand_in $(DRY) --config examples/$${recipe}_gspo.yaml --ranks $$ranks precision.fp8=$$fp8 || exit 1; \
+		$(DRY) --config examples/$${recipe}_gspo.yaml --ranks $$ranks precision.fp8=$$fp8 || exit 1; \
 	done; done; done
-	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml precision.transformer_engine=off
+	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml --without-te
 
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check

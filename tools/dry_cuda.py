@@ -10,9 +10,9 @@ process group (gspo_megatron/testing/dry_build.py), and compared with what does 
   gives the names and sizes that transformers has for this model;
 - every rank has the parameters, and needs the memory, that the planner says (layout/memory.py).
 
-With tests/te/stand_in on PYTHONPATH the layers are Transformer Engine's own, in place of whose compiled extension that
-folder stands, and so is its FusedAdam. Without it: Megatron-Core's local layers and torch's AdamW. Exit status: 0 all
-equal, 1 not, 2 a setting that cannot work.
+The layers and FusedAdam are Transformer Engine's own; tests/te/stand_in, which must be on PYTHONPATH, takes the place
+of its compiled extension. With --without-te they are what a run without it falls back to: Megatron-Core's local layers
+and torch's AdamW. Exit status: 0 all equal, 1 not, 2 a setting that cannot work.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="all; such as 0,15; or stages (default): first, middle and last rank of each pipeline stage",
     )
     parser.add_argument("--layers", type=int, help="a shallower model, on stages of equal depth")
+    parser.add_argument("--without-te", action="store_true", help="as where Transformer Engine is not installed")
     parser.add_argument("--output", type=Path, help="JSON file to which the result is added, or where it is replaced")
     parser.add_argument("--table", type=Path, help="with --output: Markdown file with its table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.layers:
         even = ("first_stage_layers", "last_stage_layers")
         overrides += [f"model.num_layers={options.layers}", *(f"parallel.{name}=null" for name in even)]
+    if options.without_te:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # an import raises ImportError
+        overrides.append("precision.transformer_engine=off")
     try:
         config = load_config(options.config, overrides)
         world_size = options.world_size or fewest_processes(config.parallel)
@@ -139,10 +143,8 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
     for rank in ranks:
         contents.append(found := dry.rank(rank))
         coverage.add(found.written)
-        stage = rank * layout.pp // layout.world_size
-        planned = stage_parameters(shape, layout, stage)
-        held = (found.num_parameters(experts=False), found.num_parameters(experts=True))
-        if held != planned:
+        planned = stage_parameters(shape, layout, found.stage)
+        if (held := found.num_parameters()) != planned:
             faults.append(f"rank {rank} holds {held} dense and expert parameters, the planner says {planned}")
         memory[rank] = compared(config, layout, planned, found)
         faults += [
@@ -234,7 +236,7 @@ def show(result: dict[str, Any]) -> None:
         )
     sizes = [f"{purpose} {gib:.3f} ({plan:.3f})" for purpose, (gib, plan) in result["gib"].items()]
     print(f"  GiB of rank {result['fullest_rank']}, and planned: {', '.join(sizes)}")
-    print(f"  largest difference of a rank's memory from the plan: {result['worst_difference']:.2%}")
+    print(f"  largest difference of a rank's memory from the plan: {result['worst_difference']:.3%}")
     for fault, times in Counter(result["faults"][:20]).items():
         print(f"  FAULT: {fault}" + (f" ({times} times)" if times > 1 else ""))
     print(f"  {len(result['faults'])} faults", flush=True)
@@ -283,7 +285,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                     f"{once:,} tensors" if once else "-",
                     f"{names['equal']:,}" if names else "-",
                     *(f"{built:.2f} ({plan:.2f})" for built, plan in sizes),
-                    f"{row['worst_difference']:.2%}",
+                    f"{row['worst_difference']:.3%}",
                     f"{row['build_s'] + row['check_s']:.0f}",
                 )
             )

@@ -51,6 +51,7 @@ class RankContents:
     """What a rank holds.
 
     Attributes:
+        rank, stage: of all processes, and among the pipeline stages.
         parameters: the size of every parameter's slice by its place in the whole model.
         written: (key, shard) of everything that it writes into a checkpoint.
         sources: the slices that it would send to whoever wants whole tensors.
@@ -59,15 +60,17 @@ class RankContents:
     """
 
     rank: int
+    stage: int
     parameters: Mapping[Place, tuple[int, ...]]
     written: tuple[tuple[str, Shard], ...]
     sources: Mapping[Place, Source]
     num_bytes: Mapping[str, int]
     optimizers: frozenset[str]
 
-    def num_parameters(self, *, experts: bool) -> int:
-        """Elements of the experts' parameters, or of all others."""
-        return sum(prod(size) for place, size in self.parameters.items() if (".experts." in place.name) == experts)
+    def num_parameters(self) -> tuple[int, int]:
+        """(dense, expert): elements of its parameters."""
+        experts = sum(prod(size) for place, size in self.parameters.items() if ".experts." in place.name)
+        return sum(map(prod, self.parameters.values())) - experts, experts
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class DryBuild:
             checkpoints = MegatronCheckpoints(policy, None, print)  # type: ignore[arg-type]  # nothing is written
             return RankContents(
                 rank,
+                groups.pp_rank,
                 {place: tuple(x.shape) for place, x in held.items() if isinstance(x, torch.nn.Parameter)},
                 tuple((key, shard) for key, shard, _ in checkpoints.to_write()),
                 sources_of(held, groups),
