@@ -77,6 +77,9 @@ bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer,
 	.venv-trl/bin/python -m benchmarks.step --from $(RUNS)_trl.json $(RUNS)_trl_all.json $(RUNS)_trl_2threads.json \
 		--markdown docs/benchmarks.md
 
+planner: .venv/.installed ## Write the tables of docs/planner.md: published numbers, scaling; minutes
+	.venv/bin/python -m benchmarks.planner
+
 grid: .venv/.installed ## Compare every layout of up to 8 processes with one process, and runs on ten of them; half an hour
 	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)
 	.venv/bin/python -W ignore tools/run_layouts.py --output benchmarks/results/layouts.json

@@ -24,7 +24,7 @@ from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.loading import load_config, replaced, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.layout.memory import describe_plan
+from gspo_megatron.layout.verdict import describe_plan, memory_verdict
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
 from gspo_megatron.run.stop import REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(to_yaml(inputs.config))
             needs_reference = inputs.algorithm.needs_reference
             console.say(describe_plan(inputs.config, inputs.layout, with_reference=needs_reference))
+            check_memory(inputs, options.gpu_memory, console)
             return 0
+        check_memory(inputs, device.free_memory_gib(), console)
         c = inputs.config.checkpoint
         stop = StopRequest(exit_after_s=c.exit_after_s, grace_s=c.grace_s)
         with opened(inputs, device, console, stop) as trainer:
@@ -76,10 +78,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit"
     )
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="with --dry-run: memory of a GPU; status 2 if it is too little"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_intermixed_args(argv)
     if options.world_size is not None and not (options.dry_run and options.world_size > 0):
         parser.error("--world-size needs --dry-run and 1 or more processes; a run has those that torchrun starts")
+    if options.gpu_memory is not None and not (options.dry_run and options.gpu_memory > 0):
+        parser.error("--gpu-memory needs --dry-run and more than 0 GiB; a run asks its own GPU")
     return options
 
 
@@ -99,6 +106,25 @@ def announce(inputs: Inputs, device: Device, console: Console) -> None:
         )
     for warning in (*device.warnings, *inputs.warnings):
         console.warn(warning)
+
+
+def check_memory(inputs: Inputs, available_gib: float | None, console: Console) -> None:
+    """Prints whether the run fits in the memory of a GPU, before anything is allocated. None: not known.
+
+    Raises:
+        ConfigError: it does not fit, and guards.on_memory is not warn.
+    """
+    if available_gib is None:
+        return
+    with_reference = inputs.algorithm.needs_reference
+    try:
+        console.say(
+            f"memory: {memory_verdict(inputs.config, inputs.layout, available_gib, with_reference=with_reference)}"
+        )
+    except ConfigError as error:
+        if inputs.config.guards.on_memory == "stop":
+            raise
+        console.warn(str(error))
 
 
 @contextmanager

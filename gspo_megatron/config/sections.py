@@ -9,6 +9,7 @@ involve several settings, or the number of processes, are in build/checks.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
@@ -99,7 +100,7 @@ class ModelConfig:
         least=0,
     )
 
-    @property
+    @cached_property
     def shape(self) -> ModelShape:
         """The settings of this section that determine the tensors and the maths."""
         unused = OPTIONAL.keys() - FAMILIES[self.family].uses
@@ -367,6 +368,11 @@ class GuardConfig:
     on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
     ratio_noise: float = setting(
         0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
+    )
+    on_memory: str = setting(
+        "stop",
+        "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",
+        choices=("stop", "warn"),
     )
     check_replicas_every: int = setting(
         0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0

@@ -110,6 +110,10 @@ class Device:
         """The largest `memory_gib` since the start of the process, or since `restart_peak_memory`."""
         return cpu.peak_resident_gib() if self.on_cpu else torch.cuda.max_memory_allocated() / 2**30
 
+    def free_memory_gib(self) -> float | None:
+        """Memory of the GPU that nothing uses, in GiB; None on the CPU, whose memory processes share."""
+        return None if self.on_cpu else torch.cuda.mem_get_info()[0] / 2**30
+
     def restart_peak_memory(self) -> None:
         """Resets `peak_memory_gib`."""
         if self.on_cpu:

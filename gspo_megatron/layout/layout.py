@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, lcm, prod
 
@@ -32,8 +32,8 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
-    first: int | None = None
-    last: int | None = None
+    first: int | None = field(default=None, kw_only=True)
+    last: int | None = field(default=None, kw_only=True)
 
     @property
     def dp(self) -> int:
@@ -68,7 +68,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
         ConfigError: the layout does not work. Names the nearest ones that do.
     """
     p = config.parallel
-    layout = Layout(world_size, *(getattr(p, axis) for axis in AXES), p.first_stage_layers, p.last_stage_layers)
+    axes = (getattr(p, axis) for axis in AXES)
+    layout = Layout(world_size, *axes, first=p.first_stage_layers, last=p.last_stage_layers)
     complaint = next(broken_rules(config, layout), None)
     if complaint is None:
         return layout
@@ -152,8 +153,8 @@ def _by_distance(config: Config, asked: Layout) -> Iterator[tuple[Fraction, Layo
         for size in of_layers if axis == "vpp" else of_world:
             longer = (*sizes, size)
             # Before pp is chosen there are no stages.
-            stages = uneven if len(longer) > AXES.index("pp") else (None, None)
-            if _works(config, Layout(asked.world_size, *longer, **dict(zip(("first", "last"), stages, strict=True)))):
+            first, last = uneven if len(longer) > AXES.index("pp") else (None, None)
+            if _works(config, Layout(asked.world_size, *longer, first=first, last=last)):
                 ratio = Fraction(max(size, wanted), min(size, wanted))
                 heapq.heappush(beginnings, (distance * ratio, (*ratios, ratio), longer))
 

@@ -9,6 +9,7 @@ chunk of all ranks before the second chunk of the first.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate, product
 
 
@@ -30,6 +31,7 @@ def stage_layers(num_layers: int, pp: int, first: int | None = None, last: int |
     )
 
 
+@lru_cache(256)
 def layers_of_chunks(sizes: tuple[int, ...], vpp: int) -> list[list[range]]:
     """For each pipeline rank, the layers of each of its `vpp` chunks; `sizes` are the layers of each rank."""
     chunk_sizes = [size // vpp for _ in range(vpp) for size in sizes]
@@ -65,6 +67,7 @@ def uneven_stages(num_layers: int, pp: int, vpp: int) -> Iterator[tuple[int | No
     the last."""
     if pp < 2 or num_layers < pp * vpp:
         return
+    pairs: Iterator[tuple[int, int | None]]
     if pp == 2:
         pairs = ((first, None) for first in range(vpp, num_layers - vpp + 1, vpp) if (num_layers - first) % vpp == 0)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -22,8 +22,8 @@ from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
-from gspo_megatron.mcore.weights import whole_weights
-from gspo_megatron.models.names import NameRule
+from gspo_megatron.mcore.weights import load_weights, whole_weights
+from gspo_megatron.models.names import NameRule, Sliceable
 
 
 class MegatronPolicy:
@@ -129,6 +129,11 @@ class MegatronPolicy:
     def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
         """See `whole_weights`."""
         return whole_weights(self.model, self.config.model.shape, self.groups, rules)
+
+    def load_weights(self, read: Callable[[str], Sliceable], rules: Sequence[NameRule]) -> None:
+        """See `load_weights`: the policy continues from these weights, with the optimizer as it is."""
+        load_weights(self.model, self.config.model.shape, self.groups, rules, read)
+        self.optimizer.reload_model_params()
 
     def _here(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.to(self.device.torch_device)

@@ -1,21 +1,23 @@
-"""The policy's whole tensors under their Hugging Face names, one at a time, from any layout."""
+"""The policy's whole tensors under their Hugging Face names, one at a time, from any layout and into any layout."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, to_theirs
+from gspo_megatron.models.names import NameRule, Sliceable, find_rule, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 
@@ -51,6 +53,48 @@ def whole_weights(
             whole = whole[: shape.vocab_size]
         yield from ((name, part.contiguous()) for name, part in to_theirs(rules, first.name, whole, shape))
         del whole
+
+
+@torch.no_grad()
+def load_weights(
+    chunks: Sequence[PolicyModel],
+    shape: ModelShape,
+    groups: Groups,
+    rules: Sequence[NameRule],
+    read: Callable[[str], Sliceable],
+) -> None:
+    """Sets every tensor of this rank from tensors on the hub, the inverse of `whole_weights`. `read` finds one by its
+    name; only the slice that this rank holds is read of it. Not collective.
+
+    Raises:
+        CheckpointError: a tensor has another size than in this model.
+        ValueError: a tensor has no rule, or several.
+    """
+    for chunk in chunks:
+        for place, tensor in named_tensors(chunk, shape, groups):
+            rule, names = find_rule(rules, place.name)
+            theirs = [read(name) for name in names]
+            if is_vocabulary(place.name):
+                mine = _vocabulary_rows(theirs[0], place, len(tensor), shape)
+            else:
+                mine = to_our_slice(rule.op, theirs, shape, dim=place.dim, index=place.index, count=place.count)
+            if mine.shape != tensor.shape:
+                found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(names, theirs, strict=True))
+                raise CheckpointError(
+                    f"{found}: this model's {place.name} needs {list(tensor.shape)} on a rank, not {list(mine.shape)}; "
+                    "the settings of section model must be those of the weights"
+                )
+            tensor.copy_(mine)
+
+
+def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: ModelShape) -> Tensor:
+    """This rank's rows, zeros where they pad the vocabulary."""
+    have, wanted = theirs.get_shape()[0], shape.vocab_size or 0
+    if have != wanted:
+        raise CheckpointError(f"{place.name} has {have} rows in the weights, but model.vocab_size={wanted}")
+    start = place.index * num_rows
+    rows = theirs[min(start, have) : min(start + num_rows, have), :]
+    return F.pad(rows, (0, 0, 0, num_rows - len(rows)))
 
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -76,6 +76,27 @@ class GateUp:
 COPY = Copy()
 
 
+class Sliceable(Protocol):
+    """A tensor of which parts can be read, such as safetensors' `get_slice(name)`."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A tensor as a Sliceable."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        return self.tensor[part]
+
+
 @dataclass(frozen=True)
 class NameRule:
     """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model."""
@@ -92,6 +113,23 @@ class NameRule:
         """The names on the hub for our tensor `ours`; None where the rule does not match."""
         match = self._pattern.fullmatch(ours)
         return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
+
+
+def to_our_slice(
+    op: Op, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
+) -> Tensor:
+    """Slice `index` of `count` along `dim` of our tensor, from the same slice of each of theirs: cutting and `op`
+    commute, since tensor parallel cuts between query groups, and gate and up each into parts."""
+    heads, groups = shape.num_attention_heads // count, shape.num_query_groups // count
+    of_slice = replace(shape, num_attention_heads=heads, num_query_groups=groups) if dim == 0 else shape
+    return op.to_ours([_part(x, dim, index, count) for x in theirs], of_slice)
+
+
+def _part(x: Sliceable, dim: int, index: int, count: int) -> Tensor:
+    sizes = x.get_shape()
+    step = sizes[dim] // count
+    cut = slice(index * step, (index + 1) * step) if count > 1 else slice(None)
+    return x[tuple(cut if i == dim else slice(None) for i in range(len(sizes)))]
 
 
 def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import describe_plan, parameters_per_rank, stage_parameters
+from gspo_megatron.layout.memory import fullest_stage, memory_of_stage, parameters_per_rank, stage_parameters
+from gspo_megatron.layout.verdict import describe_plan, memory_verdict
 from gspo_megatron.models.counts import count_parameters, sequence_cost
 
 FIT = "train.tokens_per_micro_batch=32768"
@@ -58,10 +60,10 @@ def test_pipeline_stages_hold_the_model_between_them(preset: str) -> None:
     assert (stages[0][1] == stages[1][1]) == (preset == "tiny_moe")
 
 
-def gib(plan: str) -> dict[str, float]:
-    """The memory estimate of a plan, by purpose."""
-    line = next(line for line in plan.splitlines() if line.startswith("memory estimate"))
-    return {name: float(size) for name, size in re.findall(r"([A-Za-z][A-Za-z ]*?) ([0-9.]+)(?=[,;]|$)", line)}
+def gib(plan: str, phase: str = "update") -> dict[str, float]:
+    """The memory estimate of a phase, by purpose."""
+    line = next(line for line in plan.splitlines() if line.startswith(f"  {phase} "))[11:]
+    return {name: float(size) for name, size in re.findall(r"([A-Za-z][-A-Za-z0-9 ]*?) ([0-9.]+)(?=[,;]|$)", line)}
 
 
 def plan_of(world_size: int, *overrides: str, with_reference: bool = False) -> tuple[str, Config, Layout]:
@@ -95,19 +97,67 @@ def test_a_reference_costs_a_second_set_of_weights() -> None:
     [
         (("parallel.recompute=full",), "activations", 0.1),
         (("train.tokens_per_micro_batch=65536",), "activations", 2),
-        (("rollout.max_batch=16",), "KV cache at full length", 0.5),
+        (("rollout.max_batch=16",), "KV cache", 0.5),
+        (("parallel.cp=2",), "KV cache", 1),
         (("optimizer.distributed=false",), "optimizer", 8),
         (("precision.dtype=fp32",), "weights", 2),
     ],
 )
 def test_what_a_setting_does_to_the_estimate(overrides: tuple[str, ...], name: str, factor: float) -> None:
     """8 processes with ep 1: all of dense and expert state is sharded eightfold."""
-    before = gib(plan_of(8, "rollout.prompts_per_step=32")[0])
-    after = gib(plan_of(8, "rollout.prompts_per_step=32", *overrides)[0])
+    phase = "rollout" if name == "KV cache" else "update"
+    before = gib(plan_of(8, "rollout.prompts_per_step=32")[0], phase)
+    after = gib(plan_of(8, "rollout.prompts_per_step=32", *overrides)[0], phase)
     if factor < 0.2:
         assert after[name] < factor * before[name]
     else:
         assert after[name] == pytest.approx(factor * before[name], rel=0.01)
+
+
+def test_fp8_costs_copies_of_what_it_multiplies() -> None:
+    """Two bytes for each weight of attention and experts, but for none of embedding, head, norms and router."""
+    axes = ("parallel.ep=8",)
+    plain, fp8 = (gib(plan_of(8, *axes, *more)[0]) for more in ((), ("precision.fp8=blockwise",)))
+    assert "FP8 copies" not in plain and fp8["weights"] == plain["weights"]
+    assert 0.85 * fp8["weights"] < fp8["FP8 copies"] < fp8["weights"]
+    assert fp8["activations"] < plain["activations"]
+
+
+def test_the_first_stage_holds_more_micro_batches_than_the_last() -> None:
+    _, config, layout = plan_of(8, "parallel.pp=4", "parallel.ep=2")
+    activations = [
+        memory_of_stage(config, layout, stage, with_reference=False).phases["update"]["activations"]
+        for stage in range(4)
+    ]
+    # The last one holds the final norm and hidden states as well.
+    assert activations[:3] == pytest.approx([activations[2] * n / 2 for n in (4, 3, 2)], rel=1e-3)
+    assert activations[3] == pytest.approx(activations[2] / 2, rel=0.05)
+
+
+BIG = ("parallel.tp=4", "parallel.pp=2", "parallel.ep=8")
+
+
+def test_a_run_that_fits_is_told_so() -> None:
+    _, config, layout = plan_of(64, *BIG, "parallel.recompute=full")
+    needed = fullest_stage(config, layout, with_reference=False).peak / 2**30
+    verdict = memory_verdict(config, layout, needed + 7, with_reference=False)
+    assert re.fullmatch(rf"fits: \w+ needs {needed:.1f} GiB on each GPU of stage \d of 2; {needed + 7:.1f} .*", verdict)
+    assert memory_verdict(config, layout, needed + 1, with_reference=False).startswith("fits hardly: ")
+
+
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_help() -> None:
+    """The numbers beside them are those of the plan with these settings."""
+    _, config, layout = plan_of(64, *BIG, "train.tokens_per_micro_batch=131072")
+    with pytest.raises(ConfigError) as refused:
+        memory_verdict(config, layout, 79.6, with_reference=False)
+    message = str(refused.value)
+    assert re.match(r"not enough memory: update needs \d+\.\d GiB on each GPU of stage \d of 2 \(activations", message)
+    assert "79.6 GiB are there" in message
+    options = re.findall(r"(\w+\.\w+=\w+) \((\d+\.\d) GiB\)", message)
+    assert "parallel.recompute=full" in dict(options) and len(options) >= 3
+    for setting, left in options:
+        _, changed, other = plan_of(64, *BIG, "train.tokens_per_micro_batch=131072", setting)
+        assert fullest_stage(changed, other, with_reference=False).peak / 2**30 == pytest.approx(float(left), abs=0.06)
 
 
 def forward_flops(m: ModelConfig, length: int) -> int:

@@ -1,0 +1,328 @@
+"""The planner on paper: predictions against published measurements, and a scaling table.
+
+    python -m benchmarks.planner                                   (`make planner`)
+
+Writes benchmarks/results/planner_published.json, planner_scaling.json, and the tables of docs/planner.md. Nothing is
+measured here: every number is computed from layout/ and from what others have published, by the same functions and the
+same efficiencies (layout/hardware.py) for every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.sections import Config
+from gspo_megatron.layout.hardware import GPUS, Efficiency
+from gspo_megatron.layout.layout import Layout
+from gspo_megatron.layout.memory import checkpoint_bytes
+from gspo_megatron.layout.planner import Plan, search
+from gspo_megatron.layout.timing import Cluster, StepTime, Work
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "planner.md"
+
+# ----------------------------------------------------------------------------------------- against published numbers
+
+SUMMARY = "Megatron-Bridge docs/performance-summary.md, 25.11"
+ARCHIVE = "Megatron-Bridge docs/performance-summary-archive.md, 26.04.01"
+LIGER = "Liger-Kernel PR 1422, Hopper, bf16"
+NEMO = "NeMo-RL 0.6 docs/about/performance-summary.md"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Pre-training of `layers` layers: Megatron's uneven stages count embedding and loss as a layer each (and
+    DeepSeek-V3 has a prediction layer more), which the recipe's own number of layers per stage includes."""
+
+    model: str
+    gpu: str
+    gpus: int
+    fp8: str
+    batch: int
+    tokens: int
+    axes: tuple[int, int, int, int]
+    layers: int
+    published: float
+    source: str
+    node: int = 8
+
+    @property
+    def name(self) -> str:
+        tp, pp, vpp, ep = self.axes
+        fp8 = "" if self.fp8 == "none" else f" {self.fp8}"
+        return f"{self.model} {self.gpus} {self.gpu}{fp8 or ' bf16'} tp{tp} pp{pp} vpp{vpp} ep{ep}"
+
+    def predicted(self) -> float:
+        """Tokens per second and GPU."""
+        tp, pp, vpp, ep = self.axes
+        config = load_config(
+            None,
+            [
+                f"model.preset={self.model}",
+                f"model.num_layers={self.layers}",
+                "precision.dtype=bf16",
+                f"precision.fp8={self.fp8}",
+                f"train.tokens_per_micro_batch={self.tokens}",
+            ],
+        )
+        layout = Layout(self.gpus, tp=tp, pp=pp, vpp=vpp, ep=ep)
+        work = Work(self.batch, prompt=0, response=4096, longest=4096, updates=1, scorings=0)
+        time = StepTime(config, layout, Cluster(GPUS[self.gpu], self.node), work)
+        seconds = time.parts["update"] + time.parts["communication"]
+        return self.batch * 4096 / seconds / self.gpus
+
+
+TRAINING = (
+    Training("qwen3_30b_a3b", "h100", 16, "tensorwise", 512, 8192, (1, 2, 24, 8), 48, 5275, SUMMARY),
+    Training("qwen3_30b_a3b", "h100", 16, "tensorwise", 512, 4096, (1, 1, 1, 16), 48, 8960, ARCHIVE),
+    Training("qwen3_235b_a22b", "h100", 256, "tensorwise", 2048, 4096, (2, 8, 4, 32), 96, 1575, SUMMARY),
+    Training("qwen3_235b_a22b", "h100", 256, "tensorwise", 2048, 4096, (2, 8, 4, 32), 96, 1712, ARCHIVE),
+    Training("qwen3_30b_a3b", "b200", 8, "mxfp8", 512, 4096, (1, 1, 1, 8), 48, 9299, SUMMARY),
+    Training("qwen3_30b_a3b", "gb200", 8, "mxfp8", 512, 16384, (1, 1, 1, 8), 48, 23766, SUMMARY, 72),
+    Training("qwen3_235b_a22b", "gb200", 256, "none", 8192, 4096, (1, 8, 3, 32), 96, 4916, SUMMARY, 72),
+    Training("qwen3_235b_a22b", "gb300", 256, "none", 8192, 8192, (1, 4, 12, 16), 96, 6131, SUMMARY, 72),
+    Training("deepseek_v3", "gb200", 256, "none", 4096, 4096, (1, 4, 4, 64), 64, 3139, SUMMARY, 72),
+    Training("deepseek_v3", "gb300", 256, "none", 4096, 4096, (1, 2, 4, 32), 64, 3848, SUMMARY, 72),
+)
+"""Sizes of a global batch as published, where they are; of Qwen3-235B-A22B on H100 and of the archive's rows 2,048 and
+512 are assumed."""
+
+HEAD = (
+    # rows, H, V, pass, tensor-parallel ranks, published TFLOP/s
+    (8192, 2048, 262144, "forward", 1, 747.5),
+    (8192, 2048, 262144, "forward", 8, 714.4),
+    (8192, 4096, 262144, "forward", 1, 788.3),
+    (8192, 4096, 262144, "forward", 8, 775.0),
+    (8192, 2048, 131072, "backward", 1, 694.9),
+    (8192, 2048, 131072, "backward", 8, 476.9),
+    (2048, 4096, 131072, "backward", 1, 767.9),
+    (2048, 4096, 131072, "backward", 8, 633.3),
+)
+"""The vocabulary's products alone. The best kernel published; the model has one efficiency for all products."""
+
+
+def rl_step() -> dict[str, Any]:
+    """NeMo-RL's on-policy step of Qwen3-30B-A3B: 2,048 rollouts of 3,203 tokens on average, at most 4,096, 4 updates,
+    trained at tp1 ep8, generated by an engine at tp2. A reference's and old log-probs are scored."""
+    settings = ["model.preset=qwen3_30b_a3b", "precision.dtype=bf16", "model.max_sequence_length=4224"]
+    settings += ["train.tokens_per_micro_batch=4224", "rollout.max_new_tokens=4096", "rollout.max_batch=2048"]
+    settings += ["rollout.prompts_per_step=64", "rollout.group_size=32"]
+    config, cluster = load_config(None, settings), Cluster(GPUS["h100"], 8)
+    work = Work(2048, prompt=100, response=3203, longest=4096, updates=4, scorings=2, engine=True)
+    trained = StepTime(config, Layout(32, ep=8), cluster, work).parts
+    generated = StepTime(config, Layout(32, tp=2, etp=2), cluster, work).parts["rollout"]
+    seconds = generated + trained["log_probs"] + trained["update"] + trained["communication"]
+    return {
+        "name": "qwen3_30b_a3b 32 h100 bf16, an RL step",
+        "unit": "s",
+        "predicted": seconds,
+        "published": 192.0,
+        "source": NEMO,
+    }
+
+
+def published() -> list[dict[str, Any]]:
+    """Every comparison: name, unit, predicted, published, error, source."""
+    rows: list[dict[str, Any]] = [
+        {
+            "name": t.name,
+            "unit": "tokens/s/GPU",
+            "predicted": t.predicted(),
+            "published": t.published,
+            "source": t.source,
+        }
+        for t in TRAINING
+    ]
+    rows.append(rl_step())
+    peak = GPUS["h100"].bf16_tflops * Efficiency().dense
+    rows += [
+        {
+            "name": f"log-probs {n} x {h} x {v}, {which}, tp{tp}",
+            "unit": "TFLOP/s",
+            "predicted": peak,
+            "published": value,
+            "source": LIGER,
+        }
+        for n, h, v, which, tp, value in HEAD
+    ]
+    return [
+        {**row, "predicted": _rounded(row["predicted"]), "error": round(row["predicted"] / row["published"] - 1, 3)}
+        for row in rows
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- scaling
+
+MODELS = ("qwen3_30b_a3b", "qwen3_235b_a22b", "deepseek_v3")
+GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SEQUENCES_PER_GPU = 32
+WORK = {"prompt": 512, "response": 4096, "longest": 8192, "updates": 4}
+"""Weak scaling: every GPU brings 32 rollouts, of 512 + 4,096 tokens on average and 512 + 8,192 at most."""
+
+
+def scaling_config(model: str, gpus: int, fp8: str) -> Config:
+    length = WORK["prompt"] + WORK["longest"]
+    settings = [
+        f"model.preset={model}",
+        f"model.max_sequence_length={length}",
+        f"train.tokens_per_micro_batch={length}",
+        "precision.dtype=bf16",
+        f"precision.fp8={fp8}",
+        "rollout.group_size=16",
+        f"rollout.prompts_per_step={SEQUENCES_PER_GPU * gpus // 16}",
+        f"rollout.max_new_tokens={WORK['longest']}",
+        f"algorithm.updates_per_rollout={WORK['updates']}",
+    ]
+    return load_config(None, settings)
+
+
+def scaling_row(model: str, gpus: int, fp8: str) -> dict[str, Any] | None:
+    """The fastest plan on `gpus` H100; None where nothing fits."""
+    config, work = scaling_config(model, gpus, fp8), scaling_work(gpus)
+    found = search(config, gpus, Cluster(GPUS["h100"], 8), work, with_reference=False)
+    return described(found[0], work) if found else None
+
+
+def scaling_work(gpus: int) -> Work:
+    return Work(
+        SEQUENCES_PER_GPU * gpus, WORK["prompt"], WORK["response"], WORK["longest"], WORK["updates"], save_every=10
+    )
+
+
+def described(plan: Plan, work: Work) -> dict[str, Any]:
+    """The columns of the scaling table."""
+    layout, p, time = plan.layout, plan.config.parallel, plan.time
+    axes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "first", "last")}
+    step_flops = sum(time.flops.values())
+    trained = time.parts["update"] + time.parts["communication"]
+    return {
+        "model": plan.config.model.preset,
+        "fp8": plan.config.precision.fp8,
+        "gpus": layout.world_size,
+        "layout": axes,
+        "recompute": p.recompute,
+        "tokens_per_micro_batch": plan.config.train.tokens_per_micro_batch,
+        "max_batch": plan.config.rollout.max_batch,
+        "gib": round(plan.peak_gib, 1),
+        "bubble": round(time.bubble, 3),
+        "seconds": {name: round(seconds, 2) for name, seconds in time.parts.items()},
+        "step_s": round(time.total, 1),
+        "tokens_per_s_per_gpu": round(work.sequences * work.length / time.total / layout.world_size, 1),
+        "update_share_of_peak": round(
+            time.flops["update"] / trained / layout.world_size / time.cluster.gpu.peak_flops(fp8=False), 3
+        ),
+        "exaflop": _rounded(step_flops / 1e18),
+        "checkpoint_gb": round(checkpoint_bytes(plan.config, with_reference=False) / 1e9),
+        "gpu_hours": round(layout.world_size * time.total / 3600, 2),
+    }
+
+
+def recomputed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row again, from its own layout and settings alone, without the search."""
+    from gspo_megatron.layout.memory import fullest_stage
+
+    config, work, axes = scaling_config(row["model"], row["gpus"], row["fp8"]), scaling_work(row["gpus"]), row["layout"]
+    layout = Layout(row["gpus"], **axes)
+    config = replace(
+        config,
+        parallel=replace(
+            config.parallel,
+            **{name: axes[name] for name in ("tp", "pp", "vpp", "cp", "ep", "etp")},
+            first_stage_layers=axes["first"],
+            last_stage_layers=axes["last"],
+            recompute=row["recompute"],
+        ),
+        train=replace(config.train, tokens_per_micro_batch=row["tokens_per_micro_batch"]),
+        rollout=replace(config.rollout, max_batch=row["max_batch"]),
+    )
+    memory = fullest_stage(config, layout, with_reference=False)
+    time = StepTime(config, layout, Cluster(GPUS["h100"], 8), work)
+    return described(Plan(config, layout, memory, time), work)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def published_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| what | unit | predicted | published | error | source |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    lines += [
+        f"| {r['name']} | {r['unit']} | {_shown(r['predicted'])} | {_shown(r['published'])} | {r['error']:+.0%} "
+        f"| {r['source']} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def scaling_table(rows: Sequence[dict[str, Any]]) -> str:
+    parts = ("rollout", "log_probs", "update", "communication", "save")
+    head = "| model | format | GPUs | layout | recompute | rows | GiB | bubble | " + " | ".join(parts)
+    lines = [head + " | s/step | tok/s/GPU | of peak | EFLOP | checkpoint GB | GPU-hours |"]
+    lines.append("| --- | --- | ---: | --- | --- |" + " ---: |" * (len(parts) + 9))
+    for r in rows:
+        shown = [f"{name}{size}" for name, size in r["layout"].items() if size and size > 1 and len(name) < 4]
+        ends = "" if r["layout"]["first"] is None and r["layout"]["last"] is None else " uneven"
+        cells = [
+            r["model"],
+            "bf16" if r["fp8"] == "none" else f"FP8 {r['fp8']}",
+            str(r["gpus"]),
+            " ".join(shown) + ends,
+            r["recompute"],
+            str(r["max_batch"]),
+            f"{r['gib']:.0f}",
+            f"{r['bubble']:.0%}",
+            *(f"{r['seconds'][name]:.1f}" for name in parts),
+            f"{r['step_s']:.0f}",
+            f"{r['tokens_per_s_per_gpu']:.0f}",
+            f"{r['update_share_of_peak']:.0%}",
+            f"{r['exaflop']:.3g}",
+            f"{r['checkpoint_gb']:,}",
+            f"{r['gpu_hours']:,.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+    return marks.sub(lambda _: table, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only-published", action="store_true", help="leave the scaling table as it is")
+    options = parser.parse_args(argv)
+    compared = published()
+    (RESULTS / "planner_published.json").write_text(json.dumps(compared, indent=1) + "\n")
+    path = RESULTS / "planner_scaling.json"
+    if not options.only_published:
+        rows = []
+        for model, fp8 in ((model, fp8) for model in MODELS for fp8 in ("none", "blockwise")):
+            for gpus in GPU_COUNTS:
+                if row := scaling_row(model, gpus, fp8):
+                    rows.append(row)
+                    print(model, fp8, gpus, row["layout"], row["step_s"], flush=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    text = with_table(PAGE.read_text(), "published", published_table(compared))
+    PAGE.write_text(with_table(text, "scaling", scaling_table(json.loads(path.read_text()))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

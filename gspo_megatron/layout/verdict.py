@@ -1,0 +1,121 @@
+"""What a run needs in memory, in words: the plan of --dry-run, and whether it fits a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.config.sections import Config
+from gspo_megatron.layout.layout import Layout, broken_rules
+from gspo_megatron.layout.memory import (
+    GIB,
+    RESERVED_GIB,
+    Memory,
+    checkpoint_bytes,
+    counts_of,
+    fullest_stage,
+    parameters_per_rank,
+)
+
+
+def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> str:
+    """The layout, parameters in total and on the fullest rank, and a memory estimate in GiB by phase with its
+    assumptions."""
+    m = config.model.shape
+    n = counts_of(m)[0]
+    dense, experts = parameters_per_rank(m, layout)
+    memory = fullest_stage(config, layout, with_reference=with_reference)
+    stages = layout.stage_layers(m.num_layers)
+    return "\n".join(
+        (
+            f"layout: {layout.world_size} processes = {layout}",
+            f"layers of the pipeline stages: {_runs(stages)}",
+            f"parameters: {n.total:,} in total, {n.active(m.experts_per_token):,} active per token, "
+            f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)",
+            f"memory estimate, GiB on each GPU of the fullest stage ({memory.stage + 1} of {layout.pp}):",
+            *(f"  {phase:<8} {_parts(memory, phase)}" for phase in memory.phases),
+            f"  a checkpoint has {checkpoint_bytes(config, with_reference=with_reference) / GIB:.1f} GiB; while it is "
+            f"written, each process keeps {memory.host / GIB:.2f} GiB in host memory",
+            "  assumes micro-batches of train.tokens_per_micro_batch, balanced routing, and rollouts of full length; "
+            f"fragmentation, communication buffers and the device's driver take 2 to {RESERVED_GIB:.0f} GiB more on a "
+            "GPU",
+        )
+    )
+
+
+def _parts(memory: Memory, phase: str) -> str:
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.of(phase).items())
+    return f"{parts}; total {memory.total(phase) / GIB:.2f}"
+
+
+def _runs(stages: tuple[int, ...]) -> str:
+    """11, 6 x 12, 11"""
+    runs: list[list[int]] = []
+    for size in stages:
+        if runs and runs[-1][1] == size:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, size])
+    return ", ".join(f"{count} x {size}" if count > 1 else f"{size}" for count, size in runs)
+
+
+def memory_verdict(config: Config, layout: Layout, available_gib: float, *, with_reference: bool) -> str:
+    """One line: the run fits in `available_gib` of a GPU, or hardly does.
+
+    Raises:
+        ConfigError: it does not fit. Names the phase, the largest parts and settings that change it, with what they
+            would leave.
+    """
+    memory = fullest_stage(config, layout, with_reference=with_reference)
+    phase = max(memory.phases, key=memory.total)
+    needed = memory.total(phase) / GIB
+    where = f"{phase} needs {needed:.1f} GiB on each GPU of stage {memory.stage + 1} of {layout.pp}"
+    if needed <= available_gib - RESERVED_GIB:
+        return f"fits: {where}; {available_gib:.1f} GiB are there"
+    if needed <= available_gib:
+        return (
+            f"fits hardly: {where}, and {available_gib:.1f} GiB are there, of which communication buffers and "
+            f"fragmentation take up to {RESERVED_GIB:.0f}; {_advice(config, layout, needed, with_reference)}"
+        )
+    largest = sorted(memory.of(phase).items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    raise ConfigError(
+        f"not enough memory: {where} ({parts}, ...), and {available_gib:.1f} GiB are there; "
+        f"{_advice(config, layout, needed, with_reference)}"
+    )
+
+
+def _advice(config: Config, layout: Layout, needed: float, with_reference: bool) -> str:
+    """Single changes that help, the most effective first."""
+    found = []
+    for settings, changed, other in _changes(config, layout):
+        if next(broken_rules(changed, other), None) is None:
+            left = fullest_stage(changed, other, with_reference=with_reference).peak / GIB
+            if left < needed - 0.05:
+                found.append((left, settings))
+    if not found:
+        return "no single setting helps; use more GPUs (tools/plan_layout.py searches for a layout)"
+    options = ", or ".join(f"{settings} ({left:.1f} GiB)" for left, settings in sorted(found)[:4])
+    return f"set {options}"
+
+
+def _changes(config: Config, layout: Layout) -> Iterator[tuple[str, Config, Layout]]:
+    """(settings, the config and the layout with them) of changes that may need less memory."""
+    p, t, r, o = config.parallel, config.train, config.rollout, config.optimizer
+    if p.recompute != "full":
+        yield "parallel.recompute=full", replace(config, parallel=replace(p, recompute="full")), layout
+    if t.tokens_per_micro_batch > config.model.max_sequence_length:
+        fewest = config.model.max_sequence_length
+        changed = replace(config, train=replace(t, tokens_per_micro_batch=fewest))
+        yield f"train.tokens_per_micro_batch={fewest}", changed, layout
+    if r.max_batch > 1:
+        changed = replace(config, rollout=replace(r, max_batch=r.max_batch // 2))
+        yield f"rollout.max_batch={r.max_batch // 2}", changed, layout
+    if not o.distributed:
+        yield "optimizer.distributed=true", replace(config, optimizer=replace(o, distributed=True)), layout
+    for axis in ("tp", "pp", "ep", "cp"):
+        size = 2 * getattr(p, axis)
+        other = replace(layout, **{axis: size})
+        if axis != "pp" or (p.first_stage_layers, p.last_stage_layers) == (None, None):
+            yield f"parallel.{axis}={size}", replace(config, parallel=replace(p, **{axis: size})), other

@@ -1,0 +1,87 @@
+"""The planner's command: a table, a file that a dry run accepts, and refusals in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from plan_layout import main
+
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.models.families import family_of
+from gspo_megatron.train import main as train
+
+ARGUMENTS = ["--gpus", "32", "--prompt", "1000", "--response", "4000", "--rows", "3"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_it_writes_is_a_run(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dry run's memory is the planner's."""
+    path = tmp_path / "run.yaml"
+    command = ["--model", "qwen3_30b_a3b", *ARGUMENTS, "--precision", precision, "--price", "2", "--write", str(path)]
+    assert main([*command, "optimizer.lr=3e-6"]) == 0
+    printed = capsys.readouterr().out
+    assert "predictions" in printed.splitlines()[0]
+    assert re.search(
+        r"cost: \d+\.\d+ GPU-hours a step, .*; \d+\.\d\d at 2\.0 per GPU-hour a step|cost: .* at 2\.0", printed
+    )
+    peak = max(float(x) for x in re.findall(r"total (\d+\.\d\d) GiB", printed))
+    assert train(["--config", str(path), "--dry-run", "--world-size", "32", "--gpu-memory", "79.6"]) == 0
+    plan = capsys.readouterr().out
+    assert "memory: fits" in plan
+    assert max(float(x) for x in re.findall(r"total (\d+\.\d\d)$", plan, re.MULTILINE)) == peak
+    config = load_config(str(path), [])
+    assert (config.precision.fp8 == "blockwise") == (precision == "fp8")
+    assert config.optimizer.lr == 3e-6 and config.model.max_sequence_length == 5008
+
+
+def test_another_row_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    assert (
+        main(["--model", "qwen3_235b_a22b", "--gpus", "128", "--choose", "2", "--rows", "2", "--write", str(path)]) == 0
+    )
+    table = capsys.readouterr().out.splitlines()
+    second = next(line for line in table if line.startswith("  2  "))
+    config = load_config(str(path), [])
+    for axis in ("tp", "pp", "cp", "ep"):
+        size = getattr(config.parallel, axis)
+        assert size == 1 or re.search(rf"\b{axis}{size}\b", second)
+
+
+def test_a_folder_is_as_good_as_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = load_config(None, ["model.preset=qwen3_30b_a3b"]).model.shape
+    (tmp_path / "config.json").write_text(json.dumps(family_of(shape).hf_config(shape)))
+    tables = []
+    for model in (str(tmp_path), "qwen3_30b_a3b"):
+        assert main(["--model", model, *ARGUMENTS]) == 0
+        tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")])
+    assert tables[0] == tables[1] and len(tables[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--model", "qwen4", "--gpus", "8"], "--model qwen4 is neither a preset (tiny_moe, "),
+        (
+            ["--model", "qwen3_235b_a22b", "--gpus", "8"],
+            "no layout of 8 h100 holds 235,093,634,560 parameters in 73.6 GiB",
+        ),
+        (["--model", "qwen3_30b_a3b", "--gpus", "32", "--gpu", "a100", "--precision", "fp8"], "--gpu a100 has no FP8"),
+        (["--model", "tiny_moe", "--gpus", "8"], "--model tiny_moe has no vocabulary size"),
+        (["--model", "qwen3_30b_a3b", "--gpus", "8", "rollout.topk=1"], "rollout.topk"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ConfigError: ") and complaint in error
+
+
+def test_a_family_that_is_not_implemented_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert main(["--model", str(tmp_path), "--gpus", "8"]) == 2
+    assert "model_type='llama'; implemented: qwen3_moe, deepseek_v3" in capsys.readouterr().err
