@@ -42,7 +42,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ParallelConfig
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import _memory, stage_parameters
+from gspo_megatron.layout.memory import held_sizes, stage_parameters
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
@@ -146,7 +146,7 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
         planned = stage_parameters(shape, layout, found.stage)
         if (held := found.num_parameters()) != planned:
             faults.append(f"rank {rank} holds {held} dense and expert parameters, the planner says {planned}")
-        memory[rank] = compared(config, layout, planned, found)
+        memory[rank] = compared(config, layout, found)
         faults += [
             f"rank {rank} needs {gib:.3f} GiB for {purpose}, the planner says {plan:.3f}"
             for purpose, (gib, plan) in memory[rank].items()
@@ -189,12 +189,10 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
     }
 
 
-def compared(
-    config: Config, layout: Layout, planned: tuple[int, int], found: RankContents
-) -> dict[str, tuple[float, float]]:
-    """(GiB built, GiB planned) by purpose; `other` is not planned."""
-    plan = _memory(config, layout, *planned, bool(found.num_bytes["reference"]))
-    return {purpose: (size / GIB, plan.get(purpose, 0.0)) for purpose, size in found.num_bytes.items() if size}
+def compared(config: Config, layout: Layout, found: RankContents) -> dict[str, tuple[float, float]]:
+    """(GiB built, GiB planned) by purpose; `other` is not planned. FP8 copies of weights come with the first forward."""
+    plan = held_sizes(config, layout, found.stage, with_reference=bool(found.num_bytes["reference"]))
+    return {purpose: (size / GIB, plan.get(purpose, 0.0) / GIB) for purpose, size in found.num_bytes.items() if size}
 
 
 def equal_names(whole: dict[str, tuple[int, ...]], shape: ModelShape, faults: list[str]) -> dict[str, Any]:
