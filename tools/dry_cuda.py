@@ -190,7 +190,7 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
 
 
 def compared(config: Config, layout: Layout, found: RankContents) -> dict[str, tuple[float, float]]:
-    """(GiB built, GiB planned) by purpose; `other` is not planned. FP8 copies of weights come with the first forward."""
+    """(GiB built, GiB planned) by purpose; `other` is not planned. FP8 copies of weights come with a first forward."""
     plan = held_sizes(config, layout, found.stage, with_reference=bool(found.num_bytes["reference"]))
     return {purpose: (size / GIB, plan.get(purpose, 0.0) / GIB) for purpose, size in found.num_bytes.items() if size}
 
@@ -202,7 +202,7 @@ def equal_names(whole: dict[str, tuple[int, ...]], shape: ModelShape, faults: li
     if differing:
         some = ", ".join(f"{name} {whole.get(name)} / {theirs.get(name)}" for name in differing[:3])
         faults.append(f"{len(differing)} names or sizes differ from those of transformers, such as {some}")
-    return {"compared_with": f"transformers {version('transformers')}", "equal": len(theirs) - len(differing)}
+    return {"compared_with": f"transformers {version('transformers')}", "equal": len(whole.items() & theirs.items())}
 
 
 def names_of_transformers(shape: ModelShape) -> dict[str, tuple[int, ...]]:

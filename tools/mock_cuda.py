@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch._subclasses import fake_tensor
 
+from gspo_megatron.base.errors import ConfigError
+
 DEVICE = torch.device("cuda", 0)
 HOPPER = SimpleNamespace(
     major=9,
@@ -85,10 +87,10 @@ def install() -> None:
     """Puts the mocks into torch.cuda, for the rest of the process.
 
     Raises:
-        RuntimeError: torch is a build for CPUs.
+        ConfigError: torch is a build for CPUs.
     """
     if torch.version.cuda is None:
-        raise RuntimeError(f"torch {torch.__version__} is a build for CPUs; make venv-cuda installs one for CUDA")
+        raise ConfigError(f"torch {torch.__version__} is a build for CPUs; make venv-cuda installs one for CUDA")
     torch._C._ensureCUDADeviceGuardSet()
     for name, replacement in REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
