@@ -1,5 +1,5 @@
-"""What surrounds a dry construction: which ranks it builds, what it compares, what it writes. The construction itself is
-in tests/testing/test_dry_build.py; on a CUDA build of torch it is `make dry-cuda`."""
+"""What surrounds a dry construction: which ranks it builds, what it compares, what it writes. The construction itself
+is in tests/testing/test_dry_build.py; on a CUDA build of torch it is `make dry-cuda`."""
 
 from __future__ import annotations
 
