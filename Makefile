@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-slurm test-te check docs gpu clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-slurm dry-cuda check docs gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -26,6 +26,8 @@ venv: .venv/.installed ## Install the pinned packages into .venv
 venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
 
 venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA, in two versions, for `make test-te`, into .venv-te
+
+venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -124,6 +126,21 @@ test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with 
 	PYTHONPATH=tests/te/stand_in:$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 
+DRY = PYTHONPATH=tests/te/stand_in .venv-cuda/bin/python -W ignore tools/dry_cuda.py \
+	--output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
+# Recipe, its number of GPUs, layers: some ranks at full depth in both formats, and all ranks with these few layers.
+define DRY_RUNS
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=none
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=blockwise
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) --ranks all --layers $(3)
+endef
+
+dry-cuda: .venv-cuda/.installed ## Build the large recipes rank by rank from fake tensors, without a GPU; by hand, monthly; half an hour
+	$(call DRY_RUNS,qwen3_30b_a3b,32,4)
+	$(call DRY_RUNS,qwen3_235b_a22b,128,4)
+	$(call DRY_RUNS,deepseek_v3,512,16)
+	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te
+
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -169,7 +186,13 @@ endif
 .venv-te/.installed: LAST = .venv-te/bin/pip install --no-deps -r requirements/te.txt && \
 	$(PIP_TO) .venv-te/te-2.10 transformer-engine==2.10.0 && \
 	$(PIP_TO) .venv-te/megatron-next $$(grep megatron-core requirements/megatron-next.txt)
-.venv/.installed .venv-next/.installed .venv-te/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
+.venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
+.venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers
+# torch has brought the Triton that it needs.
+.venv-cuda/.installed: LAST = grep -v ^triton requirements/te.txt | .venv-cuda/bin/pip install --no-deps -r /dev/stdin
+.venv-cuda/.installed: requirements/torch-cuda.txt requirements/megatron-next.txt requirements/te.txt requirements/trl.txt
+.venv/.installed .venv-next/.installed .venv-te/.installed .venv-cuda/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)

@@ -103,7 +103,7 @@ class MegatronCheckpoints:
             CheckpointError: on all ranks, when the save failed on one of them.
         """
         self.finish()
-        tensors = list(self._to_write())
+        tensors = list(self.to_write())
         of_state = state.tensors()
         own_bytes = sum(elements.nbytes for _, _, elements in tensors) + sum(x.nbytes for x in of_state.values())
         num_bytes = sum(self._from_all(own_bytes))
@@ -152,7 +152,7 @@ class MegatronCheckpoints:
         if self.groups.is_main:
             (directory / "run.json").write_text(json.dumps(about))
 
-    def _to_write(self) -> Iterator[Keyed]:
+    def to_write(self) -> Iterator[Keyed]:
         """Every element of every tensor, on one rank each."""
         adam_shards = shards_of_adam(self.policy.optimizer, self.policy.model)
         replicated = not is_distributed(self.policy.device, self.policy.config.optimizer)

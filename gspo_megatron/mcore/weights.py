@@ -99,14 +99,19 @@ def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: Mode
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
     """The source of every slice of the model, from what all ranks hold."""
-    rank = dist.get_rank()
-    mine = {place: Source(rank, tuple(p.shape), p.dtype) for place, p in held.items() if _is_first(place, groups)}
+    mine = sources_of(held, groups)
     if dist.get_world_size() == 1:
         return mine
     told: list[dict[Place, Source]] = [{}] * dist.get_world_size()
     dist.all_gather_object(told, mine)
     # Of several ranks that list the same slice, the lowest sends it.
     return {place: source for theirs in reversed(told) for place, source in theirs.items()}
+
+
+def sources_of(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
+    """The slices that this rank lists as their source."""
+    rank = dist.get_rank()
+    return {place: Source(rank, tuple(p.shape), p.dtype) for place, p in held.items() if _is_first(place, groups)}
 
 
 def _is_first(place: Place, groups: Groups) -> bool:
