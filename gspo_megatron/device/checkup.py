@@ -1,0 +1,331 @@
+"""What `gspo_megatron.doctor` checks, as a table: a check is a function of the facts.
+
+A finding is OK; a NOTE, to be read once; a LIMIT: a run can start, but not with everything; or WRONG: no run can start.
+Every finding that is not OK says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from gspo_megatron.device.facts import Facts, Package, text_of
+
+PYTHON_LEAST = (3, 10)
+TORCH_LEAST = (2, 6)
+MEGATRON_TESTED = ((0, 16, 1), (0, 19, 2))
+HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
+BLOCKWISE_CUDA = (12, 9)
+"""Of torch, Transformer Engine's Float8BlockScaling asks for it on Hopper."""
+TE_LEAST = {"tensorwise": (2, 2), "blockwise": (2, 3)}
+"""What megatron.core.fp8_utils asks for, by recipe."""
+DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
+"""Oldest driver that runs programs built with this CUDA:
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
+KERNEL_TOLERANCE = 2.0**-7
+"""bf16 factors, and a bf16 matrix D in the backward."""
+
+
+class State(Enum):
+    OK = "ok"
+    NOTE = "note"
+    LIMIT = "limit"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`found`: what is there. `problem` and `advice`: what is wrong and what to do; empty where all is well."""
+
+    state: State
+    found: str
+    problem: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    judge: Callable[[Facts], Finding]
+    at_build: bool = True
+    """Whether it can be answered while an image is built: without the GPU and the machine that will run it."""
+
+
+def ok(found: str) -> Finding:
+    return Finding(State.OK, found)
+
+
+def python(f: Facts) -> Finding:
+    if f.python < PYTHON_LEAST:
+        needed = text_of(PYTHON_LEAST)
+        return Finding(
+            State.WRONG, text_of(f.python), f"older than {needed}", f"make the environment with Python {needed}"
+        )
+    return ok(text_of(f.python))
+
+
+def torch(f: Facts) -> Finding:
+    found = f"{f.torch.version}, " + (f"CUDA {text_of(f.torch_cuda)}" if f.torch_cuda else "a CPU build")
+    if not f.torch.works:
+        return _broken("torch", f.torch, State.WRONG, "pip install -r requirements/torch.txt (docs/dependencies.md)")
+    if f.torch.number < TORCH_LEAST:
+        return Finding(State.WRONG, found, f"older than {text_of(TORCH_LEAST)}", "install a newer one")
+    return ok(found)
+
+
+def driver(f: Facts) -> Finding:
+    if f.driver is None:
+        if f.torch_cuda:
+            problem = "no NVIDIA driver, so no GPU; runs use the CPU, which works"
+            return Finding(State.NOTE, "none", problem, "on a GPU machine: docker run --gpus all; nvidia-smi")
+        return ok("none; this torch needs none")
+    found = f.driver + (f", runs CUDA {text_of(f.driver_cuda)}" if f.driver_cuda else "")
+    if f.torch_cuda and f.driver_cuda and f.driver_cuda[0] < f.torch_cuda[0]:
+        needed = DRIVER_OF_CUDA.get(f.torch_cuda[0])
+        return Finding(
+            State.WRONG,
+            found,
+            f"too old for torch's CUDA {text_of(f.torch_cuda)}" + (f", which needs driver {needed}" if needed else ""),
+            f"update the driver, or install a torch that is built for CUDA {f.driver_cuda[0]}",
+        )
+    return ok(found)
+
+
+def gpus(f: Facts) -> Finding:
+    if not f.gpus:
+        if f.driver is None or not f.torch_cuda:
+            problem = "the CPU lane works: precision.device=auto takes it"
+            if f.driver is not None:
+                advice = "install a CUDA build of torch to use the GPU (docs/dependencies.md)"
+                return Finding(State.LIMIT, "none that torch can use", f"torch is a CPU build; {problem}", advice)
+            return Finding(State.NOTE, "none", problem, "")
+        hidden = f.environment.get("CUDA_VISIBLE_DEVICES")
+        if hidden is not None and hidden.strip() in ("", "-1"):
+            problem, advice = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them", "unset CUDA_VISIBLE_DEVICES"
+        else:
+            problem = f.gpu_error or "torch sees none, though there is a driver"
+            advice = "docker run --gpus all; nvidia-smi must list them inside the container"
+        return Finding(State.WRONG, "none", problem, advice)
+    kinds = {(gpu.name, gpu.capability, round(gpu.memory_gib)) for gpu in f.gpus}
+    found = f"{len(f.gpus)} x " + "; ".join(f"{name}, sm_{a}{b}, {gib} GiB" for name, (a, b), gib in sorted(kinds))
+    weakest = min(gpu.capability for gpu in f.gpus)
+    if weakest < AMPERE:
+        problem = "no bf16 before compute capability 8.0"
+        return Finding(State.LIMIT, found, problem, "use precision.dtype=fp32, or newer GPUs")
+    if weakest < HOPPER:
+        problem = "before 9.0: no FP8, and torch kernels for log-probs"
+        return Finding(State.LIMIT, found, problem, "precision.fp8=none; H100 or newer for the rest")
+    if len(kinds) > 1:
+        problem = "GPUs of different kinds: every step waits for the slowest"
+        return Finding(State.LIMIT, found, problem, "CUDA_VISIBLE_DEVICES chooses those that are alike")
+    if used := [f"{i}: {gpu.used_gib:.1f}" for i, gpu in enumerate(f.gpus) if gpu.used_gib > 2]:
+        problem = f"memory in use by other processes, GiB by GPU: {', '.join(used)}"
+        return Finding(State.LIMIT, found, problem, "nvidia-smi lists the processes; end them, or use other GPUs")
+    return ok(found)
+
+
+def nccl(f: Facts) -> Finding:
+    if not f.torch_cuda:
+        return ok("not needed: gloo")
+    if not f.nccl:
+        problem = "this torch has no NCCL, so GPUs cannot talk to each other"
+        return Finding(State.WRONG if f.gpus else State.LIMIT, "none", problem, "install a torch for Linux from PyPI")
+    return ok(text_of(f.nccl))
+
+
+def megatron(f: Facts) -> Finding:
+    tested = " and ".join(map(text_of, MEGATRON_TESTED))
+    if not f.megatron.works:
+        advice = "pip install -r requirements/megatron.txt"
+        if "resiliency" in (f.megatron.error or ""):
+            advice = "pip uninstall nvidia-resiliency-ext (older than 0.6 breaks Megatron-Core from 0.17 on)"
+        return _broken("Megatron-Core", f.megatron, State.WRONG, advice)
+    found = str(f.megatron.version)
+    if f.megatron.number[:3] < MEGATRON_TESTED[0]:
+        problem = f"older than {text_of(MEGATRON_TESTED[0])}"
+        return Finding(State.WRONG, found, problem, "pip install -r requirements/megatron.txt")
+    if f.megatron.number[:3] not in MEGATRON_TESTED:
+        return Finding(State.LIMIT, found, f"not tested here; {tested} are", "install one of those, or run make test")
+    return ok(found)
+
+
+def transformer_engine(f: Facts) -> Finding:
+    te = f.transformer_engine
+    if te.version is None:
+        if not f.torch_cuda:
+            return ok("not needed: this torch has no CUDA")
+        problem = "no fused layers, no FP8, and context parallel without fused attention"
+        return Finding(
+            State.LIMIT, "not installed", problem, "the image of the Dockerfile has it, or gspo_megatron[te]"
+        )
+    if not te.works:
+        advice = "build it against this torch: pip install --no-build-isolation 'gspo_megatron[te]'"
+        return _broken("Transformer Engine", te, State.LIMIT, advice)
+    if late := [f"{name} needs {text_of(least)}" for name, least in TE_LEAST.items() if te.number < least]:
+        advice = "use precision.fp8=none, or a newer Transformer Engine"
+        return Finding(State.LIMIT, str(te.version), "; ".join(late), advice)
+    return ok(str(te.version))
+
+
+def apex(f: Facts) -> Finding:
+    if f.apex.version is None:
+        return ok("not installed; not needed")
+    if not f.apex.works:
+        return Finding(State.NOTE, str(f.apex.version), str(f.apex.error), "not needed: uninstall it, or rebuild it")
+    return ok(str(f.apex.version))
+
+
+def triton(f: Facts) -> Finding:
+    kernel, found = f.kernel, f"Triton {f.triton.version}"
+    on_gpu = bool(f.torch_cuda)
+    if not f.triton.version:
+        if not on_gpu:
+            return ok("Triton not installed; the CPU uses torch")
+        problem = "log-probs use torch kernels, with the logits in memory"
+        return Finding(State.LIMIT, "not installed", problem, "pip install the Triton that your torch asks for")
+    if kernel.error:
+        where = "on this GPU" if kernel.ran else f"to compile for sm_{kernel.architecture}"
+        problem = f"the log-prob kernel fails {where}: {kernel.error}"
+        advice = "runs fall back to torch kernels; use a Triton named in docs/dependencies.md"
+        return Finding(State.LIMIT if on_gpu else State.NOTE, found, problem, advice)
+    if kernel.largest_error is not None and not kernel.largest_error <= KERNEL_TOLERANCE:
+        problem = f"the log-prob kernel is off by {kernel.largest_error:.1e}, more than {KERNEL_TOLERANCE:.1e}"
+        return Finding(State.WRONG, found, problem, "do not train with it: another Triton, and please report it")
+    what = f"runs, error {kernel.largest_error:.0e}" if kernel.ran else f"compiles for sm_{kernel.architecture}"
+    return ok(f"{found}; the log-prob kernel {what} ({kernel.seconds:.0f} s)")
+
+
+def blockwise(f: Facts) -> Finding:
+    if not f.torch_cuda:
+        return ok("not needed: this torch has no CUDA")
+    found = f"CUDA {text_of(f.torch_cuda)}"
+    if f.torch_cuda < BLOCKWISE_CUDA:
+        problem = f"precision.fp8=blockwise needs CUDA {text_of(BLOCKWISE_CUDA)}"
+        return Finding(State.LIMIT, found, problem, "use precision.fp8=tensorwise, or a torch built for a newer CUDA")
+    if f.gpus and not HOPPER <= min(gpu.capability for gpu in f.gpus) < BLACKWELL:
+        return Finding(
+            State.NOTE, found, "blockwise is meant for Hopper GPUs (compute capability 9.0)", "precision.fp8"
+        )
+    return ok(found)
+
+
+def environment(f: Facts) -> Finding:
+    worst = max(_of_environment(f), key=lambda each: list(State).index(each.state), default=None)
+    found = ", ".join(f"{k}={v}" for k, v in sorted(f.environment.items())) or "nothing set; defaults are"
+    return ok(found) if worst is None else Finding(worst.state, found, worst.problem, worst.advice)
+
+
+def _of_environment(f: Facts) -> Iterator[Finding]:
+    e = f.environment
+    started = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in e]
+    if "RANK" in started and len(started) < 4:
+        problem = f"{', '.join(started)} without the rest: a run would wait for processes that nobody starts"
+        yield Finding(State.WRONG, "", problem, "unset RANK, or start with torchrun")
+    if not f.torch_cuda:
+        return
+    if e.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") != "1":
+        problem = "CUDA_DEVICE_MAX_CONNECTIONS is not 1: before Blackwell communication does not overlap as intended"
+        yield Finding(State.LIMIT, "", problem, "export CUDA_DEVICE_MAX_CONNECTIONS=1")
+    if e.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1") != "1":
+        problem = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES is not 1: blockwise rounds its scales to powers of 2"
+        yield Finding(State.LIMIT, "", problem, "export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1")
+    for name, value, harm in (
+        ("TRITON_INTERPRET", "1", "kernels are interpreted on the CPU"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "every kernel is waited for"),
+        ("NVTE_FUSED_ATTN", "0", "context parallel needs fused attention"),
+    ):
+        if e.get(name) == value:
+            yield Finding(State.LIMIT, "", f"{name}={value}: {harm}", f"unset {name}")
+
+
+def shared_memory(f: Facts) -> Finding:
+    found = f"{f.shared_memory_gib:.2f} GiB in /dev/shm"
+    if len(f.gpus) > 1 and f.shared_memory_gib < 1:
+        problem = "NCCL between the GPUs of a node needs about 1 GiB"
+        return Finding(State.LIMIT, found, problem, "docker run --ipc=host, or --shm-size=8g")
+    return ok(found)
+
+
+def locked_memory(f: Facts) -> Finding:
+    found = "no limit" if f.locked_memory_gib is None else f"{f.locked_memory_gib:.3g} GiB"
+    if f.gpus and f.locked_memory_gib is not None:
+        problem = "several nodes over InfiniBand need it without limit"
+        return Finding(State.NOTE, found, problem, "docker run --ulimit memlock=-1; ulimit -l unlimited")
+    return ok(found)
+
+
+def disk(f: Facts) -> Finding:
+    found = f"{f.free_disk_gib:.0f} GiB free for {f.directory}"
+    if f.directory_error:
+        return Finding(State.WRONG, found, f.directory_error, "set run.dir to a directory that you may write to")
+    if f.free_disk_gib < 1:
+        return Finding(State.WRONG, found, "less than 1 GiB", "free some, or set run.dir to another file system")
+    if f.gpus and f.free_disk_gib < 100:
+        problem = "a checkpoint takes 14 bytes a parameter with the optimizer's state"
+        return Finding(State.LIMIT, found, problem, "set run.dir to a larger file system, or checkpoint.keep=1")
+    return ok(found)
+
+
+def host(f: Facts) -> Finding:
+    found = f"{f.cores} cores, {f.host_memory_gib:.0f} GiB"
+    if f.cores < len(f.gpus):
+        problem = f"fewer cores than the {len(f.gpus)} processes of the GPUs"
+        return Finding(State.LIMIT, found, problem, "srun --cpus-per-task, docker run --cpus")
+    return ok(found)
+
+
+def clock(f: Facts) -> Finding:
+    if f.clock_behind_s > 60:
+        found = f"{f.clock_behind_s:.0f} s behind the files of this package"
+        problem = "ages of checkpoints and lock files would be wrong"
+        return Finding(State.LIMIT, found, problem, "set the clock (chronyd, ntpd)")
+    return ok("not behind the files of this package")
+
+
+def pins(f: Facts) -> Finding:
+    if f.pins is None:
+        return ok("no pins.txt here to compare with (--pins FILE)")
+    other = [f"{name} {have} (tested: {want})" for name, (want, have) in f.pins.items() if have not in (None, want)]
+    if other:
+        advice = "pip install -c requirements/pins.txt, if something does not work"
+        return Finding(State.NOTE, f"{len(other)} differ", "; ".join(other), advice)
+    return ok(f"{sum(have is not None for _, have in f.pins.values())} packages as pinned")
+
+
+def _broken(name: str, package: Package, state: State, advice: str) -> Finding:
+    if package.version is None and package.error is None:
+        return Finding(state, "not installed", f"{name} is needed", advice)
+    return Finding(state, package.version or "?", f"import fails: {package.error}", advice)
+
+
+CHECKS = (
+    Check("Python", python),
+    Check("PyTorch", torch),
+    Check("driver", driver, at_build=False),
+    Check("GPUs", gpus, at_build=False),
+    Check("NCCL", nccl),
+    Check("Megatron-Core", megatron),
+    Check("Transformer Engine", transformer_engine),
+    Check("Apex", apex),
+    Check("Triton kernel", triton),
+    Check("FP8 blockwise", blockwise),
+    Check("environment", environment),
+    Check("shared memory", shared_memory, at_build=False),
+    Check("locked memory", locked_memory, at_build=False),
+    Check("disk", disk, at_build=False),
+    Check("host", host, at_build=False),
+    Check("clock", clock, at_build=False),
+    Check("pinned packages", pins),
+)
+
+
+def examine(facts: Facts, *, build: bool) -> list[tuple[str, Finding]]:
+    """(name, finding) of every check that can be answered."""
+    return [(check.name, check.judge(facts)) for check in CHECKS if check.at_build or not build]
+
+
+def passes(findings: list[tuple[str, Finding]], *, build: bool) -> bool:
+    """A run can start. An image is built for every kind of run, so that there a LIMIT fails too."""
+    bad = {State.WRONG, State.LIMIT} if build else {State.WRONG}
+    return not any(finding.state in bad for _, finding in findings)
