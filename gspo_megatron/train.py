@@ -41,12 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(options.config, options.overrides)
-        # A dry run needs no device: a laptop can print the plan of a cluster.
-        device = open_device("cpu" if options.dry_run else config.precision.device, config.precision.dtype)
+        device = device_of(config, dry_run=options.dry_run)
         console = Console(on=device.rank == 0)
         config = continued_after_restart(config, device, console)
         inputs = settle(config, options.world_size or device.world_size)
-        announce(inputs, console)
+        announce(inputs, device, console)
         if options.dry_run:
             console.say(to_yaml(inputs.config))
             needs_reference = inputs.algorithm.needs_reference
@@ -84,7 +83,13 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def announce(inputs: Inputs, console: Console) -> None:
+def device_of(config: Config, *, dry_run: bool) -> Device:
+    """The device of this process. A dry run needs none: a laptop can print the plan of a cluster."""
+    p = config.precision
+    return open_device("cpu" if dry_run else p.device, p.dtype, fp8=p.fp8, deterministic=p.deterministic)
+
+
+def announce(inputs: Inputs, device: Device, console: Console) -> None:
     """Prints what the user may not expect from the settings."""
     vocab_size, known = inputs.config.model.vocab_size, inputs.tokenizer.vocab_size
     if vocab_size != known:
@@ -92,7 +97,7 @@ def announce(inputs: Inputs, console: Console) -> None:
             f"model.vocab_size={vocab_size} exceeds the tokenizer's {known} ids; sampling one of the extra ids yields "
             "a token with no text"
         )
-    for warning in inputs.warnings:
+    for warning in (*device.warnings, *inputs.warnings):
         console.warn(warning)
 
 

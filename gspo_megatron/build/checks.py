@@ -55,6 +55,17 @@ def _check_precision(config: Config) -> None:
     if precision.dtype not in recipe.dtypes:
         allowed = " or ".join(recipe.dtypes)
         raise ConfigError(f"precision.fp8={precision.fp8} needs precision.dtype={allowed}, got {precision.dtype}")
+    ends, a_stage = precision.first_last_layers_bf16, config.model.num_layers // config.parallel.pp
+    if ends and not recipe.quantizes:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} has no effect with precision.fp8={precision.fp8}, which "
+            "quantizes no layer; set it to 0"
+        )
+    if ends > a_stage:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
+        )
 
 
 def _check_data(d: DataConfig) -> None:

@@ -24,6 +24,13 @@ RENAMED = {"train.skip_dead": "train.skip_zero_gradient"}
 REMOVED = {"rollout.backend": "it had no effect; the training model itself samples"}
 """Removed keys, and why."""
 
+REFUSED = {
+    "precision.fp8=delayed": "its scales change with every training forward and are in no checkpoint, so old log-probs "
+    "and the update would be computed with different ones; use blockwise",
+    "precision.dtype=fp16": "float16 needs loss scaling, which this trainer does not have; use bf16",
+}
+"""Values that users of other trainers know and that cannot work here, and what to use."""
+
 Values = dict[str, dict[str, Any]]
 """Values by section and key."""
 
@@ -113,6 +120,8 @@ def _typed(*layers: Values) -> Config:
 
 
 def _check(setting: Setting, value: Any) -> None:
+    if refusal := REFUSED.get(f"{setting.key}={value}"):
+        raise ConfigError(f"{setting.key}={value} is not offered: {refusal}")
     if complaint := setting.complaint(value):
         raise ConfigError(complaint)
 

@@ -98,8 +98,18 @@ class PrecisionConfig:
     )
     fp8: str = setting(
         "none",
-        "Transformer Engine's recipe for FP8 matmuls. Needs a GPU and dtype=bf16.",
-        choices=("none", "tensorwise", "blockwise", "delayed"),
+        "Transformer Engine's recipe for FP8 matmuls; docs/precision.md compares them. Needs a GPU and dtype=bf16.",
+        choices=("none", "blockwise", "tensorwise", "mxfp8"),
+    )
+    first_last_layers_bf16: int = setting(
+        0,
+        "With fp8: this many layers at each end of the model stay in bf16 (Megatron's first_last_layers_bf16).",
+        least=0,
+    )
+    deterministic: bool = setting(
+        False,
+        "Equal inputs give equal bits on a GPU, run after run. Slower attention, reductions and embeddings; see "
+        "docs/precision.md.",
     )
     transformer_engine: str = setting(
         "auto",

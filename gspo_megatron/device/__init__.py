@@ -1,6 +1,6 @@
 """The device of a run: device type, collective backend and number formats. Nothing else names them.
 
-device = open_device(device="auto", dtype="bf16")    # before Megatron is imported
+device = open_device("auto", "bf16", fp8="blockwise")  # before Megatron and Transformer Engine are imported
 device.start_processes(timeout_s=600)                # torchrun's environment, or one process without it
 """
 
@@ -19,10 +19,16 @@ import numpy as np
 import torch
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.device import cpu
+from gspo_megatron.device import cpu, cuda
 
-TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
-TORCHRUN |= {"TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "1"}
+TORCHRUN = {
+    "world_size": ("WORLD_SIZE", "1"),
+    "rank": ("RANK", "0"),
+    "restarts": ("TORCHELASTIC_RESTART_COUNT", "0"),
+    "max_restarts": ("TORCHELASTIC_MAX_RESTARTS", "0"),
+    "nodes": ("GROUP_WORLD_SIZE", "1"),
+}
+"""What torchrun sets: fields of Device, the variable of each and its value without torchrun."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -39,6 +45,8 @@ class Device:
     """How often torchrun has restarted this node's processes."""
     max_restarts: int = 0
     nodes: int = 1
+    warnings: tuple[str, ...] = ()
+    """Variables of the environment that a run would rather have otherwise."""
 
     @property
     def on_cpu(self) -> bool:
@@ -114,27 +122,30 @@ class Device:
         return f"{name}, {self.backend}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def open_device(device: str, dtype: str) -> Device:
+def open_device(device: str, dtype: str, *, fp8: str = "none", deterministic: bool = False) -> Device:
     """Chooses the device; on the CPU, puts stand-ins where Megatron-Core expects a GPU. Call before importing Megatron.
 
+    Variables of the environment (device/cuda.py) are set before the first call to CUDA, which reads them.
+
     Raises:
-        ConfigError: `device` is "cuda" and there is none, or a GPU is to run in fp64.
+        ConfigError: `device` is "cuda" and there is none, a GPU is to run in fp64, or the environment contradicts
+            `deterministic`.
     """
-    started = [int(os.environ.get(name, default)) for name, default in TORCHRUN.items()]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    started: dict[str, Any] = {field: int(os.environ.get(*variable)) for field, variable in TORCHRUN.items()}
+    if device == "auto" and not torch.backends.cuda.is_built():
+        device = "cpu"
+    warnings = []
+    if device != "cpu":
+        warnings = cuda.set_variables(cuda.variables_of(fp8, deterministic), os.environ)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         cpu.install()
-        return Device(torch.device("cpu"), "gloo", DTYPES[dtype], *started)
-    if not torch.cuda.is_available():
-        raise ConfigError("precision.device=cuda but torch sees no GPU; set precision.device=cpu or auto")
+        return Device(torch.device("cpu"), "gloo", DTYPES[dtype], **started)
     if dtype == "fp64":
         raise ConfigError("precision.dtype=fp64 runs on the CPU only; set precision.device=cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(local_rank)
-    # Sequence parallel overlaps communication with matmuls only when kernels start in the order they were queued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return Device(torch.device("cuda", local_rank), "nccl", DTYPES[dtype], *started)
+    gpu = cuda.open_gpu(int(os.environ.get("LOCAL_RANK", 0)))
+    return Device(gpu, "nccl", DTYPES[dtype], **started, warnings=tuple(warnings))
 
 
 def transformer_engine_available() -> bool:

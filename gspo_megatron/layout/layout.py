@@ -189,4 +189,5 @@ def token_multiple(config: Config) -> int:
     """Tokens of a rank's forward come in multiples of this: sequence parallelism gives every tensor-parallel rank the
     same number, and the matmuls of a number format take several rows at a time. The sampler, which runs without context
     parallelism, needs nothing else."""
-    return config.parallel.tp * RECIPES[config.precision.fp8].row_multiple
+    recipe, tp = RECIPES[config.precision.fp8], config.parallel.tp
+    return tp * recipe.gathered_row_multiple if tp > 1 else recipe.row_multiple

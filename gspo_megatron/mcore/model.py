@@ -51,11 +51,15 @@ class PolicyModel(GPTModel):
 def transformer_config(config: Config, device: Device, layers: str) -> TransformerConfig:
     """Megatron's settings for this run, with the row `layers` of LAYERS. Fields that the installed version lacks
     are left out."""
-    shape, m, p = config.model.shape, config.model, config.parallel
+    shape, m, p, ends = config.model.shape, config.model, config.parallel, config.precision.first_last_layers_bf16
     settings: dict[str, Any] = {
         **family_of(shape).megatron(shape),
         **LAYERS[layers].settings,
         **RECIPES[config.precision.fp8].megatron,
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+        "deterministic_mode": config.precision.deterministic,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "moe_router_load_balancing_type": "aux_loss" if m.aux_loss_coef > 0 else "none",

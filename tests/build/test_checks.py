@@ -139,8 +139,13 @@ def test_a_model_that_no_layout_suits() -> None:
             ("precision.fp8=blockwise", "precision.dtype=bf16", "precision.transformer_engine=off"),
             ("precision.fp8=blockwise needs Transformer Engine", "set precision.fp8=none"),
         ),
-        (("precision.fp8=delayed", "precision.device=cpu"), ("precision.fp8=delayed needs Transformer Engine",)),
-        (("precision.fp8=delayed",), ("precision.fp8=delayed needs precision.dtype=bf16, got fp32",)),
+        (("precision.fp8=tensorwise", "precision.device=cpu"), ("precision.fp8=tensorwise needs Transformer Engine",)),
+        (("precision.fp8=tensorwise",), ("precision.fp8=tensorwise needs precision.dtype=bf16, got fp32",)),
+        (("precision.first_last_layers_bf16=1",), ("has no effect with precision.fp8=none", "set it to 0")),
+        (
+            (*FP8, "precision.first_last_layers_bf16=3", "parallel.pp=2"),
+            ("precision.first_last_layers_bf16=3 exceeds the 2 layers of a pipeline stage", "set it to 2 or fewer"),
+        ),
         (("rollout.prompts_per_step=30",), ("rollout.prompts_per_step=30", "updates_per_rollout=4")),
         (("rollout.max_new_tokens=256",), ("rollout.max_new_tokens=256", "model.max_sequence_length=256")),
         (

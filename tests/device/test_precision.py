@@ -30,7 +30,7 @@ def test_layout_and_checks_go_by_the_recipe(fp8: str) -> None:
         "model.vocab_size=9",
     ]
     config = load_config(None, settings)
-    assert token_multiple(config) == 2 * recipe.row_multiple
+    assert token_multiple(config) == 2 * recipe.gathered_row_multiple
     check_config(config, 2)
     odd, columns = replaced(config, {"model.hidden_size": 72}), recipe.column_multiple
     if columns == 1:
