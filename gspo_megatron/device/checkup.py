@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from gspo_megatron.device.cuda import set_variables, variables_of
 from gspo_megatron.device.facts import Facts, Package, text_of
+from gspo_megatron.device.precision import RECIPES, Recipe
 
 PYTHON_LEAST = (3, 10)
 TORCH_LEAST = (2, 6)
 MEGATRON_TESTED = ((0, 16, 1), (0, 19, 2))
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
-BLOCKWISE_CUDA = (12, 9)
-"""Of torch, Transformer Engine's Float8BlockScaling asks for it on Hopper."""
-TE_LEAST = {"tensorwise": (2, 2), "blockwise": (2, 3)}
+TE_LEAST = {"tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
 """What megatron.core.fp8_utils asks for, by recipe."""
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
 """Oldest driver that runs programs built with this CUDA:
@@ -162,9 +162,6 @@ def transformer_engine(f: Facts) -> Finding:
     if not te.works:
         advice = "build it against this torch: pip install --no-build-isolation 'gspo_megatron[te]'"
         return _broken("Transformer Engine", te, State.LIMIT, advice)
-    if late := [f"{name} needs {text_of(least)}" for name, least in TE_LEAST.items() if te.number < least]:
-        advice = "use precision.fp8=none, or a newer Transformer Engine"
-        return Finding(State.LIMIT, str(te.version), "; ".join(late), advice)
     return ok(str(te.version))
 
 
@@ -196,18 +193,33 @@ def triton(f: Facts) -> Finding:
     return ok(f"{found}; the log-prob kernel {what} ({kernel.seconds:.0f} s)")
 
 
-def blockwise(f: Facts) -> Finding:
+def fp8(f: Facts) -> Finding:
+    """Which rows of RECIPES the GPUs, torch's CUDA and Transformer Engine can compute."""
     if not f.torch_cuda:
         return ok("not needed: this torch has no CUDA")
-    found = f"CUDA {text_of(f.torch_cuda)}"
-    if f.torch_cuda < BLOCKWISE_CUDA:
-        problem = f"precision.fp8=blockwise needs CUDA {text_of(BLOCKWISE_CUDA)}"
-        return Finding(State.LIMIT, found, problem, "use precision.fp8=tensorwise, or a torch built for a newer CUDA")
-    if f.gpus and not HOPPER <= min(gpu.capability for gpu in f.gpus) < BLACKWELL:
-        return Finding(
-            State.NOTE, found, "blockwise is meant for Hopper GPUs (compute capability 9.0)", "precision.fp8"
-        )
-    return ok(found)
+    quantizing = {name: recipe for name, recipe in RECIPES.items() if recipe.quantizes}
+    complaints = {name: list(_against(name, recipe, f)) for name, recipe in quantizing.items()}
+    working = [name for name, found in complaints.items() if not found]
+    found = f"precision.fp8={' or '.join(working)}" if working else "no recipe works"
+    best = next(iter(quantizing))
+    # Of another generation of GPUs: not what anyone waits for.
+    if best in working or (f.gpus and f.gpus[0].capability >= BLACKWELL and working):
+        return ok(found)
+    advice = f"use precision.fp8={working[0]}" if working else "use precision.fp8=none"
+    return Finding(State.LIMIT, found, f"{best}: {'; '.join(complaints[best])}", f"{advice}, or mend that")
+
+
+def _against(name: str, recipe: Recipe, f: Facts) -> Iterator[str]:
+    if f.torch_cuda < recipe.cuda:
+        yield f"torch is built for CUDA {text_of(f.torch_cuda)}, it needs {text_of(recipe.cuda)}"
+    if f.gpus and (weakest := min(gpu.capability for gpu in f.gpus)) < recipe.capability:
+        yield f"compute capability {text_of(weakest)}, it needs {text_of(recipe.capability)}"
+    if f.gpus and recipe.capability_below and max(gpu.capability for gpu in f.gpus) >= recipe.capability_below:
+        yield f"it is for GPUs before compute capability {text_of(recipe.capability_below)}"
+    if not f.transformer_engine.works:
+        yield "Transformer Engine does not work"
+    elif f.transformer_engine.number < TE_LEAST.get(name, ()):
+        yield f"Transformer Engine {f.transformer_engine.version}, it needs {text_of(TE_LEAST[name])}"
 
 
 def environment(f: Facts) -> Finding:
@@ -224,12 +236,10 @@ def _of_environment(f: Facts) -> Iterator[Finding]:
         yield Finding(State.WRONG, "", problem, "unset RANK, or start with torchrun")
     if not f.torch_cuda:
         return
-    if e.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") != "1":
-        problem = "CUDA_DEVICE_MAX_CONNECTIONS is not 1: before Blackwell communication does not overlap as intended"
-        yield Finding(State.LIMIT, "", problem, "export CUDA_DEVICE_MAX_CONNECTIONS=1")
-    if e.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1") != "1":
-        problem = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES is not 1: blockwise rounds its scales to powers of 2"
-        yield Finding(State.LIMIT, "", problem, "export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1")
+    # A run sets what is not set, and warns of what it would have set otherwise.
+    for warning in set_variables(variables_of("blockwise", deterministic=False), dict(e)):
+        name = warning.split("=")[0]
+        yield Finding(State.LIMIT, "", warning.removesuffix(". Unset it to get that"), f"unset {name}")
     for name, value, harm in (
         ("TRITON_INTERPRET", "1", "kernels are interpreted on the CPU"),
         ("CUDA_LAUNCH_BLOCKING", "1", "every kernel is waited for"),
@@ -309,7 +319,7 @@ CHECKS = (
     Check("Transformer Engine", transformer_engine),
     Check("Apex", apex),
     Check("Triton kernel", triton),
-    Check("FP8 blockwise", blockwise),
+    Check("FP8", fp8),
     Check("environment", environment),
     Check("shared memory", shared_memory, at_build=False),
     Check("locked memory", locked_memory, at_build=False),

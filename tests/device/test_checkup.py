@@ -71,17 +71,18 @@ RED: list[tuple[str, State, dict[str, Any], str]] = [
     ("Megatron-Core", State.LIMIT, {"megatron": Package("0.18.0")}, "0.19.2"),
     ("Transformer Engine", State.LIMIT, {"transformer_engine": Package()}, "FP8"),
     ("Transformer Engine", State.LIMIT, {"transformer_engine": Package("2.18.0", "ImportError: x.so")}, "x.so"),
-    ("Transformer Engine", State.LIMIT, {"transformer_engine": Package("2.2.0")}, "blockwise needs 2.3"),
     ("Apex", State.NOTE, {"apex": Package("0.1", "ImportError: amp_C")}, "amp_C"),
     ("Triton kernel", State.LIMIT, {"triton": Package()}, "torch kernels"),
     ("Triton kernel", State.LIMIT, {"kernel": Kernel(90, error="PassManager::run failed")}, "PassManager"),
     ("Triton kernel", State.WRONG, {"kernel": Kernel(90, True, 1.0, 0.3)}, "off by"),
     ("Triton kernel", State.WRONG, {"kernel": Kernel(90, True, 1.0, float("nan"))}, "off by"),
-    ("FP8 blockwise", State.LIMIT, {"torch_cuda": (12, 8), "driver_cuda": (12, 8)}, "12.9"),
-    ("FP8 blockwise", State.NOTE, {"gpus": (replace(H100, capability=(10, 0)),)}, "Hopper"),
+    ("FP8", State.LIMIT, {"torch_cuda": (12, 8), "driver_cuda": (12, 8)}, "12.9"),
+    ("FP8", State.LIMIT, {"transformer_engine": Package("2.2.0")}, "it needs 2.3"),
+    ("FP8", State.LIMIT, {"transformer_engine": Package()}, "does not work"),
+    ("FP8", State.LIMIT, {"gpus": (replace(H100, capability=(8, 0)),)}, "it needs 9.0"),
     ("environment", State.WRONG, with_environment(RANK="0"), "torchrun"),
-    ("environment", State.LIMIT, with_environment(CUDA_DEVICE_MAX_CONNECTIONS="8"), "=1"),
-    ("environment", State.LIMIT, with_environment(NVTE_FP8_BLOCK_SCALING_FP32_SCALES="0"), "powers of 2"),
+    ("environment", State.LIMIT, with_environment(CUDA_DEVICE_MAX_CONNECTIONS="8"), "sets 1"),
+    ("environment", State.LIMIT, with_environment(NVTE_FP8_BLOCK_SCALING_FP32_SCALES="0"), "sets 1"),
     ("environment", State.LIMIT, with_environment(TRITON_INTERPRET="1"), "interpreted"),
     ("environment", State.LIMIT, with_environment(NVTE_FUSED_ATTN="0"), "context parallel"),
     ("shared memory", State.LIMIT, {"shared_memory_gib": 0.0625}, "--ipc=host"),
@@ -103,6 +104,16 @@ def test_what_is_wrong_is_found(check: str, state: State, facts: dict[str, Any],
     assert any(word in f"{finding.found} {finding.problem} {finding.advice}" for word in says.split("|"))
     assert finding.problem and finding.advice
     assert passes(findings, build=False) == (State.WRONG not in states(replace(NODE, **facts)).values())
+
+
+def test_recipes_are_judged_by_the_table_that_runs_are_built_from() -> None:
+    def says(**facts: Any) -> str:
+        return dict(examine(replace(NODE, **facts), build=False))["FP8"].found
+
+    assert says() == "precision.fp8=blockwise or tensorwise"
+    assert says(torch_cuda=(12, 8)) == "precision.fp8=tensorwise"
+    assert "mxfp8" in says(gpus=(replace(H100, capability=(10, 0)),))
+    assert says(gpus=(replace(H100, capability=(8, 0)),)) == "no recipe works"
 
 
 def test_every_check_has_facts_that_turn_it_red() -> None:
