@@ -12,7 +12,7 @@ from enum import Enum
 
 from gspo_megatron.device.cuda import set_variables, variables_of
 from gspo_megatron.device.facts import Facts, Package, text_of
-from gspo_megatron.device.precision import RECIPES, Recipe
+from gspo_megatron.device.precision import RECIPES
 
 PYTHON_LEAST = (3, 10)
 TORCH_LEAST = (2, 6)
@@ -197,11 +197,11 @@ def fp8(f: Facts) -> Finding:
     """Which rows of RECIPES the GPUs, torch's CUDA and Transformer Engine can compute."""
     if not f.torch_cuda:
         return ok("not needed: this torch has no CUDA")
-    quantizing = {name: recipe for name, recipe in RECIPES.items() if recipe.quantizes}
-    complaints = {name: list(_against(name, recipe, f)) for name, recipe in quantizing.items()}
+    quantizing = [name for name, recipe in RECIPES.items() if recipe.quantizes]
+    complaints = {name: list(against_recipe(name, f)) for name in quantizing}
     working = [name for name, found in complaints.items() if not found]
     found = f"precision.fp8={' or '.join(working)}" if working else "no recipe works"
-    best = next(iter(quantizing))
+    best = quantizing[0]
     # Of another generation of GPUs: not what anyone waits for.
     if best in working or (f.gpus and f.gpus[0].capability >= BLACKWELL and working):
         return ok(found)
@@ -209,7 +209,9 @@ def fp8(f: Facts) -> Finding:
     return Finding(State.LIMIT, found, f"{best}: {'; '.join(complaints[best])}", f"{advice}, or mend that")
 
 
-def _against(name: str, recipe: Recipe, f: Facts) -> Iterator[str]:
+def against_recipe(name: str, f: Facts) -> Iterator[str]:
+    """Why precision.fp8=`name` cannot run with these GPUs and packages."""
+    recipe = RECIPES[name]
     if f.torch_cuda < recipe.cuda:
         yield f"torch is built for CUDA {text_of(f.torch_cuda)}, it needs {text_of(recipe.cuda)}"
     if f.gpus and (weakest := min(gpu.capability for gpu in f.gpus)) < recipe.capability:
