@@ -17,3 +17,11 @@ def test_the_run_is_the_one_written_down(tmp_path: Path) -> None:
         assert loss == pytest.approx(expected[0], rel=1e-6, abs=1e-9), f"loss of step {step}"
         assert grad_norm == pytest.approx(expected[1], rel=1e-5), f"gradient norm of step {step}"
         assert reward == expected[2], f"reward of step {step}"
+
+
+def test_deterministic_changes_no_bit_on_the_cpu(tmp_path: Path) -> None:
+    """Nor is anything refused there: torch raises at every operation that has no deterministic form."""
+    for name in ("plain", "deterministic"):
+        (tmp_path / name).mkdir()
+    with_it = ten_steps(tmp_path / "deterministic", "precision.deterministic=true")
+    assert with_it == ten_steps(tmp_path / "plain")

@@ -31,9 +31,15 @@ DEVICE_NAMES_ALLOWED = {
     # What a user writes in the configuration, and what an entry point asks device/ about it.
     "config/sections.py": {"cuda", "transformer_engine"},
     "build/checks.py": {"cuda", "transformer_engine"},
-    "build/trainer.py": {"transformer_engine", "transformer_engine_available", "wants_transformer_engine"},
+    "build/trainer.py": {
+        *("transformer_engine", "wants_transformer_engine", "uses_transformer_engine", "needs_transformer_engine"),
+        "check_transformer_engine",
+    },
     # Names of Megatron-Core's own, which nothing else can be called.
-    "mcore/compat.py": {"is_cuda", "_set_cuda_rng_state"},
+    "mcore/compat.py": {
+        *("is_cuda", "_set_cuda_rng_state", "transformer_engine", "transformer_engine.pytorch.fp8"),
+        "check_transformer_engine",
+    },
     "mcore/groups.py": {"create_gloo_process_groups"},
     "mcore/layers.py": {"use_transformer_engine"},
     "mcore/model.py": {"model_parallel_cuda_manual_seed"},

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build import trainer
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.checkpoint.lock import RunLock
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import Device, open_device
+from gspo_megatron.device.machine import Machine
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
@@ -195,15 +195,20 @@ def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
-    here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.float32, 1, 0)
-    for installed in (False, True):
-        monkeypatch.setattr(trainer, "transformer_engine_available", lambda installed=installed: installed)
-        assert not wants_transformer_engine(load_config(None), here)
-        assert wants_transformer_engine(load_config(None), there) == installed
-        assert not wants_transformer_engine(load_config(None, ["precision.transformer_engine=off"]), there)
-        for overrides in (["precision.transformer_engine=on"], ["precision.fp8=blockwise", "precision.dtype=bf16"]):
-            with pytest.raises(ConfigError, match=r"needs a GPU .* set precision.transformer_engine"):
-                wants_transformer_engine(load_config(None, overrides), here)
+    here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.bfloat16, 1, 0)
+    bf16 = load_config(None, ["precision.dtype=bf16"])
+    for version in ("", "2.20.2"):
+        h100 = Machine(gpu="H100", capability=(9, 0), torch="2.14.1", cuda="13.0", transformer_engine=version)
+        monkeypatch.setattr(Machine, "of_this_process", lambda machine=h100: machine)
+        assert not wants_transformer_engine(bf16, here)
+        assert wants_transformer_engine(bf16, there) == bool(version)
+        assert not wants_transformer_engine(replaced(bf16, {"precision.transformer_engine": "off"}), there)
+    monkeypatch.setattr(Machine, "of_this_process", lambda: Machine(torch="2.14.1"))
+    for settings in ({"precision.transformer_engine": "on"}, {"precision.fp8": "blockwise"}):
+        with pytest.raises(ConfigError, match=r"needs a GPU .* built without CUDA.*; set precision.transformer_engine"):
+            wants_transformer_engine(replaced(bf16, settings), here)
+        with pytest.raises(ConfigError, match="there is no GPU"):
+            wants_transformer_engine(replaced(bf16, settings), there)
 
 
 def test_the_plan_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from gspo_megatron.testing.commands import metrics
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tiny_moe_fp64.txt"
 
 
-def ten_steps(folder: Path) -> list[tuple[int, float, float, float]]:
-    """(step, loss, grad_norm, mean reward), in float64 on one process."""
-    settings = ("model.num_layers=2", "train.steps=10", "train.eval_every=0")
+def ten_steps(folder: Path, *more: str) -> list[tuple[int, float, float, float]]:
+    """(step, loss, grad_norm, mean reward), in float64 on one process, with `more` settings."""
+    settings = ("model.num_layers=2", "train.steps=10", "train.eval_every=0", *more)
     run = train(folder, 1, "precision.dtype=fp64", *settings)
     return [(row["step"], row["loss"], row["grad_norm"], row["reward/mean"]) for row in metrics(run)[1:]]
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.checks import check_machine, needs_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
-from gspo_megatron.device import Device, transformer_engine_available
-from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.device import Device
+from gspo_megatron.device.machine import Machine, problems
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -41,6 +42,8 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     use_te = wants_transformer_engine(config, device)
+    if use_te:
+        compat.check_transformer_engine()
     device.start_processes(config.parallel.timeout_s)
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
         groups = Groups(inputs.layout, device.torch_device)
@@ -87,14 +90,17 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     """Whether the model is built from Transformer Engine layers, which need a GPU.
 
     Raises:
-        ConfigError: they are required and not available.
+        ConfigError: this process's GPU or its libraries cannot do what the settings ask.
     """
-    wanted = config.precision.transformer_engine
-    available = not device.on_cpu and transformer_engine_available()
-    needed = wanted == "on" or "local" not in RECIPES[config.precision.fp8].layers
-    if needed and not available:
-        raise ConfigError(
-            "precision.transformer_engine=on or precision.fp8 needs a GPU and Transformer Engine (pip install "
-            "'gspo_megatron[te]'); set precision.transformer_engine=auto and precision.fp8=none to run without"
-        )
-    return available and wanted != "off"
+    needs, machine = needs_of(config), Machine.of_this_process()
+    if device.on_cpu:
+        if needs.needs_transformer_engine:
+            why = "precision.device=cpu" if config.precision.device == "cpu" else next(problems(machine, needs)).what
+            raise ConfigError(
+                f"precision.transformer_engine={needs.transformer_engine} with precision.fp8={needs.fp8} needs a GPU "
+                f"and Transformer Engine, and this run is on the CPU ({why}); set precision.transformer_engine=auto "
+                "and precision.fp8=none to run without"
+            )
+        return False
+    check_machine(config, machine)
+    return needs.uses_transformer_engine(machine)

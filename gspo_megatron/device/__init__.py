@@ -7,7 +7,6 @@ device.start_processes(timeout_s=600)                # torchrun's environment, o
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ import torch
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.device import cpu, cuda
+from gspo_megatron.device.machine import Machine, Needs, problems
 
 TORCHRUN = {
     "world_size": ("WORLD_SIZE", "1"),
@@ -142,12 +142,9 @@ def open_device(device: str, dtype: str, *, fp8: str = "none", deterministic: bo
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         cpu.install()
         return Device(torch.device("cpu"), "gloo", DTYPES[dtype], **started)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"precision.device=cuda, but {next(problems(Machine.of_this_process(), Needs()))}")
     if dtype == "fp64":
         raise ConfigError("precision.dtype=fp64 runs on the CPU only; set precision.device=cpu")
     gpu = cuda.open_gpu(int(os.environ.get("LOCAL_RANK", 0)))
     return Device(gpu, "nccl", DTYPES[dtype], **started, warnings=tuple(warnings))
-
-
-def transformer_engine_available() -> bool:
-    """True where Transformer Engine can be imported (it needs a GPU build of torch)."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None

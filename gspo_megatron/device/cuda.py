@@ -118,10 +118,8 @@ def open_gpu(local_rank: int) -> torch.device:
     """The GPU of this process, made current: the first call to CUDA that starts it.
 
     Raises:
-        ConfigError: torch sees no GPU, or fewer than this node has processes.
+        ConfigError: there are fewer GPUs than this node has processes.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError(f"precision.device=cuda, but {why_no_gpu()}; or set precision.device=cpu or auto")
     count = torch.cuda.device_count()
     if local_rank >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -132,21 +130,3 @@ def open_gpu(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def why_no_gpu() -> str:
-    """Why torch sees no GPU, and what to do. Call where it sees none."""
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built without CUDA; install a build for CUDA (https://pytorch.org)"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides every GPU; unset it"
-    try:
-        torch.cuda.init()
-    except Exception as error:
-        reason = " ".join(str(error).split())
-    else:
-        reason = "torch.cuda.is_available() is false"
-    return (
-        f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU: {reason.rstrip('.')}; `nvidia-smi` must "
-        "list one, in a container too (docker run --gpus all)"
-    )

@@ -27,6 +27,7 @@ class Recipe:
         capability, capability_below: compute capabilities of the GPUs that have it, from the first up to, not
             including, the second.
         cuda: the oldest CUDA whose libraries have it, as torch was built.
+        transformer_engine: the oldest version of it that Megatron-Core asks for the recipe.
         environment: variables that Transformer Engine reads when it is imported.
         trained_copy_bytes: bytes that Transformer Engine keeps for every weight of the policy beside the weight: FP8
             copies by rows, for the forward, and by columns, for the backward.
@@ -43,6 +44,7 @@ class Recipe:
     capability: tuple[int, int] = (0, 0)
     capability_below: tuple[int, int] | None = None
     cuda: tuple[int, int] = (0, 0)
+    transformer_engine: tuple[int, int] = (0, 0)
     environment: Mapping[str, str] = field(default_factory=dict)
     trained_copy_bytes: float = 0.0
     frozen_copy_bytes: float = 0.0
@@ -72,12 +74,14 @@ RECIPES: dict[str, Recipe] = {
         help="E4M3 in both passes; a float32 scale for every 128 numbers of a row, for every 128 x 128 weights.",
         gathered_row_multiple=128,
         cuda=(12, 9),
+        transformer_engine=(2, 3),
         environment={"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"},
         megatron={"fp8": "e4m3", "fp8_recipe": "blockwise"},
     ),
     "tensorwise": replace(
         _FP8,
         help="E4M3 forward, E5M2 gradients; one scale for a whole tensor, from its present maximum.",
+        transformer_engine=(2, 2),
         megatron={"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     ),
     "mxfp8": replace(
@@ -89,6 +93,7 @@ RECIPES: dict[str, Recipe] = {
         capability=(10, 0),
         capability_below=(12, 0),
         cuda=(12, 8),
+        transformer_engine=(2, 1),
         # A byte of scale for every 32 numbers, in each copy.
         trained_copy_bytes=2 + 2 / 32,
         frozen_copy_bytes=1 + 1 / 32,

@@ -186,8 +186,13 @@ def packing_rules(config: Config) -> PackingRules:
 
 
 def token_multiple(config: Config) -> int:
-    """Tokens of a rank's forward come in multiples of this: sequence parallelism gives every tensor-parallel rank the
-    same number, and the matmuls of a number format take several rows at a time. The sampler, which runs without context
-    parallelism, needs nothing else."""
+    """Tokens of a rank's forward in training and scoring come in multiples of this: sequence parallelism gives every
+    tensor-parallel rank the same number, and a number format takes several rows at a time."""
     recipe, tp = RECIPES[config.precision.fp8], config.parallel.tp
     return tp * recipe.gathered_row_multiple if tp > 1 else recipe.row_multiple
+
+
+def sampler_token_multiple(config: Config) -> int:
+    """The same for the sampler, which runs without context parallelism. Its forwards are small, often a token for each
+    rollout: they keep to what matmuls need, and rows that are gathered in bf16 are quantized to the same numbers."""
+    return config.parallel.tp * RECIPES[config.precision.fp8].row_multiple

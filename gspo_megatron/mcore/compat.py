@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine as extensions
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+from gspo_megatron.base.errors import ConfigError
 
 VERSION = version("megatron-core")
 
@@ -71,3 +75,24 @@ def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def check_transformer_engine() -> None:
+    """Both versions: where one name that Megatron-Core imports from Transformer Engine is missing, it goes on without,
+    and fails at the first layer.
+
+    Raises:
+        ConfigError: it does, although Transformer Engine itself can be imported.
+    """
+    if extensions.HAVE_TE:
+        return
+    module = "transformer_engine.pytorch.fp8"
+    try:
+        import_module(module)
+        missing = f"it lacks a name of {module}"
+    except ImportError as error:
+        missing = str(error)
+    raise ConfigError(
+        f"Megatron-Core {VERSION} cannot use the Transformer Engine that is installed ({missing}); install a pair that "
+        "works together (docs/dependencies.md), or set precision.transformer_engine=off and precision.fp8=none"
+    )

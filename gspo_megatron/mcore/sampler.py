@@ -31,7 +31,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout
 from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.base.tensors import all_on_device
-from gspo_megatron.layout.layout import packing_rules, token_multiple
+from gspo_megatron.layout.layout import packing_rules, sampler_token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.kv_cache import KVCache
@@ -76,7 +76,7 @@ class MegatronSampler:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.eos_id, self.pad_id, self.stop = eos_id, pad_id, stop
-        self.multiple = token_multiple(policy.config)
+        self.multiple = sampler_token_multiple(policy.config)
         rules = packing_rules(policy.config)
         # As in training, the layout decides the number of micro-batches, and whether they must be equally long.
         self.num_micro_batches, self.same_tokens = rules.count_multiple, rules.same_tokens

@@ -9,11 +9,13 @@ from dataclasses import astuple
 
 import pytest
 
-from gspo_megatron.base.batches import PackingRules
+from gspo_megatron.base.batches import PackingRules, Sequence
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
-from gspo_megatron.layout.layout import Layout, nearest_layouts, packing_rules, token_multiple
+from gspo_megatron.data.packing import build_micro_batch
+from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.layout.layout import Layout, nearest_layouts, packing_rules, sampler_token_multiple
 
 WHOLE_CLUSTER = ("model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768")
 FP8 = ("precision.fp8=blockwise", "precision.dtype=bf16")
@@ -85,7 +87,7 @@ def test_the_search_takes_no_time_on_a_large_cluster() -> None:
         (("parallel.cp=3", "parallel.tp=4"), PackingRules(sequence_multiple=6, token_multiple=12), 4),
         (("parallel.cp=3", "parallel.tp=5"), PackingRules(sequence_multiple=6, token_multiple=30), 5),
         ((*FP8, "parallel.cp=2"), PackingRules(sequence_multiple=4, token_multiple=32), 16),
-        ((*FP8, "parallel.tp=2", "parallel.cp=2"), PackingRules(sequence_multiple=4, token_multiple=512), 256),
+        ((*FP8, "parallel.tp=2", "parallel.cp=2"), PackingRules(sequence_multiple=4, token_multiple=512), 32),
         (("parallel.pp=4", "parallel.vpp=2"), PackingRules(count_multiple=4), 1),
         (("parallel.pp=4",), PackingRules(), 1),
         (("parallel.token_dispatcher=allgather",), PackingRules(), 1),
@@ -99,4 +101,24 @@ def test_what_a_layout_asks_of_micro_batches(
 ) -> None:
     config = load_config(None, overrides)
     assert packing_rules(config) == rules
-    assert token_multiple(config) == sampler_multiple
+    assert sampler_token_multiple(config) == sampler_multiple
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("fp8", RECIPES)
+def test_the_rows_of_every_forward_are_as_a_number_format_takes_them(fp8: str, cp: int, tp: int) -> None:
+    """As they are packed for training and for log-probs. Sequence parallel cuts the tokens of a context-parallel rank
+    once more, and gathers them before a product."""
+    settings = [f"precision.fp8={fp8}", "precision.dtype=bf16", f"parallel.tp={tp}", f"parallel.cp={cp}"]
+    config, recipe = load_config(None, settings), RECIPES[fp8]
+    rules = packing_rules(config)
+    sequences = [Sequence.after_prompt(list(range(length)), 1) for length in (61, 7, 130, 2)]
+    for index in ([0, 1, 2, 3], [3], []):
+        for cp_rank in range(cp):
+            packed = build_micro_batch(sequences, index, pad_id=0, rules=rules, cp_rank=cp_rank, cp_size=cp)
+            rows, of_a_rank = len(packed.tokens_T), len(packed.tokens_T) / tp
+            assert rows and rows % recipe.row_multiple == 0
+            assert of_a_rank % recipe.row_multiple == 0
+            if tp > 1:
+                assert of_a_rank % recipe.gathered_row_multiple == 0

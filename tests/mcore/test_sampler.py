@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_device
+from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
@@ -31,6 +33,7 @@ from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.rollout.native.scheduler import DecodeScheduler
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
@@ -396,3 +399,20 @@ def test_all_stop_where_one_is_asked_to(ask: int) -> None:
     for asked, training, undisturbed, afterwards in run_distributed(stopped_at, 2, ask):
         assert asked == ask and training
         assert_same(afterwards, undisturbed)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("fp8", RECIPES)
+def test_every_forward_has_rows_that_a_number_format_takes(fp8: str, tp: int) -> None:
+    """On every tensor-parallel rank, and gathered. The sampler is built around a policy of settings alone, since no CPU
+    computes in FP8."""
+    config = load_config(None, [*SETTINGS, f"precision.fp8={fp8}", "precision.dtype=bf16", f"parallel.tp={tp}"])
+    policy = SimpleNamespace(config=config, groups=None, device=SimpleNamespace(torch_device=torch.device("cpu")))
+    sampler = MegatronSampler(policy, eos_id=EOS, pad_id=PAD)  # type: ignore[arg-type]
+    scheduler = DecodeScheduler(
+        PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, eos_id=EOS
+    )
+    (micro_batch,) = scheduler.next_micro_batches()
+    own = len(sampler._feed(scheduler, micro_batch, 0).tokens_T)
+    assert own >= sum(len(prompt.tokens) for prompt in PROMPTS)
+    assert own % (tp * RECIPES[fp8].row_multiple) == 0

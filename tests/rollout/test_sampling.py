@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.rollout.native.sampling import Decoding, _cumulative, next_tokens, uniforms
 
 GOLDEN = {
     (0, 0, 0): 0.9045419551356693,
@@ -224,3 +224,20 @@ def test_a_large_vocabulary_keeps_its_rare_tokens() -> None:
     assert tokens_B.tolist() == [0, 7, size - 1]
     rare = -math.log(2 * (size - 1))
     assert log_probs_B.tolist() == pytest.approx([rare, -math.log(2), rare], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_the_largest_random_number_draws_a_token_that_has_probability(size: int) -> None:
+    """The last tokens have none; rounding must not reach them."""
+    logits = torch.randn(64, size, generator=torch.Generator().manual_seed(size))
+    logits = torch.cat([logits, torch.full((64, 5), -torch.inf)], dim=1)
+    tokens, log_probs = next_tokens(logits, torch.full((64,), 1 - 2.0**-53, dtype=torch.float64), Decoding())
+    assert (tokens < size).all() and log_probs.isfinite().all()
+
+
+def test_cumulative_sums_do_not_depend_on_how_they_are_added() -> None:
+    """What a GPU's scan, which adds in another order each time, gives for whole numbers."""
+    probabilities = torch.rand(3, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    units = (probabilities * 2**50).long()
+    by_halves = torch.cat([units[:, :2048].cumsum(-1), units[:, 2048:].cumsum(-1) + units[:, :2048].sum(-1, True)], 1)
+    assert torch.equal(_cumulative(probabilities), by_halves)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_UNIT = 2.0**-50
+"""Of cumulative probabilities. Three bits above the last of u, so that u < 1 times the total stays below the total."""
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -58,13 +60,19 @@ def next_tokens(logits_BV: Tensor, uniforms_B: Tensor, how: Decoding) -> tuple[T
         tokens_B = log_probs_BV.argmax(dim=-1)
     else:
         log_probs_BV = _truncate(log_probs_BV, how)
-        cumulative_BV = log_probs_BV.exp().cumsum(dim=-1)
-        thresholds_B1 = (uniforms_B.double() * cumulative_BV[:, -1])[:, None]
+        cumulative_BV = _cumulative(log_probs_BV.exp())
+        thresholds_B1 = (uniforms_B.double() * cumulative_BV[:, -1]).long()[:, None]
         # The first token whose cumulative mass exceeds the threshold; a token of probability 0 never does it first.
         tokens_B = (
             torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=logits_BV.size(1) - 1)
         )
     return tokens_B, log_probs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
+def _cumulative(probabilities_BV: Tensor) -> Tensor:
+    """Their cumulative sums in units of _UNIT, int64. Whole numbers add up to the same in any order: a GPU has no scan
+    of floating-point numbers that gives the same bits twice (torch.use_deterministic_algorithms refuses it)."""
+    return (probabilities_BV / _UNIT).long().cumsum(dim=-1)
 
 
 def _truncate(log_probs_BV: Tensor, how: Decoding) -> Tensor:
@@ -78,6 +86,6 @@ def _truncate(log_probs_BV: Tensor, how: Decoding) -> Tensor:
         keep[:, how.top_k :] = False
     kept = torch.where(keep, ordered, -torch.inf).log_softmax(dim=-1).exp()
     if how.top_p < 1.0:
-        keep &= kept.cumsum(dim=-1) - kept < how.top_p
+        keep &= _cumulative(kept) * _UNIT - kept < how.top_p
     kept_in_place = torch.zeros_like(keep).scatter(1, order, keep)
     return torch.where(kept_in_place, log_probs_BV, -torch.inf).log_softmax(dim=-1)
