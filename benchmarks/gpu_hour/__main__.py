@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.gpu_hour.parts import BY_NAME, ROOT, Part, chosen
 from benchmarks.gpu_hour.status import MARK, missed, results_in, table
 from benchmarks.reports import versions, write_between_marks
-from gspo_megatron.device.checkup import against_recipe
+from gspo_megatron.device.checkup import problem_of_recipe
 from gspo_megatron.device.facts import Facts
 from gspo_megatron.device.probe import gather
 
@@ -94,7 +94,8 @@ def skipped(part: Part, facts: Facts, deadline: float, options: argparse.Namespa
     elif (part.needs_te or part.fp8 != "none") and not facts.transformer_engine.works:
         reason = f"Transformer Engine: {facts.transformer_engine.error or 'not installed'}"
     elif part.fp8 != "none":
-        reason = "; ".join(against_recipe(part.fp8, facts)) or None
+        problem = problem_of_recipe(part.fp8, facts)
+        reason = problem.what if problem else None
     return {"state": state, "reason": reason, "seconds": 0.0, "values": {}} if reason else None
 
 
@@ -123,7 +124,8 @@ def run(part: Part, deadline: float, options: argparse.Namespace) -> dict[str, A
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         lines = log.read_text(errors="replace").strip().splitlines()
-        values, details = {}, {}
+        values: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         if reason is None:
             try:
                 values = dict(part.values(output))
@@ -133,7 +135,8 @@ def run(part: Part, deadline: float, options: argparse.Namespace) -> dict[str, A
                 details = json.loads(output.read_text())
         if reason is not None:
             reason = f"{reason}: {lines[-1].strip()}" if lines else reason
-    result = {"state": "failed" if reason else "measured", "reason": reason, "values": values}
+    state = "failed" if reason else "measured"
+    result: dict[str, Any] = {"state": state, "reason": reason, "values": values}
     result |= {"seconds": time.monotonic() - started, "command": command[1:], "details": details}
     return result | ({"end_of_log": lines[-60:]} if reason else {})
 

@@ -33,7 +33,8 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.packing import pack
-from gspo_megatron.device import DTYPES, Device, open_device, transformer_engine_available
+from gspo_megatron.device import DTYPES, Device, open_device
+from gspo_megatron.device.machine import Machine
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -87,7 +88,12 @@ class Bench:
 
     @cached_property
     def te(self) -> bool:
-        return not self.device.on_cpu and transformer_engine_available()
+        from gspo_megatron.mcore import compat
+
+        if self.device.on_cpu or not Machine.of_this_process().has_transformer_engine:
+            return False
+        compat.check_transformer_engine()
+        return True
 
     def policy(self, *, te: bool, dtype: str = "bf16", fp8: str = "none") -> Any:
         """A policy whose weights depend on the seed alone."""

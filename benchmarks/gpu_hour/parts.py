@@ -35,7 +35,7 @@ SMALLER = (
 )
 """Makes a rehearsal of UPDATE."""
 
-Values = Mapping[str, float | int | str | bool | None]
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ PARTS: tuple[Part, ...] = (
         fp8="blockwise",
     ),
 )
-"""In the order in which a wrong result makes the later ones meaningless. On one GPU their limits add up to 25 minutes."""
+"""In the order in which a wrong result makes the later ones meaningless. Those of one GPU take 25 minutes at most."""
 
 BY_NAME = {part.name: part for part in PARTS}
 

@@ -7,22 +7,18 @@ Every finding that is not OK says what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from gspo_megatron.device.cuda import set_variables, variables_of
 from gspo_megatron.device.facts import Facts, Package, text_of
+from gspo_megatron.device.machine import OLDEST_DRIVERS, Needs, Problem, problems
 from gspo_megatron.device.precision import RECIPES
 
 PYTHON_LEAST = (3, 10)
 TORCH_LEAST = (2, 6)
 MEGATRON_TESTED = ((0, 16, 1), (0, 19, 2))
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
-TE_LEAST = {"tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
-"""What megatron.core.fp8_utils asks for, by recipe."""
-DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
-"""Oldest driver that runs programs built with this CUDA:
-https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 KERNEL_TOLERANCE = 2.0**-7
 """bf16 factors, and a bf16 matrix D in the backward."""
 
@@ -82,7 +78,7 @@ def driver(f: Facts) -> Finding:
         return ok("none; this torch needs none")
     found = f.driver + (f", runs CUDA {text_of(f.driver_cuda)}" if f.driver_cuda else "")
     if f.torch_cuda and f.driver_cuda and f.driver_cuda[0] < f.torch_cuda[0]:
-        needed = DRIVER_OF_CUDA.get(f.torch_cuda[0])
+        needed = OLDEST_DRIVERS.get(f.torch_cuda[0])
         return Finding(
             State.WRONG,
             found,
@@ -152,17 +148,15 @@ def megatron(f: Facts) -> Finding:
 
 def transformer_engine(f: Facts) -> Finding:
     te = f.transformer_engine
-    if te.version is None:
-        if not f.torch_cuda:
-            return ok("not needed: this torch has no CUDA")
-        problem = "no fused layers, no FP8, and context parallel without fused attention"
-        return Finding(
-            State.LIMIT, "not installed", problem, "the image of the Dockerfile has it, or gspo_megatron[te]"
-        )
-    if not te.works:
-        advice = "build it against this torch: pip install --no-build-isolation 'gspo_megatron[te]'"
-        return _broken("Transformer Engine", te, State.LIMIT, advice)
-    return ok(str(te.version))
+    if te.version is None and not f.torch_cuda:
+        return ok("not needed: this torch has no CUDA")
+    found = te.version or "not installed"
+    machine = replace(f.machine, gpu="a GPU")
+    problem = next(problems(machine, Needs(transformer_engine="on")), None)
+    if problem is None and f.pair_error:
+        advice = "install a pair that works together (docs/dependencies.md)"
+        return Finding(State.LIMIT, found, f.pair_error, advice)
+    return ok(found) if problem is None else Finding(State.LIMIT, found, problem.what, problem.fix)
 
 
 def apex(f: Facts) -> Finding:
@@ -198,30 +192,18 @@ def fp8(f: Facts) -> Finding:
     if not f.torch_cuda:
         return ok("not needed: this torch has no CUDA")
     quantizing = [name for name, recipe in RECIPES.items() if recipe.quantizes]
-    complaints = {name: list(against_recipe(name, f)) for name in quantizing}
-    working = [name for name, found in complaints.items() if not found]
+    complaints = {name: problem_of_recipe(name, f) for name in quantizing}
+    working = [name for name, problem in complaints.items() if problem is None]
     found = f"precision.fp8={' or '.join(working)}" if working else "no recipe works"
-    best = quantizing[0]
-    # Of another generation of GPUs: not what anyone waits for.
-    if best in working or (f.gpus and f.gpus[0].capability >= BLACKWELL and working):
-        return ok(found)
-    advice = f"use precision.fp8={working[0]}" if working else "use precision.fp8=none"
-    return Finding(State.LIMIT, found, f"{best}: {'; '.join(complaints[best])}", f"{advice}, or mend that")
+    best = quantizing[0] if not f.gpus or f.gpus[0].capability < BLACKWELL else "mxfp8"
+    problem = complaints[best]
+    return ok(found) if problem is None else Finding(State.LIMIT, found, problem.what, problem.fix)
 
 
-def against_recipe(name: str, f: Facts) -> Iterator[str]:
-    """Why precision.fp8=`name` cannot run with these GPUs and packages."""
-    recipe = RECIPES[name]
-    if f.torch_cuda < recipe.cuda:
-        yield f"torch is built for CUDA {text_of(f.torch_cuda)}, it needs {text_of(recipe.cuda)}"
-    if f.gpus and (weakest := min(gpu.capability for gpu in f.gpus)) < recipe.capability:
-        yield f"compute capability {text_of(weakest)}, it needs {text_of(recipe.capability)}"
-    if f.gpus and recipe.capability_below and max(gpu.capability for gpu in f.gpus) >= recipe.capability_below:
-        yield f"it is for GPUs before compute capability {text_of(recipe.capability_below)}"
-    if not f.transformer_engine.works:
-        yield "Transformer Engine does not work"
-    elif f.transformer_engine.number < TE_LEAST.get(name, ()):
-        yield f"Transformer Engine {f.transformer_engine.version}, it needs {text_of(TE_LEAST[name])}"
+def problem_of_recipe(name: str, f: Facts) -> Problem | None:
+    """The first thing that keeps a run with precision.fp8=`name` from working."""
+    machine = f.machine if f.gpus else replace(f.machine, gpu="a GPU", capability=RECIPES[name].capability)
+    return next(problems(machine, Needs(fp8=name)), None)
 
 
 def environment(f: Facts) -> Finding:
@@ -287,6 +269,13 @@ def host(f: Facts) -> Finding:
     return ok(found)
 
 
+def host_name(f: Facts) -> Finding:
+    if f.host_name_error:
+        problem = f"does not resolve ({f.host_name_error}): torchrun would wait for it five minutes, and fail"
+        return Finding(State.WRONG, f.host_name, problem, f"add `127.0.0.1 {f.host_name}` to /etc/hosts")
+    return ok(f.host_name)
+
+
 def clock(f: Facts) -> Finding:
     if f.clock_behind_s > 60:
         found = f"{f.clock_behind_s:.0f} s behind the files of this package"
@@ -327,6 +316,7 @@ CHECKS = (
     Check("locked memory", locked_memory, at_build=False),
     Check("disk", disk, at_build=False),
     Check("host", host, at_build=False),
+    Check("host name", host_name, at_build=False),
     Check("clock", clock, at_build=False),
     Check("pinned packages", pins),
 )

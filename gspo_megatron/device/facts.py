@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gspo_megatron.device.machine import Machine
+
 Version = tuple[int, ...]
 
 
@@ -66,6 +68,8 @@ class Facts:
     """The newest CUDA that the driver runs."""
     megatron: Package = Package("0.16.1")
     transformer_engine: Package = Package("2.18.0")
+    pair_error: str | None = None
+    """Why Megatron-Core cannot use this Transformer Engine."""
     apex: Package = Package()
     triton: Package = Package("3.7.1")
     kernel: Kernel = Kernel()
@@ -78,10 +82,35 @@ class Facts:
     free_disk_gib: float = 1000.0
     host_memory_gib: float = 256.0
     cores: int = 16
+    host_name: str = "node"
+    host_name_error: str | None = None
+    """Why the name has no address."""
     clock_behind_s: float = 0.0
     """How far the clock is behind the newest file of this package."""
     pins: Mapping[str, tuple[str, str | None]] | None = None
     """By package: the version that is tested, and the one that is installed. None: the list was not found."""
+
+    @property
+    def machine(self) -> Machine:
+        """What a run would find, for the rules that it checks itself."""
+        gpu = self.gpus[0] if self.gpus else Gpu("", (0, 0), 0.0)
+        te = self.transformer_engine
+        return Machine(
+            gpu=gpu.name,
+            num_gpus=len(self.gpus),
+            gpu_error=self.gpu_error or "",
+            visible=self.environment.get("CUDA_VISIBLE_DEVICES"),
+            capability=min((each.capability for each in self.gpus), default=(0, 0)),
+            memory_gib=gpu.memory_gib,
+            free_gib=gpu.memory_gib - gpu.used_gib,
+            driver=self.driver or "",
+            torch=self.torch.version or "",
+            cuda=text_of(self.torch_cuda),
+            nccl=text_of(self.nccl),
+            triton=self.triton.version or "",
+            transformer_engine=te.version or "",
+            transformer_engine_error=te.error or "",
+        )
 
 
 def version_of(text: str | None) -> Version:

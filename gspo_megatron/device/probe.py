@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ PROBES: Mapping[str, tuple[str, ...]] = {
     "transformer_engine": ("gspo_megatron.device.probe", "transformer_engine.pytorch"),
     "apex": ("gspo_megatron.device.probe", "apex"),
     "megatron": ("gspo_megatron.device.probe", "megatron.core"),
+    "pair": ("gspo_megatron.mcore.probe",),
+    "host_name": ("gspo_megatron.device.probe", "host_name"),
     "kernel": ("gspo_megatron.log_probs.probe", "cuda", "90"),
 }
 DISTRIBUTIONS = {"transformer_engine.pytorch": "transformer-engine", "megatron.core": "megatron-core"}
@@ -62,6 +65,7 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
         driver_cuda=driver_cuda,
         megatron=_package("megatron-core", found["megatron"]),
         transformer_engine=_package("transformer-engine", found["transformer_engine"]),
+        pair_error=found["pair"].get("error"),
         apex=_package("apex", found["apex"]),
         triton=Package(_installed("triton") or _installed("pytorch-triton")),
         kernel=_kernel(found["kernel"]),
@@ -72,6 +76,8 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
         directory_error=directory_error,
         free_disk_gib=free_gib,
         host_memory_gib=_host_memory_gib(),
+        host_name=socket.gethostname(),
+        host_name_error=found["host_name"].get("error"),
         cores=len(os.sched_getaffinity(0)),
         clock_behind_s=max(0.0, max(p.stat().st_mtime for p in Path(__file__).parent.glob("*.py")) - time.time()),
         pins=_compared(pins),
@@ -130,7 +136,9 @@ def _root() -> str:
 
 
 def _is_there(probe: str) -> bool:
-    return probe == "kernel" or importlib.util.find_spec(probe) is not None
+    if probe == "pair":
+        return all(map(_is_there, ("megatron", "transformer_engine")))
+    return probe in ("kernel", "host_name") or importlib.util.find_spec(probe) is not None
 
 
 def _installed(name: str) -> str | None:
@@ -252,6 +260,15 @@ def torch_and_gpus() -> dict[str, Any]:
     return answer
 
 
+def host_name() -> dict[str, Any]:
+    """The address of this host's name, by which the processes of torchrun find each other."""
+    try:
+        socket.getaddrinfo(socket.getfqdn(socket.gethostname()), None)
+    except OSError as error:
+        return {"error": str(error)}
+    return {}
+
+
 def imported(name: str) -> dict[str, Any]:
     try:
         package = importlib.import_module(name)
@@ -270,8 +287,8 @@ def imported(name: str) -> dict[str, Any]:
 
 
 def main(name: str) -> None:
-    look: Callable[[], dict[str, Any]] = torch_and_gpus if name == "torch" else lambda: imported(name)
-    print(json.dumps(look()))
+    own: Mapping[str, Callable[[], dict[str, Any]]] = {"torch": torch_and_gpus, "host_name": host_name}
+    print(json.dumps(own[name]() if name in own else imported(name)))
 
 
 if __name__ == "__main__":
