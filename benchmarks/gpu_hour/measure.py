@@ -299,15 +299,19 @@ MEASURES: dict[str, Callable[[Bench, argparse.Namespace], dict[str, Any]]] = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("name", choices=sorted(MEASURES))
+    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--fp8", default="none", help="value of precision.fp8")
+    options.add_argument("--deterministic", action="store_true", help="with precision.deterministic")
+    options.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", choices=sorted(MEASURES))
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--fp8", default="none")
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--rehearse", action="store_true")
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if options.name == "decode":
         sizes = ("model.num_layers=2", f"rollout.max_batch={ROWS}", f"model.max_sequence_length={2 * PROMPT_TOKENS}")
         bench = Bench.open(options, (*sizes, f"rollout.max_new_tokens={NEW_TOKENS}"), UPDATE)

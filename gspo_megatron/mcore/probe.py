@@ -1,5 +1,7 @@
-"""Does the installed Megatron-Core find all that it uses of the installed Transformer Engine? Prints JSON for the doctor:
-python -m gspo_megatron.mcore.probe"""
+"""Does Megatron-Core find all that it uses of the installed Transformer Engine? Prints JSON, for the doctor.
+
+python -m gspo_megatron.mcore.probe
+"""
 
 from __future__ import annotations
 
