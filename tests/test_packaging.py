@@ -108,7 +108,7 @@ def test_make_help_lists_every_target():
     phony = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
     listed = re.findall(r"^  make (\S+) +\S", run("make", "help"), re.MULTILINE)
     assert listed == phony
-    assert {"venv", "demo", "test", "test-next", "check", "gpu", "clean"} <= set(listed)
+    assert {"venv", "demo", "test", "test-next", "check", "doctor", "gpu", "gpu-hour", "clean"} <= set(listed)
     for target in listed:
         run("make", "--dry-run", target)
 
@@ -174,6 +174,16 @@ def test_slurm_script_without_gpus_uses_the_cores(tmp_path):
     words = start_slurm_script(tmp_path, "--config", "c.yaml")
     assert option(words, "--nproc_per_node") == "16"
     assert words[0] == "OMP_NUM_THREADS=1"
+
+
+def test_slurm_script_runs_in_a_container_where_one_is_named(tmp_path):
+    bare = start_slurm_script(tmp_path, "--config", "c.yaml")
+    assert not any(word.startswith("--container") for word in bare)
+    words = start_slurm_script(tmp_path, "--config", "c.yaml", CONTAINER="/images/gspo megatron.sqsh")
+    inside = [word for word in words if word.startswith("--container")]
+    mounts = [f"--container-mounts={ROOT}:{ROOT}", f"--container-workdir={ROOT}"]
+    assert inside == ["--container-image=/images/gspo megatron.sqsh", *mounts]
+    assert [word for word in words if word not in inside] == bare
 
 
 def test_slurm_script_gives_a_requeued_job_a_rendezvous_of_its_own(tmp_path):
