@@ -1,8 +1,8 @@
 """What a part of `make gpu-hour` measures, in this process: python -m benchmarks.gpu_hour.measure NAME --output FILE.
 
 All but `decode` use one small model with real head sizes, and the same packed sequences of random tokens. With
---rehearse the model is tiny, on the CPU, and where Transformer Engine is missing both sides are local layers: the same
-code runs, and its numbers mean nothing.
+--rehearse the model is tiny, on the CPU, and both sides are local layers: the same code runs, and its numbers mean
+nothing.
 
 Errors are root mean squares; of gradients, over all parameters and relative to the size of the gradient.
 """
@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,8 @@ class Bench:
     device: Device
     groups: Any
     rehearse: bool
+    te: bool
+    """Whether what is measured is built from Transformer Engine's layers."""
 
     @classmethod
     def open(cls, options: argparse.Namespace, model: Sequence[str] = MODEL, file: Path | None = None) -> Bench:
@@ -84,16 +85,10 @@ class Bench:
         device.start_processes(600.0)
         groups = Groups(check_config(config, 1), device.torch_device)
         compat.apply_patches(device.on_cpu)
-        return cls(config, device, groups, options.rehearse)
-
-    @cached_property
-    def te(self) -> bool:
-        from gspo_megatron.mcore import compat
-
-        if self.device.on_cpu or not Machine.of_this_process().has_transformer_engine:
-            return False
-        compat.check_transformer_engine()
-        return True
+        te = options.te if options.rehearse else Machine.of_this_process().has_transformer_engine
+        if te:
+            compat.check_transformer_engine()
+        return cls(config, device, groups, options.rehearse, te)
 
     def policy(self, *, te: bool, dtype: str = "bf16", fp8: str = "none") -> Any:
         """A policy whose weights depend on the seed alone."""
@@ -305,7 +300,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--output", type=Path, required=True)
     options.add_argument("--fp8", default="none", help="value of precision.fp8")
     options.add_argument("--deterministic", action="store_true", help="with precision.deterministic")
-    options.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    options.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, with local layers")
+    options.add_argument("--te", action="store_true", help="with --rehearse: its layers, behind tests/te/stand_in")
     return options
 
 
