@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformer_engine_torch", reason="make test-te has the stand-in for it")
-
 from benchmarks.gpu_hour import measure
 from gspo_megatron.testing.local_ranks import run_distributed
+
+pytestmark = pytest.mark.te
 
 
 def values(name: str, output: Path, *arguments: str, rotated_twice: bool = False) -> dict[str, Any]:
