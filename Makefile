@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm check docs gpu clean
+.PHONY: help venv venv-next venv-te venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm test-te check docs gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -24,6 +24,8 @@ help: ## This list
 venv: .venv/.installed ## Install the pinned packages into .venv
 
 venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
+
+venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA, in two versions, for `make test-te`, into .venv-te
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -93,6 +95,18 @@ test test-next:
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
 
+# The newest Transformer Engine with the older Megatron-Core runs everything; the other pairs what can differ. PYTHONPATH
+# puts another version before the installed one.
+TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te -n 0
+OLDER_TE = .venv-te/te-2.10
+NEXT_MEGATRON = .venv-te/megatron-next
+
+test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with the local ones, on the CPU; two versions of each
+	PYTHONPATH=tests/te/stand_in $(TEST_TE) tests/te $(ARGS)
+	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON) $(TEST_TE) tests/te -k smoke $(ARGS)
+	PYTHONPATH=tests/te/stand_in:$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
+	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
+
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -126,9 +140,17 @@ endif
 .venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
 .venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
 .venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
-.venv/.installed .venv-next/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv-te/.installed: MEGATRON = -r requirements/megatron.txt
+.venv-te/.installed: PACKAGE = -e '.[dev]'
+.venv-te/.installed: requirements/megatron.txt requirements/megatron-next.txt requirements/te.txt
+.venv-te/.installed: PIP_TO = .venv-te/bin/pip install --no-deps --ignore-requires-python --upgrade --target
+.venv-te/.installed: LAST = .venv-te/bin/pip install --no-deps -r requirements/te.txt && \
+	$(PIP_TO) .venv-te/te-2.10 transformer-engine==2.10.0 && \
+	$(PIP_TO) .venv-te/megatron-next $$(grep megatron-core requirements/megatron-next.txt)
+.venv/.installed .venv-next/.installed .venv-te/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)
 	$(@D)/bin/pip install -c requirements/pins.txt $(PACKAGE)
+	$(LAST)
 	touch $@

@@ -68,13 +68,21 @@ def set_experts(mlp: Any, module: type) -> None:
 
 
 def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool) -> None:
-    """0.16.1, tensor_parallel/layers.py:886: an expert weight is reduced over the expert groups only when EP > 1. With
-    TP > 1, ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the
-    gradient of its own tokens. 0.19.2 decides by the groups, as this does."""
-    if experts_have_own_groups:
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
+    """What 0.16.1 gets wrong about experts' parameters, and 0.19.2 gets right.
+
+    - tensor_parallel/layers.py:886: their gradient is reduced over the expert groups only when EP > 1. With TP > 1,
+      ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the gradient
+      of its own tokens.
+    - extensions/transformer_engine.py TEGroupedLinear: Transformer Engine makes the matrices as if nothing were sharded,
+      so tensor_parallel/layers.py:89 takes them for copies, and the gradient norm has only those of tensor-parallel
+      rank 0.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            if experts_have_own_groups:
                 parameter.allreduce = False  # type: ignore[attr-defined]
+            if parameter.dim() == 2:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def check_transformer_engine() -> None:

@@ -33,6 +33,7 @@ class PolicyModel(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rotary = rotary
         self.true_vocab_size = true_vocab_size
+        self.weights_changed = True  # since the last forward; see schedule
 
     def forward(self, tokens_T: Tensor, packed: PackedTokens) -> Tensor:
         self.rotary.prepare(packed)

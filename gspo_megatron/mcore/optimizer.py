@@ -38,12 +38,26 @@ def wrap_model(
         )
         for i, chunk in enumerate(chunks)
     ]
+    for chunk in chunks:
+        add_weight_gradients_in_float32(chunk)
     config = chunks[0].config  # one for all chunks
     config.finalize_model_grads_func = finalize_model_grads
     if _overlaps(device, settings):
         # Only the last micro-batch's backward reduces.
         config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def add_weight_gradients_in_float32(model: torch.nn.Module) -> None:
+    """Transformer Engine's layers add the product that is a weight's gradient to the gradient buffer themselves, where it
+    is summed in float32; otherwise it would be rounded to bf16 first, for every micro-batch, and added by another kernel.
+
+    Set on the modules: TransformerConfig.gradient_accumulation_fusion would also ask Megatron's own vocabulary layer for
+    it, which needs Apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(

@@ -232,6 +232,8 @@ class MegatronCheckpoints:
                 files.read(f"exp_avg_sq.{name}", shard, adam.exp_avg_sq)
         for name, whole, parameter in self._shards(self.policy.reference or []):
             files.read(f"reference.{name}", whole, parameter.view(-1))
+        for chunk in (*self.policy.model, *(self.policy.reference or [])):
+            chunk.weights_changed = True
 
     # ------------------------------------------------------------------------------------------------------- both
 

@@ -121,7 +121,10 @@ def _bare(chunk: Any) -> PolicyModel:
 
 
 def _run(forward_step: Callable[..., Any], chunks: Chunks, items: Sequence[Any], *, forward_only: bool) -> list[Any]:
-    return get_forward_backward_func()(
+    models = [_bare(chunk) for chunk in chunks]
+    # Transformer Engine quantises weights in the first forward after they have changed, and keeps the copies.
+    changed = any(model.weights_changed for model in models)
+    results = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(items) for _ in chunks],
         model=list(chunks),
@@ -130,4 +133,8 @@ def _run(forward_step: Callable[..., Any], chunks: Chunks, items: Sequence[Any],
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        first_val_step=changed,
     )
+    for model in models:
+        model.weights_changed = not forward_only  # the optimizer's step comes next
+    return results

@@ -1,0 +1,57 @@
+"""FP8 on the CPU: Megatron's and Transformer Engine's control flow around Transformer Engine's own reference of current
+scaling, which quantises and multiplies in torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from gspo_megatron.device.precision import RECIPES
+
+RECIPE = "tensorwise"
+FACTORY = "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"
+SETTINGS = (f"precision.fp8={RECIPE}",)
+
+
+def use_reference() -> None:
+    """Makes the row of RECIPES compute with the reference, in this process, on a CPU."""
+    settings = {"fp8": "hybrid", "fp8_recipe": "custom", "fp8_quantizer_factory": FACTORY}
+    RECIPES[RECIPE] = replace(RECIPES[RECIPE], layers=("local", "te"), megatron=settings)
+
+
+class Watched:
+    """Counts what the reference does, from now on.
+
+    Attributes:
+        products: sizes (rows, columns, inner) of every product, and how often.
+        quantised: tensors that were quantised: "weight" or "other", by whether a parameter was.
+    """
+
+    def __init__(self) -> None:
+        from torch.nn import Parameter
+        from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
+
+        self.products: Counter[tuple[int, ...]] = Counter()
+        self.quantised: Counter[str] = Counter()
+        qgemm, quantize_impl = CurrentScalingQuantizerRef.qgemm, CurrentScalingQuantizerRef.quantize_impl
+        update = CurrentScalingQuantizerRef.update_quantized
+
+        def counted_product(quantizer: Any, qx: Any, qw: Any, *args: Any, **kwargs: Any) -> Any:
+            self.products[(len(qx), len(qw), qx.size(-1))] += 1
+            return qgemm(quantizer, qx, qw, *args, **kwargs)
+
+        def kind(tensor: Any) -> str:
+            return "weight" if isinstance(tensor, Parameter) else "other"
+
+        def counted_quantise(quantizer: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.quantised[kind(tensor)] += 1
+            return quantize_impl(quantizer, tensor, *args, **kwargs)
+
+        def counted_update(quantizer: Any, src: Any, *args: Any, **kwargs: Any) -> Any:
+            self.quantised[kind(src)] += 1
+            return update(quantizer, src, *args, **kwargs)
+
+        CurrentScalingQuantizerRef.qgemm = counted_product
+        CurrentScalingQuantizerRef.quantize_impl = counted_quantise
+        CurrentScalingQuantizerRef.update_quantized = counted_update
