@@ -1,8 +1,9 @@
 """Trains a policy: `torchrun ... -m gspo_megatron.train --config FILE [section.key=value ...] [--dry-run]`.
 
 Settings are read, completed and checked, then the parts of the run are assembled and the trainer runs. Without
-torchrun the same command runs on one process. Exit status: 0 done; 2 settings, data or a checkpoint cannot work; 70 a
-guard stopped the run; 75 saved and stopped on request: start again to continue.
+torchrun the same command runs on one process. Exit status: 0 done; 1 the processes did not meet, or an error in the
+code; 2 settings, data or a checkpoint cannot work; 70 a guard stopped the run; 75 saved and stopped on request: start
+again to continue.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
 from gspo_megatron.build.inputs import Inputs, settle
 from gspo_megatron.build.trainer import open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
@@ -27,7 +28,7 @@ from gspo_megatron.device import Device, open_device
 from gspo_megatron.layout.memory import describe_plan
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
-from gspo_megatron.run.stop import REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
+from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
 from gspo_megatron.run.trainer import Trainer
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return REFUSED
+    except StartError as error:
+        print(f"StartError: {error}", file=sys.stderr)
+        return FAILED
     except GuardError as error:
         print(f"GuardError: {error}", file=sys.stderr)
         return STOPPED_BY_GUARD

@@ -19,6 +19,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or from another model."""
 
 
+class StartError(RuntimeError):
+    """Processes that do not find each other. Names the rank, the address and what to try."""
+
+
 class StopRequested(Exception):
     """The run should save and end. Raised at a safe point, on all processes together."""
 

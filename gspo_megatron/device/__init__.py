@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.device import cpu, cuda
+from gspo_megatron.device import cpu, cuda, processes
 from gspo_megatron.device.machine import Machine, Needs, problems
 
 TORCHRUN = {
@@ -53,17 +53,12 @@ class Device:
         return self.torch_device.type == "cpu"
 
     def start_processes(self, timeout_s: float) -> None:
-        """Joins torch.distributed: through torchrun's environment, or alone when this process was started by hand."""
-        timeout = timedelta(seconds=timeout_s)
-        if "RANK" in os.environ:
-            store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-            # torchrun's store survives a restart, with the addresses of processes that are gone.
-            store = torch.distributed.PrefixStore(f"attempt_{self.restarts}", store)
-        else:
-            store, rank, world_size = torch.distributed.HashStore(), 0, 1
-        torch.distributed.init_process_group(
-            self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        """Joins torch.distributed: through torchrun's environment, or alone when this process was started by hand.
+
+        Raises:
+            StartError: the processes do not find each other.
+        """
+        processes.start(self.backend, self.torch_device, attempt=self.restarts, timeout_s=timeout_s)
 
     def notes(self) -> torch.distributed.Store:
         """A store that all processes share, through a connection that nothing else waits for. Call it after

@@ -77,8 +77,12 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
     for share in family_of(m).shares(m):
         unit = columns if share.columns else 1
         if share.value % (unit * _ranks(layout, share.axes)):
-            why = f" (matmuls in precision.fp8 take {unit} columns at a time)" if unit > 1 else ""
-            yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}{why}"
+            yield f"{share.name}={share.value} is not divisible by {_product(layout, share.axes, unit)}" + (
+                f" (matmuls in precision.fp8={config.precision.fp8} take {unit} columns at a time: "
+                f"{_nearest_multiples(share.value, unit * _ranks(layout, share.axes))} would do, or precision.fp8=none)"
+                if unit > 1
+                else ""
+            )
     if layout.cp > 1 and m.max_sequence_length % (2 * layout.cp):
         yield (
             f"parallel.cp={layout.cp} splits every sequence into 2 * cp equal chunks, but "

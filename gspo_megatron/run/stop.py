@@ -20,6 +20,8 @@ STOPPED = 75
 """Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): start again to continue."""
 STOPPED_BY_GUARD = 70
 """Exit status of a run that a guard stopped (EX_SOFTWARE): a person has to look into it."""
+FAILED = 1
+"""Exit status of every other error, as Python's own: starting again may help."""
 REFUSED = 2
 """Exit status for settings, prompts or a checkpoint that cannot work."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -102,8 +102,8 @@ def refusal(*overrides: str, world_size: int = 1) -> str:
         (
             (*FP8, "parallel.etp=4", "model.expert_ffn_size=96"),
             8,
-            "model.expert_ffn_size=96 is not divisible by 16 * etp(4) = 64 (matmuls in precision.fp8 take 16 columns "
-            "at a time)",
+            "model.expert_ffn_size=96 is not divisible by 16 * etp(4) = 64 (matmuls in precision.fp8=blockwise take 16 "
+            "columns at a time: 64 or 128 would do, or precision.fp8=none)",
             "parallel.etp=2, or parallel.etp=1",
         ),
     ],
