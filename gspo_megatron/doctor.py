@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.device.checkup import Finding, State, examine, passes
 from gspo_megatron.device.facts import Facts
@@ -45,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(findings: list[tuple[str, Finding]]) -> str:
     """A line for each check; what is wrong and what to do on the lines below it."""
-    lines = []
+    lines, indent = [], " " * 27
     for name, finding in findings:
-        lines.append(f"{finding.state.value:<6} {name:<19} {finding.found}"[:WIDTH])
-        lines += [f"{'':<26} {text}" for text in (finding.problem, finding.advice and f"-> {finding.advice}") if text]
+        texts = {f"{finding.state.value:<6} {name:<19} ": finding.found, indent: finding.problem}
+        texts |= {f"{indent}-> ": finding.advice}
+        for start, text in texts.items():
+            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            lines += textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), **how)
     return "\n".join(lines)
 
 

@@ -82,9 +82,10 @@ def test_a_package_that_half_works_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_lines_say_what_to_do() -> None:
-    finding = doctor.Finding(doctor.State.LIMIT, "found", "problem", "advice")
+    finding = doctor.Finding(doctor.State.LIMIT, "found", "problem", "advice " * 20)
     assert doctor.table([("check", finding)]).splitlines() == [
         "limit  check               found",
         " " * 27 + "problem",
-        " " * 27 + "-> advice",
+        " " * 27 + "-> " + " ".join(["advice"] * 12),
+        " " * 30 + " ".join(["advice"] * 8),
     ]

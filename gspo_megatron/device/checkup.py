@@ -136,6 +136,8 @@ def megatron(f: Facts) -> Finding:
         advice = "pip install -r requirements/megatron.txt"
         if "resiliency" in (f.megatron.error or ""):
             advice = "pip uninstall nvidia-resiliency-ext (older than 0.6 breaks Megatron-Core from 0.17 on)"
+        elif f.megatron.error and f.megatron.error == f.transformer_engine.error:
+            advice = "Megatron-Core imports Transformer Engine: install it in full, or uninstall it"
         return _broken("Megatron-Core", f.megatron, State.WRONG, advice)
     found = str(f.megatron.version)
     if f.megatron.number[:3] < MEGATRON_TESTED[0]:
@@ -197,6 +199,8 @@ def fp8(f: Facts) -> Finding:
     found = f"precision.fp8={' or '.join(working)}" if working else "no recipe works"
     best = quantizing[0] if not f.gpus or f.gpus[0].capability < BLACKWELL else "mxfp8"
     problem = complaints[best]
+    if problem is not None and not f.transformer_engine.works:
+        return Finding(State.LIMIT, found, "Transformer Engine does not work", "see there, or use precision.fp8=none")
     return ok(found) if problem is None else Finding(State.LIMIT, found, problem.what, problem.fix)
 
 
