@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-slurm test-te check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-trl demo gsm8k bench bench-log-probs bench-trl grid test test-next test-triton test-slurm test-te check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -79,6 +79,9 @@ grid: .venv/.installed ## Compare every layout of up to 8 processes with one pro
 	.venv/bin/python -W ignore tools/layout_grid.py --output benchmarks/results/grid.json --table docs/layouts.md $(ARGS)
 	.venv/bin/python -W ignore tools/run_layouts.py --output benchmarks/results/layouts.json
 
+# Installed aside, for the Python and torch of .venv. TESTED_TRITON in log_probs/backends.py names the same ones.
+TRITONS = 3.5.1 3.6.0 3.8.0 3.9.0
+
 # One worker for each core, at most eight. Tests that start processes often wait for them, and another test has the cores
 # meanwhile. worksteal gives a worker a run of tests that share fixtures, and one that has finished takes tests from
 # another. ARGS="-n 0" stays in one process, for a debugger.
@@ -91,6 +94,17 @@ test-next: .venv-next/.installed ## Run what depends on Megatron-Core with the n
 test-next: SELECTED = --depends-on-megatron
 test test-next:
 	$(<D)/bin/python -m pytest $(WORKERS) $(SELECTED) $(ARGS)
+
+# The oldest and the newest one also run the kernels, in Triton's interpreter, and fail on purpose.
+test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kernels for GPUs with each supported Triton
+	@set -e; for version in $(TRITONS); do \
+		export PYTHONPATH=.venv-triton/$$version; \
+		.venv/bin/python -c 'import triton; assert triton.__version__ == "'$$version'"; print("Triton", triton.__version__)'; \
+		tests=tests/log_probs/test_triton_compile.py; \
+		case $$version in $(firstword $(TRITONS)) | $(lastword $(TRITONS))) \
+			tests="$$tests tests/log_probs/test_triton_kernels.py tests/log_probs/test_backends.py" ;; esac; \
+		.venv/bin/python -m pytest $(WORKERS) $$tests $(ARGS); \
+	done
 
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
@@ -146,6 +160,11 @@ endif
 .venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
 .venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
 .venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
+# 200 MB to download and 1 GB on disk for each. The interpreters of the older ones need the older NumPy.
+.venv-triton/%/.installed: | .venv/.installed
+	.venv/bin/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy<2.4'
+	touch $@
+
 .venv-te/.installed: MEGATRON = -r requirements/megatron.txt
 .venv-te/.installed: PACKAGE = -e '.[dev]'
 .venv-te/.installed: requirements/megatron.txt requirements/megatron-next.txt requirements/te.txt

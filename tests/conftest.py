@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         OPTION,
         action="store_true",
-        help="leave out test files that never reach Megatron-Core (or import Triton), unless they are named",
+        help="leave out test files that never reach Megatron-Core, unless they are named",
     )
 
 

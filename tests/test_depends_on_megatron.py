@@ -21,7 +21,6 @@ TESTS = ROOT / "tests"
         ("test_layouts.py", "imports a tool that starts runs"),
         ("test_golden.py", "imports the command, which imports mcore in a function"),
         ("monitor/test_watchdog.py", "starts the command"),
-        ("log_probs/test_triton_kernels.py", "imports Triton"),
     ],
 )
 def test_what_reaches_megatron_is_repeated(file: str, how: str) -> None:
@@ -36,6 +35,8 @@ def test_a_room_below_megatron_is_left_out(folder: str) -> None:
 def test_others_that_have_nothing_to_show_there() -> None:
     assert not depends_on_megatron(TESTS / "test_packaging.py") and not depends_on_megatron(TESTS / "test_layers.py")
     assert not depends_on_megatron(TESTS / "run" / "test_trainer.py")
+    # `make test-triton` runs those with every Triton.
+    assert not any(depends_on_megatron(file) for file in (TESTS / "log_probs").glob("test_triton*.py"))
     assert {"torch", "numpy"} <= reached(TESTS / "run" / "test_trainer.py")
 
 

@@ -28,6 +28,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     algorithm = Algorithm.of(config)
     _check_model(config.model.shape)
     _check_precision(config)
+    _check_kernels(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
@@ -82,6 +83,15 @@ def _check_precision(config: Config) -> None:
         raise ConfigError(
             f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
+        )
+
+
+def _check_kernels(config: Config) -> None:
+    backend, precision = config.train.log_prob_backend, config.precision
+    if backend == "triton" and (precision.device == "cpu" or precision.dtype == "fp64"):
+        raise ConfigError(
+            f"train.log_prob_backend=triton needs a GPU and fp32 or bf16, not precision.device={precision.device} with "
+            f"precision.dtype={precision.dtype}; use auto"
         )
 
 

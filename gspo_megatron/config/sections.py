@@ -270,6 +270,12 @@ class TrainConfig:
         "gradient needs the logits.",
         least=0,
     )
+    log_prob_backend: str = setting(
+        "auto",
+        "Kernels of the log-probs. auto: Triton's on Hopper and newer GPUs; where they do not compile or run, torch's, "
+        "with a warning. triton: an error instead.",
+        choices=("auto", "torch", "triton"),
+    )
 
 
 @dataclass(frozen=True)

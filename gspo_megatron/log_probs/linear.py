@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import import_module
-from importlib.util import find_spec
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -25,16 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gspo_megatron.base.batches import IGNORED
-from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.tensors import on_device
-from gspo_megatron.log_probs import blocks
+from gspo_megatron.log_probs import backends, blocks
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
 from gspo_megatron.log_probs.products import accumulator
 from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
 from gspo_megatron.log_probs.shards import Shards, merge
-
-BACKENDS = {"torch": "torch_kernels", "triton": "triton_kernels"}
-"""Modules with the kernels of a block, see `blocks.Kernels`."""
 
 
 class Scoring(NamedTuple):
@@ -44,6 +38,12 @@ class Scoring(NamedTuple):
     with_entropy: bool = False
     store_bytes: int = 0
     skip_zero_rows: bool = True
+    backend: str = "auto"
+
+    @property
+    def forward_only(self) -> Scoring:
+        """The same for log-probs that nothing is differentiated through."""
+        return Scoring(self.temperature, backend=self.backend)
 
 
 def linear_log_probs(
@@ -71,7 +71,8 @@ def linear_log_probs(
     group: the ranks that share the vocabulary; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
-    backend: `torch`; `triton`, for Hopper and newer GPUs; `auto` chooses by device and format.
+    backend: `torch`; `triton`, for Hopper and newer GPUs in float32, bf16 and fp16; `auto`: Triton where it runs on
+        every rank of the group, see `backends.choose`.
     store_bytes: memory for exponentials kept between forward and backward, 2 to 8 bytes for each scored row and column.
         What is not kept is recomputed: a quarter of all the work where nothing is kept.
     skip_zero_rows: leave rows whose gradients are exactly 0, such as those of a clipped sequence, out of the backward.
@@ -107,7 +108,7 @@ def linear_log_probs(
     rows = Rows.of(targets_host_N != IGNORED, shards, sequence_parallel=sequence_parallel)
     first_id = shards.rank * len(weight_VpH)
     call = _Call(
-        kernels=_kernels(backend, hidden_NH),
+        kernels=backends.choose(backend, hidden_NH, shards.group),
         rows=rows,
         columns_n=on_device(targets_host_N[rows.order_n] - first_id, hidden_NH.device),
         num_columns=min(max(vocab_size - first_id, 0), len(weight_VpH)),
@@ -138,28 +139,6 @@ def vocab_parallel_logits(
     shards = Shards.of(group)
     shard_NVp = blocks.logits(hidden_NH, weight_VpH)
     return shards.gather(shard_NVp).movedim(0, 1).flatten(1)[:, :vocab_size]
-
-
-def _kernels(backend: str, x: Tensor) -> Any:
-    if backend == "auto":
-        # Triton's matmul has no float64.
-        backend = "triton" if x.is_floating_point() and x.dtype != torch.float64 and _has_triton(x.device) else "torch"
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and x.dtype == torch.float64:
-        raise ConfigError("backend='triton' does not support float64; use torch or auto")
-    return import_module(f"gspo_megatron.log_probs.{BACKENDS[backend]}")
-
-
-@cache
-def _has_triton(device: torch.device) -> bool:
-    """Whether the kernels can run on `device`: their tiles need the shared memory and the copy engine of Hopper."""
-    if device.type in ("cpu", "meta") or find_spec("triton") is None:
-        return False
-    if find_spec("triton.tools.tensor_descriptor") is None:  # Triton 3.4
-        return False
-    architecture = import_module("triton").runtime.driver.active.get_current_target().arch
-    return isinstance(architecture, int) and architecture >= 90
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 # the most arithmetic per byte from the L2 cache. 4 stages of 48 KB are the most that shared memory holds.
 TENSOR_CORE_TILE = Tile(rows=128, columns=256, hidden=64, warps=8, stages=4)
 # float32 is multiplied as float32, outside the tensor cores: TF32 would round its factors to 11 bits.
-FLOAT32_TILE = Tile(rows=64, columns=64, hidden=32, warps=8, stages=3)
+FLOAT32_TILE = Tile(rows=64, columns=64, hidden=16, warps=8, stages=3)
 TILES_OF_PART = tl.constexpr(8)
 """Tiles that make up the columns of a part: the statistics of a part are 12 bytes per 2048 logits."""
 ROW_TILES_TOGETHER = tl.constexpr(16)
@@ -319,7 +319,7 @@ def _linear_statistics(
     weighted_r = tl.zeros((TILE_ROWS,), tl.float32)
     target_r = tl.zeros((TILE_ROWS,), tl.float32)
     to_base_2 = inverse_temperature * LOG2_E
-    for tile in tl.range(0, num_tiles, flatten=True):
+    for tile in tl.range(0, num_tiles):
         z_rc = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
         for h in tl.range(0, hidden_size, TILE_HIDDEN):
             hidden_rh = hidden.load([row_tile * TILE_ROWS, h])

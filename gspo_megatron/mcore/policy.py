@@ -30,7 +30,7 @@ class MegatronPolicy:
     """`Policy` of base/protocols.py on Megatron-Core, on any layout."""
 
     def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
-        """`scoring`: how an update scores trained tokens; `log_probs` uses its temperature."""
+        """`scoring`: how an update scores trained tokens; `log_probs` uses its temperature and backend."""
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
         self.scoring = scoring
         self._model = build_model(config, groups, device, use_te)
@@ -72,7 +72,7 @@ class MegatronPolicy:
         if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
         micro_batches = [self._here(m) for m in micro_batches]
-        scored = schedule.log_probs(chunks, self.groups, micro_batches, temperature=self.scoring.temperature)
+        scored = schedule.log_probs(chunks, self.groups, micro_batches, self.scoring)
         counts = [len(m.sequence_R) for m in micro_batches]
         joined = (
             torch.cat(scored)

@@ -57,15 +57,13 @@ def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scorin
 
 
 @torch.no_grad()
-def log_probs(
-    chunks: Chunks, groups: Groups, micro_batches: Sequence[MicroBatch], *, temperature: float
-) -> list[Tensor]:
+def log_probs(chunks: Chunks, groups: Groups, micro_batches: Sequence[MicroBatch], scoring: Scoring) -> list[Tensor]:
     """Log-probs of every micro-batch's response tokens, [R] each, without gradient; an empty list before the last
     stage."""
     module = _bare(chunks[-1])
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
-        return response_log_probs(module, groups, micro_batch, hidden, Scoring(temperature))[0]
+        return response_log_probs(module, groups, micro_batch, hidden, scoring.forward_only)[0]
 
     steps = [(model_input(m, groups), partial(score, m)) for m in micro_batches]
     return forward(chunks, steps)

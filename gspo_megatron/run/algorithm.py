@@ -22,6 +22,7 @@ class Algorithm:
         skip_zero_gradient: leave out what has no gradient, where that is possible.
         temperature: of the distribution that is sampled and scored, softmax(z / temperature).
         cache_bytes: memory in which log-probs may keep exponentials for their backward.
+        log_prob_backend: whose kernels compute them.
     """
 
     variant: Variant
@@ -33,6 +34,7 @@ class Algorithm:
     skip_zero_gradient: bool
     temperature: float
     cache_bytes: int
+    log_prob_backend: str
 
     @classmethod
     def of(cls, config: Config) -> Algorithm:
@@ -61,6 +63,7 @@ class Algorithm:
             skip_zero_gradient=config.train.skip_zero_gradient,
             temperature=config.rollout.temperature,
             cache_bytes=int(config.train.log_prob_store_gib * 2**30),
+            log_prob_backend=config.train.log_prob_backend,
         )
 
     @property
@@ -93,4 +96,5 @@ class Algorithm:
             # The one update of a rollout batch finds ratios of 1: the clip holds nothing.
             skip_zero_rows=self.skip_zero_gradient
             and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler"),
+            backend=self.log_prob_backend,
         )

@@ -165,6 +165,11 @@ def test_a_model_that_no_layout_suits() -> None:
             ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01"),
             ("train.log_prob_store_gib=1", "algorithm.entropy_coef=0.01", "one of them to 0"),
         ),
+        (
+            ("train.log_prob_backend=triton", "precision.dtype=fp64"),
+            ("train.log_prob_backend=triton", "precision.dtype=fp64", "use auto"),
+        ),
+        (("train.log_prob_backend=triton", "precision.device=cpu"), ("precision.device=cpu",)),
     ],
 )
 def test_settings_that_contradict_each_other(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:

@@ -17,8 +17,8 @@ FOLDERS = ("gspo_megatron", "benchmarks", "tools", "tests")
 
 def depends_on_megatron(test: Path) -> bool:
     """Whether a test file imports Megatron, itself or by way of our own modules, also in functions; or starts a command
-    that does; or imports Triton, which only the environment of the next Megatron-Core has."""
-    return "megatron" in reached(test) or "triton" in _direct(test)
+    that does."""
+    return "megatron" in reached(test)
 
 
 def reached(file: Path) -> set[str]:
