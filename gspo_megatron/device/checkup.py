@@ -180,7 +180,8 @@ def triton(f: Facts) -> Finding:
     if kernel.error:
         where = "on this GPU" if kernel.ran else f"to compile for sm_{kernel.architecture}"
         problem = f"the log-prob kernel fails {where}: {kernel.error}"
-        advice = "runs fall back to torch kernels; use a Triton named in docs/dependencies.md"
+        tested = f"; tested with Triton {', '.join(kernel.tested)}" if kernel.tested else ""
+        advice = f"runs fall back to torch kernels{tested}"
         return Finding(State.LIMIT if on_gpu else State.NOTE, found, problem, advice)
     if kernel.largest_error is not None and not kernel.largest_error <= KERNEL_TOLERANCE:
         problem = f"the log-prob kernel is off by {kernel.largest_error:.1e}, more than {KERNEL_TOLERANCE:.1e}"

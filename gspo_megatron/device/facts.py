@@ -49,6 +49,8 @@ class Kernel:
     largest_error: float | None = None
     """Largest difference from the torch kernels of a log-prob or a gradient, relative to its largest value."""
     error: str | None = None
+    tested: tuple[str, ...] = ()
+    """The versions of Triton that it is tested with."""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,8 @@ def _package(name: str, answer: Mapping[str, Any]) -> Package:
 
 def _kernel(answer: Mapping[str, Any]) -> Kernel:
     known = {"architecture", "ran", "seconds", "largest_error", "error"}
-    return Kernel(**{key: value for key, value in answer.items() if key in known})
+    told = {key: value for key, value in answer.items() if key in known}
+    return Kernel(**told, tested=tuple(answer.get("tested", ())))
 
 
 def _driver() -> tuple[str | None, tuple[int, ...], list[float]]:

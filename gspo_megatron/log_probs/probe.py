@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from gspo_megatron.log_probs.backends import TESTED_TRITON
+
 ROWS, HIDDEN, VOCABULARY = 130, 512, 5000
 
 
@@ -69,7 +71,7 @@ def compare(device: torch.device) -> float:
 
 def look(backend: str, architecture: int) -> dict[str, Any]:
     started = time.perf_counter()
-    answer: dict[str, Any] = {"architecture": architecture, "ran": False}
+    answer: dict[str, Any] = {"architecture": architecture, "ran": False, "tested": TESTED_TRITON}
     try:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if device is not None:

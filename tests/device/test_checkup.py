@@ -81,6 +81,7 @@ RED: list[tuple[str, State, dict[str, Any], str]] = [
     ("Apex", State.NOTE, {"apex": Package("0.1", "ImportError: amp_C")}, "amp_C"),
     ("Triton kernel", State.LIMIT, {"triton": Package()}, "torch kernels"),
     ("Triton kernel", State.LIMIT, {"kernel": Kernel(90, error="PassManager::run failed")}, "PassManager"),
+    ("Triton kernel", State.LIMIT, {"kernel": Kernel(90, error="x", tested=("3.5.1",))}, "Triton 3.5.1"),
     ("Triton kernel", State.WRONG, {"kernel": Kernel(90, True, 1.0, 0.3)}, "off by"),
     ("Triton kernel", State.WRONG, {"kernel": Kernel(90, True, 1.0, float("nan"))}, "off by"),
     ("FP8", State.LIMIT, {"torch_cuda": (12, 8), "driver_cuda": (12, 8)}, "12.9"),
