@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-slurm dry-cuda check docs gpu clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-slurm dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -150,10 +150,16 @@ docs: .venv/.installed ## Write docs/settings.md from the declared settings, and
 	.venv/bin/python tools/settings_page.py
 	.venv/bin/python tools/draw_rooms.py
 
+doctor: .venv/.installed ## Can a run start here? What is wrong, and what to do
+	.venv/bin/python -m gspo_megatron.doctor $(ARGS)
+
 gpu: .venv/.installed ## Run the tests that need a CUDA device
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this torch sees no CUDA device"); \
 		print("Tests marked gpu, on", torch.cuda.get_device_name())'
 	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+gpu-hour: .venv/.installed ## Measure on a GPU what only a GPU can show; 25 minutes (ARGS="--parts kernels update")
+	.venv/bin/python -m benchmarks.gpu_hour $(ARGS)
 
 clean: ## Remove caches and build output; the environments and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -91,7 +91,8 @@ class Pretraining:
 def measure(trainer: Trainer, config: Config, steps: int, warmup: int) -> dict[str, Any]:
     """Seconds of `steps` updates of each, in turn, and how many tokens they saw and scored."""
     policy: Any = trainer.policy
-    plain = Pretraining(MegatronPolicy(policy.config, policy.groups, policy.device, policy.use_te, policy.scoring))
+    # Both work on one model, whose weights a learning rate of 0 leaves as they are: a large one fits only once.
+    plain = Pretraining(policy)
     number = config.rollout.prompts_per_step * config.rollout.group_size // config.algorithm.updates_per_rollout
     warm_start, packer = trainer.parts.warm_start, trainer.parts.packer
     solved = [warm_start.with_solution(prompt) for prompt in warm_start.prompts.take(0, number)]
@@ -114,6 +115,8 @@ def measure(trainer: Trainer, config: Config, steps: int, warmup: int) -> dict[s
         "ratio": median_ratio(seconds["update"], seconds["pretraining"]),
         "ratio_every_token": median_ratio(seconds["update_every_token"], seconds["pretraining"]),
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "layers": "Transformer Engine" if policy.use_te else "local",
+        "peak_memory_gib": policy.device.peak_memory_gib(),
         "micro_batches": len(every.micro_batches),
         "tokens": {
             name: sum(m.tokens_T.numel() for m in batch.micro_batches)

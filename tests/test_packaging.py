@@ -108,7 +108,7 @@ def test_make_help_lists_every_target():
     phony = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
     listed = re.findall(r"^  make (\S+) +\S", run("make", "help"), re.MULTILINE)
     assert listed == phony
-    assert {"venv", "demo", "test", "test-next", "check", "gpu", "clean"} <= set(listed)
+    assert {"venv", "demo", "test", "test-next", "check", "doctor", "gpu", "gpu-hour", "clean"} <= set(listed)
     for target in listed:
         run("make", "--dry-run", target)
 
@@ -176,24 +176,101 @@ def test_slurm_script_without_gpus_uses_the_cores(tmp_path):
     assert words[0] == "OMP_NUM_THREADS=1"
 
 
+def test_slurm_script_runs_in_a_container_where_one_is_named(tmp_path):
+    bare = start_slurm_script(tmp_path, "--config", "c.yaml")
+    assert not any(word.startswith("--container") for word in bare)
+    words = start_slurm_script(tmp_path, "--config", "c.yaml", CONTAINER="/images/gspo megatron.sqsh")
+    inside = [word for word in words if word.startswith("--container")]
+    mounts = [f"--container-mounts={ROOT}:{ROOT}", f"--container-workdir={ROOT}"]
+    assert inside == ["--container-image=/images/gspo megatron.sqsh", *mounts]
+    assert [word for word in words if word not in inside] == bare
+
+
 def test_slurm_script_gives_a_requeued_job_a_rendezvous_of_its_own(tmp_path):
     lives = [start_slurm_script(tmp_path), start_slurm_script(tmp_path, SLURM_RESTART_COUNT="1")]
     assert len({option(words, "--rdzv_id") for words in lives}) == 2
 
 
-def test_docker_copies_what_exists_and_pins_what_is_tested():
+DOCKERFILES = ("Dockerfile", "docker/Dockerfile.cpu")
+KEPT = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+
+
+def complaints_about(dockerfile: str) -> list[str]:
+    """What a build of this text would stumble over, or ignore, as far as that shows without building it."""
+    text = re.sub(r"^#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ")
+    instructions = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    found = []
+    for word, rest in instructions:
+        if word == "COPY":
+            for source in rest.split()[:-1]:
+                if not (ROOT / source).exists() or source.split("/")[0] not in KEPT:
+                    found.append(f"COPY {source}: not there, or left out by .dockerignore")
+        elif word == "ARG":
+            name = rest.split("=")[0]
+            if not re.search(rf"\$\{{?{name}\b", text):
+                found.append(f"ARG {name}: nothing uses it")
+    used = {word for word, _ in instructions}
+    found += [f"no {word}" for word in ("FROM", "USER", "CMD") if word not in used]
+    for module in re.findall(r"-m (gspo_megatron\.\w+|benchmarks\.\w+)", dockerfile):
+        path = ROOT / module.replace(".", "/")
+        if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file():
+            found.append(f"python -m {module}: no such module")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    found += [f"make {x}: no such target" for x in re.findall(r"\bmake[\", ]+([\w-]+)", text) if x not in targets]
+    for path in re.findall(r"[\w/]*requirements/[\w.]+", text):
+        if not (ROOT / "requirements" / path.split("/")[-1]).is_file():
+            found.append(f"{path}: no such file")
+    if "gspo_megatron.doctor --build" not in text:
+        found.append("the image is not checked while it is built")
+    return found
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfiles_name_what_exists(name):
+    assert complaints_about((ROOT / name).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("COPY tools/", "COPY toolz/"),
+        ("COPY LICENSE", "COPY CHANGELOG.md"),
+        ("${MEGATRON_CORE}", "0.19.2"),
+        ("gspo_megatron.doctor --build", "gspo_megatron.nurse --build"),
+        ("gspo_megatron.doctor --build", "gspo_megatron.doctor"),
+        ("requirements/pins.txt", "requirements/pinned.txt"),
+        ("USER 65534", ""),
+    ],
+)
+def test_each_mistake_in_a_dockerfile_is_found(old, new):
     text = (ROOT / "Dockerfile").read_text()
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    sources = [word for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for word in line.split()[:-1]]
-    assert sources
-    for source in sources:
-        assert (ROOT / source).exists() and source.rstrip("/") in kept, source
-    (version,) = re.findall(r"^ARG MEGATRON_CORE=(.+)$", text, re.MULTILINE)
-    assert f"megatron-core=={version}\n" in (ROOT / "requirements/megatron-next.txt").read_text()
+    assert old in text and complaints_about(text.replace(old, new))
+
+
+def test_the_gpu_image_pins_what_is_tested():
+    text = (ROOT / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", text, re.MULTILINE))
+    assert f"megatron-core=={arguments['MEGATRON_CORE']}\n" in (ROOT / "requirements/megatron-next.txt").read_text()
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", arguments["IMAGE"])
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", arguments["DIGEST"])
     (extras,) = re.findall(r'"/opt/gspo_megatron\[(.+)\]"', text)
-    assert "te" in extras.split(",")
-    (image,) = re.findall(r"^FROM (\S+)$", text, re.MULTILINE)
-    assert image in (ROOT / "docs/dependencies.md").read_text()
+    assert {"te", "hf"} <= set(extras.split(","))
+    # The name of the image is nowhere else as an older tag.
+    for page in (ROOT / "docs").glob("*.md"):
+        assert set(re.findall(r"nvcr\.io/nvidia/pytorch:\S+?-py3", page.read_text())) <= {arguments["IMAGE"]}, page
+
+
+def test_what_the_gpu_image_constrains(tmp_path):
+    """Its own commands, run on the list of a package manager: torch stays, our pins without NumPy's count."""
+    text = (ROOT / "Dockerfile").read_text()
+    (command,) = re.findall(r"^RUN (pip list .*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "pip").write_text("#!/bin/sh\nprintf 'numpy==2.1.0\\ntorch==2.13.0a0\\ntorchvision==1\\napex==0.1\\n'")
+    (tmp_path / "pip").chmod(0o755)
+    command = command.replace("/opt/gspo_megatron", str(ROOT)).replace("/opt/", f"{tmp_path}/")
+    run("bash", "-c", command, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert (tmp_path / "keep.txt").read_text().split() == ["numpy==2.1.0", "torch==2.13.0a0", "apex==0.1"]
+    pinned = {line.split("==")[0] for line in (tmp_path / "pins.txt").read_text().splitlines() if "==" in line}
+    assert {"omegaconf", "safetensors", "transformers"} <= pinned and not pinned & {"numpy", "torch", "protobuf"}
 
 
 def test_license_is_apache_2_unchanged():

@@ -185,9 +185,9 @@ def measure_times(case: Case, names: Sequence[str], turns: int) -> dict[str, dic
         try:
             log_probs = open_method(name, case, device)
             results[name] = {"status": "ok", "seconds": [], "collectives": first_step(inputs, log_probs)}
-            opened[name] = log_probs
             if not device.on_cpu:
                 results[name]["peak_extra_mib"] = step_memory(device, inputs, log_probs)
+            opened[name] = log_probs
         except Exception as error:
             if METHODS[name].is_ours:
                 raise

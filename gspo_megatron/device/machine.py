@@ -23,9 +23,9 @@ import torch
 
 from gspo_megatron.device.precision import RECIPES, Recipe
 
-BUILT_TOGETHER = "nvcr.io/nvidia/pytorch:25.12-py3 has PyTorch 2.10, CUDA 13.1, Triton 3.5, Transformer Engine 2.10"
+BUILT_TOGETHER = "nvcr.io/nvidia/pytorch:26.06-py3 has PyTorch 2.13, CUDA 13.3 and a Transformer Engine built for them"
 """Versions that were built together (https://docs.nvidia.com/deeplearning/frameworks/pytorch-release-notes/
-rel-25-12.html)."""
+rel-26-06.html)."""
 
 OLDEST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """By CUDA's major version: the oldest Linux driver that runs its programs

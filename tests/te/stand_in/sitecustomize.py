@@ -194,9 +194,7 @@ class Changed(MetaPathFinder):
     def __init__(self) -> None:
         self._looking_for: str | None = None
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in CHANGES or name == self._looking_for:
             return None
         self._looking_for = name
