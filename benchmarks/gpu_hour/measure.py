@@ -266,7 +266,7 @@ def decode(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 
     policy = bench.policy(te=True, fp8=options.fp8)
     # No token ends a response: every row decodes to its limit.
-    sampler = MegatronSampler(policy, eos_id=-1, pad_id=0)
+    sampler = MegatronSampler(policy, stop_ids=[-1], pad_id=0)
     rows, length = (4, 4) if bench.rehearse else (ROWS, PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(0)
     prompts = [
