@@ -134,7 +134,7 @@ def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.Ca
         (("data.train=task:sort_digit",), ("DataError: unknown task 'sort_digit'; did you mean 'sort_digits'?",)),
         (("data.task={max_lenth: 3}",), ("has no parameter 'max_lenth'; did you mean 'max_length'?",)),
         (("data.train=nowhere/train.jsonl",), ("DataError: the file nowhere/train.jsonl does not exist",)),
-        (("data.tokenizer=nowhere.model",), ("DataError: tokenizer 'nowhere.model' is neither",)),
+        (("data.tokenizer=nowhere.model",), ("DataError: tokenizer 'nowhere.model' is no file or folder",)),
         (("data.tokenizer=characters:0123",), ("DataError: character '4' at position 4 of '0123456789>'",)),
         (
             ("model.vocab_size=12",),
