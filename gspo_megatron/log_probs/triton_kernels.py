@@ -319,6 +319,8 @@ def _linear_statistics(
     weighted_r = tl.zeros((TILE_ROWS,), tl.float32)
     target_r = tl.zeros((TILE_ROWS,), tl.float32)
     to_base_2 = inverse_temperature * LOG2_E
+    # Not flatten=True, which would let copies run ahead into the next tile: Triton before 3.9 fails on loops with
+    # branches. One loop over all steps, written by hand, spills registers with 3.9.
     for tile in tl.range(0, num_tiles):
         z_rc = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
         for h in tl.range(0, hidden_size, TILE_HIDDEN):
