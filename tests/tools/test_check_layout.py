@@ -289,7 +289,7 @@ def test_a_layout_that_changes_the_gradient_is_found_out(config: str, capsys: py
         (["--layout", "tp=3"], "ConfigError: model.num_attention_heads=4 is not divisible by tp(3); nearest layouts"),
         (["--layout", "dp=2", "--reference", "ep=2"], "ConfigError: etp(1) * ep(2) * pp(1) = 2 does not divide the 1 "),
         (["--layout", "tp=2,pp=2", "--max-processes", "3"], "ConfigError: layout tp=2 pp=2 needs 4 processes to keep"),
-        (["--layout", "dp=2", "precision.dtype=fp16"], "ConfigError: precision.dtype='fp16' is not one of"),
+        (["--layout", "dp=2", "precision.dtype=fp16"], "ConfigError: precision.dtype=fp16 is not offered"),
         (["--layout", "dp=2", "data.train=missing.jsonl"], "DataError: "),
         (["--layout", "dp=2", "model.init_std=1e300"], "RankError: rank 0 of 1: Traceback"),
     ],
