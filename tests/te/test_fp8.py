@@ -34,9 +34,13 @@ pytestmark = [
     pytest.mark.skipif(not fp8.has_reference(), reason="this Transformer Engine has no reference of current scaling"),
 ]
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {"one process": (1, {}), "tp2 ep2": (4, {"tp": 2, "ep": 2})}
-WIDE = 2
-"""So that every shard has a multiple of 16 columns."""
-SAMPLING = ("rollout.max_new_tokens=6", "rollout.max_batch=8")
+SAMPLING = ("rollout.max_new_tokens=3", "rollout.max_batch=8")
+
+
+def case_of(family: str, layout: str, *settings: str) -> Case:
+    """So wide that every shard has a multiple of 16 columns."""
+    world_size, axes = LAYOUTS[layout]
+    return Case(family, world_size, axes, "bf16", ("model.num_layers=2", *settings), widened=2)
 
 
 def in_fp8(case: Case) -> Case:
@@ -54,9 +58,8 @@ def bf16_and_fp8(case: Case) -> tuple[Measured, Measured]:
 def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
     """Every token goes to all experts here. Where it has a choice, rounding sends some tokens to another expert, and the
     gradient of an expert with few tokens can then be anything."""
-    world_size, axes = LAYOUTS[layout]
-    case = Case(family, world_size, axes, "bf16", ("model.experts_per_token=4",), WIDE)
-    for bf16, fp8_ in run_distributed(bf16_and_fp8, world_size, case, timeout_s=120):
+    case = case_of(family, layout, "model.experts_per_token=4")
+    for bf16, fp8_ in run_distributed(bf16_and_fp8, case.world_size, case, timeout_s=120):
         assert 1e-4 < worst_log_prob(fp8_.log_probs, bf16.log_probs) < 0.4, "above 0: FP8 was used"
         assert worst_gradient(fp8_, bf16)[0] < 0.5, worst_gradient(fp8_, bf16)
         assert fp8_.grad_norm == pytest.approx(bf16.grad_norm, rel=5e-2)
@@ -100,8 +103,8 @@ def activity(case: Case) -> list[tuple[str, dict[str, int], list[tuple[int, ...]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_forward_is_in_fp8_aligned_and_quantises_weights_once(family: str, layout: str) -> None:
-    world_size, axes = LAYOUTS[layout]
-    for found in run_distributed(activity, world_size, Case(family, world_size, axes, "bf16", widened=WIDE), timeout_s=120):
+    case = case_of(family, layout)
+    for found in run_distributed(activity, case.world_size, case, timeout_s=120):
         for name, _, products in found:
             assert products, f"{name} computed nothing in FP8"
             odd = [sizes for sizes in products if any(size % 16 for size in sizes)]
@@ -145,7 +148,6 @@ def old_and_first(case: Case) -> list[tuple[bool, int]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_ratio_is_one(family: str, layout: str) -> None:
-    world_size, axes = LAYOUTS[layout]
-    case = Case(family, world_size, axes, "bf16", widened=WIDE)
-    for found in run_distributed(old_and_first, world_size, case, timeout_s=120):
+    case = case_of(family, layout)
+    for found in run_distributed(old_and_first, case.world_size, case, timeout_s=120):
         assert len(found) == 2 and all(same and count for same, count in found)
