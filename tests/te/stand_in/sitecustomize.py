@@ -141,8 +141,8 @@ def ring_sends_at_once(context_parallel: Any) -> None:
 
 
 def reference_writes_where_it_is_told(gemm: Any) -> None:
-    """2.20.2, custom_recipes/gemm.py:38: the reference ignores `out` and `accumulate`, so a gradient that is to be added
-    to main_grad would be lost."""
+    """2.20.2, custom_recipes/gemm.py:38: the reference ignores `out` and `accumulate`, so a gradient that is to be
+    added to main_grad would be lost."""
     own = gemm.custom_gemm
 
     def custom_gemm(*args: Any, **kwargs: Any) -> Any:
@@ -194,9 +194,7 @@ class Changed(MetaPathFinder):
     def __init__(self) -> None:
         self._looking_for: str | None = None
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in CHANGES or name == self._looking_for:
             return None
         self._looking_for = name

@@ -35,7 +35,9 @@ class DType(IntEnum):
 FP8FwdTensors = IntEnum(
     "FP8FwdTensors", [f"GEMM{i}_{name}" for i in (1, 2, 3) for name in ("INPUT", "WEIGHT", "OUTPUT")], start=0
 )
-FP8BwdTensors = IntEnum("FP8BwdTensors", [f"GRAD_{name}{i}" for i in (1, 2, 3) for name in ("OUTPUT", "INPUT")], start=0)
+FP8BwdTensors = IntEnum(
+    "FP8BwdTensors", [f"GRAD_{name}{i}" for i in (1, 2, 3) for name in ("OUTPUT", "INPUT")], start=0
+)
 _BACKENDS = {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
 if VERSION < (2, 18):
     _BACKENDS["NVTE_F16_max512_seqlen"] = 0
@@ -268,4 +270,3 @@ def multi_tensor_adam(
 # Names that transformer_engine.pytorch.optimizers imports.
 for _name in ("adam_fp8", "adam_capturable", "adam_capturable_master", "sgd", "scale_tensor", "unscale_l2norm"):
     setattr(sys.modules[__name__], f"multi_tensor_{_name}", _missing(f"multi_tensor_{_name}"))
-
