@@ -56,8 +56,8 @@ def bf16_and_fp8(case: Case) -> tuple[Measured, Measured]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
-    """Every token goes to all experts here. Where it has a choice, rounding sends some tokens to another expert, and the
-    gradient of an expert with few tokens can then be anything."""
+    """Every token goes to all experts here. Where it has a choice, rounding sends some tokens to another expert, and
+    the gradient of an expert with few tokens can then be anything."""
     case = case_of(family, layout, "model.experts_per_token=4")
     for bf16, fp8_ in run_distributed(bf16_and_fp8, case.world_size, case, timeout_s=120):
         assert 1e-4 < worst_log_prob(fp8_.log_probs, bf16.log_probs) < 0.4, "above 0: FP8 was used"

@@ -18,9 +18,7 @@ from tests.te.bench import te_attends_in_float32
 
 pytestmark = [
     pytest.mark.te,
-    pytest.mark.skipif(
-        not te_attends_in_float32(), reason="this Transformer Engine has no packed attention in float32"
-    ),
+    pytest.mark.skipif(not te_attends_in_float32(), reason="no packed attention in float32"),
 ]
 DEMO = Path(__file__).parents[2] / "examples" / "cpu_tiny_moe.yaml"
 SMALL = (

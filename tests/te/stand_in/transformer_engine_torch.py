@@ -227,7 +227,7 @@ def fused_multi_row_unpadding(x: Tensor, out: Tensor, padded_rows: Sequence[int]
         part.copy_(padded[: len(part)])
 
 
-# ----------------------------------------------------------------------------------- gradient norm and clipping (Megatron)
+# ----------------------------------------------------------------------------- gradient norm, clipping, optimizer
 
 
 def multi_tensor_l2norm(
