@@ -99,6 +99,8 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
     # The micro-batches of a pipeline differ in length. Set here because the constructor rejects it with the allgather
     # dispatcher, which needs equal lengths on the ranks that share experts; packing_rules guarantees those.
     transformer.variable_seq_lengths = p.pp > 1
+    for name, value in LAYERS[layers].fusions.items():
+        setattr(transformer, name, value)
     return transformer
 
 
