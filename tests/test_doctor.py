@@ -81,6 +81,13 @@ def test_a_package_that_half_works_says_what_is_missing(tmp_path: Path) -> None:
         assert probe.imported("no_such_package_at_all") == {"version": None, "error": None}
 
 
+def test_memory_in_use_is_that_of_the_visible_gpus() -> None:
+    used = [1.0, 20.0, 3.0]
+    assert probe.seen(used, None) == used
+    assert probe.seen(used, "2, 1") == [3.0, 20.0]
+    assert probe.seen(used, "GPU-1f2e") == probe.seen(used, "") == probe.seen(used, "7") == []
+
+
 def test_lines_say_what_to_do() -> None:
     finding = doctor.Finding(doctor.State.LIMIT, "found", "problem", "advice " * 20)
     assert doctor.table([("check", finding)]).splitlines() == [

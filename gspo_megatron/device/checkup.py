@@ -91,11 +91,12 @@ def driver(f: Facts) -> Finding:
 def gpus(f: Facts) -> Finding:
     if not f.gpus:
         if f.driver is None or not f.torch_cuda:
-            problem = "the CPU lane works: precision.device=auto takes it"
             if f.driver is not None:
+                problem = "torch is a CPU build, so runs use the CPU"
                 advice = "install a CUDA build of torch to use the GPU (docs/dependencies.md)"
-                return Finding(State.LIMIT, "none that torch can use", f"torch is a CPU build; {problem}", advice)
-            return Finding(State.NOTE, "none", problem, "")
+                return Finding(State.LIMIT, "none that torch can use", problem, advice)
+            advice = "nothing to do: precision.device=auto, the default, takes the CPU"
+            return Finding(State.NOTE, "none", "the CPU lane works", advice)
         hidden = f.environment.get("CUDA_VISIBLE_DEVICES")
         if hidden is not None and hidden.strip() in ("", "-1"):
             problem, advice = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them", "unset CUDA_VISIBLE_DEVICES"

@@ -48,6 +48,7 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
     found = ask({name: probe for name, probe in PROBES.items() if _is_there(name)}, limit_s)
     found |= {name: {} for name in PROBES.keys() - found.keys()}
     driver, driver_cuda, used_gib = _driver()
+    used_gib = seen(used_gib, os.environ.get("CUDA_VISIBLE_DEVICES"))
     torch_says = found["torch"]
     gpus = [
         Gpu(name, tuple(capability), memory_gib, used_gib[i] if i < len(used_gib) else 0.0)
@@ -175,6 +176,16 @@ def _driver() -> tuple[str | None, tuple[int, ...], list[float]]:
     if version is None:
         return None, (), []
     return version, _cuda_of_driver(), used_gib
+
+
+def seen(used_gib: list[float], visible: str | None) -> list[float]:
+    """Those of the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; empty where it does not number them."""
+    if visible is None:
+        return used_gib
+    numbers = [name.strip() for name in visible.split(",")]
+    if not all(number.isdecimal() and int(number) < len(used_gib) for number in numbers):
+        return []
+    return [used_gib[int(number)] for number in numbers]
 
 
 def _cuda_of_driver() -> tuple[int, ...]:

@@ -97,11 +97,11 @@ def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool
     """What 0.16.1 gets wrong about experts' parameters, and 0.19.2 gets right.
 
     - tensor_parallel/layers.py:886: their gradient is reduced over the expert groups only when EP > 1. With TP > 1,
-      ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the gradient
-      of its own tokens.
-    - extensions/transformer_engine.py TEGroupedLinear: Transformer Engine makes the matrices as if nothing were sharded,
-      so tensor_parallel/layers.py:89 takes them for copies, and the gradient norm has only those of tensor-parallel
-      rank 0.
+      ETP < TP and EP = 1 it would be reduced over the dense group, and each tensor-parallel rank would keep the
+      gradient of its own tokens.
+    - extensions/transformer_engine.py TEGroupedLinear: the matrices are made as if nothing were sharded, so
+      tensor_parallel/layers.py:89 takes them for copies, and the gradient norm has only those of tensor-parallel rank
+      0.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:

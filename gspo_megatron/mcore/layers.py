@@ -86,8 +86,8 @@ LAYERS = {
     "local": Layers({"moe_grouped_gemm": False}, {}, local_layers),
     "te": Layers(
         {"moe_grouped_gemm": True},
-        # Megatron's own unpermute adds a token's experts in bf16 by atomics, in another order each time: the first ratio
-        # would not be 1, nor resume exact. Transformer Engine's kernel adds them in float32, in their order.
+        # Megatron's own unpermute adds a token's experts in bf16 by atomics, in another order each time: the first
+        # ratio would not be 1, nor resume exact. Transformer Engine's kernel adds them in float32, in their order.
         # moe_router_fusion stays off: its kernel chooses the experts itself, and cannot be told a recorded choice.
         {"moe_permute_fusion": True},
         te_layers,

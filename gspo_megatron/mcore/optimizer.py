@@ -49,15 +49,15 @@ def wrap_model(
 
 
 def add_weight_gradients_in_float32(model: torch.nn.Module) -> None:
-    """Transformer Engine's layers add the product that is a weight's gradient to the gradient buffer themselves, where it
-    is summed in float32; otherwise it would be rounded to bf16 first, for every micro-batch, and added by another kernel.
+    """Transformer Engine's layers add a weight's gradient to the buffer themselves, in float32; otherwise every
+    micro-batch's would be rounded to bf16 first, and added by another kernel.
 
-    Set on the modules: TransformerConfig.gradient_accumulation_fusion would also ask Megatron's own vocabulary layer for
-    it, which needs Apex.
+    Set on the modules: TransformerConfig.gradient_accumulation_fusion would also ask Megatron's own vocabulary layer
+    for it, which needs Apex.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def build_optimizer(

@@ -26,6 +26,7 @@ from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.run.algorithm import Algorithm
 
 VOCABULARY = 99
+WIDTHS = ("hidden_size", "ffn_size", "head_dim", "lora_rank")
 
 
 def preset_of(family: str) -> str:
@@ -45,6 +46,8 @@ class Case:
     axes: dict[str, int] = field(default_factory=dict)
     dtype: str = "fp32"
     settings: tuple[str, ...] = ()
+    widened: int = 1
+    """Every width of the smallest model is multiplied by it."""
 
     def config(self) -> Config:
         axes = {axis: self.axes.get(axis, 1) for axis in AXES}
@@ -54,7 +57,7 @@ class Case:
         sizes = FAMILIES[self.family].small(published, dict.fromkeys(AXES, 2))
         overrides = [
             preset,
-            *(f"model.{name}={size}" for name, size in sizes.items()),
+            *(f"model.{name}={size * (self.widened if name.endswith(WIDTHS) else 1)}" for name, size in sizes.items()),
             f"model.vocab_size={VOCABULARY}",
             "model.max_sequence_length=64",
             "model.init_std=0.1",

@@ -38,8 +38,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {
 
 
 def close(measured: dict[str, Measured], dtype: str) -> None:
-    """fp32: equal up to the order of sums. bf16: a token near a tie may be routed to another expert, whose gradient then
-    differs at once, so all parameters are taken together."""
+    """fp32: equal up to the order of sums. bf16: a token near a tie may be routed to another expert, whose gradient
+    then differs at once, so all parameters are taken together."""
     local, te = measured["local"], measured["te"]
     assert (local.experts, te.experts) == ("WholeExperts", "TEGroupedMLP")
     if dtype == "fp32":
@@ -80,8 +80,8 @@ def test_smoke_on_four_ranks_in_bf16(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_context_parallel_as_transformer_engine_does_it(family: str) -> None:
-    """Its ring over ranks that hold two chunks of every sequence gives what one process gives, so its split of sequences
-    is ours: any other split would pair queries with the wrong keys."""
+    """Its ring over ranks that hold two chunks of every sequence gives what one process gives, so its split of
+    sequences is ours: any other split would pair queries with the wrong keys."""
     alone = run_distributed(compare, 1, Case(family, dtype="bf16"))[0]
     for measured in run_distributed(compare, 2, Case(family, 2, {"cp": 2}, "bf16"), timeout_s=120):
         close(measured, "bf16")

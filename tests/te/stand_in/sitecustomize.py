@@ -141,8 +141,8 @@ def ring_sends_at_once(context_parallel: Any) -> None:
 
 
 def reference_writes_where_it_is_told(gemm: Any) -> None:
-    """2.20.2, custom_recipes/gemm.py:38: the reference ignores `out` and `accumulate`, so a gradient that is to be added
-    to main_grad would be lost."""
+    """2.20.2, custom_recipes/gemm.py:38: the reference ignores `out` and `accumulate`, so a gradient that is to be
+    added to main_grad would be lost."""
     own = gemm.custom_gemm
 
     def custom_gemm(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ sequence (its halves), and statistics are [T, H], or [H, T] where the ring keeps
 from __future__ import annotations
 
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ def _parts(given: dict[str, Any]) -> Any:
         assert given[f"padded_{name}"] is None or torch.equal(given[f"padded_{name}"], given[f"cu_{name}"])
         assert int(given[f"cu_{name}"].diff().max()) <= given[f"max_{name}"]
     boundaries = zip(given["cu_q"].tolist(), given["cu_kv"].tolist(), strict=True)
-    starts = list(boundaries)
-    for (q0, kv0), (q1, kv1) in zip(starts[:-1], starts[1:], strict=True):
+    for (q0, kv0), (q1, kv1) in pairwise(boundaries):
         hidden = torch.ones(q1 - q0, kv1 - kv0, dtype=torch.bool)
         yield slice(q0, q1), slice(kv0, kv1), hidden.triu(1) if causal else ~hidden
 
@@ -95,8 +95,8 @@ def fused_attn_fwd(*args: Any) -> list[Tensor]:
 
 
 def fused_attn_bwd(*args: Any) -> list[Tensor | None]:
-    """[dq, dk, dv]. P = exp(S - lse), dP = dO V^T, dS = P (dP - rowsum(dO O)): with the statistics and the output of the
-    whole sequence these are this part's share of the gradient."""
+    """[dq, dk, dv]. P = exp(S - lse), dP = dO V^T, dS = P (dP - rowsum(dO O)): with the statistics and the output of
+    the whole sequence these are this part's share of the gradient."""
     given = dict(zip(_BACKWARD, args, strict=True))
     q, k, v, do, o, stats = (given[name] for name in ("q", "k", "v", "do", "o", "aux"))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
@@ -143,8 +143,8 @@ def convert_bshd_to_thd(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tenso
 def _halves(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of the first and of the second half of every sequence of a rank; `cu_seqlens` are the rank's own."""
     bounds = cu_seqlens.tolist()
-    first = [torch.arange(a, (a + b) // 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    second = [torch.arange((a + b) // 2, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    first = [torch.arange(a, (a + b) // 2) for a, b in pairwise(bounds)]
+    second = [torch.arange((a + b) // 2, b) for a, b in pairwise(bounds)]
     return torch.cat(first), torch.cat(second)
 
 
@@ -182,8 +182,8 @@ def thd_out_correction(
 
 
 def thd_grad_correction(grad: Tensor, of_step: Tensor, cu_seqlens: Tensor, first: str, second: str) -> None:
-    """`first` and `second` say what happens to each half: nothing, zero, or `of_step` is copied or added. It covers both
-    halves, or only the one that is changed."""
+    """`first` and `second` say what happens to each half: nothing, zero, or `of_step` is copied or added. It covers
+    both halves, or only the one that is changed."""
     halves = _halves(cu_seqlens)
     whole = len(of_step) == len(grad)
     for tokens, action in zip(halves, (first, second), strict=True):

@@ -227,7 +227,7 @@ def fused_multi_row_unpadding(x: Tensor, out: Tensor, padded_rows: Sequence[int]
         part.copy_(padded[: len(part)])
 
 
-# ----------------------------------------------------------------------------------- gradient norm and clipping (Megatron)
+# ----------------------------------------------------------------------------- gradient norm, clipping, optimizer
 
 
 def multi_tensor_l2norm(
@@ -242,6 +242,31 @@ def multi_tensor_scale(chunk_size: int, overflow: Tensor, lists: Sequence[Sequen
         target.copy_(source * scale)
 
 
+def multi_tensor_adam(
+    chunk_size: int,
+    overflow: Tensor,
+    lists: Sequence[Sequence[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    adam_w_mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """AdamW, float32: lists of gradients, parameters, first and second moments."""
+    assert adam_w_mode and bias_correction and len(lists) == 4
+    for gradient, parameter, first, second in zip(*lists, strict=True):
+        assert parameter.dtype == torch.float32
+        gradient = gradient.float()
+        parameter.mul_(1 - lr * weight_decay)
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (second / (1 - beta2**step)).sqrt_().add_(eps)
+        parameter.addcdiv_(first / (1 - beta1**step), denominator, value=-lr)
+
+
 # Names that transformer_engine.pytorch.optimizers imports.
-for _name in ("adam", "adam_fp8", "adam_capturable", "adam_capturable_master", "sgd", "scale_tensor", "unscale_l2norm"):
+for _name in ("adam_fp8", "adam_capturable", "adam_capturable_master", "sgd", "scale_tensor", "unscale_l2norm"):
     setattr(sys.modules[__name__], f"multi_tensor_{_name}", _missing(f"multi_tensor_{_name}"))
