@@ -81,12 +81,17 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     core = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
     if not f.uses_te:
         # Values are narrower than keys, which torch attends with on a CPU by writing the scores out, in float32.
-        core += f.norm_width * (2 * qk + v + heads * m.max_sequence_length)
+        core += f.norm_width * (2 * qk + v) + scores(m, f)
     return {
         "latents": latents + up,
         "attention": core + 4 * heads,
         "output projection": f.input_width * v if f.uses_te and f.input_width < w else 0,
     }
+
+
+def scores(m: ModelShape, f: Format) -> float:
+    """Of all heads, where they are written out."""
+    return f.norm_width * m.num_attention_heads * m.max_sequence_length
 
 
 ATTENTION: dict[str, Callable[[ModelShape, Format], Kept]] = {
@@ -138,8 +143,10 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
     return kept
 
 
-def dispatch_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
+def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
     """What a layer at work holds besides, per token as above: the residual stream and its change, and the tokens on
-    their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again."""
+    their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
+    scores are written out, also their gradient."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    return (2 + sent) * m.hidden_size * f.width / layout.tp
+    written_out = ATTENTION[m.family] is latent_attention and not f.uses_te
+    return ((2 + sent) * m.hidden_size * f.width + written_out * scores(m, f)) / layout.tp
