@@ -78,7 +78,7 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     qk, v = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), heads * m.v_head_dim
     latents = f.input_width * m.hidden_size + f.norm(m.q_lora_rank) + f.norm(m.kv_lora_rank)
     up = f.input_width * (m.q_lora_rank + m.kv_lora_rank)
-    core = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
+    core: float = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
     if not f.uses_te:
         # Values are narrower than keys, which torch attends with on a CPU by writing the scores out, in float32.
         core += f.norm_width * (2 * qk + v) + scores(m, f)

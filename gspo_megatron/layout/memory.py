@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.activations import BYTES, Format, working_bytes, kept_by_layer
+from gspo_megatron.layout.activations import BYTES, Format, kept_by_layer, working_bytes
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs.blocks import ACCELERATOR_BLOCK, CPU_BLOCK
 from gspo_megatron.models.counts import count_parameters
