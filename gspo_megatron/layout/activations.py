@@ -11,7 +11,7 @@ matrix product keeps (1 in FP8, else w).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gspo_megatron.config.sections import Config
@@ -94,11 +94,9 @@ def scores(m: ModelShape, f: Format) -> float:
     return f.norm_width * m.num_attention_heads * m.max_sequence_length
 
 
-ATTENTION: dict[str, Callable[[ModelShape, Format], Kept]] = {
-    "qwen3_moe": grouped_query_attention,
-    "deepseek_v3": latent_attention,
-}
-"""By family."""
+def attention(m: ModelShape, f: Format) -> Kept:
+    """Of any family: latent where keys and values have a latent, else grouped-query, with norms of queries and keys."""
+    return latent_attention(m, f) if m.kv_lora_rank else grouped_query_attention(m, f)
 
 
 def dense_network(hidden: int, inner: int, f: Format) -> float:
@@ -131,7 +129,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
     all compute on the same tokens.
     """
     share = 1 / layout.tp
-    kept = {name: size * share for name, size in ATTENTION[m.family](m, f).items() if size}
+    kept = {name: size * share for name, size in attention(m, f).items() if size}
     kept["layer norms"] = 2 * f.norm(m.hidden_size) * share
     inner = m.shared_expert_ffn_size if n.num_experts else m.dense_ffn_size
     if inner:
@@ -148,5 +146,5 @@ def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> fl
     their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
     scores are written out, also their gradient."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    written_out = ATTENTION[m.family] is latent_attention and not f.uses_te
+    written_out = m.kv_lora_rank > 0 and not f.uses_te
     return ((2 + sent) * m.hidden_size * f.width + written_out * scores(m, f)) / layout.tp
