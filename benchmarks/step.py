@@ -30,10 +30,10 @@ from benchmarks import step_vs_trl
 from benchmarks.reports import machine, versions, write_between_marks
 from benchmarks.step_tables import PARTS, tables
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.trainer import open_trainer
+from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
-from gspo_megatron.device import Device, open_device
+from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module=quiet)
     with tempfile.TemporaryDirectory() as scratch:
         config = load_config(options.config, [*options.overrides, f"run.dir={scratch}", "logging.tensorboard=false"])
-        device = open_device(config.precision.device, config.precision.dtype)
+        device = device_of(config)
         if options.against == "trl":
             if device.world_size > 1:
                 parser.error("--against trl runs one process of each; start it without torchrun")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.trainer import open_trainer
+from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.names import CHECKPOINTS
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(options.config, options.overrides)
-        device = device_of(config, dry_run=options.dry_run)
+        # A dry run needs no device: a laptop can print the plan of a cluster.
+        device = open_device("cpu", config.precision.dtype) if options.dry_run else device_of(config)
         console = Console(on=device.rank == 0)
         config = continued_after_restart(config, device, console)
         inputs = settle(config, options.world_size or device.world_size)
@@ -92,12 +93,6 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.gpu_memory is not None and not (options.dry_run and options.gpu_memory > 0):
         parser.error("--gpu-memory needs --dry-run and more than 0 GiB; a run asks its own GPU")
     return options
-
-
-def device_of(config: Config, *, dry_run: bool) -> Device:
-    """The device of this process. A dry run needs none: a laptop can print the plan of a cluster."""
-    p = config.precision
-    return open_device("cpu" if dry_run else p.device, p.dtype, fp8=p.fp8, deterministic=p.deterministic)
 
 
 def announce(inputs: Inputs, device: Device, console: Console) -> None:

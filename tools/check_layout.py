@@ -34,11 +34,10 @@ from torch import Tensor
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.trainer import open_trainer
+from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.data.tokenizers import load_tokenizer
-from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.layout.stages import stage_layers
 from gspo_megatron.models.counts import count_parameters
@@ -156,7 +155,7 @@ def measure(config: Config, given: Drawn | None) -> tuple[Drawn, dict[str, float
     the update is made from those rollouts instead of its own."""
     # 0.19.2 warns on every rank that its own GPTModel is deprecated.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    device = open_device(config.precision.device, config.precision.dtype)
+    device = device_of(config)
     with tempfile.TemporaryDirectory() as folder:
         inputs = settle(replaced(config, {"run.dir": folder}), device.world_size)
         with open_trainer(inputs, device, Console(on=False)) as trainer:

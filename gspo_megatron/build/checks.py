@@ -10,7 +10,6 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
-from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import Layout, layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
@@ -34,22 +33,6 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_batches(config)
     _check_savings(config, algorithm)
     return layout
-
-
-def needs_of(config: Config) -> Needs:
-    """What the settings ask of a GPU and its libraries."""
-    p = config.precision
-    return Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
-
-
-def check_machine(config: Config, machine: Machine) -> None:
-    """Checks the settings against the GPU of this process and its libraries.
-
-    Raises:
-        ConfigError: they cannot do what the settings ask. Names the first cause.
-    """
-    for problem in problems(machine, needs_of(config)):
-        raise ConfigError(str(problem))
 
 
 def _check_model(m: ModelConfig) -> None:

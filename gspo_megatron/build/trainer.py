@@ -7,20 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.checks import check_machine, needs_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
-from gspo_megatron.device import Device
-from gspo_megatron.device.machine import Machine, problems
+from gspo_megatron.device import Device, open_device
+from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.run.resume import Continuation, describe
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
+
+
+def device_of(config: Config) -> Device:
+    """Opens the device that the settings ask for, with the environment of their number format. Call it before anything
+    imports Megatron-Core or Transformer Engine.
+
+    Raises:
+        ConfigError: as `open_device`.
+    """
+    p = config.precision
+    return open_device(p.device, p.dtype, fp8=p.fp8, deterministic=p.deterministic)
 
 
 @contextmanager
@@ -92,15 +102,18 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     Raises:
         ConfigError: this process's GPU or its libraries cannot do what the settings ask.
     """
-    needs, machine = needs_of(config), Machine.of_this_process()
-    if device.on_cpu:
-        if needs.needs_transformer_engine:
-            why = "precision.device=cpu" if config.precision.device == "cpu" else next(problems(machine, needs)).what
-            raise ConfigError(
-                f"precision.transformer_engine={needs.transformer_engine} with precision.fp8={needs.fp8} needs a GPU "
-                f"and Transformer Engine, and this run is on the CPU ({why}); set precision.transformer_engine=auto "
-                "and precision.fp8=none to run without"
-            )
+    p = config.precision
+    needs = Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
+    if device.on_cpu and not needs.needs_transformer_engine:
         return False
-    check_machine(config, machine)
+    machine = Machine.of_this_process()
+    if device.on_cpu:
+        why = "precision.device=cpu" if p.device == "cpu" else next(problems(machine, needs)).what
+        raise ConfigError(
+            f"precision.transformer_engine={needs.transformer_engine} with precision.fp8={needs.fp8} needs a GPU and "
+            f"Transformer Engine, and this run is on the CPU ({why}); set precision.transformer_engine=auto and "
+            "precision.fp8=none to run without"
+        )
+    for problem in problems(machine, needs):
+        raise ConfigError(str(problem))
     return needs.uses_transformer_engine(machine)

@@ -241,3 +241,10 @@ def test_cumulative_sums_do_not_depend_on_how_they_are_added() -> None:
     units = (probabilities * 2**50).long()
     by_halves = torch.cat([units[:, :2048].cumsum(-1), units[:, 2048:].cumsum(-1) + units[:, :2048].sum(-1, True)], 1)
     assert torch.equal(_cumulative(probabilities), by_halves)
+
+
+@pytest.mark.parametrize(("above", "kept"), [(-1e-9, 2), (1e-9, 3)])
+def test_the_mass_of_top_p_is_added_in_float64(above: float, kept: int) -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log()
+    _, log_prob = next_tokens(logits, torch.zeros(1, dtype=torch.float64), Decoding(top_p=0.8 + above))
+    assert log_prob.exp().item() == pytest.approx(0.5 / (0.8, 0.9)[kept - 2])

@@ -86,6 +86,6 @@ def _truncate(log_probs_BV: Tensor, how: Decoding) -> Tensor:
         keep[:, how.top_k :] = False
     kept = torch.where(keep, ordered, -torch.inf).log_softmax(dim=-1).exp()
     if how.top_p < 1.0:
-        keep &= _cumulative(kept) * _UNIT - kept < how.top_p
+        keep &= _cumulative(kept).double() * _UNIT - kept < how.top_p
     kept_in_place = torch.zeros_like(keep).scatter(1, order, keep)
     return torch.where(kept_in_place, log_probs_BV, -torch.inf).log_softmax(dim=-1)
