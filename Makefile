@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-slurm check docs gpu clean
+.PHONY: help venv venv-next venv-hf venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-hf test-slurm check docs gpu clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -24,6 +24,8 @@ help: ## This list
 venv: .venv/.installed ## Install the pinned packages into .venv
 
 venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
+
+venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -93,6 +95,10 @@ test-next: SELECTED = --depends-on-megatron
 test test-next:
 	$(<D)/bin/python -m pytest $(WORKERS) $(SELECTED) $(ARGS)
 
+# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
+test-hf: .venv-hf/.installed ## Compare model families with transformers
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_deepseek_v3.py $(ARGS)
+
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
 
@@ -126,10 +132,13 @@ endif
 .venv/.installed: requirements/megatron.txt
 .venv-next/.installed: requirements/megatron-next.txt
 .venv/.installed .venv-next/.installed: PACKAGE = -e '.[dev,plot]'
+.venv-hf/.installed: MEGATRON = -r requirements/megatron.txt
+.venv-hf/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,hf]'
+.venv-hf/.installed: requirements/megatron.txt requirements/trl.txt
 .venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
 .venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
 .venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
-.venv/.installed .venv-next/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv/.installed .venv-next/.installed .venv-hf/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)
