@@ -71,7 +71,6 @@ class TokenCount:
     """
 
     multiplied: int
-    kept: int
     cached: int
     attended: int
     cached_whole: int = 0
