@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-slurm dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-hf venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-hf test-slurm dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -28,6 +28,8 @@ venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .v
 venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA, in two versions, for `make test-te`, into .venv-te
 
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
+
+venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -111,6 +113,10 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 		.venv/bin/python -m pytest $(WORKERS) $$tests $(ARGS); \
 	done
 
+# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
+test-hf: .venv-hf/.installed ## Compare model families with transformers
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_deepseek_v3.py $(ARGS)
+
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
 
@@ -177,6 +183,9 @@ endif
 .venv/.installed: requirements/megatron.txt
 .venv-next/.installed: requirements/megatron-next.txt
 .venv/.installed .venv-next/.installed: PACKAGE = -e '.[dev,plot]'
+.venv-hf/.installed: MEGATRON = -r requirements/megatron.txt
+.venv-hf/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,hf]'
+.venv-hf/.installed: requirements/megatron.txt requirements/trl.txt
 .venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
 .venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
 .venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
@@ -198,7 +207,7 @@ endif
 # torch has brought the Triton that it needs.
 .venv-cuda/.installed: LAST = grep -v ^triton requirements/te.txt | .venv-cuda/bin/pip install --no-deps -r /dev/stdin
 .venv-cuda/.installed: requirements/torch-cuda.txt requirements/megatron-next.txt requirements/te.txt requirements/trl.txt
-.venv/.installed .venv-next/.installed .venv-te/.installed .venv-cuda/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv/.installed .venv-next/.installed .venv-te/.installed .venv-hf/.installed .venv-cuda/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)

@@ -124,6 +124,34 @@ def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.Ca
     assert "reference" in capsys.readouterr().out.partition("memory estimate")[2]
 
 
+def test_a_dry_run_says_whether_a_gpu_has_enough_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    large = ("--dry-run", "--world-size", "64", *CLUSTER, "train.tokens_per_micro_batch=131072", "--gpu-memory", "79.6")
+    assert main([*large, "parallel.recompute=full", "rollout.max_batch=16"]) == 0
+    assert "memory: fits: " in capsys.readouterr().out
+    line = refused(capsys, *large)
+    assert line.startswith("ConfigError: not enough memory: update needs ") and "parallel.recompute=full (" in line
+
+
+def test_a_run_that_does_not_fit_ends_before_anything_is_allocated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a GPU with a thousandth of a GiB free."""
+    monkeypatch.setattr(Device, "free_memory_gib", lambda self: 0.001)
+    run = ("train.steps=0", f"run.dir={tmp_path / 'run'}")
+    assert "not enough memory: " in refused(capsys, *SMALL, *run)
+    assert not (tmp_path / "run").exists()
+    reached: list[str] = []
+
+    def stop_here(*_: object) -> None:
+        reached.append("opened")
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("gspo_megatron.train.opened", stop_here)
+    assert main([*SMALL, *run, "guards.on_memory=warn"]) == 2
+    printed = capsys.readouterr()
+    assert reached == ["opened"] and "not enough memory: " in printed.out + printed.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -187,7 +215,7 @@ def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     path = tmp_path / "config.yaml"
     path.write_text("run: {seed: 1\nmodel: {}\n")
     assert f"config file {str(path)!r} is not YAML" in refused(capsys, "--config", str(path))
-    for arguments in (["--world-size", "2"], ["--dry-run", "--world-size", "0"], ["--dri-run"]):
+    for arguments in (["--world-size", "2"], ["--dry-run", "--world-size", "0"], ["--gpu-memory", "80"], ["--dri-run"]):
         assert main(arguments) == 2
         assert "usage: gspo_megatron.train" in capsys.readouterr().err
 

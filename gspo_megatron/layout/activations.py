@@ -11,7 +11,7 @@ matrix product keeps (1 in FP8, else w).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gspo_megatron.config.sections import Config
@@ -78,10 +78,10 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     qk, v = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), heads * m.v_head_dim
     latents = f.input_width * m.hidden_size + f.norm(m.q_lora_rank) + f.norm(m.kv_lora_rank)
     up = f.input_width * (m.q_lora_rank + m.kv_lora_rank)
-    core = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
+    core: float = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
     if not f.uses_te:
         # Values are narrower than keys, which torch attends with on a CPU by writing the scores out, in float32.
-        core += f.norm_width * (2 * qk + v + heads * m.max_sequence_length)
+        core += f.norm_width * (2 * qk + v) + scores(m, f)
     return {
         "latents": latents + up,
         "attention": core + 4 * heads,
@@ -89,11 +89,14 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     }
 
 
-ATTENTION: dict[str, Callable[[ModelShape, Format], Kept]] = {
-    "qwen3_moe": grouped_query_attention,
-    "deepseek_v3": latent_attention,
-}
-"""By family."""
+def scores(m: ModelShape, f: Format) -> float:
+    """Of all heads, where they are written out."""
+    return f.norm_width * m.num_attention_heads * m.max_sequence_length
+
+
+def attention(m: ModelShape, f: Format) -> Kept:
+    """Of any family: latent where keys and values have a latent, else grouped-query, with norms of queries and keys."""
+    return latent_attention(m, f) if m.kv_lora_rank else grouped_query_attention(m, f)
 
 
 def dense_network(hidden: int, inner: int, f: Format) -> float:
@@ -126,7 +129,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
     all compute on the same tokens.
     """
     share = 1 / layout.tp
-    kept = {name: size * share for name, size in ATTENTION[m.family](m, f).items() if size}
+    kept = {name: size * share for name, size in attention(m, f).items() if size}
     kept["layer norms"] = 2 * f.norm(m.hidden_size) * share
     inner = m.shared_expert_ffn_size if n.num_experts else m.dense_ffn_size
     if inner:
@@ -138,8 +141,10 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
     return kept
 
 
-def dispatch_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
+def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
     """What a layer at work holds besides, per token as above: the residual stream and its change, and the tokens on
-    their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again."""
+    their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
+    scores are written out, also their gradient."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    return (2 + sent) * m.hidden_size * f.width / layout.tp
+    written_out = m.kv_lora_rank > 0 and not f.uses_te
+    return ((2 + sent) * m.hidden_size * f.width + written_out * scores(m, f)) / layout.tp

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.activations import BYTES, Format, dispatch_bytes, kept_by_layer
+from gspo_megatron.layout.activations import BYTES, Format, kept_by_layer, working_bytes
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs.blocks import ACCELERATOR_BLOCK, CPU_BLOCK
 from gspo_megatron.models.counts import count_parameters
@@ -157,7 +157,7 @@ def activation_sizes(config: Config, layout: Layout, stage: int) -> dict[str, fl
     for kind, _, number in kinds_of_stage(m, layout, stage):
         each = layer_bytes(m, kind, layout, f)
         kept, num_layers = kept + number * each, num_layers + number
-        largest, buffers = max(largest, each), max(buffers, dispatch_bytes(m, kind, layout, f))
+        largest, buffers = max(largest, each), max(buffers, working_bytes(m, kind, layout, f))
         core = max(core, core_attention_bytes(m, kind, layout, f))
     in_flight = micro_batches_in_flight(layout, stage)
     ends = (stage == 0) * 8 + (stage == layout.pp - 1) * (f.norm(m.hidden_size) + f.width * m.hidden_size) / layout.tp

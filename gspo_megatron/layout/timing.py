@@ -15,7 +15,7 @@ from math import ceil
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.activations import Format, dispatch_bytes
+from gspo_megatron.layout.activations import Format, working_bytes
 from gspo_megatron.layout.hardware import Efficiency, Gpu
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.layout.memory import (
@@ -126,7 +126,7 @@ class StepTime:
         products = self._seconds(dense, e.dense, fp8=self.is_fp8)
         experts = max(self._seconds(grouped, e.grouped, fp8=self.is_fp8), self._moved(weights))
         # What is kept is written once and read once; so are the buffers on the way to the experts.
-        traffic = 2 * tokens * (layer_bytes(m, n, ranks, f) + dispatch_bytes(m, n, ranks, f))
+        traffic = 2 * tokens * (layer_bytes(m, n, ranks, f) + working_bytes(m, n, ranks, f))
         busy = products + experts + attention + self._moved(traffic)
         return LayerTime(max(busy, e.kernels * e.launch_s), attention, *self._communication(n, cost, tokens))
 

@@ -190,21 +190,17 @@ def counts(s: ModelShape) -> ParameterCount:
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
-    """Multiplied: all but norms and the experts that were not chosen. Kept: hidden x 4, latents x 2, queries, keys,
-    values and attention's output; input and width x 3 of each feed-forward network. Cached: the latent of keys and
-    values, and the key's part with RoPE, which all heads share. In training, attention multiplies a token with keys,
-    then with values."""
+    """Multiplied: all but norms and the experts that were not chosen. Cached: the latent of keys and values, and the
+    key's part with RoPE, which all heads share. In training, attention multiplies a token with keys, then with
+    values."""
     heads, qk = s.num_attention_heads, s.qk_nope_head_dim + s.qk_rope_head_dim
     latent = s.kv_lora_rank + s.qk_rope_head_dim
-    attention = 4 * s.hidden_size + 2 * (s.q_lora_rank + latent) + 2 * heads * (qk + s.v_head_dim)
 
     def token(n: LayerCount) -> TokenCount:
         chosen = s.experts_per_token if n.num_experts else 0
-        width = s.shared_expert_ffn_size if n.num_experts else s.dense_ffn_size
         norms = 2 * s.hidden_size + s.q_lora_rank + s.kv_lora_rank
         return TokenCount(
             multiplied=n.sharded + n.replicated - norms + chosen * n.expert,
-            kept=attention + 3 * width + chosen * (s.hidden_size + 3 * s.expert_ffn_size),
             cached=0,
             attended=heads * (qk + s.v_head_dim),
             cached_whole=latent,

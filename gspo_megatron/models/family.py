@@ -65,14 +65,12 @@ class TokenCount:
 
     Attributes:
         multiplied: weights that it is multiplied with.
-        kept: inputs of those products, kept for the backward pass.
         cached: numbers in the sampler's cache, sharded over tp: keys and values.
         attended: multiply-adds for each token that it attends to.
         cached_whole: numbers in the sampler's cache that every tp rank holds: latents.
     """
 
     multiplied: int
-    kept: int
     cached: int
     attended: int
     cached_whole: int = 0

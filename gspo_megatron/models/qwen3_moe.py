@@ -139,12 +139,11 @@ def counts(s: ModelShape) -> ParameterCount:
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
-    """Multiplied: attention's projections, the router, the chosen experts. Kept: hidden x 4, attention x 4, and for
-    each chosen expert its input and expert_ffn_size x 3. Attention multiplies a token with keys, then with values."""
+    """Multiplied: attention's projections, the router, the chosen experts. Attention multiplies a token with keys, then
+    with values."""
     query, n = s.num_attention_heads * s.head_dim, counts(s).layers[0]
     token = TokenCount(
         multiplied=n.sharded + s.hidden_size * s.num_experts + s.experts_per_token * n.expert,
-        kept=4 * s.hidden_size + 4 * query + s.experts_per_token * (s.hidden_size + 3 * s.expert_ffn_size),
         cached=2 * s.num_query_groups * s.head_dim,
         attended=2 * query,
     )

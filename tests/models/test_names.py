@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo_megatron.models.names import QKV, Copy, GateUp, NameRule, Op, find_rule, to_theirs
+from gspo_megatron.checkpoint.place import Place
+from gspo_megatron.models.names import QKV, Copy, GateUp, InMemory, NameRule, Op, find_rule, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -55,6 +57,31 @@ def test_copy_and_gate_up_there_and_back(op: Op, half: int, columns: list[int]) 
     assert torch.equal(op.to_ours(theirs, SHAPE), ours)
     again = op.to_theirs(op.to_ours(theirs, SHAPE), SHAPE)
     assert all(torch.equal(one, other) for one, other in zip(theirs, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "dim", "stride"),
+    [
+        (QKV(), ((8, 3), (4, 3), (4, 3)), 0, 1),
+        (QKV(), ((8,), (4,), (4,)), 0, 1),
+        (GateUp(), ((6, 4), (6, 4)), 0, 2),
+        (Copy(), ((4, 6),), 0, 1),
+        (Copy(), ((4, 6),), 1, 1),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_slice_of_theirs_is_a_slice_of_ours(
+    op: Op, sizes: tuple[tuple[int, ...], ...], dim: int, stride: int, count: int
+) -> None:
+    """Read part by part, without the rest of the tensor."""
+    start, theirs = itertools.count(step=1000), []
+    for size in sizes:
+        theirs.append(counted(*size) + next(start))
+    whole = op.to_ours(theirs, SHAPE)
+    for index in range(count):
+        parts = [InMemory(x) for x in theirs]
+        found = to_our_slice(op, parts, SHAPE, dim=dim, index=index, count=count)
+        assert torch.equal(found, Place("x", dim, stride, index, count).cut(whole))
 
 
 def test_each_query_group_has_its_queries_then_its_key_and_value() -> None:

@@ -369,6 +369,19 @@ def test_a_layout_for_64_gpus_is_checked_by_8_processes(tmp_path: Path, capsys: 
     assert printed.endswith("\nEQUAL\n")
 
 
+@pytest.mark.parametrize("layout", ["tp=2,etp=2", "pp=2", "cp=2", "dp=2,ep=2"])
+def test_latent_attention_and_its_router_are_equal_on_every_axis(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline's first stage holds the dense layer."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        CONFIG.replace(CONFIG[: CONFIG.index("data:")], "model: {preset: tiny_mla, max_sequence_length: 24}\n")
+    )
+    assert main(["--config", str(path), "--layout", layout, "model.num_layers=2", "model.hidden_size=24"]) == 0
+    assert capsys.readouterr().out.endswith("\nEQUAL\n")
+
+
 def test_layouts_of_other_overrides_are_measured_alike(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Another reference than one process, and float32."""
     arguments = ["--layout", "pp=2", "--reference", "dp=2", "precision.dtype=fp32", "algorithm.variant=dapo"]
