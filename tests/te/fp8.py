@@ -8,6 +8,9 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gspo_megatron.device.precision import RECIPES
 
 RECIPE = "tensorwise"
@@ -27,6 +30,15 @@ def use_reference() -> None:
     """Makes the row of RECIPES compute with the reference, in this process, on a CPU."""
     settings = {"fp8": "hybrid", "fp8_recipe": "custom", "fp8_quantizer_factory": FACTORY}
     RECIPES[RECIPE] = replace(RECIPES[RECIPE], layers=("local", "te"), megatron=settings)
+    torch._scaled_mm = scaled_product
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool, bias: Any
+) -> Tensor:
+    """What the reference calls; torch's own prepares a kernel for every new shape, which takes longer than all else."""
+    assert bias is None
+    return ((a.float() @ b.float()) * (scale_a * scale_b)).to(out_dtype)
 
 
 class Watched:

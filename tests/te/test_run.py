@@ -30,7 +30,13 @@ SMALL = (
     "data.eval_size=8",
     "algorithm.updates_per_rollout=2",
     "logging.tensorboard=false",
+    "reward.functions.tests.te.test_run:share_of_even=1.0",
 )
+
+
+def share_of_even(*, prompt: str, response: str, answer: str) -> float:
+    """Differs within almost every group, also before anything is learned."""
+    return sum(character in "02468" for character in response) / max(len(response), 1)
 
 
 def run(layers: str, directory: str, steps: int, load: str) -> None:
@@ -50,7 +56,7 @@ def steps_of(directory: Path) -> dict[int, dict[str, Any]]:
 
 def rollouts_of(directory: Path, step: int) -> list[Any]:
     lines = (directory / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
-    return sorted((row["id"], row["response"], row["reward"]) for row in map(json.loads, lines))
+    return sorted((row["id"], row["tokens"], row["reward"]) for row in map(json.loads, lines))
 
 
 def test_one_step_and_checkpoints_of_either_kind(tmp_path: Path) -> None:
