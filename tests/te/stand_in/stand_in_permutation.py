@@ -32,10 +32,11 @@ def moe_unpermute(
     merging_probs: Tensor | None = None,
     restore_shape: torch.Size | None = None,
     map_type: str = "mask",
+    pad_offsets: Tensor | None = None,
 ) -> Tensor:
     """The sum of each token's rows, in float32 and in the order of the experts: unlike Megatron's own on a GPU, always
     the same."""
-    assert merging_probs is None and map_type == "mask"
+    assert merging_probs is None and map_type == "mask" and pad_offsets is None
     out = torch.zeros(restore_shape or inp.shape, dtype=torch.promote_types(inp.dtype, torch.float32))
     return out.index_add(0, row_id_map, inp.to(out.dtype)).to(inp.dtype)
 
