@@ -145,7 +145,7 @@ dry-cuda: .venv-cuda/.installed ## Build the large recipes rank by rank from fak
 	$(call DRY_RUNS,qwen3_30b_a3b,32,4)
 	$(call DRY_RUNS,qwen3_235b_a22b,128,4)
 	$(call DRY_RUNS,deepseek_v3,512,16)
-	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te
+	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te parallel.cp=1
 
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check
