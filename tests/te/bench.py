@@ -133,7 +133,8 @@ def measured(policy: MegatronPolicy) -> Measured:
     norms: list[float] = []
     policy.update(batch, advantage_weighted, lr=1e-3, accept=lambda norm, finite: norms.append(norm) or False)
     gradients = {place.name: gradient.clone() for place, gradient in policy.gradients()}
-    experts = next(layer.mlp.experts for chunk in policy.model for layer in chunk.decoder.layers)
+    layers = (layer for chunk in policy.model for layer in chunk.decoder.layers)
+    experts = next(layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts"))
     return Measured(log_probs, gradients, norms[0], type(experts).__name__)
 
 
