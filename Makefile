@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-hf venv-cuda venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-te test-triton test-hf test-slurm dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'

@@ -27,7 +27,7 @@ def test_what_reaches_megatron_is_repeated(file: str, how: str) -> None:
     assert depends_on_megatron(TESTS / file), how
 
 
-@pytest.mark.parametrize("folder", ["objective", "data", "rewards", "rollout", "checkpoint", "models", "layout"])
+@pytest.mark.parametrize("folder", ["objective", "data", "rewards", "rollout", "checkpoint", "models"])
 def test_a_room_below_megatron_is_left_out(folder: str) -> None:
     assert not any(depends_on_megatron(file) for file in (TESTS / folder).glob("test_*.py"))
 
@@ -45,4 +45,4 @@ def test_the_option_leaves_files_out_unless_they_are_named() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     files = {Path(line.split("::")[0]).name for line in done.stdout.splitlines() if "::" in line}
-    assert files == {"test_cpu.py", "test_rewards.py"}
+    assert files == {"test_cpu.py", "test_processes.py", "test_torchrun.py", "test_rewards.py"}

@@ -148,7 +148,7 @@ MUTATIONS = {
     # Experts and virtual stages
     "experts of the other rank": Mutation(
         EP,
-        parameters.named_parameters,
+        parameters._placed,
         "groups.collection.ep.rank()",
         "(groups.layout.ep - 1 - groups.collection.ep.rank())",
     ),
@@ -156,7 +156,7 @@ MUTATIONS = {
     PATCHED_IN_016: Mutation(TP, compat.mark_expert_parameters, "if experts_have_own_groups:", "if False:"),
     "layers as without virtual stages": Mutation(
         VPP,
-        parameters.named_parameters,
+        parameters._placed,
         "model.decoder.layers[0].layer_number - 1",
         "groups.pp_rank * groups.layout.vpp + (model.decoder.layers[0].layer_number - 1) // groups.layout.pp",
     ),

@@ -212,7 +212,7 @@ def cache_of_a_rollout(world_size: int, overrides: tuple[str, ...]) -> tuple[int
         made.append(self)
 
     KVCache.__init__ = remember  # type: ignore[method-assign]
-    sampler = MegatronSampler(run.policy, eos_id=1, pad_id=0)
+    sampler = MegatronSampler(run.policy, stop_ids=[1], pad_id=0)
     prompts = [Prompt(i, "", tuple(range(2, 34)), "") for i in range(6)]
     sampler.generate(prompts, list(range(6)))
     [cache] = made

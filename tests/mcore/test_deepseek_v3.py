@@ -261,7 +261,7 @@ def sampled(
     world_size: int, settings: tuple[str, ...], folder: Path, prompts: list[tuple[int, ...]], greedy: bool
 ) -> list[tuple[list[int], list[float]]]:
     policy = open_policy(world_size, (*settings, "rollout.max_new_tokens=9", "rollout.max_batch=4"), folder)
-    sampler = MegatronSampler(policy, eos_id=-1, pad_id=0)
+    sampler = MegatronSampler(policy, stop_ids=[-1], pad_id=0)
     asked = [Prompt(i, "", tokens, "") for i, tokens in enumerate(prompts)]
     ids = list(range(len(prompts)))
     mine = slice(policy.groups.dp_rank, None, policy.groups.dp_size)

@@ -409,9 +409,9 @@ def test_every_forward_has_rows_that_a_number_format_takes(fp8: str, tp: int) ->
     computes in FP8."""
     config = load_config(None, [*SETTINGS, f"precision.fp8={fp8}", "precision.dtype=bf16", f"parallel.tp={tp}"])
     policy = SimpleNamespace(config=config, groups=None, device=SimpleNamespace(torch_device=torch.device("cpu")))
-    sampler = MegatronSampler(policy, eos_id=EOS, pad_id=PAD)  # type: ignore[arg-type]
+    sampler = MegatronSampler(policy, stop_ids=[EOS], pad_id=PAD)  # type: ignore[arg-type]
     scheduler = DecodeScheduler(
-        PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, eos_id=EOS
+        PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, stop_ids=[EOS]
     )
     (micro_batch,) = scheduler.next_micro_batches()
     own = len(sampler._feed(scheduler, micro_batch, 0).tokens_T)

@@ -67,7 +67,7 @@ def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
 
 def sample(policy: MegatronPolicy) -> None:
     prompts = [Prompt(i, "", tuple(range(1, 4 + i)), "") for i in range(4)]
-    rollouts = MegatronSampler(policy, eos_id=0, pad_id=0).generate(prompts, [0, 1, 2, 3])
+    rollouts = MegatronSampler(policy, stop_ids=[0], pad_id=0).generate(prompts, [0, 1, 2, 3])
     assert all(rollout.tokens for rollout in rollouts)
 
 
