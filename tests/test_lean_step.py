@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import itertools
+import math
 import shutil
 from functools import partial
 from pathlib import Path
