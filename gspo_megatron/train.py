@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(f"GuardError: {error}")
         return STOPPED_BY_GUARD
     except KeyboardInterrupt:
-        report("interrupted before the run began; nothing was changed")
+        report("interrupted; nothing was saved since the last checkpoint")
         return QUIT
 
 

@@ -74,14 +74,15 @@ class Bench:
     @classmethod
     def open(cls, options: argparse.Namespace, model: Sequence[str] = MODEL, file: Path | None = None) -> Bench:
         """Opens the device, joins a group of one process, and imports Megatron-Core."""
-        from gspo_megatron.mcore import compat
-        from gspo_megatron.mcore.groups import Groups
-
         fp8 = "none" if options.rehearse else options.fp8
         overrides = [*model, *FIXED, f"precision.fp8={fp8}", f"precision.deterministic={options.deterministic}".lower()]
         config = load_config(file and str(file), [*overrides, *(SMALLER if options.rehearse else ())])
         p = config.precision
         device = open_device(p.device, p.dtype, fp8=p.fp8, deterministic=p.deterministic)
+        # Only now: Megatron-Core imports Transformer Engine, which reads its variables at once.
+        from gspo_megatron.mcore import compat
+        from gspo_megatron.mcore.groups import Groups
+
         device.start_processes(600.0)
         groups = Groups(check_config(config, 1), device.torch_device)
         compat.apply_patches(device.on_cpu)

@@ -109,6 +109,8 @@ class PrecisionSettings(Protocol):
     @property
     def device(self) -> str: ...
     @property
+    def dtype(self) -> str: ...
+    @property
     def fp8(self) -> str: ...
     @property
     def transformer_engine(self) -> str: ...
@@ -116,6 +118,6 @@ class PrecisionSettings(Protocol):
 
 def expects_te_layers(settings: PrecisionSettings) -> bool:
     """Whether a run with these settings is planned with Transformer Engine's layers: unless they say otherwise, every
-    run on GPUs is."""
-    wanted = settings.transformer_engine == "on" or (settings.transformer_engine == "auto" and settings.device != "cpu")
-    return wanted or "local" not in RECIPES[settings.fp8].layers
+    bf16 run on GPUs is."""
+    auto = settings.transformer_engine == "auto" and settings.device != "cpu" and settings.dtype == "bf16"
+    return settings.transformer_engine == "on" or auto or "local" not in RECIPES[settings.fp8].layers

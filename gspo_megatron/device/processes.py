@@ -68,7 +68,9 @@ def start(backend: str, device: torch.device, *, attempt: int, timeout_s: float)
         if device.type != "cpu":
             claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        dist.all_reduce(torch.zeros(1, device=device))
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total)
+        assert int(total) == world_size  # reading it waits for NCCL, whose errors come late
 
 
 def check_address(address: str) -> None:
@@ -107,7 +109,7 @@ def explained(timeout_s: float) -> Iterator[None]:
     """
     try:
         yield
-    except (dist.DistError, StartError, ValueError) as error:
+    except (RuntimeError, StartError, ValueError) as error:  # gloo raises a plain RuntimeError
         text = " ".join(str(error).split()).rstrip(".")
         hint = next((hint for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)), OTHERWISE)
         rank, size, local, address, port = (

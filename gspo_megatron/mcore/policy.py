@@ -134,6 +134,8 @@ class MegatronPolicy:
         """See `load_weights`: the policy continues from these weights, with the optimizer as it is."""
         load_weights(self.model, self.config.model.shape, self.groups, rules, read)
         self.optimizer.reload_model_params()
+        for chunk in self.model:
+            chunk.weights_changed = True
 
     def _here(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.to(self.device.torch_device)

@@ -11,7 +11,8 @@ One step (`Trainer.step`):
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -207,13 +208,8 @@ class Trainer:
     def sample(self, number: int) -> list[RolloutGroup]:
         """1. Rollout groups with their rewards, the same on every process."""
         self.note(f"step {number}, sampling")
-        with self.clock.timed("rollout"):
-            try:
-                groups = self.parts.source.groups(number)
-            except DataError:
-                # A prompt or a reward, found on all processes together. The policy is as good as before.
-                self.save(wait=True)
-                raise
+        with self.clock.timed("rollout"), self.saved_first():
+            groups = self.parts.source.groups(number)
         self.complete_save()
         return groups
 
@@ -258,7 +254,19 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         self.note(f"the evaluation of policy version {self.policy.version}")
-        return self.parts.evaluation()
+        with self.saved_first():
+            return self.parts.evaluation()
+
+    @contextmanager
+    def saved_first(self) -> Iterator[None]:
+        """Saves the run before a prompt or a reward ends it. All processes find such an error together, and the policy
+        is as good as before."""
+        try:
+            yield
+        except DataError:
+            if self.began:
+                self.save(wait=True)
+            raise
 
     def row(self, step: StepState, metrics: dict[str, float]) -> dict[str, Any]:
         """The step's row of metrics.jsonl. Writes its rollouts, too."""

@@ -72,3 +72,24 @@ def test_a_run_that_its_data_ends_is_saved_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such prompt"):
         trainer_of(config, policy=policy, sampler=Ending(policy, config), checkpoints=shelf).run()
     assert [position for position, _ in shelf.saved] == [(0, 2, 0)]
+
+
+def test_a_run_that_an_evaluation_ends_is_saved_first(tmp_path: Path) -> None:
+    shelf, config = Shelf(), config_of(f"run.dir={tmp_path}", "train.steps=2")
+
+    class Ending(TableSampler):
+        def generate(self, prompts, ids, *, greedy=False):
+            if greedy and len(self.ids) > 1:
+                raise DataError("no such prompt")
+            return super().generate(prompts, ids, greedy=greedy)
+
+    policy = TablePolicy(shelf.ranks)
+    with pytest.raises(DataError, match="no such prompt"):
+        trainer_of(config, policy=policy, sampler=Ending(policy, config), checkpoints=shelf).run()
+    ((position, state),) = shelf.saved
+    assert position == (0, 1, 2), "both updates of the second step are kept"
+    again = config_of(f"run.dir={tmp_path}", "train.steps=2", "checkpoint.load=latest")
+    after = trainer_of(again, policy=policy, state=state, checkpoints=Shelf())
+    calls = len(policy.calls)
+    assert after.run()
+    assert policy.calls[calls:] == ["sample greedily"]
