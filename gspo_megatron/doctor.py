@@ -2,7 +2,7 @@
 
 Checks Python, torch, driver, GPUs, NCCL, Megatron-Core, Transformer Engine, that the log-prob kernel compiles, limits,
 disk and versions, and starts no process group. --build: while an image is built, without GPUs; there everything has to
-work. Exit status: 0 a run can start on what is there (on the CPU where there is no GPU); 1 something is wrong.
+work. Exit status: 0 a run can start here (on the CPU if no GPU is found); 1 something is wrong.
 """
 
 from __future__ import annotations

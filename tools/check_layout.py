@@ -206,7 +206,15 @@ def run(
     config: Config, world_size: int, timeout_s: float, given: Drawn | None = None, work: Callable[..., Any] = measure
 ) -> Report:
     """Measures a layout on `world_size` processes of this machine, and joins the slices of gradients."""
-    results = run_distributed(work, world_size, config, given, timeout_s=timeout_s, like_torchrun=True)
+    results = run_distributed(
+        work,
+        world_size,
+        config,
+        given,
+        timeout_s=timeout_s,
+        like_torchrun=True,
+        fresh=config.precision.device != "cpu" and torch.cuda.is_available(),
+    )
     drawn, metrics, _ = results[0]
     found: dict[str, dict[int, Tensor]] = {}
     replicas: dict[str, float] = {}

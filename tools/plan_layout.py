@@ -46,7 +46,12 @@ def model_settings(model: str) -> list[str]:
     path = Path(model) / "config.json"
     if not path.is_file():
         raise ConfigError(f"--model {model} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
-    hf = json.loads(path.read_text())
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON in UTF-8 ({error}); copy the model's file again") from error
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{path} holds {type(hf).__name__}, expected a JSON object; copy the model's file again")
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"{path} has model_type={family!r}; implemented: {', '.join(FAMILIES)}")
@@ -54,6 +59,29 @@ def model_settings(model: str) -> list[str]:
     given = {f.name: getattr(shape, f.name) for f in fields(ModelShape)}
     defaults = {f.name: f.default for f in fields(ModelShape)}
     return [f"model.{name}={value}" for name, value in given.items() if value != defaults[name]]
+
+
+def check_amounts(options: argparse.Namespace) -> None:
+    """Refuses what no run can have.
+
+    Raises:
+        ConfigError: an amount below its least, or a mean above the longest.
+    """
+    least_one = ("gpus", "gpus_per_node", "prompt", "response", "group_size", "prompts", "updates", "max_batch")
+    for name in (*least_one, "rows", "choose", "save_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("mean_prompt", "mean_response", "gpu_memory", "price"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    for mean, longest in (("mean_prompt", "prompt"), ("mean_response", "response")):
+        if (getattr(options, mean) or 0) > getattr(options, longest):
+            raise ConfigError(
+                f"--{mean.replace('_', '-')} {getattr(options, mean):g} exceeds the longest, --{longest} "
+                f"{getattr(options, longest)}"
+            )
 
 
 def settings_of(options: argparse.Namespace) -> list[str]:
@@ -156,9 +184,8 @@ def show_plan(plan: Plan, work: Work, options: argparse.Namespace) -> None:
     print(f"stages of {', '.join(map(str, plan.layout.stage_layers(plan.config.model.num_layers)))} layers")
     for phase in plan.memory.phases:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.memory.of(phase).items())
-        print(
-            f"memory, {phase}: {parts}; total {plan.memory.total(phase) / GIB:.2f} GiB on each GPU of the fullest stage"
-        )
+        total = plan.memory.total(phase) / GIB
+        print(f"memory, {phase}: {parts}; total {total:.2f} GiB on each GPU of the stage with the largest peak")
     axes = ", ".join(f"{axis} {seconds:.2f} s over {link}" for axis, (link, seconds) in time_.by_axis().items())
     print(f"communication of an update: {axes or 'none'}")
     flops = sum(time_.flops.values())
@@ -228,7 +255,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=8, help="updates a step (default: 8)")
     parser.add_argument("--max-batch", type=int, default=256, help="rollout.max_batch (default: 256)")
     parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: 10)")
-    parser.add_argument("--engine", action="store_true", help="decode without waiting for kernel launches")
+    parser.add_argument(
+        "--engine", action="store_true", help="predict an engine that decodes without waiting for kernel launches"
+    )
     parser.add_argument("--price", type=float, help="money per GPU-hour")
     parser.add_argument("--rows", type=int, default=10, help="layouts shown (default: 10)")
     parser.add_argument("--choose", type=int, default=1, help="the row described and written (default: 1, the fastest)")
@@ -240,6 +269,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     try:
+        check_amounts(options)
         settings = settings_of(options)
         config = load_config(None, settings)
         if config.model.vocab_size is None:
@@ -257,9 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not best:
             total = counts_of(config.model.shape)[0].total
             raise ConfigError(
-                f"no layout of {options.gpus} {gpu.name} holds {total:,} parameters in {usable:.1f} GiB a GPU; their "
-                f"weights, gradients and optimizer state take {18 * total / GIB / options.gpus:.0f} GiB a GPU where "
-                "nothing is there twice; use more GPUs, or shorter prompts and responses"
+                f"no layout of {options.gpus} {gpu.name} holds {total:,} parameters and sequences of "
+                f"{config.model.max_sequence_length:,} tokens in {usable:.1f} GiB a GPU; fully sharded, weights, "
+                f"gradients and optimizer state alone take {18 * total / GIB / options.gpus:.0f} GiB a GPU; use more "
+                "GPUs, or shorter prompts and responses"
             )
         if options.choose > len(best):
             raise ConfigError(f"--choose {options.choose}: only {len(best)} layouts fit")
@@ -269,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(
         f"{options.model} on {options.gpus} {gpu.name} ({cluster.node} joined by NVLink), {options.precision}: "
-        f"predictions; {len(plans)} plans fit in {usable:.1f} GiB, found in {time.monotonic() - start:.1f} s\n"
+        f"predictions, errors in docs/planner.md; {work.sequences} rollouts a step of {work.length:,.0f} tokens on "
+        f"average; {len(plans)} plans fit in {usable:.1f} GiB, found in {time.monotonic() - start:.1f} s\n"
     )
     show(best, work, options)
     if options.write:

@@ -6,7 +6,7 @@
     python -m benchmarks.gpu_hour --from benchmarks/results/gpu           # only the table
 
 A part that fails, or runs into its time limit, does not stop the others. When --minutes are over, what is left is cut,
-and says so. Exit status: 0 all that ran has met its targets; 1 something failed or missed one; 2 there is no GPU.
+and says so. Exit status: 0 all that ran has met its targets; 1 something failed or missed one; 2 no GPU was found.
 """
 
 from __future__ import annotations

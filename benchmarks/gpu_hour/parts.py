@@ -137,7 +137,7 @@ def _log_prob_benchmark(output: Path, rehearse: bool) -> list[str]:
 def update_of(fp8: str) -> Callable[[Path, bool], list[str]]:
     def command(output: Path, rehearse: bool) -> list[str]:
         steps = ["--steps", "1", "--warmup", "1"] if rehearse else ["--steps", "8", "--warmup", "2"]
-        # Without a GPU there is no FP8; the command is otherwise the same.
+        # FP8 needs a GPU; the command is otherwise the same.
         settings = SMALLER if rehearse else (f"precision.fp8={fp8}",)
         step = _module("benchmarks.step", "--config", str(UPDATE), "--against", "pretraining", *steps)
         return [*step, "--output", str(output), *settings]

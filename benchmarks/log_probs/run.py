@@ -66,7 +66,7 @@ HOW: dict[str, Any] = {"like_torchrun": True, "timeout_s": TIMEOUT_S}
 def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Measures a case; returns what is written to JSON, by method."""
     turns = options.repeats if case.ranks == 1 else 1
-    by_rank = run_distributed(measure_times, case.ranks, case, names, turns, **HOW)
+    by_rank = run_distributed(measure_times, case.ranks, case, names, turns, fresh=case.device != "cpu", **HOW)
     results: dict[str, dict[str, Any]] = by_rank[0]
     able = [name for name in names if results[name]["status"] == "ok"]
     for name in able:
@@ -78,7 +78,9 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> d
     if case.ranks == 1 and case.every_row_counts and options.responses and not options.scaling:
         for dtype in sorted({case.dtype, "bf16"}, reverse=True):
             rounded = replace(case, dtype=dtype)
-            errors = run_distributed(measure_errors, 1, rounded, able, options.responses, **HOW)[0]
+            errors = run_distributed(
+                measure_errors, 1, rounded, able, options.responses, fresh=case.device != "cpu", **HOW
+            )[0]
             for name, error in errors.items():
                 results[name].setdefault("mean_log_ratio_error", {})[dtype] = error
     if REFERENCE in able:

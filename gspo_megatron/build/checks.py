@@ -15,6 +15,8 @@ from gspo_megatron.layout.layout import Layout, layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.run.algorithm import Algorithm
 
+HOPPER = (9, 0)
+
 
 def check_config(config: Config, world_size: int) -> Layout:
     """Checks every rule that depends on the settings and the number of processes alone.
@@ -166,6 +168,16 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
+        )
+    if config.train.steps and not config.train.warm_start_steps and config.checkpoint.load == "none":
+        notes.append(
+            "the run starts from random weights without a warm start, so rewards have next to nothing to improve; set "
+            "train.warm_start_steps, or checkpoint.load (published weights cannot be read yet)"
+        )
+    if (needed := RECIPES[config.precision.fp8].capability) > HOPPER:
+        notes.append(
+            f"precision.fp8={config.precision.fp8} needs GPUs of compute capability {needed[0]}.{needed[1]} or newer; "
+            "an H100 has 9.0"
         )
     if algorithm.balances_load:
         notes.append(

@@ -147,7 +147,7 @@ def problems(machine: Machine, needs: Needs) -> Iterator[Problem]:
 def _no_gpu(machine: Machine) -> Problem:
     if not machine.cuda:
         return Problem(
-            f"there is no GPU for torch {machine.torch}, which is built without CUDA",
+            f"torch {machine.torch} was built without CUDA and sees no GPU",
             "install a build for CUDA (https://pytorch.org), or set precision.device=cpu",
         )
     what = f"torch {machine.torch} for CUDA {machine.cuda} sees no GPU"

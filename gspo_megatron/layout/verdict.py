@@ -32,8 +32,8 @@ def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> st
             f"layout: {layout.world_size} processes = {layout}",
             f"layers of the pipeline stages: {_runs(stages)}",
             f"parameters: {n.total:,} in total, {n.active(m.experts_per_token):,} active per token, "
-            f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)",
-            f"memory estimate, GiB on each GPU of the fullest stage ({memory.stage + 1} of {layout.pp}):",
+            f"{dense + experts:,} on the rank with the most ({dense:,} dense, {experts:,} expert)",
+            f"memory estimate, GiB on each GPU of the stage with the largest peak ({memory.stage + 1} of {layout.pp}):",
             *(f"  {phase:<8} {_parts(memory, phase)}" for phase in memory.phases),
             f"  a checkpoint has {checkpoint_bytes(config, with_reference=with_reference) / GIB:.1f} GiB; while it is "
             f"written, each process keeps {memory.host / GIB:.2f} GiB in host memory",
@@ -61,7 +61,7 @@ def _runs(stages: tuple[int, ...]) -> str:
 
 
 def memory_verdict(config: Config, layout: Layout, available_gib: float, *, with_reference: bool) -> str:
-    """One line: the run fits in `available_gib` of a GPU, or hardly does.
+    """One line: the run fits in `available_gib` of a GPU, or barely fits.
 
     Raises:
         ConfigError: it does not fit. Names the phase, the largest parts and settings that change it, with what they
@@ -75,19 +75,19 @@ def memory_verdict(config: Config, layout: Layout, available_gib: float, *, with
         return f"fits: {where}; {available_gib:.1f} GiB are there"
     if needed <= available_gib:
         return (
-            f"fits hardly: {where}, and {available_gib:.1f} GiB are there, of which communication buffers and "
-            f"fragmentation take up to {RESERVED_GIB:.0f}; {_advice(config, layout, needed, with_reference)}"
+            f"barely fits: {where}, and {available_gib:.1f} GiB are there, of which communication buffers and "
+            f"fragmentation take up to {RESERVED_GIB:.0f}; {_advice(config, layout, needed, needed, with_reference)}"
         )
     largest = sorted(memory.of(phase).items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     raise ConfigError(
         f"not enough memory: {where} ({parts}, ...), and {available_gib:.1f} GiB are there; "
-        f"{_advice(config, layout, needed, with_reference)}"
+        f"{_advice(config, layout, needed, available_gib, with_reference)}"
     )
 
 
-def _advice(config: Config, layout: Layout, needed: float, with_reference: bool) -> str:
-    """Single changes that help, the most effective first."""
+def _advice(config: Config, layout: Layout, needed: float, available_gib: float, with_reference: bool) -> str:
+    """Single changes that need less than `needed`, the most effective first; whether one is enough."""
     found = []
     for settings, changed, other in _changes(config, layout):
         if next(broken_rules(changed, other), None) is None:
@@ -96,8 +96,12 @@ def _advice(config: Config, layout: Layout, needed: float, with_reference: bool)
                 found.append((left, settings))
     if not found:
         return "no single setting helps; use more GPUs (tools/plan_layout.py searches for a layout)"
-    options = ", or ".join(f"{settings} ({left:.1f} GiB)" for left, settings in sorted(found)[:4])
-    return f"set {options}"
+    found.sort()
+    enough, others = ([each for each in found if (each[0] <= available_gib) == fits] for fits in (True, False))
+    listed = [", or ".join(f"{settings} ({left:.1f} GiB)" for left, settings in some[:4]) for some in (enough, others)]
+    if not enough:
+        return f"no single setting is enough (tools/plan_layout.py searches for a layout); these help: {listed[1]}"
+    return f"set {listed[0]}" + (f"; not enough alone: {listed[1]}" if others else "")
 
 
 def _changes(config: Config, layout: Layout) -> Iterator[tuple[str, Config, Layout]]:

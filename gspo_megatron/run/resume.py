@@ -73,7 +73,7 @@ class Continuation:
         return self.state.position.steps + 1 if self.state and self.state.began else 0
 
     def messages(self, config: Config) -> Iterator[str]:
-        """What the user is told of the start."""
+        """Lines that tell the user how the run starts."""
         load, steps = config.checkpoint.load, config.train.steps
         if self.state is None and load == "latest":
             yield (

@@ -22,16 +22,19 @@ class SaveRequest:
     def __init__(self, *, every_s: float, file: Path | None) -> None:
         self._every_s, self._file = every_s, file
         self._saved_at = time.monotonic()
+        self.by_file = False
+        """Whether the file was there when `is_set` last looked. The run then waits until the save is complete."""
 
     def is_set(self) -> bool:
         if self._file is None:
             return False
-        by_clock = 0 < self._every_s <= time.monotonic() - self._saved_at
-        return by_clock or self._file.exists()
+        self.by_file = self._file.exists()
+        return self.by_file or 0 < self._every_s <= time.monotonic() - self._saved_at
 
     def saved(self) -> None:
-        """The run has just been saved: starts the clock anew and deletes the file."""
+        """The run has just been saved: restarts the clock, and deletes the file if it was seen."""
         self._saved_at = time.monotonic()
-        if self._file is not None:
+        if self.by_file and self._file is not None:
             with suppress(FileNotFoundError):
                 self._file.unlink()
+        self.by_file = False

@@ -157,7 +157,8 @@ class Trainer:
         if self.ranks.any_rank(stop or save):
             if self.ranks.any_rank(stop):
                 raise StopRequested
-            self.save(wait=not self.config.checkpoint.asynchronous)
+            by_file = self.ranks.any_rank(self.parts.save_request.by_file)
+            self.save(wait=by_file or not self.config.checkpoint.asynchronous)
 
     def complete_save(self) -> None:
         """Completes a save in the background, if its files are written."""
@@ -182,9 +183,9 @@ class Trainer:
             )
             checkpoints.save(self.position, state, wait=wait)
             self.saved = self.position
-        self.parts.save_request.saved()
         if wait:
             checkpoints.finish()
+        self.parts.save_request.saved()
         self.pause_s = time.perf_counter() - start
 
     # ---------------------------------------------------------------------------------------------------- a step

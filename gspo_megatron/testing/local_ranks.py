@@ -8,7 +8,8 @@ def worker(scale):                      # at module level: the processes find it
 first, second = run_distributed(worker, 2, 3.0)
 
 The processes are forked from one that has everything imported: a fork takes milliseconds and shares its memory, so 64
-ranks fit where 64 interpreters would not.
+ranks fit where 64 interpreters would not. With `fresh` each is an interpreter of its own, as ranks on GPUs have to be:
+a library that was imported before the fork may have read its variables, or started CUDA.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from gspo_megatron.testing.time_limits import time_factor
 # A server process imports torch once, and every rank is forked from it in milliseconds. A fork of the test process
 # itself would be as quick, but could inherit a lock that one of its threads holds; the server never computes.
 _context = multiprocessing.get_context("forkserver")
+_fresh = multiprocessing.get_context("spawn")
 
 
 class RankError(RuntimeError):
@@ -42,7 +44,12 @@ class RankError(RuntimeError):
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, like_torchrun: bool = False
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    like_torchrun: bool = False,
+    fresh: bool = False,
 ) -> list[Any]:
     """fn(*args) on each of `world_size` ranks; returns what the ranks returned, in rank order.
 
@@ -53,6 +60,7 @@ def run_distributed(
     """
     # What the ranks would import one by one: assert_close and dispatch modes load the two torch modules at their first
     # use, the tests in hand have loaded the rest. The server reads the list when it starts, at the first call.
+    context = _fresh if fresh else _context
     in_hand = [name for name in sys.modules if name.startswith(("gspo_megatron", "megatron.core"))]
     _context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", *in_hand])
     with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +69,10 @@ def run_distributed(
         collective_s = timeout_s * time_factor()
         try:
             for rank in range(world_size):
-                reader, writer = _context.Pipe(duplex=False)
+                reader, writer = context.Pipe(duplex=False)
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
                 environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                process = _context.Process(target=_run_rank, args=(fn, args, environment, store, collective_s, writer))
+                process = context.Process(target=_run_rank, args=(fn, args, environment, store, collective_s, writer))
                 process.start()
                 writer.close()
                 processes.append(process)

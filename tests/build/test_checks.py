@@ -193,8 +193,9 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
     ],
 )
 def test_what_works_but_is_hardly_meant_is_a_warning(override: str, part: str) -> None:
-    assert config_warnings(load_config(None), Algorithm.of(load_config(None))) == []
-    config = load_config(None, [override])
+    usual = load_config(None, ["train.warm_start_steps=1"])
+    assert config_warnings(usual, Algorithm.of(usual)) == []
+    config = load_config(None, ["train.warm_start_steps=1", override])
     check_config(config, 1)
     (warning,) = config_warnings(config, Algorithm.of(config))
     assert part in warning
@@ -205,3 +206,18 @@ def test_the_prompt_limit_leaves_room_for_the_response() -> None:
     assert prompt_limit(load_config(None, sizes)) == 70
     assert prompt_limit(load_config(None, [*sizes, "data.max_prompt_tokens=20"])) == 20
     assert prompt_limit(load_config(None, [*sizes, "data.max_prompt_tokens=90"])) == 70
+
+
+def test_a_start_from_random_weights_is_warned_of() -> None:
+    def warned(*overrides: str) -> bool:
+        config = load_config(None, list(overrides))
+        return any("random weights" in note for note in config_warnings(config, Algorithm.of(config)))
+
+    assert warned()
+    assert not warned("train.warm_start_steps=5")
+    assert not warned("checkpoint.load=latest") and not warned("train.steps=0")
+
+
+def test_a_format_of_newer_gpus_than_an_h100_is_warned_of() -> None:
+    config = load_config(None, ["precision.fp8=mxfp8", "precision.dtype=bf16"])
+    assert any("compute capability 10.0" in note for note in config_warnings(config, Algorithm.of(config)))

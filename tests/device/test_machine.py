@@ -57,7 +57,7 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
     ("machine", "needs", "what", "fix"),
     [
         (NOWHERE, Needs(), "torch 2.10.0 for CUDA 12.9 sees no GPU (RuntimeError: Found no NVIDIA", "nvidia-smi"),
-        (replace(NOWHERE, cuda=""), Needs(), "torch 2.10.0, which is built without CUDA", "install a build for CUDA"),
+        (replace(NOWHERE, cuda=""), Needs(), "torch 2.10.0 was built without CUDA", "install a build for CUDA"),
         (replace(NOWHERE, visible=""), Needs(), "CUDA_VISIBLE_DEVICES= hides them all", "unset CUDA_VISIBLE_DEVICES"),
         (
             replace(NOWHERE, driver="470.57.02"),

@@ -77,7 +77,7 @@ def test_a_plan_says_layout_parameters_and_memory() -> None:
     dense, experts = parameters_per_rank(config.model.shape, layout)
     assert "layout: 64 processes = tp 4 x pp 2 x cp 1 x dp 8; experts: ep 8 x etp 1 x edp 4" in text
     assert "parameters: 30,532,122,624 in total, 3,353,032,704 active per token" in text
-    assert f"{dense + experts:,} on the fullest rank ({dense:,} dense, {experts:,} expert)" in text
+    assert f"{dense + experts:,} on the rank with the most ({dense:,} dense, {experts:,} expert)" in text
     sizes = gib(text)
     assert sizes["weights"] == pytest.approx((dense + experts) * 2 / 2**30, abs=0.006)
     assert sizes["gradients"] == pytest.approx((dense + experts) * 4 / 2**30, abs=0.006)
@@ -142,7 +142,7 @@ def test_a_run_that_fits_is_told_so() -> None:
     needed = fullest_stage(config, layout, with_reference=False).peak / 2**30
     verdict = memory_verdict(config, layout, needed + 7, with_reference=False)
     assert re.fullmatch(rf"fits: \w+ needs {needed:.1f} GiB on each GPU of stage \d of 2; {needed + 7:.1f} .*", verdict)
-    assert memory_verdict(config, layout, needed + 1, with_reference=False).startswith("fits hardly: ")
+    assert memory_verdict(config, layout, needed + 1, with_reference=False).startswith("barely fits: ")
 
 
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_help() -> None:
@@ -158,6 +158,12 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_help() -> None:
     for setting, left in options:
         _, changed, other = plan_of(64, *BIG, "train.tokens_per_micro_batch=131072", setting)
         assert fullest_stage(changed, other, with_reference=False).peak / 2**30 == pytest.approx(float(left), abs=0.06)
+
+
+def test_a_refusal_says_where_no_single_setting_is_enough() -> None:
+    _, config, layout = plan_of(64, *BIG)
+    with pytest.raises(ConfigError, match=r"no single setting is enough .*; these help: parallel\.\w+=\w+ \("):
+        memory_verdict(config, layout, 10.0, with_reference=False)
 
 
 def forward_flops(m: ModelConfig, length: int) -> int:

@@ -53,9 +53,22 @@ def test_touching_a_file_saves_once(tmp_path: Path) -> None:
                 asked.touch()
             return super().generate(prompts, ids, greedy=greedy)
 
+    class Watching(Shelf):
+        def save(self, position, state, *, wait):
+            super().save(position, state, wait=wait)
+            events.append(f"save, wait {wait}, file {asked.exists()}")
+
+        def finish(self, *, wait=True):
+            if wait:
+                events.append(f"finish, file {asked.exists()}")
+
+    events: list[str] = []
+    shelf = Watching()
     policy = TablePolicy(shelf.ranks)
     assert trainer_of(config, policy=policy, sampler=Asking(policy, config), checkpoints=shelf).run()
     assert [position for position, _ in shelf.saved] == [(0, 1, 1), (0, 4, 0)]
+    # The file stays until the save is complete, so a crash on the way does not lose the request.
+    assert events[:2] == ["save, wait True, file True", "finish, file True"]
     assert not asked.exists()
 
 

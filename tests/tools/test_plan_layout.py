@@ -66,7 +66,7 @@ def test_a_folder_is_as_good_as_a_preset(tmp_path: Path, capsys: pytest.CaptureF
         (["--model", "qwen4", "--gpus", "8"], "--model qwen4 is neither a preset (tiny_moe, "),
         (
             ["--model", "qwen3_235b_a22b", "--gpus", "8"],
-            "no layout of 8 h100 holds 235,093,634,560 parameters in 73.6 GiB",
+            "no layout of 8 h100 holds 235,093,634,560 parameters and sequences of 9,216 tokens in 73.6 GiB",
         ),
         (["--model", "qwen3_30b_a3b", "--gpus", "32", "--gpu", "a100", "--precision", "fp8"], "--gpu a100 has no FP8"),
         (["--model", "tiny_moe", "--gpus", "8"], "--model tiny_moe has no vocabulary size"),
@@ -85,3 +85,26 @@ def test_a_family_that_is_not_implemented_is_named(tmp_path: Path, capsys: pytes
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert main(["--model", str(tmp_path), "--gpus", "8"]) == 2
     assert "model_type='llama'; implemented: qwen3_moe, deepseek_v3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--gpus", "0", "--gpus 0 must be at least 1"),
+        ("--gpus", "-8", "--gpus -8 must be at least 1"),
+        ("--prompt", "-5", "--prompt -5 must be at least 1"),
+        ("--rows", "0", "--rows 0 must be at least 1"),
+        ("--gpu-memory", "0", "--gpu-memory 0 must be above 0"),
+        ("--mean-response", "9000", "--mean-response 9000 exceeds the longest, --response 4000"),
+    ],
+)
+def test_an_amount_that_no_run_has(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "qwen3_30b_a3b", *ARGUMENTS, option, value]) == 2
+    assert capsys.readouterr().err == f"ConfigError: {message}\n"
+
+
+@pytest.mark.parametrize(("text", "found"), [("{oops", "is not JSON in UTF-8"), ("[]", "holds list")])
+def test_a_broken_folder_is_named(text: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert main(["--model", str(tmp_path), *ARGUMENTS]) == 2
+    assert re.match(rf"ConfigError: .*config\.json {found}", capsys.readouterr().err)
