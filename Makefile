@@ -1,11 +1,11 @@
-# Two environments are built once and reused: .venv, and .venv-next with the next Megatron-Core. `make help` lists the targets.
+# Environments are built once and reused: .venv, and others on top of it. `make help` lists the targets.
 #
 #   PYTHON=python3.12    the interpreter the environments are made from (3.10 or newer; .venv-next: 3.11 or newer)
 #   TORCH=torch==2.11.0  a PyTorch other than the pinned one; TORCH=system: that of PYTHON, as in a container image
 #   GSM8K=data/gsm8k     the folder with train.jsonl and test.jsonl of GSM8K, for `make gsm8k`
 #   ARGS="..."           more arguments for the command of a target
 #
-# After changing PYTHON or TORCH, remove the environment first.
+# After changing PYTHON or TORCH, remove the environments first.
 
 PYTHON ?= python3
 TORCH ?= -r requirements/torch.txt
@@ -23,7 +23,7 @@ help: ## This list
 
 venv: .venv/.installed ## Install the pinned packages into .venv
 
-venv-next: .venv-next/.installed ## The same with the next Megatron-Core into .venv-next
+venv-next: .venv-next/.installed ## The same with the next Megatron-Core, into .venv-next
 
 venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA, in two versions, for `make test-te`, into .venv-te
 
@@ -124,13 +124,13 @@ test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two node
 # puts another version before the installed one.
 TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te -n 0
 OLDER_TE = .venv-te/te-2.10
-NEXT_MEGATRON = .venv-te/megatron-next
+OLDER_MEGATRON = .venv-te/megatron
 
 test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with the local ones, on the CPU; two versions of each
-	PYTHONPATH=tests/te/stand_in $(TEST_TE) tests/te $(ARGS)
-	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON) $(TEST_TE) tests/te -k smoke $(ARGS)
+	PYTHONPATH=tests/te/stand_in:$(OLDER_MEGATRON) $(TEST_TE) tests/te $(ARGS)
+	PYTHONPATH=tests/te/stand_in $(TEST_TE) tests/te -k smoke $(ARGS)
+	PYTHONPATH=tests/te/stand_in:$(OLDER_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 	PYTHONPATH=tests/te/stand_in:$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
-	PYTHONPATH=tests/te/stand_in:$(NEXT_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 
 DRY = PYTHONPATH=tests/te/stand_in .venv-cuda/bin/python -W ignore tools/dry_cuda.py \
 	--output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
@@ -178,39 +178,50 @@ else
 INSTALL_TORCH = pip install $(TORCH)
 endif
 
+# An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv-next/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
-.venv/.installed: requirements/megatron.txt
-.venv-next/.installed: requirements/megatron-next.txt
-.venv/.installed .venv-next/.installed: PACKAGE = -e '.[dev,plot]'
-.venv-hf/.installed: MEGATRON = -r requirements/megatron.txt
-.venv-hf/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,hf]'
-.venv-hf/.installed: requirements/megatron.txt requirements/trl.txt
-.venv-trl/.installed: MEGATRON = -r requirements/megatron.txt
-.venv-trl/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev,trl]'
-.venv-trl/.installed: requirements/megatron.txt requirements/trl.txt
-# 200 MB to download and 1 GB on disk for each. The interpreters of the older ones need the older NumPy.
-.venv-triton/%/.installed: | .venv/.installed
-	.venv/bin/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy<2.4'
-	touch $@
-
-.venv-te/.installed: MEGATRON = -r requirements/megatron.txt
-.venv-te/.installed: PACKAGE = -e '.[dev]'
-.venv-te/.installed: requirements/megatron.txt requirements/megatron-next.txt requirements/te.txt
-.venv-te/.installed: PIP_TO = .venv-te/bin/pip install --no-deps --ignore-requires-python --upgrade --target
-.venv-te/.installed: LAST = .venv-te/bin/pip install --no-deps -r requirements/te.txt && \
-	$(PIP_TO) .venv-te/te-2.10 transformer-engine==2.10.0 && \
-	$(PIP_TO) .venv-te/megatron-next $$(grep megatron-core requirements/megatron-next.txt)
+.venv/.installed: PACKAGE = -e '.[dev,plot]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers
 # torch has brought the Triton that it needs.
 .venv-cuda/.installed: LAST = grep -v ^triton requirements/te.txt | .venv-cuda/bin/pip install --no-deps -r /dev/stdin
 .venv-cuda/.installed: requirements/torch-cuda.txt requirements/megatron-next.txt requirements/te.txt requirements/trl.txt
-.venv/.installed .venv-next/.installed .venv-te/.installed .venv-hf/.installed .venv-cuda/.installed .venv-trl/.installed: setup.py requirements/torch.txt requirements/pins.txt
+.venv/.installed: requirements/megatron.txt
+.venv/.installed .venv-cuda/.installed: setup.py requirements/torch.txt requirements/pins.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	$(@D)/bin/$(INSTALL_TORCH)
 	$(@D)/bin/pip install -c requirements/pins.txt $(MEGATRON)
 	$(@D)/bin/pip install -c requirements/pins.txt $(PACKAGE)
 	$(LAST)
+	touch $@
+
+# An environment on top of another (BASE): it sees the packages of that one, and its own come first. So torch is installed
+# once, and an environment on top takes seconds.
+PACKAGES_OF = $(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+PIP = $(@D)/bin/pip install -c requirements/pins.txt
+NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
+.venv-next/.installed: BASE = .venv
+.venv-next/.installed: ADD = $(NO_DEPS) -r requirements/megatron-next.txt
+.venv-next/.installed: .venv/.installed requirements/megatron-next.txt
+.venv-hf/.installed: BASE = .venv
+.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers
+.venv-hf/.installed: .venv/.installed requirements/trl.txt
+.venv-trl/.installed: BASE = .venv
+.venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl
+.venv-trl/.installed: .venv/.installed requirements/trl.txt
+.venv-te/.installed: BASE = .venv-next
+.venv-te/.installed: ADD = $(NO_DEPS) -r requirements/te.txt && \
+	$(NO_DEPS) --upgrade --target $(@D)/te-2.10 transformer-engine==2.10.0 && \
+	$(NO_DEPS) --upgrade --target $(@D)/megatron -r requirements/megatron.txt
+.venv-te/.installed: .venv-next/.installed requirements/megatron.txt requirements/te.txt
+.venv-next/.installed .venv-te/.installed .venv-hf/.installed .venv-trl/.installed:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
+	echo "import site; site.addsitedir('$$($(call PACKAGES_OF,$(BASE)))')" > "$$($(call PACKAGES_OF,$(@D)))/base.pth"
+	$(ADD)
+	touch $@
+
+# 200 MB to download and 1 GB on disk for each. The interpreters of the older ones need the older NumPy.
+.venv-triton/%/.installed: | .venv/.installed
+	.venv/bin/pip install --quiet --no-deps --target $(@D) triton==$* 'numpy<2.4'
 	touch $@
