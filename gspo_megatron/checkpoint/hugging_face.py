@@ -112,7 +112,7 @@ class HuggingFaceFolder:
 
     def __init__(self, path: str | Path, *, allow_nan: bool = False) -> None:
         self.path = Path(path)
-        self.config = _read_json(self.path / "config.json")
+        self.config = read_json(self.path / "config.json")
         self.tensors = {tensor.name: tensor for file in self._files() for tensor in _tensors_of(file, allow_nan)}
         self._check_index()
         self._read: set[str] = set()
@@ -194,7 +194,7 @@ class HuggingFaceFolder:
         raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}; download the weights of the model")
 
     def _index(self) -> Mapping[str, str]:
-        index = _read_json(self.path / INDEX).get("weight_map")
+        index = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(
             isinstance(name, str) and name == Path(name).name for name in index.values()
         ):
@@ -227,7 +227,12 @@ def _tensors_of(file: Path, allow_nan: bool) -> Iterable[StoredTensor]:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a folder.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
