@@ -127,10 +127,8 @@ class HuggingFaceFolder:
             CheckpointError: it is missing, or has a format that is not a weight's.
         """
         if name not in self.tensors:
-            near = did_you_mean(name, self.tensors)
-            raise CheckpointError(
-                f"{self.path} has no tensor {name!r}{near}; the folder is not that of its config.json"
-            )
+            near = did_you_mean(name, self.tensors) or "."
+            raise CheckpointError(f"{self.path} has no tensor {name!r}{near} Its config.json asks for it")
         self._read.add(name)
         stored = self.tensors[name]
         if stored.dtype in FLOATS:
