@@ -49,12 +49,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run, beside the folder that it started from."""
     folder = tmp_path_factory.mktemp("real")
     source = tokenizer_folder(folder / "model")
-    size = dict(vocab_size=509, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
-    experts = dict(head_dim=8, num_experts=12, num_experts_per_tok=3, moe_intermediate_size=64, intermediate_size=64)
     stops = json.loads((source / "generation_config.json").read_text())
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
-        **size, **experts, max_position_embeddings=64, norm_topk_prob=True, initializer_range=0.08, **stops
+        vocab_size=509,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=12,
+        num_experts_per_tok=3,
+        moe_intermediate_size=64,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        norm_topk_prob=True,
+        initializer_range=0.08,
+        **stops,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(source)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "gspo_megatron.train"]

@@ -60,7 +60,9 @@ def test_an_unfinished_folder_has_another_name_and_is_replaced(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["step_000010"] and len(list(path.glob("*.safetensors"))) == 3
 
 
-def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = module.shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
     with pytest.raises(CheckpointError, match="GiB free, step_000010 needs"):

@@ -62,7 +62,7 @@ def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path: Path) -> None:
 def test_what_the_model_does_not_have(tmp_path: Path) -> None:
     extra = {"model.layers.2.x": torch.ones(1), "model.layers.3.x": torch.ones(1), "lm_head.weight": torch.ones(1)}
     folder = HuggingFaceFolder(write(tmp_path, TENSORS | extra, num_nextn_predict_layers=1))
-    with pytest.raises(CheckpointError, match="does not have: lm_head.weight, model.layers.3.x; config.json"):
+    with pytest.raises(CheckpointError, match=r"does not have: lm_head\.weight, model\.layers\.3\.x; config\.json"):
         folder.check_all_read(TENSORS)
     folder.config["tie_word_embeddings"] = True
     folder.check_all_read([*TENSORS, "model.layers.3.x"])

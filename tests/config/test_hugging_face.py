@@ -85,10 +85,10 @@ def test_a_folder_that_cannot_be_trained_is_refused(changed: dict[str, Any], mes
 
 
 def test_a_folder_without_config_json(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no .*config.json; give the folder of a Hugging Face model"):
+    with pytest.raises(ConfigError, match=r"there is no .*config\.json; give the folder of a Hugging Face model"):
         load_config(None, [f"model.hf={tmp_path / 'nowhere'}"])
 
 
 def test_a_folder_is_chosen_before_settings_are_complete(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="model.hf='x' cannot be replaced after loading"):
+    with pytest.raises(ConfigError, match=r"model\.hf='x' cannot be replaced after loading"):
         replaced(load_config(None, []), {"model.hf": "x"})
