@@ -35,7 +35,7 @@ class Inputs:
 
 def settle(config: Config, world_size: int) -> Inputs:
     """Checks the settings against the number of processes, opens tokenizer, rewards and prompts, and fills in the
-    settings that depend on them: reward.functions and model.vocab_size.
+    settings that depend on them: reward.functions, data.tokenizer and model.vocab_size.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
@@ -46,6 +46,7 @@ def settle(config: Config, world_size: int) -> Inputs:
         spec = _data_spec(config, "train")
         config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
     rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -65,6 +66,12 @@ def settle(config: Config, world_size: int) -> Inputs:
     ]
     warnings += config_warnings(config, algorithm)
     return Inputs(config, layout, algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+
+
+def tokenizer_spec(config: Config) -> str:
+    """data.tokenizer, with what `auto` stands for."""
+    spec = config.data.tokenizer
+    return (config.model.hf or "characters") if spec == "auto" else spec
 
 
 def _data_spec(config: Config, split: str) -> DataSpec:

@@ -68,8 +68,9 @@ class ForwardInputs(NamedTuple):
 
 class MegatronSampler:
     """`Sampler` of base/protocols.py. Each of `stop_ids` ends a response, `pad_id` fills places that attention never
-    reads. `stop` is called at every token; when it returns True on any process, generate raises StopRequested on
-    all."""
+    reads. Only the first `num_ids` ids are sampled, None: all; a tokenizer may have fewer than the model's vocabulary,
+    whose last rows then only fill it up. `stop` is called at every token; when it returns True on any process, generate
+    raises StopRequested on all."""
 
     def __init__(
         self,
@@ -77,11 +78,13 @@ class MegatronSampler:
         *,
         stop_ids: Sequence[int],
         pad_id: int,
+        num_ids: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.stop_ids, self.pad_id, self.stop = tuple(stop_ids), pad_id, stop
+        self.num_ids = num_ids
         self.stop_ids_E = torch.tensor(self.stop_ids, device=self.device)
         self.multiple = sampler_token_multiple(policy.config)
         rules = packing_rules(policy.config)
@@ -185,6 +188,8 @@ class MegatronSampler:
                 group=self.groups.tp if self.groups.layout.tp > 1 else None,
                 vocab_size=head.true_vocab_size,
             )
+            if self.num_ids is not None and self.num_ids < logits.size(1):
+                logits[:, self.num_ids :] = -torch.inf
             token_B, log_prob_B = next_tokens(logits, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])
 

@@ -39,16 +39,13 @@ from gspo_megatron.checkpoint.manifest import FORMAT
 from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
 from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.groups import POLL_S, reason_of
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
-POLL_S = 0.02
-"""Seconds between checks whether any process is still working on files."""
-
-Result = TypeVar("Result")
 State = TypeVar("State")
 Keyed = tuple[str, Shard, Tensor]
 """A key of a checkpoint file, the shard, its elements."""
@@ -106,15 +103,15 @@ class MegatronCheckpoints:
         tensors = list(self.to_write())
         of_state = state.tensors()
         own_bytes = sum(elements.nbytes for _, _, elements in tensors) + sum(x.nbytes for x in of_state.values())
-        num_bytes = sum(self._from_all(own_bytes))
-        directory = self._on_main(lambda: self.directory.begin(position, num_bytes))
+        num_bytes = sum(self.groups.from_all(own_bytes))
+        directory = self.groups.on_main(lambda: self.directory.begin(position, num_bytes))
         about = {
             "format": FORMAT,
             "state": state.to_json() if self.groups.is_main else None,
             "policy_version": self.policy.version,
             "adam_step": get_step_count(self.policy.optimizer),
             "has_reference": self.policy.reference is not None,
-            "random": self._from_all(self.policy.device.random_state()),
+            "random": self.groups.from_all(self.policy.device.random_state()),
             "num_files": dist.get_world_size(),
             "model": self.shape.tensor_settings(),
             "versions": {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__},
@@ -138,7 +135,7 @@ class MegatronCheckpoints:
                 # Writing and hashing may take longer than the timeout of a collective.
                 time.sleep(POLL_S)
             self._saving = None
-            self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
+            self.groups.fail_together(f"{saving.directory} could not be written", saving.work.exception())
             if not saving.completing:
                 commit = partial(self.directory.commit, saving.directory) if self.groups.is_main else lambda: None
                 self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
@@ -199,12 +196,12 @@ class MegatronCheckpoints:
         Raises:
             CheckpointError: the checkpoint is damaged, or holds another model.
         """
-        path, problems = self._on_main(lambda: self.directory.open(which))
+        path, problems = self.groups.on_main(lambda: self.directory.open(which))
         for problem in problems:
             self.warn(problem)
         if path is None:
             return None
-        about = self._on_main(lambda: _read_json(path / "run.json"))
+        about = self.groups.on_main(lambda: _read_json(path / "run.json"))
         if about.get("format", 1) < FORMAT:
             self.warn(
                 f"{path} has format {about.get('format', 1)}, written by gspo_megatron "
@@ -220,7 +217,7 @@ class MegatronCheckpoints:
             self._read(ShardFiles([path / _file_name(rank) for rank in range(about["num_files"])]))
         except CheckpointError as error:
             failure = error
-        self._fail_together(f"{path} could not be loaded", failure)
+        self.groups.fail_together(f"{path} could not be loaded", failure)
         set_step_count(self.policy.optimizer, about["adam_step"])
         if len(about["random"]) == dist.get_world_size():
             self.policy.device.set_random_state(about["random"][dist.get_rank()])
@@ -251,38 +248,6 @@ class MegatronCheckpoints:
                 num_rows = self.shape.vocab_size if is_vocabulary(place.name) else None
                 yield place.name, Shard.of(place, tensor, num_rows), tensor
 
-    def _on_main(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on the main process; returns its result, or raises its CheckpointError, on all processes."""
-        running = self._writer.submit(work) if self.groups.is_main else None
-        while self.groups.any_rank(running is not None and not running.done()):
-            time.sleep(POLL_S)
-        outcome: list[Any] = [None]
-        if running is not None:
-            error = running.exception()
-            if error is not None and not isinstance(error, CheckpointError):
-                raise error
-            outcome = [error or running.result()]
-        dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], CheckpointError):
-            raise outcome[0]
-        return outcome[0]
-
-    def _fail_together(self, what: str, error: BaseException | None) -> None:
-        """Fails on all processes if one has an error.
-
-        Raises:
-            CheckpointError: `what`, with the reason and the process.
-        """
-        for rank, reason in enumerate(self._from_all(error and _reason(error))):
-            if reason is not None:
-                raise CheckpointError(f"{what}: {reason} (process {rank})")
-
-    def _from_all(self, mine: Result) -> list[Result]:
-        """The values of all processes, in rank order."""
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, mine)
-        return said
-
 
 def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
     """Settings of a checkpoint's tensors that differ from those of `shape`."""
@@ -299,8 +264,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read ({reason_of(error)})") from error
