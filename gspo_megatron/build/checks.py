@@ -47,6 +47,11 @@ def _check_model(m: ModelConfig) -> None:
         )
     if complaint := next(family_of(m.shape).complaints(m.shape), None):
         raise ConfigError(complaint)
+    if m.aux_loss_coef and not m.shape.num_experts:
+        raise ConfigError(
+            f"model.aux_loss_coef={m.aux_loss_coef} has no effect with model.family={m.family}, which has no experts "
+            "to balance; set it to 0"
+        )
 
 
 def _check_precision(config: Config) -> None:

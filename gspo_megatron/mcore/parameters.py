@@ -20,6 +20,7 @@ SLICED: dict[str, tuple[int, int]] = {
     "word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
     "linear_qkv.weight": (0, 1),
+    "linear_qkv.bias": (0, 1),
     "linear_q_proj.weight": (0, 1),
     "linear_q_up_proj.weight": (0, 1),
     "linear_kv_up_proj.weight": (0, 1),
@@ -69,6 +70,8 @@ def _placed(
     expert_offset = groups.collection.ep.rank() * (shape.num_experts // groups.layout.ep)
     for local_name, tensor in named:
         name = global_name(local_name, layer_offset, expert_offset)
+        if shape.tie_embeddings and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the copy that the last stage of a pipeline has
         group = groups.collection.expt_tp if ".experts." in name else groups.tp
         how = next((how for part, how in SLICED.items() if part in name), None)
         yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), tensor

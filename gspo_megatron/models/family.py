@@ -68,12 +68,20 @@ class TokenCount:
         cached: numbers in the sampler's cache, sharded over tp: keys and values.
         attended: multiply-adds for each token that it attends to.
         cached_whole: numbers in the sampler's cache that every tp rank holds: latents.
+        window: tokens that it attends to at most. 0: all earlier ones.
     """
 
     multiplied: int
     cached: int
     attended: int
     cached_whole: int = 0
+    window: int = 0
+
+    def pairs(self, length: float) -> float:
+        """Pairs of a token and one that it attends to, in a sequence of `length`: L (L + 1) / 2 without a window, else
+        W (L - W) more than those of the first W tokens."""
+        within = min(length, self.window or length)
+        return within * (within + 1) / 2 + (length - within) * within
 
 
 @dataclass(frozen=True)

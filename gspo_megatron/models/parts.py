@@ -1,13 +1,27 @@
-"""What several families share: name rules, keys of config.json, and rules about sizes."""
+"""What several families share: name rules, keys of config.json, Megatron's settings, counts, and rules about sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import ceil, lcm
 from typing import Any
 
+import torch
+
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.models.names import GateUp, NameRule
-from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.family import LayerCount, ParameterCount, Share, TokenCount
+from gspo_megatron.models.names import QKV, GateUp, NameRule
+from gspo_megatron.models.rope import rope_complaints
+from gspo_megatron.models.shape import OPTIONAL, ModelShape
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+GROUPED_QUERY = frozenset({"num_query_groups", "head_dim"})
+EXPERTS = frozenset({"num_experts", "experts_per_token", "expert_ffn_size"})
+SIGMOID_ROUTER = frozenset({"router_groups", "router_groups_per_token", "routed_scaling_factor"})
+DENSE_AND_SHARED = frozenset({"num_dense_layers", "dense_ffn_size", "shared_expert_ffn_size"})
+YARN = frozenset(name for name in OPTIONAL if name.startswith("rope_"))
+"""Optional fields of ModelShape, by the part of a model that they describe."""
 
 # ---------------------------------------------------------------------------------------------------------- name rules
 
@@ -33,14 +47,54 @@ BLOCK_RULES = (
 )
 """All but the projections of attention and the feed-forward networks."""
 
+QKV_RULE = NameRule(
+    f"{OURS}self_attention.linear_qkv.weight", tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"), QKV()
+)
+QKV_BIAS_RULE = NameRule(
+    f"{OURS}self_attention.linear_qkv.bias", tuple(f"{THEIRS}self_attn.{part}_proj.bias" for part in "qkv"), QKV()
+)
+QK_NORM_RULES = tuple(
+    NameRule(f"{OURS}self_attention.{part}_layernorm.weight", (f"{THEIRS}self_attn.{part}_norm.weight",))
+    for part in "qk"
+)
+
 EXPERT_RULES = (
     NameRule(f"{OURS}mlp.router.weight", (f"{THEIRS}mlp.gate.weight",)),
     *feed_forward(f"{OURS}mlp.experts.local_experts.{{expert}}.", f"{THEIRS}mlp.experts.{{expert}}."),
 )
 """A router without bias and its experts."""
 
+SIGMOID_ROUTER_RULES = (
+    *feed_forward(f"{OURS}mlp.", f"{THEIRS}mlp."),
+    *feed_forward(f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_experts."),
+    *EXPERT_RULES,
+    NameRule(f"{OURS}mlp.router.expert_bias", (f"{THEIRS}mlp.gate.e_score_correction_bias",)),
+)
+"""Dense first layers; then experts beside a shared one, and a bias of the router that only its choice sees."""
+
 
 # --------------------------------------------------------------------------------------------------------- config.json
+
+
+SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+}
+"""Field of ModelShape: key of config.json."""
+SIGMOID_ROUTER_SIZES = {
+    "num_experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_ffn_size": "moe_intermediate_size",
+    "num_dense_layers": "first_k_dense_replace",
+    "dense_ffn_size": "intermediate_size",
+    "router_groups": "n_group",
+    "router_groups_per_token": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
 
 
 def read_sizes(hf: Mapping[str, Any], keys: Mapping[str, str], family: str) -> dict[str, Any]:
@@ -66,31 +120,70 @@ def check_implemented(hf: Mapping[str, Any], only: Mapping[str, tuple[Any, Any]]
             raise ConfigError(f"config.json has {key}={found!r}, but only {implemented!r} is implemented for {family}")
 
 
-def read_rope(hf: Mapping[str, Any], family: str, kinds: tuple[str, ...] = ("default",)) -> dict[str, Any]:
+def check_layer_types(hf: Mapping[str, Any], expected: list[str], family: str) -> None:
+    """`layer_types`, where config.json has them, are those of the family.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    if (found := hf.get("layer_types") or expected) != expected:
+        pairs = zip(found, expected, strict=False)
+        layer = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(found), len(expected)))
+        raise ConfigError(
+            f"config.json has layer_types of {len(found)} layers with {found[layer : layer + 1]} as layer {layer}, but "
+            f"only {expected[layer : layer + 1]} there, of {len(expected)} layers, is implemented for {family}"
+        )
+
+
+def with_num_experts(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """`hf` with the number of experts as `key`, which transformers 5 may write as `num_local_experts`."""
+    return {key: hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
+
+
+def read_head_dim(hf: Mapping[str, Any]) -> int:
+    """`head_dim`, which older files lack."""
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def read_rope(
+    hf: Mapping[str, Any],
+    family: str,
+    kinds: tuple[str, ...] = ("default",),
+    *,
+    base: float = 10_000.0,
+    partial: float | None = None,
+) -> dict[str, Any]:
     """The rotation's fields of ModelShape. transformers 5 writes `rope_theta` into `rope_parameters`, earlier ones
-    everything else into `rope_scaling`.
+    everything else into `rope_scaling`. `base` and `partial` are what transformers takes where `rope_theta` and
+    `partial_rotary_factor` are missing; None: the family rotates all dimensions.
 
     Raises:
         ConfigError: a kind of rotation that is not in `kinds`, or a parameter that is missing or not implemented.
     """
-    rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    outside = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
+    rope = {"rope_theta": base} | outside | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
         known = " and ".join(repr(each) for each in kinds)
         raise ConfigError(f"config.json has RoPE of type {kind!r}, but only {known} is implemented for {family}")
-    base = {"rope_base": float(rope["rope_theta"])}
+    found = {"rope_base": float(rope["rope_theta"])}
+    if partial is None:
+        check_implemented(rope, {"partial_rotary_factor": (1.0, 1.0)}, family)
+    else:
+        found["partial_rotary_factor"] = float(rope.get("partial_rotary_factor", partial))
     if kind == "default":
-        return base
-    check_implemented(rope, {"attention_factor": (None, None), "truncate": (True, True)}, family)
+        return found
+    check_implemented(rope, {"attention_factor": (None, None)}, family)
     needed = {"rope_scaling_factor": "factor", "rope_original_length": "original_max_position_embeddings"}
     return {
-        **base,
+        **found,
         "rope_scaling": kind,
         **read_sizes(rope, needed, family),
         "rope_beta_fast": rope.get("beta_fast") or 32.0,
         "rope_beta_slow": rope.get("beta_slow") or 1.0,
         "rope_mscale": rope.get("mscale") or 0.0,
         "rope_mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+        "rope_truncate": rope.get("truncate", True),
     }
 
 
@@ -106,8 +199,137 @@ def write_rope(s: ModelShape) -> dict[str, Any]:
         "beta_slow": s.rope_beta_slow,
         "mscale": s.rope_mscale,
         "mscale_all_dim": s.rope_mscale_all_dim,
+        **({} if s.rope_truncate else {"truncate": False}),
     }
     return {"rope_theta": s.rope_base, "rope_scaling": scaling}
+
+
+# ---------------------------------------------------------------------------------------------------------- Megatron
+
+
+def transformer(s: ModelShape) -> dict[str, Any]:
+    """Fields of TransformerConfig of an RMSNorm and SwiGLU transformer without biases."""
+    return {
+        "num_layers": s.num_layers,
+        "hidden_size": s.hidden_size,
+        "num_attention_heads": s.num_attention_heads,
+        "ffn_hidden_size": s.dense_ffn_size or s.expert_ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": s.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+    }
+
+
+def grouped_query(s: ModelShape, *, qk_norm: bool) -> dict[str, Any]:
+    """Grouped-query attention, with RoPE as models/rope.py has it."""
+    window = {"window_size": (s.sliding_window - 1, 0)} if s.sliding_window else {}
+    return {
+        "num_query_groups": s.num_query_groups,
+        "kv_channels": s.head_dim,
+        "qk_layernorm": qk_norm,
+        "add_qkv_bias": s.attention_bias,
+        **window,
+    }
+
+
+def softmax_router(s: ModelShape) -> dict[str, Any]:
+    """Experts in every layer, whose weights are a softmax over the chosen ones: Hugging Face's norm_topk_prob=True."""
+    return {
+        "num_moe_experts": s.num_experts,
+        "moe_ffn_hidden_size": s.expert_ffn_size,
+        "moe_router_topk": s.experts_per_token,
+        "moe_router_pre_softmax": False,
+    }
+
+
+def sigmoid_router(s: ModelShape) -> dict[str, Any]:
+    """Dense first layers, then experts beside a shared one. arXiv 2412.19437, Eq. 12 to 16."""
+    groups = s.router_groups if s.router_groups_per_token < s.router_groups else None
+    return {
+        "num_moe_experts": s.num_experts,
+        "moe_layer_freq": [int(i >= s.num_dense_layers) for i in range(s.num_layers)],
+        "moe_ffn_hidden_size": s.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": s.shared_expert_ffn_size,
+        "moe_router_topk": s.experts_per_token,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": s.routed_scaling_factor,
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": groups and s.router_groups_per_token,
+        "moe_router_enable_expert_bias": True,
+        # Megatron's default moves the bias at every update. Here it stays as it was trained: the rollouts of a policy
+        # version and its log-probs must be routed alike.
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- counts
+
+
+def grouped_query_sizes(s: ModelShape) -> tuple[int, int]:
+    """(elements of the projections to queries, keys and values and of that of the output, width of these three)."""
+    queries, keys = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
+    return s.hidden_size * (2 * queries + 2 * keys), queries + 2 * keys
+
+
+def parameter_count(s: ModelShape, *, sharded: int, replicated: int = 0) -> ParameterCount:
+    """`sharded` and `replicated` parameters of attention in a layer. With them: two norms; a dense network, or router,
+    shared expert and experts. A bias of the router that only its choice sees is no parameter: it has no gradient."""
+    assert s.vocab_size is not None, "model.vocab_size must be set before parameters are counted"
+    h, num_dense = s.hidden_size, s.num_dense_layers if s.num_experts else s.num_layers
+    dense = LayerCount(sharded + 3 * h * s.dense_ffn_size, replicated + 2 * h)
+    experts = LayerCount(
+        sharded=sharded + 3 * h * s.shared_expert_ffn_size,
+        replicated=replicated + 2 * h + h * s.num_experts,
+        expert=3 * h * s.expert_ffn_size,
+        num_experts=s.num_experts,
+    )
+    return ParameterCount(
+        vocabulary=s.vocab_size * h,
+        num_vocabularies=1 if s.tie_embeddings else 2,
+        layers=(dense,) * num_dense + (experts,) * (s.num_layers - num_dense),
+        final_norm=h,
+    )
+
+
+def token_count(s: ModelShape, n: LayerCount, *, added: int, window: int = 0) -> TokenCount:
+    """Of a layer with grouped-query attention. Multiplied: all but the `added` parameters (norms, biases) and the
+    experts that were not chosen. Cached: keys and values. Attention multiplies a token with keys, then with values."""
+    chosen = s.experts_per_token if n.num_experts else 0
+    return TokenCount(
+        multiplied=n.sharded + n.replicated - added + chosen * n.expert,
+        cached=2 * s.num_query_groups * s.head_dim,
+        attended=2 * s.num_attention_heads * s.head_dim,
+        window=window,
+    )
+
+
+def grouped_query_shares(s: ModelShape) -> tuple[Share, ...]:
+    """tp splits query groups."""
+    return (
+        Share(s.num_attention_heads, "model.num_attention_heads", ("tp",)),
+        Share(s.num_query_groups, "model.num_query_groups", ("tp",)),
+        Share(s.num_query_groups * s.head_dim, "model.num_query_groups * model.head_dim", ("tp",), columns=True),
+        Share(s.hidden_size, "model.hidden_size", columns=True),
+    )
+
+
+def network_shares(s: ModelShape) -> tuple[Share, ...]:
+    """tp splits the dense and shared networks."""
+    dense = s.dense_ffn_size * (s.num_dense_layers > 0 or not s.num_experts)
+    return (
+        Share(dense, "model.dense_ffn_size", ("tp",), columns=True),
+        Share(s.shared_expert_ffn_size, "model.shared_expert_ffn_size", ("tp",), columns=True),
+    )
+
+
+def expert_shares(s: ModelShape) -> tuple[Share, ...]:
+    """ep splits experts, etp columns of an expert."""
+    return (
+        Share(s.num_experts, "model.num_experts", ("ep",)),
+        Share(s.expert_ffn_size, "model.expert_ffn_size", ("etp",), columns=True),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
@@ -122,3 +344,90 @@ def router_complaints(s: ModelShape) -> Iterator[str]:
             "model.experts_per_token=1 makes the router's normalised weight the constant 1, so it would learn "
             "nothing; use 2 or more"
         )
+
+
+def grouped_query_complaints(s: ModelShape) -> Iterator[str]:
+    """Heads that do not fit together, and what to do."""
+    if s.num_attention_heads % s.num_query_groups:
+        yield (
+            f"model.num_attention_heads={s.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={s.num_query_groups}"
+        )
+    yield from rope_complaints(s)
+
+
+def sigmoid_router_complaints(s: ModelShape, family: str) -> Iterator[str]:
+    """Dense layers, shared experts and groups that do not fit together, and what to do."""
+    yield from router_complaints(s)
+    if s.num_dense_layers > s.num_layers:
+        yield f"model.num_dense_layers={s.num_dense_layers} exceeds model.num_layers={s.num_layers}"
+    if (s.num_dense_layers > 0) != (s.dense_ffn_size > 0):
+        yield (
+            f"model.num_dense_layers={s.num_dense_layers} with model.dense_ffn_size={s.dense_ffn_size}: "
+            "set both, or leave both at 0"
+        )
+    if s.shared_expert_ffn_size % s.expert_ffn_size or not s.shared_expert_ffn_size:
+        yield (
+            f"model.shared_expert_ffn_size={s.shared_expert_ffn_size} must be a positive multiple of "
+            f"model.expert_ffn_size={s.expert_ffn_size}: {family} counts shared experts of that width"
+        )
+    groups, chosen, k = s.router_groups, s.router_groups_per_token, s.experts_per_token
+    if s.num_experts % groups or s.num_experts < 2 * groups:
+        yield (
+            f"model.num_experts={s.num_experts} must be a multiple of model.router_groups={groups}, with at least 2 "
+            "experts in each group"
+        )
+    elif chosen > groups or k > chosen * (s.num_experts // groups):
+        yield (
+            f"model.router_groups_per_token={chosen} of model.router_groups={groups} must be groups that there are, "
+            f"and hold at least model.experts_per_token={k} experts"
+        )
+    elif chosen < groups and k // chosen != 2:
+        # Megatron ranks a group by the sum of its experts_per_token // router_groups_per_token best experts.
+        yield (
+            f"model.experts_per_token={k} // model.router_groups_per_token={chosen} must be 2: {family} ranks a group "
+            "by its 2 best experts, Megatron-Core by as many as this quotient; or set router_groups_per_token to "
+            f"router_groups={groups}, which limits nothing"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- smallest models
+
+
+def small_grouped_query(axes: Mapping[str, int]) -> dict[str, int]:
+    """Two layers, or one per (virtual) stage; two heads per group; two groups, or one per tp rank."""
+    groups, stages = max(2, axes["tp"]), axes["pp"] * axes["vpp"]
+    return {
+        "num_layers": stages if stages > 1 else 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2 * groups,
+        "num_query_groups": groups,
+        "head_dim": 8,
+    }
+
+
+def small_experts(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
+    """4 experts, rounded up to a multiple of ep."""
+    experts = min(s.num_experts, axes["ep"] * ceil(4 / axes["ep"]))
+    return {
+        "num_experts": experts,
+        "experts_per_token": min(s.experts_per_token, max(2, experts - 1)),
+        "expert_ffn_size": 16 * axes["etp"],
+    }
+
+
+def small_sigmoid_router(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
+    """The first layer dense; at least 3 experts in each of 4 groups, or 4 in one, rounded up to a multiple of ep."""
+    grouped = s.router_groups_per_token < s.router_groups
+    unit = lcm(axes["ep"], 4 if grouped else 1)
+    experts = unit * ceil((12 if grouped else 4) / unit)
+    return {
+        "num_experts": experts,
+        "experts_per_token": 4 if grouped else max(2, min(s.experts_per_token, experts - 1)),
+        "expert_ffn_size": 16 * axes["etp"],
+        "shared_expert_ffn_size": lcm(16 * axes["etp"], axes["tp"]),
+        "num_dense_layers": min(1, s.num_dense_layers),
+        "dense_ffn_size": 24 * axes["tp"] if s.num_dense_layers else 0,
+        "router_groups": 4 if grouped else 1,
+        "router_groups_per_token": 2 if grouped else 1,
+    }
