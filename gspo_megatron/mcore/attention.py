@@ -57,11 +57,12 @@ def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
 class PackedAttention(torch.nn.Module):
     """Core attention: [T, Q, D] queries, [T, K, D] keys and [T, K, Dv] values in, [T, Q * Dv] out.
 
-    softmax(q k^T * scale) v over the earlier tokens of the same sequence; `softmax_scale` None is 1 / sqrt(D). In layers
-    where `config` has a window, over the last window_size[0] + 1 of them; with softmax_type `learnable`, each head has
-    a sink s: its weights are those of softmax([q k^T * scale, s]) without the last. `rotates`: queries and keys come without RoPE. `fused`, if given, is the core attention that computes this for packs
-    of whole sequences (Transformer Engine's, which splits sequences over context-parallel ranks as this package does);
-    attention over a cache is always computed here.
+    softmax(q k^T * scale) v over the earlier tokens of the same sequence; `softmax_scale` None is 1 / sqrt(D). Where
+    `config` gives the layer a window, over the last window_size[0] + 1 of them; with its softmax_type `learnable`, each
+    head has a sink s, and its weights are softmax([q k^T * scale, s]) without the last. `rotates`: queries and keys
+    come without RoPE. `fused`, if given, is the core attention that computes this for packs of whole sequences
+    (Transformer Engine's, which splits sequences over context-parallel ranks as this package does); attention over a
+    cache is always computed here.
     """
 
     def __init__(

@@ -106,13 +106,17 @@ def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool
     - extensions/transformer_engine.py TEGroupedLinear: the matrices are made as if nothing were sharded, so
       tensor_parallel/layers.py:89 takes them for copies, and the gradient norm has only those of tensor-parallel rank
       0.
+
+    And what neither has right about biases of experts, which are not split (etp = 1): tensor_parallel/layers.py marks
+    the second matrix's as a dense layer's, whose gradient is summed over tensor-parallel ranks and counted on the first
+    one. Those ranks may hold other experts; the expert groups have reduced it already.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             if experts_have_own_groups:
                 parameter.allreduce = False  # type: ignore[attr-defined]
-            if parameter.dim() == 2:
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
 
 def check_transformer_engine() -> None:

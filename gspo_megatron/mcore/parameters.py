@@ -26,7 +26,9 @@ SLICED: dict[str, tuple[int, int]] = {
     "linear_kv_up_proj.weight": (0, 1),
     "linear_proj.weight": (1, 1),
     "linear_fc1.weight": (0, 2),  # gate and up: every rank holds its part of both
+    "linear_fc1.bias": (0, 2),
     "linear_fc2.weight": (1, 1),
+    "softmax_offset": (0, 1),
 }
 
 
@@ -80,14 +82,14 @@ def _placed(
 @torch.no_grad()
 def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
     """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1,
-    biases 0.
+    biases and sinks of attention 0.
 
     Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its slice, so every layout
     starts from the same weights.
     """
     for place, parameter in named_tensors(model, shape, groups):
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if place.name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if place.name.endswith(("bias", "softmax_offset")) else 1.0)
             continue
         adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
         own_std = std / math.sqrt(2 * shape.num_layers) if adds_to_residual else std

@@ -20,8 +20,9 @@ def sequence_cost(shape: ModelShape) -> Callable[[int], float]:
 
     Matrix products only, two FLOPs per multiply-add. W counts the weights that a token is multiplied with: those of
     every layer, and the vocabulary once, since an embedding lookup is free. In attention, a token makes A multiply-adds
-    for each of the tokens that it attends to: P(L) = L (L + 1) / 2 pairs, fewer with a window. Every token is counted as a response token, although prompt tokens skip
-    the vocabulary. The backward pass costs twice as much throughout, so ratios hold for both.
+    for each of the tokens that it attends to: P(L) = L (L + 1) / 2 pairs, fewer with a window. Every token is counted
+    as a response token, although prompt tokens skip the vocabulary. The backward pass costs twice as much throughout,
+    so ratios hold for both.
     """
     tokens = family_of(shape).per_token(shape)
     weights = count_parameters(shape).vocabulary + sum(token.multiplied for token in tokens)

@@ -188,4 +188,6 @@ def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-DEEPSEEK_V3 = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)
+DEEPSEEK_V3 = Family(
+    NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small, writes_scores=True
+)

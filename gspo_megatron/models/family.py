@@ -116,6 +116,8 @@ class Family:
         shares: the sizes that parallel axes divide.
         complaints: messages about sizes that do not fit together, and what to do.
         small: (shape, ranks by axis) -> sizes of the smallest model that has every component and fits these ranks.
+        only_local: what it has that Transformer Engine's layers are not built with here; empty: they are.
+        writes_scores: Megatron's local layers write attention scores out, all at once.
     """
 
     name: str
@@ -129,3 +131,5 @@ class Family:
     shares: Callable[[ModelShape], tuple[Share, ...]]
     complaints: Callable[[ModelShape], Iterator[str]]
     small: Callable[[ModelShape, Mapping[str, int]], dict[str, int]]
+    only_local: str = ""
+    writes_scores: bool = False

@@ -1,5 +1,5 @@
-"""GLM-4.5: grouped-query attention with biases and a partial RoPE, with q/k norms in the larger model; networks, experts
-and router as DeepSeek-V3 has them.
+"""GLM-4.5: grouped-query attention with biases and a partial RoPE, with q/k norms in the larger model; networks,
+experts and router as DeepSeek-V3 has them.
 
 arXiv 2508.06471, Section 2.1. Names and settings: Hugging Face transformers 5.23, models/glm4_moe;
 https://huggingface.co/zai-org/GLM-4.5-Air. Its multi-token prediction layers are not implemented; transformers

@@ -103,7 +103,8 @@ def read_sizes(hf: Mapping[str, Any], keys: Mapping[str, str], family: str) -> d
     Raises:
         ConfigError: a key is missing.
     """
-    if missing := [key for key in keys.values() if key not in hf]:
+    optional = {"q_lora_rank"}  # null is a value of it
+    if missing := [key for key in keys.values() if hf.get(key) is None and not (key in optional and key in hf)]:
         raise ConfigError(f"config.json of a {family} model lacks {', '.join(missing)}; use the model's original file")
     return {field: hf[key] for field, key in keys.items()}
 

@@ -85,6 +85,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_base": 1_000_000.0,
         "norm_epsilon": 1e-5,
     },
+    # The defaults of GptOssConfig of transformers 5.23: those of https://huggingface.co/openai/gpt-oss-120b
+    "gpt_oss_120b": {
+        "family": "gpt_oss",
+        "num_layers": 36,
+        "hidden_size": 2880,
+        "num_attention_heads": 64,
+        "num_query_groups": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_experts": 128,
+        "experts_per_token": 4,
+        "expert_ffn_size": 2880,
+        "vocab_size": 201_088,
+        "max_sequence_length": 32_768,
+        "rope_base": 150_000.0,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 32.0,
+        "rope_original_length": 4096,
+        "rope_truncate": False,
+        "norm_epsilon": 1e-5,
+    },
     # https://huggingface.co/deepseek-ai/DeepSeek-V3 config.json; V3-0324 and R1 have the same sizes
     "deepseek_v3": {
         "family": "deepseek_v3",
@@ -116,6 +137,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Qwen3 with every part, for tests and demonstrations; so are the others whose names begin with tiny
     "tiny_dense": {"family": "qwen3", "dense_ffn_size": 160, "tie_embeddings": True},
+    "tiny_gpt_oss": {
+        "family": "gpt_oss",
+        "sliding_window": 8,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_original_length": 64,
+        "rope_truncate": False,
+    },
     "tiny_mixtral": {"family": "mixtral", "sliding_window": 8},
     "tiny_glm": {
         "family": "glm4_moe",

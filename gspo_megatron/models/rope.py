@@ -33,8 +33,8 @@ def yarn(shape: ModelShape) -> Rope:
 
     The pair that turns n times has index i(n) = D log(length / (2 pi n)) / (2 log base). With low = floor(i(beta_fast))
     and high = ceil(i(beta_slow)), the share of the divided frequency rises from 0 at low to 1 at high; without
-    rope_truncate, low and high are not rounded. Cosines and sines are multiplied by g(mscale) / g(mscale_all_dim), scores by g(mscale_all_dim)^2, where g(m) = 0.1 m log(s) + 1
-    (DeepSeek-V3's form; with both at 0, by g(1) and 1).
+    rope_truncate, low and high are not rounded. Cosines and sines are multiplied by g(mscale) / g(mscale_all_dim),
+    scores by g(mscale_all_dim)^2, where g(m) = 0.1 m log(s) + 1 (DeepSeek-V3's form; with both at 0, by g(1) and 1).
     """
     s, dim, plain_D2 = shape.rope_scaling_factor, shape.rope_dim, plain(shape).inverse_D2
 

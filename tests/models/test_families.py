@@ -18,14 +18,15 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.models.family import TokenCount
-from gspo_megatron.models.names import find_rule
+from gspo_megatron.models.names import InMemory, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 from tests.support.families import HUB_SIZES, OUR_SIZES
 
 SIZE = st.integers(1, 1 << 20)
 COMMON: dict[str, Any] = {
-    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"), SIZE),
+    "num_layers": st.integers(1, 100),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"), SIZE),
     "rope_base": st.floats(1, 1e8),
     "norm_epsilon": st.floats(1e-12, 1),
     "tie_embeddings": st.booleans(),
@@ -159,7 +160,7 @@ def test_presets_fit_together(preset: str) -> None:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
-    "preset", ["tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_mla", "tiny_mla model.q_lora_rank=0"]
+    "preset", [*(preset for preset in PRESETS if preset.startswith("tiny_")), "tiny_mla model.q_lora_rank=0"]
 )
 def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
     settings = [f"model.preset={preset.split()[0]}", *preset.split()[1:], f"model.tie_embeddings={tie}"]
@@ -169,12 +170,12 @@ def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
     start = itertools.count()
     ours = {name: torch.full(size, next(start)) for name, size in OUR_SIZES[shape.family](shape).items()}
     theirs, back = {}, {}
-    for name, whole in ours.items():
-        rule, names = find_rule(family.rules, name)
-        parts = rule.op.to_theirs(whole, shape)
-        assert not theirs.keys() & set(names), f"{names} come from two tensors"
-        theirs |= dict(zip(names, parts, strict=True))
-        back[name] = rule.op.to_ours([theirs[their] for their in names], shape)
+    for name, part in to_theirs(family.rules, ours.items(), shape):
+        assert name not in theirs, f"{name} comes from two tensors"
+        theirs[name] = part
+    for name in ours:
+        rule, parts = read_ours(family.rules, name, lambda their: InMemory(theirs[their]))
+        back[name] = to_our_slice(rule.op, parts, shape)
     assert {name: tuple(part.shape) for name, part in theirs.items()} == HUB_SIZES[shape.family](shape)
     assert all(torch.equal(back[name], whole) for name, whole in ours.items())
     parameters = sum(p.numel() for name, p in theirs.items() if "e_score_correction_bias" not in name)
@@ -291,6 +292,11 @@ def test_transformers_counts_the_same_parameters(preset: str) -> None:
         ("model.preset=tiny_dense model.aux_loss_coef=0.1", "has no experts to balance"),
         ("model.preset=tiny_dense parallel.ep=2", "networks in a dense layer=1 is not divisible by ep(2)"),
         ("model.preset=tiny_glm model.partial_rotary_factor=0.2", "model.partial_rotary_factor=0.2 must be even"),
+        (
+            "model.preset=tiny_gpt_oss model.sliding_window=0",
+            "model.sliding_window must be set for model.family=gpt_oss",
+        ),
+        ("model.preset=tiny_gpt_oss parallel.etp=2", "parts of an expert with biases=1 is not divisible by etp(2)"),
         ("model.family=deepseek_v3", "model.kv_lora_rank must be set for model.family=deepseek_v3"),
         ("model.preset=tiny_mla model.qk_rope_head_dim=7", "model.qk_rope_head_dim=7 must be even"),
         ("model.preset=tiny_mla model.rope_scaling=none", "model.rope_scaling_factor=4.0 has no effect"),
@@ -311,7 +317,7 @@ def test_transformers_counts_the_same_parameters(preset: str) -> None:
 def test_sizes_that_do_not_fit_the_family_are_refused_by_name(settings: str, message: str) -> None:
     config = load_config(None, [*settings.split(), "model.vocab_size=97"])
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_config(config, config.parallel.ep)
+        check_config(config, config.parallel.ep * config.parallel.etp)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +329,8 @@ def test_the_small_model_fits_its_layout(preset: str, axes: dict[str, int]) -> N
     shape = load_config(None, settings).model.shape
     if not shape.num_experts:
         axes = {axis: size for axis, size in axes.items() if axis not in ("ep", "etp")}
+    if shape.family == "gpt_oss":
+        axes = axes | {"etp": 1}
     sizes = family_of(shape).small(shape, {axis: axes.get(axis, 1) for axis in (*AXES, "dp")})
     layout = [f"parallel.{axis}={size}" for axis, size in axes.items()]
     config = load_config(None, [*settings, *layout, *(f"model.{key}={value}" for key, value in sizes.items())])
@@ -406,8 +414,44 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 151552,
     },
 }
-TOTAL = {"qwen3_0p6b": 596_049_920, "mixtral_8x7b": 46_702_792_704, "glm_4p5_air": 106_852_245_504}
-"""Parameters. Model cards: 0.6B (0.44B without embedding), 46.7B, 106B."""
+PUBLISHED["gpt_oss_120b"] = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+"""The defaults of GptOssConfig of transformers 5.23, which are gpt-oss-120b's."""
+TOTAL = {
+    "gpt_oss_120b": 116_829_156_672,
+    "qwen3_0p6b": 596_049_920,
+    "mixtral_8x7b": 46_702_792_704,
+    "glm_4p5_air": 106_852_245_504,
+}
+"""Parameters. Model cards: 0.6B (0.44B without embedding), 46.7B, 106B; gpt-oss: 116.83B."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -419,6 +463,8 @@ def test_presets_are_the_models_on_the_hub_with_a_shorter_context(preset: str) -
     family = family_of(shape)
     assert family.shape(hf) == shape
     ours = {key: value for key, value in family.hf_config(shape).items() if key != "num_nextn_predict_layers"}
+    if (scaling := ours.pop("rope_scaling")) is not None:
+        assert {hf["rope_scaling"].get(key, value) for key, value in scaling.items()} == set(scaling.values())
     assert {key: hf.get(key, ours[key]) for key in ours} == ours
     assert family.counts(shape).total == TOTAL[preset]
 
@@ -432,6 +478,10 @@ def test_presets_are_the_models_on_the_hub_with_a_shorter_context(preset: str) -
         ("qwen3_0p6b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
         ("mixtral_8x7b", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("mixtral_8x7b", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt_oss_120b", {"layer_types": ["sliding_attention"] * 36}, "as layer 1"),
+        ("gpt_oss_120b", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        ("gpt_oss_120b", {"attention_bias": False}, "attention_bias=False"),
+        ("gpt_oss_120b", {"sliding_window": None}, "sliding_window"),
         ("glm_4p5_air", {"norm_topk_prob": False}, "norm_topk_prob=False, but only True"),
         ("glm_4p5_air", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
     ],

@@ -66,6 +66,10 @@ class Model:
     architecture: str
     sizes: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]]
+    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Matrices of an expert on the hub."""
+    renamed: tuple[str, str] = ("", "")
+    """Part of a name in memory, and on the hub."""
 
 
 MODELS: dict[str, Model] = {
@@ -96,6 +100,20 @@ MODELS: dict[str, Model] = {
             "rope_parameters": PLAIN,
         },
         {"window": {"sliding_window": 7}, "no window": {"head_dim": None, "tie_word_embeddings": True}},
+        gate_up_down=("w1", "w3", "w2"),
+        renamed=(".mlp.", ".block_sparse_moe."),
+    ),
+    "gpt_oss": Model(
+        "GptOss",
+        {
+            **GROUPED_QUERY,
+            "intermediate_size": 14,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "rope_parameters": {k: v for k, v in YARN.items() if not k.startswith("mscale")} | {"truncate": False},
+        },
+        {"yarn": {}, "plain": {"rope_parameters": PLAIN, "tie_word_embeddings": True}},
     ),
     "glm4_moe": Model(
         "Glm4Moe",
@@ -255,7 +273,7 @@ def reference(family: str, variant: str, folder: Path) -> Reference:
     for length, advantage in zip(LENGTHS, ADVANTAGES, strict=True):
         found.sequences.append(scored(found, torch.randint(VOCABULARY, (length,)), advantage))
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return found._replace(gradients=dict(by_expert(gradients, found.names)))
+    return found._replace(gradients=dict(by_expert(gradients, found.names, about)))
 
 
 def scored(ref: Reference, tokens: Tensor, advantage: float) -> Sequence:
@@ -270,17 +288,21 @@ def scored(ref: Reference, tokens: Tensor, advantage: float) -> Sequence:
     return Sequence.after_prompt(tokens.tolist(), 1, advantage, columns)
 
 
-def by_expert(tensors: Mapping[str, Tensor], on_the_hub: AbstractSet[str]) -> Iterator[tuple[str, Tensor]]:
+def by_expert(
+    tensors: Mapping[str, Tensor], on_the_hub: AbstractSet[str], about: Model
+) -> Iterator[tuple[str, Tensor]]:
     """In memory transformers joins the experts of a layer; on the hub most families have them apart."""
-    for name, tensor in tensors.items():
+    gate, up, down = about.gate_up_down
+    for in_memory, tensor in tensors.items():
+        name = in_memory.replace(*about.renamed)
         if name in on_the_hub:
             yield name, tensor
         elif name.endswith("experts.gate_up_proj"):
             for e, both in enumerate(tensor):
-                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
-                    yield name.replace("gate_up_proj", f"{e}.{part}_proj.weight"), half
+                for part, half in zip((gate, up), both.chunk(2), strict=True):
+                    yield name.replace("gate_up_proj", f"{e}.{part}.weight"), half
         elif name.endswith("experts.down_proj"):
-            for e, down in enumerate(tensor):
-                yield name.replace("down_proj", f"{e}.down_proj.weight"), down
+            for e, matrix in enumerate(tensor):
+                yield name.replace("down_proj", f"{e}.{down}.weight"), matrix
         else:
             yield name, tensor

@@ -26,6 +26,7 @@ from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.run.algorithm import Algorithm
 
 VOCABULARY = 99
+TE_FAMILIES = [name for name, family in FAMILIES.items() if not family.only_local]
 WIDTHS = ("hidden_size", "ffn_size", "head_dim", "lora_rank")
 
 

@@ -13,10 +13,10 @@ from gspo_megatron.base.batches import MicroBatch, Prompt, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
-from gspo_megatron.models.families import FAMILIES
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.te import fp8
 from tests.te.bench import (
+    TE_FAMILIES,
     Case,
     Measured,
     advantage_weighted,
@@ -64,7 +64,7 @@ def bf16_and_fp8(case: Case) -> tuple[Measured, Measured]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TE_FAMILIES)
 def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
     """Every token goes to all experts here. Where it has a choice, rounding sends some tokens to another expert, and
     the gradient of an expert with few tokens can then be anything."""
@@ -112,7 +112,7 @@ def activity(case: Case) -> list[tuple[str, dict[str, int], list[tuple[int, ...]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TE_FAMILIES)
 def test_every_forward_is_in_fp8_aligned_and_quantises_weights_once(family: str, layout: str) -> None:
     case = case_of(family, layout)
     for found in run_distributed(activity, case.world_size, case, timeout_s=120):
@@ -157,7 +157,7 @@ def old_and_first(case: Case) -> list[tuple[bool, int]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TE_FAMILIES)
 def test_the_first_ratio_is_one(family: str, layout: str) -> None:
     case = case_of(family, layout)
     for found in run_distributed(old_and_first, case.world_size, case, timeout_s=120):
