@@ -58,6 +58,8 @@ def grouped_query_attention(m: ModelShape, f: Format) -> Kept:
     """Of all others: qkv in one product, norms of queries and keys, RoPE, attention, output."""
     q, k, w = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim, f.width
     heads = m.num_attention_heads + m.num_query_groups
+    norms: float
+    core: float
     if f.uses_te:
         norms = w * (q + k) + 4 * heads
         core = w * (q + k) + w * q  # rotated queries and keys; the output

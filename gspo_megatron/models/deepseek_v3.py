@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from math import sqrt
 from typing import Any
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, LayerCount, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import NameRule
 from gspo_megatron.models.rope import rope_complaints, rope_of
@@ -67,14 +67,14 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
     hf = parts.with_num_experts(hf, "n_routed_experts")
-    sizes = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts", "q_lora_rank": "q_lora_rank"}, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts", "q_lora_rank": "q_lora_rank"}, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
-        q_lora_rank=sizes.pop("q_lora_rank") or 0,
-        shared_expert_ffn_size=sizes.pop("shared") * sizes["expert_ffn_size"],
+        q_lora_rank=found.pop("q_lora_rank") or 0,
+        shared_expert_ffn_size=found.pop("shared") * found["expert_ffn_size"],
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME, ("default", "yarn")),
     )
 
@@ -124,7 +124,7 @@ def counts(s: ModelShape) -> ParameterCount:
     queries = heads * qk * (s.q_lora_rank or h)
     attention = queries + s.kv_lora_rank * heads * (s.qk_nope_head_dim + s.v_head_dim) + heads * s.v_head_dim * h
     latents = s.q_lora_rank * (h + 1) + (s.kv_lora_rank + s.qk_rope_head_dim) * h + s.kv_lora_rank
-    return parts.parameter_count(s, sharded=attention, replicated=latents)
+    return sizes.parameter_count(s, sharded=attention, replicated=latents)
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
@@ -157,8 +157,8 @@ def shares(s: ModelShape) -> tuple[Share, ...]:
         Share(s.q_lora_rank, "model.q_lora_rank", columns=True),
         Share(s.kv_lora_rank, "model.kv_lora_rank", columns=True),
         Share(latent, "model.kv_lora_rank + model.qk_rope_head_dim", columns=True),
-        *parts.network_shares(s),
-        *parts.expert_shares(s),
+        *sizes.network_shares(s),
+        *sizes.expert_shares(s),
     )
 
 
@@ -168,12 +168,12 @@ def complaints(s: ModelShape) -> Iterator[str]:
         if not getattr(s, name):
             yield f"model.{name} must be set for model.family={NAME}: it is 0"
     yield from rope_complaints(s)
-    yield from parts.sigmoid_router_complaints(s, NAME)
+    yield from sizes.sigmoid_router_complaints(s, NAME)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
     """Two layers, or one per (virtual) stage, the first one dense; two heads, or one per tp rank; experts as in
-    parts.py."""
+    sizes.py."""
     stages = axes["pp"] * axes["vpp"]
     return {
         "num_layers": stages if stages > 1 else 2,
@@ -184,7 +184,7 @@ def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4,
         "v_head_dim": 6,
-        **parts.small_sigmoid_router(s, axes),
+        **sizes.small_sigmoid_router(s, axes),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -47,16 +47,16 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
     hf = parts.with_num_experts(hf, "n_routed_experts")
-    sizes = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts"}, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts"}, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
         head_dim=parts.read_head_dim(hf),
         qk_norm=hf.get("use_qk_norm", False),
         attention_bias=hf.get("attention_bias", False),
-        shared_expert_ffn_size=sizes.pop("shared") * sizes["expert_ffn_size"],
+        shared_expert_ffn_size=found.pop("shared") * found["expert_ffn_size"],
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME, partial=0.5),
     )
 
@@ -87,33 +87,33 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """Attention: qkv with its bias and output projections, q/k norms."""
-    projections, width = parts.grouped_query_sizes(s)
-    return parts.parameter_count(
+    projections, width = sizes.grouped_query_sizes(s)
+    return sizes.parameter_count(
         s, sharded=projections + s.attention_bias * width, replicated=s.qk_norm * 2 * s.head_dim
     )
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections; a dense network, or router, shared expert and the chosen experts."""
-    bias = s.attention_bias * parts.grouped_query_sizes(s)[1]
+    bias = s.attention_bias * sizes.grouped_query_sizes(s)[1]
     added = 2 * s.hidden_size + s.qk_norm * 2 * s.head_dim + bias
-    return tuple(parts.token_count(s, n, added=added) for n in counts(s).layers)
+    return tuple(sizes.token_count(s, n, added=added) for n in counts(s).layers)
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
     """tp splits query groups and the dense and shared networks, ep experts, etp columns of an expert."""
-    return parts.grouped_query_shares(s) + parts.network_shares(s) + parts.expert_shares(s)
+    return sizes.grouped_query_shares(s) + sizes.network_shares(s) + sizes.expert_shares(s)
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
-    yield from parts.grouped_query_complaints(s)
-    yield from parts.sigmoid_router_complaints(s, NAME)
+    yield from sizes.grouped_query_complaints(s)
+    yield from sizes.sigmoid_router_complaints(s, NAME)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """As in parts.py."""
-    return parts.small_grouped_query(axes) | parts.small_sigmoid_router(s, axes)
+    """As in sizes.py."""
+    return sizes.small_grouped_query(axes) | sizes.small_sigmoid_router(s, axes)
 
 
 GLM4_MOE = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)

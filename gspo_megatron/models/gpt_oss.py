@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import InterleavedGateUp, NameRule, Transpose
 from gspo_megatron.models.shape import ModelShape
@@ -72,13 +72,13 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    sizes = parts.read_sizes(hf, _SAME_NUMBER, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
-    parts.check_layer_types(hf, layer_types(sizes["num_layers"]), NAME)
+    parts.check_layer_types(hf, layer_types(found["num_layers"]), NAME)
     return ModelShape(
         family=NAME,
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME, ("default", "yarn"), base=150_000.0),
     )
 
@@ -120,8 +120,8 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """As Mixtral, and biases of every matrix, and sinks."""
-    projections, width = parts.grouped_query_sizes(s)
-    without = parts.parameter_count(s, sharded=projections + width + s.num_attention_heads, replicated=s.hidden_size)
+    projections, width = sizes.grouped_query_sizes(s)
+    without = sizes.parameter_count(s, sharded=projections + width + s.num_attention_heads, replicated=s.hidden_size)
     [n] = set(without.layers)
     biased = replace(
         n, replicated=n.replicated + s.num_experts, expert=n.expert + 2 * s.expert_ffn_size + s.hidden_size
@@ -132,29 +132,29 @@ def counts(s: ModelShape) -> ParameterCount:
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections, the router, the chosen experts; and their biases, which are few."""
     n = counts(s).layers[0]
-    added = 3 * s.hidden_size + parts.grouped_query_sizes(s)[1] + s.num_attention_heads + s.num_experts
+    added = 3 * s.hidden_size + sizes.grouped_query_sizes(s)[1] + s.num_attention_heads + s.num_experts
     windows = (s.sliding_window * (kind == "sliding_attention") for kind in layer_types(s.num_layers))
-    return tuple(parts.token_count(s, n, added=added, window=window) for window in windows)
+    return tuple(sizes.token_count(s, n, added=added, window=window) for window in windows)
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
     """tp splits query groups, ep experts. Every column of an expert has its own bias, which etp does not split."""
     biases = Share(1, "parts of an expert with biases", ("etp",))
-    return (*parts.grouped_query_shares(s), *parts.expert_shares(s), biases)
+    return (*sizes.grouped_query_shares(s), *sizes.expert_shares(s), biases)
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
     if not s.sliding_window:
         yield f"model.sliding_window must be set for model.family={NAME}: it is 0"
-    yield from parts.router_complaints(s)
-    yield from parts.grouped_query_complaints(s)
+    yield from sizes.router_complaints(s)
+    yield from sizes.grouped_query_complaints(s)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """As in parts.py, with a window that is shorter than a sequence."""
+    """As in sizes.py, with a window that is shorter than a sequence."""
     window = {"sliding_window": min(s.sliding_window, 6)}
-    return parts.small_grouped_query(axes) | parts.small_experts(s, axes) | window
+    return sizes.small_grouped_query(axes) | sizes.small_experts(s, axes) | window
 
 
 GPT_OSS = Family(

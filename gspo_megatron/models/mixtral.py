@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import GateUp, NameRule
 from gspo_megatron.models.shape import ModelShape
@@ -48,14 +48,14 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    sizes = parts.read_sizes(hf, _SAME_NUMBER, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
         head_dim=parts.read_head_dim(hf),
         sliding_window=hf.get("sliding_window") or 0,
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME, base=1_000_000.0),
     )
 
@@ -82,30 +82,30 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """qkv and output projections, two norms, router; gate, up, down."""
-    return parts.parameter_count(s, sharded=parts.grouped_query_sizes(s)[0])
+    return sizes.parameter_count(s, sharded=sizes.grouped_query_sizes(s)[0])
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections, the router, the chosen experts."""
-    token = parts.token_count(s, counts(s).layers[0], added=2 * s.hidden_size, window=s.sliding_window)
+    token = sizes.token_count(s, counts(s).layers[0], added=2 * s.hidden_size, window=s.sliding_window)
     return (token,) * s.num_layers
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
     """tp splits query groups, ep experts, etp columns of an expert."""
-    return parts.grouped_query_shares(s) + parts.expert_shares(s)
+    return sizes.grouped_query_shares(s) + sizes.expert_shares(s)
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
-    yield from parts.router_complaints(s)
-    yield from parts.grouped_query_complaints(s)
+    yield from sizes.router_complaints(s)
+    yield from sizes.grouped_query_complaints(s)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """As in parts.py, with a window that is shorter than a sequence."""
+    """As in sizes.py, with a window that is shorter than a sequence."""
     window = {"sliding_window": min(s.sliding_window, 6)}
-    return parts.small_grouped_query(axes) | parts.small_experts(s, axes) | window
+    return sizes.small_grouped_query(axes) | sizes.small_experts(s, axes) | window
 
 
 MIXTRAL = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)

@@ -135,7 +135,8 @@ class RowOf:
         return list(self.whole.get_shape()[1:])
 
     def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
-        return self.whole[(slice(self.index, self.index + 1), *part)].squeeze(0)
+        row = (slice(self.index, self.index + 1),)
+        return self.whole[row + part].squeeze(0)
 
 
 @dataclass(frozen=True)

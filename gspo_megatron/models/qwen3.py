@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -43,14 +43,14 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    sizes = parts.read_sizes(hf, _SAME_NUMBER, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
-    parts.check_layer_types(hf, ["full_attention"] * sizes["num_layers"], NAME)
+    parts.check_layer_types(hf, ["full_attention"] * found["num_layers"], NAME)
     return ModelShape(
         family=NAME,
         head_dim=hf.get("head_dim") or 128,  # what transformers takes where it is missing
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME),
     )
 
@@ -76,31 +76,31 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """qkv and output projections, two norms, q/k norms; gate, up, down."""
-    return parts.parameter_count(s, sharded=parts.grouped_query_sizes(s)[0], replicated=2 * s.head_dim)
+    return sizes.parameter_count(s, sharded=sizes.grouped_query_sizes(s)[0], replicated=2 * s.head_dim)
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections and the network."""
     norms = 2 * s.hidden_size + 2 * s.head_dim
-    return (parts.token_count(s, counts(s).layers[0], added=norms),) * s.num_layers
+    return (sizes.token_count(s, counts(s).layers[0], added=norms),) * s.num_layers
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
     """tp splits query groups and columns of the network. There is one network, which ep and etp cannot share."""
     network = Share(1, "number of feed-forward networks in a dense layer", ("ep", "etp"))
-    return (*parts.grouped_query_shares(s), *parts.network_shares(s), network)
+    return (*sizes.grouped_query_shares(s), *sizes.network_shares(s), network)
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not build."""
     if not s.dense_ffn_size:
         yield f"model.dense_ffn_size must be set for model.family={NAME}: it is 0"
-    yield from parts.grouped_query_complaints(s)
+    yield from sizes.grouped_query_complaints(s)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """As in parts.py, with a network of 24 columns per tp rank."""
-    return parts.small_grouped_query(axes) | {"dense_ffn_size": 24 * axes["tp"]}
+    """As in sizes.py, with a network of 24 columns per tp rank."""
+    return sizes.small_grouped_query(axes) | {"dense_ffn_size": 24 * axes["tp"]}
 
 
 QWEN3 = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -43,13 +43,13 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
     hf = parts.with_num_experts(hf, "num_experts")
-    sizes = parts.read_sizes(hf, _SAME_NUMBER, NAME)
+    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
     parts.check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
         head_dim=parts.read_head_dim(hf),
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
+        **found,
         **parts.read_rope(hf, NAME),
     )
 
@@ -75,30 +75,30 @@ def megatron(s: ModelShape) -> dict[str, Any]:
 
 def counts(s: ModelShape) -> ParameterCount:
     """qkv and output projections, two norms, q/k norms, router; gate, up, down."""
-    return parts.parameter_count(s, sharded=parts.grouped_query_sizes(s)[0], replicated=2 * s.head_dim)
+    return sizes.parameter_count(s, sharded=sizes.grouped_query_sizes(s)[0], replicated=2 * s.head_dim)
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     """Multiplied: attention's projections, the router, the chosen experts."""
     norms = 2 * s.hidden_size + 2 * s.head_dim
-    return (parts.token_count(s, counts(s).layers[0], added=norms),) * s.num_layers
+    return (sizes.token_count(s, counts(s).layers[0], added=norms),) * s.num_layers
 
 
 def shares(s: ModelShape) -> tuple[Share, ...]:
     """tp splits query groups, ep experts, etp columns of an expert."""
-    return parts.grouped_query_shares(s) + parts.expert_shares(s)
+    return sizes.grouped_query_shares(s) + sizes.expert_shares(s)
 
 
 def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
-    yield from parts.router_complaints(s)
-    yield from parts.grouped_query_complaints(s)
+    yield from sizes.router_complaints(s)
+    yield from sizes.grouped_query_complaints(s)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
     """Two layers, or one per (virtual) stage; two heads per group; two groups, or one per tp rank; 4 experts, rounded
     up to a multiple of ep."""
-    return parts.small_grouped_query(axes) | parts.small_experts(s, axes)
+    return sizes.small_grouped_query(axes) | sizes.small_experts(s, axes)
 
 
 QWEN3_MOE = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)

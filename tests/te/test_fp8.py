@@ -13,6 +13,7 @@ from gspo_megatron.base.batches import MicroBatch, Prompt, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
+from gspo_megatron.models.families import FAMILIES
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.te import fp8
 from tests.te.bench import (
@@ -68,8 +69,9 @@ def bf16_and_fp8(case: Case) -> tuple[Measured, Measured]:
 def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
     """Every token goes to all experts here. Where it has a choice, rounding sends some tokens to another expert, and
     the gradient of an expert with few tokens can then be anything."""
-    ungrouped = ("model.num_experts=4", "model.router_groups=1", "model.router_groups_per_token=1")
-    case = case_of(family, layout, "model.experts_per_token=4", *(ungrouped if family == "deepseek_v3" else ()))
+    uses = FAMILIES[family].uses
+    sizes = {"num_experts": 4, "router_groups": 1, "router_groups_per_token": 1, "experts_per_token": 4}
+    case = case_of(family, layout, *(f"model.{name}={size}" for name, size in sizes.items() if name in uses))
     for bf16, fp8_ in run_distributed(bf16_and_fp8, case.world_size, case, timeout_s=120):
         assert 1e-4 < worst_log_prob(fp8_.log_probs, bf16.log_probs) < 0.4, "above 0: FP8 was used"
         assert worst_gradient(fp8_, bf16)[0] < 0.5, worst_gradient(fp8_, bf16)
