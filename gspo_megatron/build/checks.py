@@ -10,7 +10,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
-from gspo_megatron.device.precision import RECIPES
+from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout, layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.run.algorithm import Algorithm
@@ -28,6 +28,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     algorithm = Algorithm.of(config)
     _check_model(config.model)
     _check_precision(config)
+    _check_layers(config)
     _check_kernels(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
@@ -47,6 +48,11 @@ def _check_model(m: ModelConfig) -> None:
         )
     if complaint := next(family_of(m.shape).complaints(m.shape), None):
         raise ConfigError(complaint)
+    if m.aux_loss_coef and not m.shape.num_experts:
+        raise ConfigError(
+            f"model.aux_loss_coef={m.aux_loss_coef} has no effect with model.family={m.family}, which has no experts "
+            "to balance; set it to 0"
+        )
 
 
 def _check_precision(config: Config) -> None:
@@ -73,6 +79,23 @@ def _check_precision(config: Config) -> None:
         raise ConfigError(
             f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
+        )
+
+
+def _check_layers(config: Config) -> None:
+    """What a model needs and Transformer Engine's layers are not built with here."""
+    m, family = config.model.shape, family_of(config.model.shape)
+    if not expects_te_layers(config.precision):
+        return
+    if family.only_local:
+        raise ConfigError(
+            f"model.family={family.name} has {family.only_local}, which Transformer Engine's layers are not built with "
+            "here; set precision.transformer_engine=off and precision.fp8=none"
+        )
+    if m.sliding_window and config.parallel.cp > 1:
+        raise ConfigError(
+            f"model.sliding_window={m.sliding_window} with parallel.cp={config.parallel.cp}: Transformer Engine's ring "
+            "over context-parallel ranks has no windows; set parallel.cp=1, or precision.transformer_engine=off"
         )
 
 

@@ -45,18 +45,26 @@ class ModelConfig:
     hf_allow_nan: bool = setting(False, "Accept weights in the folder that are NaN or infinite.")
     family: str = setting(
         "qwen3_moe",
-        "qwen3_moe: grouped-query attention with q/k norm, experts in every layer, softmax router. deepseek_v3: latent "
-        "attention, dense first layers, shared expert, sigmoid router with groups and a bias. Both: RMSNorm, RoPE, "
-        "SwiGLU.",
+        "The architecture: docs/models.md describes each.",
         choices=tuple(FAMILIES),
     )
     num_layers: int = setting(4, "Transformer layers.", least=1)
     hidden_size: int = setting(64, "Width of the hidden states.", least=1)
     num_attention_heads: int = setting(4, "Query heads per layer.", least=1)
     num_query_groups: int = setting(
-        2, "qwen3_moe: key/value heads per layer, each shared by a group of query heads.", least=1
+        2, "All but deepseek_v3: key/value heads per layer, each shared by a group of query heads.", least=1
     )
-    head_dim: int = setting(16, "qwen3_moe: width of an attention head. Even, since RoPE rotates pairs.", least=1)
+    head_dim: int = setting(
+        16, "All but deepseek_v3: width of an attention head. RoPE rotates an even number of its dimensions.", least=1
+    )
+    qk_norm: bool = setting(False, "glm4_moe: normalise queries and keys, each head on its own.")
+    attention_bias: bool = setting(False, "glm4_moe: biases of the projections to queries, keys and values.")
+    partial_rotary_factor: float = setting(
+        1.0, "glm4_moe: the share of a head's dimensions, the first ones, that RoPE rotates.", above=0, most=1
+    )
+    sliding_window: int = setting(
+        0, "mixtral, gpt_oss: tokens that a token attends to at most, itself included. 0: all earlier ones.", least=0
+    )
     q_lora_rank: int = setting(
         0,
         "deepseek_v3: width of the latent of queries. 0: they are projected from the hidden states.",
@@ -66,14 +74,16 @@ class ModelConfig:
     qk_nope_head_dim: int = setting(0, "deepseek_v3: the part of a query or key without RoPE.", least=0)
     qk_rope_head_dim: int = setting(0, "deepseek_v3: the part of a query or key with RoPE. Even.", least=0)
     v_head_dim: int = setting(0, "deepseek_v3: width of a value.", least=0)
-    num_experts: int = setting(8, "Experts per layer.", least=1)
-    experts_per_token: int = setting(2, "Experts that the router chooses per token.", least=1)
-    expert_ffn_size: int = setting(128, "Inner width of an expert.", least=1)
+    num_experts: int = setting(8, "All but qwen3: experts per layer.", least=1)
+    experts_per_token: int = setting(2, "All but qwen3: experts that the router chooses per token.", least=1)
+    expert_ffn_size: int = setting(128, "All but qwen3: inner width of an expert.", least=1)
     shared_expert_ffn_size: int = setting(
         0, "deepseek_v3: inner width of the expert that every token passes through.", least=0
     )
     num_dense_layers: int = setting(0, "deepseek_v3: first layers that have no experts but one network.", least=0)
-    dense_ffn_size: int = setting(0, "deepseek_v3: inner width of that network.", least=0)
+    dense_ffn_size: int = setting(
+        0, "deepseek_v3: inner width of that network. qwen3: of the network of every layer.", least=0
+    )
     router_groups: int = setting(1, "deepseek_v3: groups of experts.", least=1)
     router_groups_per_token: int = setting(
         1, "deepseek_v3: groups that the router chooses before it chooses experts in them.", least=1
@@ -97,6 +107,7 @@ class ModelConfig:
         0.0, "yarn: with rope_mscale_all_dim, the factor on cosines and sines. 0 is as if it were absent.", least=0
     )
     rope_mscale_all_dim: float = setting(0.0, "yarn: the factor on attention scores. 0: none.", least=0)
+    rope_truncate: bool = setting(True, "yarn: round the first and the last pair whose frequency is interpolated.")
     norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.", above=0)
     tie_embeddings: bool = setting(False, "Use one matrix for the embedding and the output.")
     init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)

@@ -41,6 +41,7 @@ STAND_INS: dict[str, tuple[str, str]] = {
         "distributed/param_and_grad_buffer.py",
         "dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor",
     ),
+    "torch.Tensor.cuda": ("models/common/language_module/language_module.py", "weight.data = weight.data.cuda()"),
     "torch.Tensor.type": ("optimizer/distrib_optimizer.py", "model_param.type() == 'torch.cuda.FloatTensor'"),
 }
 
@@ -88,6 +89,7 @@ def install() -> None:
     _stand_in(dist, "all_gather", _of_any_lengths(dist.all_gather))
     for collective in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         _stand_in(dist, collective, _copied_here_when_alone(getattr(dist, collective)))
+    _stand_in(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
     torch.compiler.set_stance("force_eager")
 
 

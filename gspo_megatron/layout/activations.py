@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout
+from gspo_megatron.models.families import family_of
 from gspo_megatron.models.family import LayerCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -54,9 +55,11 @@ Kept = Mapping[str, float]
 
 
 def grouped_query_attention(m: ModelShape, f: Format) -> Kept:
-    """Of Qwen3-MoE: qkv in one product, norms of queries and keys, RoPE, attention, output."""
+    """Of all others: qkv in one product, norms of queries and keys, RoPE, attention, output."""
     q, k, w = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim, f.width
     heads = m.num_attention_heads + m.num_query_groups
+    norms: float
+    core: float
     if f.uses_te:
         norms = w * (q + k) + 4 * heads
         core = w * (q + k) + w * q  # rotated queries and keys; the output
@@ -64,6 +67,10 @@ def grouped_query_attention(m: ModelShape, f: Format) -> Kept:
         # The query is copied before its norm, the key is only where the norm widens it.
         norms = f.norm_width * (2 * q + k + heads) + (f.norm_width * k if w < 4 else 0)
         core = w * (q + k) + w * (3 * q + 2 * k)  # rotated; then spread over a grid, attended, and collected
+    if not has_qk_norms(m):
+        norms = 0.0
+    if writes_scores(m, f):
+        core += 2 * scores(m, f)  # the weights, and the scores with the sinks
     return {
         "qkv": f.input_width * m.hidden_size + w * (q + 2 * k),
         "query and key norms": norms,
@@ -79,7 +86,7 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     latents = f.input_width * m.hidden_size + f.norm(m.q_lora_rank) + f.norm(m.kv_lora_rank)
     up = f.input_width * (m.q_lora_rank + m.kv_lora_rank)
     core: float = w * (2 * qk + v) + w * v  # queries and keys with RoPE, values; the output
-    if not f.uses_te:
+    if writes_scores(m, f):
         # Values are narrower than keys, which torch attends with on a CPU by writing the scores out, in float32.
         core += f.norm_width * (2 * qk + v) + scores(m, f)
     return {
@@ -87,6 +94,16 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
         "attention": core + 4 * heads,
         "output projection": f.input_width * v if f.uses_te and f.input_width < w else 0,
     }
+
+
+def has_qk_norms(m: ModelShape) -> bool:
+    """Whether queries and keys are normalised."""
+    return bool(family_of(m).megatron(m)["qk_layernorm"])
+
+
+def writes_scores(m: ModelShape, f: Format) -> bool:
+    """Whether attention writes its scores out."""
+    return family_of(m).writes_scores and not f.uses_te
 
 
 def scores(m: ModelShape, f: Format) -> float:
@@ -146,5 +163,4 @@ def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> fl
     their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
     scores are written out, also their gradient."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    written_out = m.kv_lora_rank > 0 and not f.uses_te
-    return ((2 + sent) * m.hidden_size * f.width + written_out * scores(m, f)) / layout.tp
+    return ((2 + sent) * m.hidden_size * f.width + writes_scores(m, f) * scores(m, f)) / layout.tp

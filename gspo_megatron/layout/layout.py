@@ -105,11 +105,6 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
     yield from broken_stages(m.num_layers, layout.pp, layout.vpp, layout.first, layout.last)
     if layout.vpp > 1 and layout.pp == 1:
         yield f"parallel.vpp={layout.vpp} splits pipeline stages, but parallel.pp=1 has none"
-    if m.tie_embeddings and layout.pp > 1:
-        yield (
-            f"model.tie_embeddings with parallel.pp={layout.pp}: the copies on the first and the last stage are not "
-            "kept equal; set model.tie_embeddings=false"
-        )
     dense, experts = ("tp", "pp", "cp"), ("etp", "ep", "pp")
     for axes in (dense, experts):
         if layout.world_size % _ranks(layout, axes):

@@ -122,7 +122,8 @@ class StepTime:
         grouped = 2 * tokens * chosen * n.expert / ranks.tp
         dense = 2 * tokens * (cost.multiplied - chosen * n.expert) / ranks.tp
         weights = n.num_experts // ranks.ep * n.expert / ranks.etp * (1 if self.is_fp8 else f.width)
-        attention = self._seconds(2 * tokens * context * cost.attended / ranks.tp, e.attention)
+        attended = min(context, cost.window or context)
+        attention = self._seconds(2 * tokens * attended * cost.attended / ranks.tp, e.attention)
         products = self._seconds(dense, e.dense, fp8=self.is_fp8)
         experts = max(self._seconds(grouped, e.grouped, fp8=self.is_fp8), self._moved(weights))
         # What is kept is written once and read once; so are the buffers on the way to the experts.
@@ -339,7 +340,7 @@ class StepTime:
         the rollout. Recomputation is not counted."""
         w = self.work
         weights = sum(cost.multiplied for cost in self.costs)
-        attended = sum(cost.attended for cost in self.costs)
-        layers = 2 * w.length * weights + w.length * (w.length + 1) * attended
+        attended = sum(cost.pairs(w.length) * cost.attended for cost in self.costs)
+        layers = 2 * w.length * weights + 2 * attended
         forward = w.sequences * (layers + 2 * w.response * self.parameters.vocabulary)
         return {"update": 3 * forward, "log_probs": w.scorings * forward, "rollout": forward}

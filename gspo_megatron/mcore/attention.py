@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from gspo_megatron.mcore.context_parallel import Part, whole
@@ -42,9 +43,12 @@ class Rotary:
 
 
 def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
-    """x cos + rotate_half(x) sin, computed in the precision of the angles, returned in that of x."""
+    """x cos + rotate_half(x) sin, computed in the precision of the angles, returned in that of x. Dimensions beyond
+    those that have angles stay as they are."""
     assert tokens.cos_TD is not None and tokens.sin_TD is not None
     cos, sin = tokens.cos_TD[:, None, :], tokens.sin_TD[:, None, :]
+    if (width := cos.size(-1)) < x_THD.size(-1):
+        return torch.cat([rotate(x_THD[..., :width], tokens), x_THD[..., width:]], dim=-1)
     x = x_THD.to(cos.dtype)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_THD.dtype)
@@ -53,10 +57,12 @@ def rotate(x_THD: Tensor, tokens: PackedTokens) -> Tensor:
 class PackedAttention(torch.nn.Module):
     """Core attention: [T, Q, D] queries, [T, K, D] keys and [T, K, Dv] values in, [T, Q * Dv] out.
 
-    softmax(q k^T * scale) v over the earlier tokens of the same sequence; `softmax_scale` None is 1 / sqrt(D).
-    `rotates`: queries and keys come without RoPE. `fused`, if given, is the core attention that computes this for packs
-    of whole sequences (Transformer Engine's, which splits sequences over context-parallel ranks as this package does);
-    attention over a cache is always computed here.
+    softmax(q k^T * scale) v over the earlier tokens of the same sequence; `softmax_scale` None is 1 / sqrt(D). Where
+    `config` gives the layer a window, over the last window_size[0] + 1 of them; with its softmax_type `learnable`, each
+    head has a sink s, and its weights are softmax([q k^T * scale, s]) without the last. `rotates`: queries and keys
+    come without RoPE. `fused`, if given, is the core attention that computes this for packs of whole sequences
+    (Transformer Engine's, which splits sequences over context-parallel ranks as this package does); attention over a
+    cache is always computed here.
     """
 
     def __init__(
@@ -74,6 +80,9 @@ class PackedAttention(torch.nn.Module):
         if "v_channels" in kwargs:
             # The kernels for packed sequences want values as wide as keys; `_fused` pads them.
             kwargs["v_channels"] = kwargs["k_channels"]
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.softmax_offset = sinks_of(config) if config.softmax_type == "learnable" else None
         self.fused = fused and build_module(
             fused, config=config, layer_number=layer_number, softmax_scale=softmax_scale, **kwargs
         )
@@ -96,8 +105,11 @@ class PackedAttention(torch.nn.Module):
         if self.fused is not None:
             return self._fused(query, key, value, attention_mask, packed_seq_params=tokens, **kwargs)
         if tokens.part is not None:
-            return attend_part(query, key, value, tokens, tokens.part, self.scale)
-        return attend_packed(query, key, value, tokens, self.scale)
+            return attend_part(query, key, value, tokens, tokens.part, self._attend)
+        return attend_packed(query, key, value, tokens, self._attend)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+        return attend(query, key, value, seen, self.scale, self.window, self.softmax_offset)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.fused is not None
@@ -111,23 +123,75 @@ class PackedAttention(torch.nn.Module):
         return attend_cached(
             tokens,
             use,
-            continued=lambda new: attend_rows(query[new], keys, values, use, self.scale),
-            prompts=lambda old: attend_packed(query[old], key[old], value[old], tokens, self.scale),
+            continued=lambda new: attend_rows(query[new], keys, values, use, self._attend),
+            prompts=lambda old: attend_packed(query[old], key[old], value[old], tokens, self._attend),
             padding=lambda num_tokens: query.new_zeros(num_tokens, query.size(1) * value.size(2)),
             num_tokens=len(query),
         )
 
 
-def attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, scale: float | None) -> Tensor:
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Queries [B, Q, L, D], keys [B, K, S, D], values [B, K, S, Dv] and which keys each query sees -> [B, Q, L, Dv]."""
+
+
+def sinks_of(config: TransformerConfig) -> torch.nn.Parameter:
+    """[Q]: a sink for each head of this tensor-parallel rank."""
+    num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+    sinks = torch.nn.Parameter(torch.zeros(num_heads, dtype=config.params_dtype))
+    sinks.tensor_model_parallel = True  # type: ignore[attr-defined]  # counted in the gradient norm on every rank
+    return sinks
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """An Attend. `seen`, broadcast to [B, Q, L, S], marks the first keys up to the query's own position; None: queries
+    and keys are the same tokens, and each query sees those up to itself."""
+    if window is None and sinks is None:
+        return _attend_fast(query, key, value, seen, scale)
+    num_keys = key.size(2)
+    positions = torch.arange(num_keys, device=key.device)
+    if seen is None:
+        seen = positions <= positions[:, None]
+    if window is not None:
+        seen = seen & (positions >= seen.sum(-1, keepdim=True) - window)
+    if sinks is None:
+        return _attend_fast(query, key, value, seen, scale)
+    # Heads that share a key are the dimension before queries.
+    grouped = query.unflatten(1, (key.size(1), -1))
+    scores = grouped @ key[:, :, None].mT * (query.size(-1) ** -0.5 if scale is None else scale)
+    seen = seen[:, :, None] if seen.dim() == 4 else seen
+    scores = scores.masked_fill(~seen, float("-inf"))
+    sink = sinks.view(key.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=precise)[..., :num_keys]
+    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+
+
+def _attend_fast(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
+    """By torch's kernels."""
+    if seen is None or query.size(2) > 1:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True, scale=scale
+        )
+    # No key is copied: the query heads that share a key head take the dimension of query positions.
+    rows = query.unflatten(1, (key.size(1), -1)).flatten(2, 3)
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale).flatten(1, 2)[:, :, None]
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, attend: Attend) -> Tensor:
     """Attention on a [B, L] grid. The padding of a row follows its tokens, where the causal mask hides it."""
     query, key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
-    return _collect(out, tokens.slots_T)
+    return _collect(attend(query, key, value, None), tokens.slots_T)
 
 
-def attend_part(
-    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part, scale: float | None
-) -> Tensor:
+def attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part, attend: Attend) -> Tensor:
     """The same when this rank holds two chunks of every sequence. Keys and values of all ranks are gathered (as in
     arXiv 2407.21783, Section 3.3.2; grouped queries keep them small), and each chunk of queries attends to the keys up
     to its end."""
@@ -136,14 +200,8 @@ def attend_part(
     out = query.new_zeros(query.size(0), query.size(1) * value.size(-1))
     for chunk in part.chunks:
         num_queries, num_keys = chunk.seen.shape[-2:]
-        rows = F.scaled_dot_product_attention(
-            _spread(query[chunk.tokens], chunk.slots, (tokens.grid[0], num_queries)),
-            key[:, :, :num_keys],
-            value[:, :, :num_keys],
-            attn_mask=chunk.seen,
-            enable_gqa=True,
-            scale=scale,
-        )
+        queries = _spread(query[chunk.tokens], chunk.slots, (tokens.grid[0], num_queries))
+        rows = attend(queries, key[:, :, :num_keys], value[:, :, :num_keys], chunk.seen)
         out = out.index_copy(0, chunk.tokens, _collect(rows, chunk.slots))
     return out
 
@@ -167,19 +225,13 @@ def attend_cached(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def attend_rows(query: Tensor, keys: Tensor, values: Tensor, use: CacheUse, scale: float | None) -> Tensor:
-    """One query per row, [B, Q, D], over the positions of its row that it may see: [B, Q * Dv]. Nothing is copied: the
-    rows are adjacent, and the query heads that share a key head take the dimension of query positions."""
+def attend_rows(query: Tensor, keys: Tensor, values: Tensor, use: CacheUse, attend: Attend) -> Tensor:
+    """One query per row, [B, Q, D], over the positions of its row that it may see: [B, Q * Dv]. The rows are adjacent:
+    nothing is copied."""
     num_rows, length = use.seen_BL.shape
     rows = slice(use.first_row, use.first_row + num_rows)
-    out = F.scaled_dot_product_attention(
-        query.unflatten(1, (keys.size(1), -1)),
-        keys[rows, :, :length],
-        values[rows, :, :length],
-        attn_mask=use.seen_BL[:, None, None, :],
-        scale=scale,
-    )
-    return out.flatten(1)
+    seen = use.seen_BL[:, None, None, :]
+    return attend(query[:, :, None], keys[rows, :, :length], values[rows, :, :length], seen).flatten(1)
 
 
 def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:

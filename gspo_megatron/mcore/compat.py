@@ -51,18 +51,22 @@ def _no_device_rng() -> None:
 
 
 class _Float64Stays(TorchFunctionMode):
-    """x.float() is x where x is float64."""
+    """x.float() is x where x is float64, and a softmax of it stays float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.Tensor.float and args[0].dtype == torch.float64:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if func is torch.softmax and args[0].dtype == torch.float64:
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
-def _sigmoid_in_float64() -> None:
-    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function: a sigmoid router's scores are
-    float32 even from float64 logits. On a CPU their last bit depends on how many there are, since vector instructions
-    and the loop over the rest round differently: layouts would differ by 1e-8."""
+def _routes_in_float64() -> None:
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function: a router's scores are float32
+    even from float64 logits. On a CPU the last bit of a sigmoid depends on how many there are, since vector
+    instructions and the loop over the rest round differently: layouts would differ by 1e-8, and from transformers in
+    float64 by as much."""
     route = router.topk_routing_with_score_function
 
     def routed(logits: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +77,7 @@ def _sigmoid_in_float64() -> None:
 
 
 PATCHES: tuple[Callable[[], None], ...] = (_te_general_gemm,)
-CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng, _sigmoid_in_float64)
+CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng, _routes_in_float64)
 
 
 def apply_patches(on_cpu: bool) -> None:
@@ -102,13 +106,17 @@ def mark_expert_parameters(model: torch.nn.Module, experts_have_own_groups: bool
     - extensions/transformer_engine.py TEGroupedLinear: the matrices are made as if nothing were sharded, so
       tensor_parallel/layers.py:89 takes them for copies, and the gradient norm has only those of tensor-parallel rank
       0.
+
+    And what neither has right about biases of experts, which are not split (etp = 1): tensor_parallel/layers.py marks
+    the second matrix's as a dense layer's, whose gradient is summed over tensor-parallel ranks and counted on the first
+    one. Those ranks may hold other experts; the expert groups have reduced it already.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             if experts_have_own_groups:
                 parameter.allreduce = False  # type: ignore[attr-defined]
-            if parameter.dim() == 2:
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
 
 def check_transformer_engine() -> None:

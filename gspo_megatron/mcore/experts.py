@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 class WholeExperts(SequentialMLP):
-    """y = W_down (p * silu(W_gate x) * W_up x) for the tokens of each expert, bit for bit as Megatron's.
+    """y = W_down (p * f(gate) * (up + offset)) + p * b_down, [gate, up] = W x + b, for the tokens of each expert, bit
+    for bit as Megatron's, whose own cannot be trained with biases. f, the offset and a clamp are the config's.
 
     Where no expert is split over ranks (etp = 1), its tensor-parallel linear layers have nothing to communicate, but
     their autograd nodes and checks, four pairs per expert, take longer than the matmuls of a small model. Where hooks
@@ -20,12 +21,21 @@ class WholeExperts(SequentialMLP):
     """
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.tp_group.size() > 1 or self.local_experts[0].linear_fc1._forward_pre_hooks:
+        first = self.local_experts[0].linear_fc1
+        if first.bias is None and (self.tp_group.size() > 1 or first._forward_pre_hooks):
             return super().forward(hidden_TH, tokens_per_expert_E, probs_T)
         counts, out = tokens_per_expert_E.tolist(), []
         for expert, x, p in zip(self.local_experts, hidden_TH.split(counts), probs_T.split(counts), strict=True):
             # Experts without tokens are included: their weights get a gradient of zeros.
-            gate, up = F.linear(x, expert.linear_fc1.weight).chunk(2, dim=-1)
-            weighted = (F.silu(gate) * up * p[:, None]).to(x.dtype)  # the router's probabilities are float32 in bf16
-            out.append(F.linear(weighted, expert.linear_fc2.weight))
+            gate, up = F.linear(x, expert.linear_fc1.weight, expert.linear_fc1.bias).chunk(2, dim=-1)
+            weighted = (self._gated(gate, up) * p[:, None]).to(x.dtype)  # probabilities are float32 in bf16
+            y = F.linear(weighted, expert.linear_fc2.weight)
+            bias = expert.linear_fc2.bias
+            out.append(y if bias is None else y + (bias * p[:, None]).to(y.dtype))
         return torch.cat(out), None
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        limit, offset = self.config.activation_func_clamp_value, self.config.glu_linear_offset
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return self.config.activation_func(gate) * (up + offset if offset else up)

@@ -26,7 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from gspo_megatron.mcore.attention import attend_cached, attend_packed, attend_rows, rotate
+from gspo_megatron.mcore.attention import attend, attend_cached, attend_packed, attend_rows, rotate
 from gspo_megatron.mcore.kv_cache import CacheUse
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 from gspo_megatron.models.deepseek_v3 import LATENT_NORM_EPSILON
@@ -162,6 +162,9 @@ class LatentAttention(torch.nn.Module):
             return checkpoint(core, False, query, key, value)
         return core(query, key, value)
 
+    def _attend_plain(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+        return attend(query, key, value, seen, self.config.softmax_scale)
+
     def _attend_cached(
         self, query: Tensor, latent: Tensor, k_rope: Tensor, tokens: PackedTokens, use: CacheUse
     ) -> Tensor:
@@ -177,12 +180,12 @@ class LatentAttention(torch.nn.Module):
             w_key, w_value = weight.view(self.num_heads, -1, rank).split([num_nope, self.config.v_head_dim], dim=1)
             nope, rope = query[new].split([num_nope, query.size(-1) - num_nope], dim=-1)
             absorbed = torch.cat([torch.einsum("bqd,qdr->bqr", nope, w_key), rope], dim=-1)
-            out = attend_rows(absorbed, entries, entries[..., :rank], use, self.config.softmax_scale)
+            out = attend_rows(absorbed, entries, entries[..., :rank], use, self._attend_plain)
             return torch.einsum("bqr,qdr->bqd", out.unflatten(1, (-1, rank)), w_value).flatten(1)
 
         def prompts(old: slice) -> Tensor:
             key, value = self._key_value(latent, k_rope)
-            return attend_packed(query[old], key[old], value[old], tokens, self.config.softmax_scale)
+            return attend_packed(query[old], key[old], value[old], tokens, self._attend_plain)
 
         return attend_cached(
             tokens,

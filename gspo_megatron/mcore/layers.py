@@ -34,7 +34,7 @@ def local_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None
         attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params={"fused": None})
         if transformer.multi_latent_attention:
             use_latent_attention(attention, norm=RMSNorm, down=ReplicatedLinear)
-        else:
+        elif transformer.qk_layernorm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
         compat.set_experts(layer.submodules.mlp, WholeExperts)
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

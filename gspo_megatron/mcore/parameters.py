@@ -20,12 +20,15 @@ SLICED: dict[str, tuple[int, int]] = {
     "word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
     "linear_qkv.weight": (0, 1),
+    "linear_qkv.bias": (0, 1),
     "linear_q_proj.weight": (0, 1),
     "linear_q_up_proj.weight": (0, 1),
     "linear_kv_up_proj.weight": (0, 1),
     "linear_proj.weight": (1, 1),
     "linear_fc1.weight": (0, 2),  # gate and up: every rank holds its part of both
+    "linear_fc1.bias": (0, 2),
     "linear_fc2.weight": (1, 1),
+    "softmax_offset": (0, 1),
 }
 
 
@@ -69,6 +72,8 @@ def _placed(
     expert_offset = groups.collection.ep.rank() * (shape.num_experts // groups.layout.ep)
     for local_name, tensor in named:
         name = global_name(local_name, layer_offset, expert_offset)
+        if shape.tie_embeddings and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the copy that the last stage of a pipeline has
         group = groups.collection.expt_tp if ".experts." in name else groups.tp
         how = next((how for part, how in SLICED.items() if part in name), None)
         yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), tensor
@@ -77,14 +82,14 @@ def _placed(
 @torch.no_grad()
 def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
     """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1,
-    biases 0.
+    biases and sinks of attention 0.
 
     Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its slice, so every layout
     starts from the same weights.
     """
     for place, parameter in named_tensors(model, shape, groups):
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if place.name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if place.name.endswith(("bias", "softmax_offset")) else 1.0)
             continue
         adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
         own_std = std / math.sqrt(2 * shape.num_layers) if adds_to_residual else std

@@ -17,7 +17,7 @@ from torch import Tensor
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
-from gspo_megatron.mcore.parameters import named_tensors
+from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
 from gspo_megatron.models.shape import ModelShape
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,6 +38,8 @@ def differing_replicas(chunks: Sequence[PolicyModel], shape: ModelShape, groups:
         *_differing(groups.tp, sums, [place for place in dense if place.count == 1]),
         *_differing(groups.collection.expt_dp, sums, experts),
     }
+    if shape.tie_embeddings and groups.layout.pp > 1 and (groups.is_first_stage or groups.is_last_stage):
+        differing |= {*_differing(groups.collection.embd, sums, [p for p in dense if is_vocabulary(p.name)])}
     if not groups.any_rank(bool(differing)):
         return []
     heard: list[Any] = [None] * dist.get_world_size()

@@ -157,7 +157,7 @@ class MegatronCheckpoints:
             adam = adam_shards.get(parameter)
             if not isinstance(parameter, torch.nn.Parameter):
                 yield from self._written_by_replicas(f"policy.{name}", whole, parameter)
-            if adam is None or self._is_copy(whole):
+            if adam is None or self._is_copy(whole, parameter):
                 continue
             shard = self._share(whole) if replicated else replace(whole, start=adam.start, end=adam.end)
             inside = slice(shard.start - adam.start, shard.end - adam.start)
@@ -171,7 +171,7 @@ class MegatronCheckpoints:
     def _written_by_replicas(self, key: str, whole: Shard, tensor: Tensor) -> Iterator[Keyed]:
         """This replica's part of a tensor without optimizer state."""
         shard = self._share(whole)
-        if shard.start < shard.end and not self._is_copy(whole):
+        if shard.start < shard.end and not self._is_copy(whole, tensor):
             yield key, shard, tensor.detach().view(-1)[shard.start : shard.end]
 
     def _share(self, whole: Shard) -> Shard:
@@ -181,9 +181,11 @@ class MegatronCheckpoints:
         start, end = (whole.end * i // group.size() for i in (group.rank(), group.rank() + 1))
         return replace(whole, start=start, end=end)
 
-    def _is_copy(self, whole: Shard) -> bool:
-        """Whether another tensor-parallel rank writes it: a dense parameter that is not sliced."""
-        return whole.place.count == 1 and ".experts." not in whole.place.name and self.groups.tp_rank > 0
+    def _is_copy(self, whole: Shard, tensor: Tensor) -> bool:
+        """Whether another rank writes it: for a dense parameter that is not sliced, the first tensor-parallel one; for
+        the last stage's copy of tied embeddings, which Megatron marks, the first stage."""
+        unsliced = whole.place.count == 1 and ".experts." not in whole.place.name
+        return (unsliced and self.groups.tp_rank > 0) or getattr(tensor, "shared", False)
 
     # ------------------------------------------------------------------------------------------------------ loading
 

@@ -17,7 +17,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, Sliceable, find_rule, to_our_slice, to_theirs
+from gspo_megatron.models.names import NameRule, Sliceable, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 
@@ -42,6 +42,12 @@ def whole_weights(
     Raises:
         ValueError: a tensor has no rule, or several.
     """
+    for name, part in to_theirs(rules, _whole_tensors(chunks, shape, groups), shape):
+        yield name, part.contiguous()
+
+
+def _whole_tensors(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """The same by our names."""
     held = _held(chunks, shape, groups)
     sources = _sources(held, groups)
     for first in _in_order(sources):
@@ -51,7 +57,7 @@ def whole_weights(
         del slices
         if is_vocabulary(first.name):
             whole = whole[: shape.vocab_size]
-        yield from ((name, part.contiguous()) for name, part in to_theirs(rules, first.name, whole, shape))
+        yield first.name, whole
         del whole
 
 
@@ -66,16 +72,21 @@ def whole_sizes(
     chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, rules: Sequence[NameRule]
 ) -> dict[str, Size]:
     """The size of every tensor that `whole_weights` yields, by its name and in that order. Collective."""
-    sources, found = _sources(_held(chunks, shape, groups), groups), {}
-    for first in _in_order(sources):
-        size = list(sources[first].size)
-        size[first.dim] *= first.count
-        if is_vocabulary(first.name):
-            size[0] = shape.vocab_size or 0
-        rule, _ = find_rule(rules, first.name)
-        for name, part in to_theirs(rules, first.name, torch.empty(size, device="meta"), shape):
-            found[name] = Size(tuple(part.shape), rule.float32)
-    return found
+    sources = _sources(_held(chunks, shape, groups), groups)
+    marked = {True: torch.float32, False: torch.bfloat16}  # ops keep the format, which tells them apart afterwards
+
+    def empty() -> Iterator[tuple[str, Tensor]]:
+        for first in _in_order(sources):
+            size = list(sources[first].size)
+            size[first.dim] *= first.count
+            if is_vocabulary(first.name):
+                size[0] = shape.vocab_size or 0
+            rule, _ = find_rule(rules, first.name)
+            yield first.name, torch.empty(size, dtype=marked[rule.float32], device="meta")
+
+    return {
+        name: Size(tuple(part.shape), part.dtype == torch.float32) for name, part in to_theirs(rules, empty(), shape)
+    }
 
 
 @torch.no_grad()
@@ -95,14 +106,13 @@ def load_weights(
     """
     for chunk in chunks:
         for place, tensor in named_tensors(chunk, shape, groups):
-            rule, names = find_rule(rules, place.name)
-            theirs = [read(name) for name in names]
+            rule, theirs = read_ours(rules, place.name, read)
             if is_vocabulary(place.name):
                 mine = _vocabulary_rows(theirs[0], place, len(tensor), shape)
             else:
                 mine = to_our_slice(rule.op, theirs, shape, dim=place.dim, index=place.index, count=place.count)
             if mine.shape != tensor.shape:
-                found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(names, theirs, strict=True))
+                found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(rule.theirs, theirs, strict=True))
                 raise CheckpointError(
                     f"{found}: this model's {place.name} needs {list(tensor.shape)} on a rank, not {list(mine.shape)}; "
                     "the settings of section model must be those of the weights"

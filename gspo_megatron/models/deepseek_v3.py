@@ -9,35 +9,23 @@ ignores them, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import ceil, lcm, sqrt
+from math import sqrt
 from typing import Any
 
-import torch
-
+from gspo_megatron.models import parts, sizes
 from gspo_megatron.models.family import Family, LayerCount, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import NameRule
-from gspo_megatron.models.parts import (
-    BLOCK_RULES,
-    EXPERT_RULES,
-    OURS,
-    THEIRS,
-    check_implemented,
-    feed_forward,
-    read_rope,
-    read_sizes,
-    router_complaints,
-    write_rope,
-)
 from gspo_megatron.models.rope import rope_complaints, rope_of
-from gspo_megatron.models.shape import OPTIONAL, ModelShape
+from gspo_megatron.models.shape import ModelShape
 
 NAME = "deepseek_v3"
-USES = frozenset(OPTIONAL) - {"num_query_groups", "head_dim"}
+LATENT = frozenset({"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"})
+USES = LATENT | parts.EXPERTS | parts.SIGMOID_ROUTER | parts.DENSE_AND_SHARED | parts.YARN
 
-_OUR_ATTENTION, _THEIR_ATTENTION = f"{OURS}self_attention.", f"{THEIRS}self_attn."
+_OUR_ATTENTION, _THEIR_ATTENTION = f"{parts.OURS}self_attention.", f"{parts.THEIRS}self_attn."
 
 RULES = (
-    *BLOCK_RULES,
+    *parts.BLOCK_RULES,
     NameRule(f"{_OUR_ATTENTION}linear_q_proj.weight", (f"{_THEIR_ATTENTION}q_proj.weight",)),
     NameRule(f"{_OUR_ATTENTION}linear_q_down_proj.weight", (f"{_THEIR_ATTENTION}q_a_proj.weight",)),
     NameRule(f"{_OUR_ATTENTION}q_layernorm.weight", (f"{_THEIR_ATTENTION}q_a_layernorm.weight",)),
@@ -45,32 +33,17 @@ RULES = (
     NameRule(f"{_OUR_ATTENTION}linear_kv_down_proj.weight", (f"{_THEIR_ATTENTION}kv_a_proj_with_mqa.weight",)),
     NameRule(f"{_OUR_ATTENTION}kv_layernorm.weight", (f"{_THEIR_ATTENTION}kv_a_layernorm.weight",)),
     NameRule(f"{_OUR_ATTENTION}linear_kv_up_proj.weight", (f"{_THEIR_ATTENTION}kv_b_proj.weight",)),
-    *feed_forward(f"{OURS}mlp.", f"{THEIRS}mlp."),
-    *feed_forward(f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_experts."),
-    *EXPERT_RULES,
-    NameRule(f"{OURS}mlp.router.expert_bias", (f"{THEIRS}mlp.gate.e_score_correction_bias",), float32=True),
+    *parts.SIGMOID_ROUTER_RULES,
 )
 
 _SAME_NUMBER = {
     # field of ModelShape: key of config.json
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
+    **parts.SIZES,
     "kv_lora_rank": "kv_lora_rank",
     "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
-    "num_experts": "n_routed_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_ffn_size": "moe_intermediate_size",
-    "num_dense_layers": "first_k_dense_replace",
-    "dense_ffn_size": "intermediate_size",
-    "router_groups": "n_group",
-    "router_groups_per_token": "topk_group",
-    "routed_scaling_factor": "routed_scaling_factor",
-    "vocab_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
+    **parts.SIGMOID_ROUTER_SIZES,
 }
 _ONLY = {
     # key of config.json: (what is implemented, what transformers takes where the key is missing)
@@ -93,16 +66,16 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    hf = {"n_routed_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
-    sizes = read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts", "q_lora_rank": "q_lora_rank"}, NAME)
-    check_implemented(hf, _ONLY, NAME)
+    hf = parts.with_num_experts(hf, "n_routed_experts")
+    found = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts", "q_lora_rank": "q_lora_rank"}, NAME)
+    parts.check_implemented(hf, _ONLY, NAME)
     return ModelShape(
         family=NAME,
-        q_lora_rank=sizes.pop("q_lora_rank") or 0,
-        shared_expert_ffn_size=sizes.pop("shared") * sizes["expert_ffn_size"],
+        q_lora_rank=found.pop("q_lora_rank") or 0,
+        shared_expert_ffn_size=found.pop("shared") * found["expert_ffn_size"],
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        **sizes,
-        **read_rope(hf, NAME, ("default", "yarn")),
+        **found,
+        **parts.read_rope(hf, NAME, ("default", "yarn")),
     )
 
 
@@ -117,7 +90,7 @@ def hf_config(s: ModelShape) -> dict[str, Any]:
         "q_lora_rank": s.q_lora_rank or None,
         "n_shared_experts": s.shared_expert_ffn_size // s.expert_ffn_size,
         "num_nextn_predict_layers": 0,
-        **write_rope(s),
+        **parts.write_rope(s),
         "tie_word_embeddings": s.tie_embeddings,
         **{key: implemented for key, (implemented, _) in _ONLY.items()},
     }
@@ -126,12 +99,10 @@ def hf_config(s: ModelShape) -> dict[str, Any]:
 def megatron(s: ModelShape) -> dict[str, Any]:
     """Fields of MLATransformerConfig. RoPE is this package's own (models/rope.py), and so is its part in the scale of
     attention scores; what is said of it here only keeps Megatron from adding to it."""
-    groups = s.router_groups if s.router_groups_per_token < s.router_groups else None
     return {
+        **parts.transformer(s),
+        **parts.sigmoid_router(s),
         "multi_latent_attention": True,
-        "num_layers": s.num_layers,
-        "hidden_size": s.hidden_size,
-        "num_attention_heads": s.num_attention_heads,
         "q_lora_rank": s.q_lora_rank or None,
         "kv_lora_rank": s.kv_lora_rank,
         "qk_head_dim": s.qk_nope_head_dim,
@@ -143,50 +114,17 @@ def megatron(s: ModelShape) -> dict[str, Any]:
         "rotary_base": s.rope_base,
         "rotary_scaling_factor": 1.0,
         "mscale_all_dim": 0.0,
-        "ffn_hidden_size": s.dense_ffn_size or s.expert_ffn_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": s.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "num_moe_experts": s.num_experts,
-        "moe_layer_freq": [int(i >= s.num_dense_layers) for i in range(s.num_layers)],
-        "moe_ffn_hidden_size": s.expert_ffn_size,
-        "moe_shared_expert_intermediate_size": s.shared_expert_ffn_size,
-        "moe_router_topk": s.experts_per_token,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_topk_scaling_factor": s.routed_scaling_factor,
-        "moe_router_num_groups": groups,
-        "moe_router_group_topk": groups and s.router_groups_per_token,
-        "moe_router_enable_expert_bias": True,
-        # Megatron's default moves the bias at every update. Here it stays as it was trained: the rollouts of a policy
-        # version and its log-probs must be routed alike.
-        "moe_router_bias_update_rate": 0.0,
     }
 
 
 def counts(s: ModelShape) -> ParameterCount:
-    """Attention: projections to the two latents, which every tp rank holds, and from them; output. Two norms, latents'
-    norms; router, shared expert and experts, or a dense network. The experts' bias is no parameter: it has no gradient.
-    """
-    assert s.vocab_size is not None, "model.vocab_size must be set before parameters are counted"
+    """Attention: projections to the two latents and the latents' norms, which every tp rank holds; projections from
+    them; output."""
     h, heads, qk = s.hidden_size, s.num_attention_heads, s.qk_nope_head_dim + s.qk_rope_head_dim
     queries = heads * qk * (s.q_lora_rank or h)
     attention = queries + s.kv_lora_rank * heads * (s.qk_nope_head_dim + s.v_head_dim) + heads * s.v_head_dim * h
     latents = s.q_lora_rank * (h + 1) + (s.kv_lora_rank + s.qk_rope_head_dim) * h + s.kv_lora_rank
-    dense = LayerCount(attention + 3 * h * s.dense_ffn_size, latents + 2 * h)
-    experts = LayerCount(
-        sharded=attention + 3 * h * s.shared_expert_ffn_size,
-        replicated=latents + 2 * h + h * s.num_experts,
-        expert=3 * h * s.expert_ffn_size,
-        num_experts=s.num_experts,
-    )
-    return ParameterCount(
-        vocabulary=s.vocab_size * h,
-        num_vocabularies=1 if s.tie_embeddings else 2,
-        layers=(dense,) * s.num_dense_layers + (experts,) * (s.num_layers - s.num_dense_layers),
-        final_norm=h,
-    )
+    return sizes.parameter_count(s, sharded=attention, replicated=latents)
 
 
 def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
@@ -219,10 +157,8 @@ def shares(s: ModelShape) -> tuple[Share, ...]:
         Share(s.q_lora_rank, "model.q_lora_rank", columns=True),
         Share(s.kv_lora_rank, "model.kv_lora_rank", columns=True),
         Share(latent, "model.kv_lora_rank + model.qk_rope_head_dim", columns=True),
-        Share(s.dense_ffn_size * (s.num_dense_layers > 0), "model.dense_ffn_size", ("tp",), columns=True),
-        Share(s.shared_expert_ffn_size, "model.shared_expert_ffn_size", ("tp",), columns=True),
-        Share(s.num_experts, "model.num_experts", ("ep",)),
-        Share(s.expert_ffn_size, "model.expert_ffn_size", ("etp",), columns=True),
+        *sizes.network_shares(s),
+        *sizes.expert_shares(s),
     )
 
 
@@ -232,49 +168,13 @@ def complaints(s: ModelShape) -> Iterator[str]:
         if not getattr(s, name):
             yield f"model.{name} must be set for model.family={NAME}: it is 0"
     yield from rope_complaints(s)
-    yield from router_complaints(s)
-    if s.num_dense_layers > s.num_layers:
-        yield f"model.num_dense_layers={s.num_dense_layers} exceeds model.num_layers={s.num_layers}"
-    if (s.num_dense_layers > 0) != (s.dense_ffn_size > 0):
-        yield (
-            f"model.num_dense_layers={s.num_dense_layers} with model.dense_ffn_size={s.dense_ffn_size}: "
-            "set both, or leave both at 0"
-        )
-    if s.shared_expert_ffn_size % s.expert_ffn_size or not s.shared_expert_ffn_size:
-        yield (
-            f"model.shared_expert_ffn_size={s.shared_expert_ffn_size} must be a positive multiple of "
-            f"model.expert_ffn_size={s.expert_ffn_size}: {NAME} counts shared experts of that width"
-        )
-    yield from _group_complaints(s)
-
-
-def _group_complaints(s: ModelShape) -> Iterator[str]:
-    groups, chosen, k = s.router_groups, s.router_groups_per_token, s.experts_per_token
-    if s.num_experts % groups or s.num_experts < 2 * groups:
-        yield (
-            f"model.num_experts={s.num_experts} must be a multiple of model.router_groups={groups}, with at least 2 "
-            "experts in each group"
-        )
-    elif chosen > groups or k > chosen * (s.num_experts // groups):
-        yield (
-            f"model.router_groups_per_token={chosen} of model.router_groups={groups} must be groups that there are, "
-            f"and hold at least model.experts_per_token={k} experts"
-        )
-    elif chosen < groups and k // chosen != 2:
-        # Megatron ranks a group by the sum of its experts_per_token // router_groups_per_token best experts.
-        yield (
-            f"model.experts_per_token={k} // model.router_groups_per_token={chosen} must be 2: {NAME} ranks a group "
-            "by its 2 best experts, Megatron-Core by as many as this quotient; or set router_groups_per_token to "
-            f"router_groups={groups}, which limits nothing"
-        )
+    yield from sizes.sigmoid_router_complaints(s, NAME)
 
 
 def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
-    """Two layers, or one per (virtual) stage, the first one dense; two heads, or one per tp rank; at least 3 experts in
-    each of 4 groups, rounded up to a multiple of ep."""
-    stages, grouped = axes["pp"] * axes["vpp"], s.router_groups_per_token < s.router_groups
-    unit = lcm(axes["ep"], 4 if grouped else 1)
-    experts = unit * ceil((12 if grouped else 4) / unit)
+    """Two layers, or one per (virtual) stage, the first one dense; two heads, or one per tp rank; experts as in
+    sizes.py."""
+    stages = axes["pp"] * axes["vpp"]
     return {
         "num_layers": stages if stages > 1 else 2,
         "hidden_size": 32,
@@ -284,15 +184,10 @@ def small(s: ModelShape, axes: Mapping[str, int]) -> dict[str, int]:
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4,
         "v_head_dim": 6,
-        "num_experts": experts,
-        "experts_per_token": 4 if grouped else max(2, min(s.experts_per_token, experts - 1)),
-        "expert_ffn_size": 16 * axes["etp"],
-        "shared_expert_ffn_size": lcm(16 * axes["etp"], axes["tp"]),
-        "num_dense_layers": min(1, s.num_dense_layers),
-        "dense_ffn_size": 24 * axes["tp"] if s.num_dense_layers else 0,
-        "router_groups": 4 if grouped else 1,
-        "router_groups_per_token": 2 if grouped else 1,
+        **sizes.small_sigmoid_router(s, axes),
     }
 
 
-DEEPSEEK_V3 = Family(NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small)
+DEEPSEEK_V3 = Family(
+    NAME, USES, shape, hf_config, RULES, megatron, counts, per_token, shares, complaints, small, writes_scores=True
+)

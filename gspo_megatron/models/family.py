@@ -68,12 +68,20 @@ class TokenCount:
         cached: numbers in the sampler's cache, sharded over tp: keys and values.
         attended: multiply-adds for each token that it attends to.
         cached_whole: numbers in the sampler's cache that every tp rank holds: latents.
+        window: tokens that it attends to at most. 0: all earlier ones.
     """
 
     multiplied: int
     cached: int
     attended: int
     cached_whole: int = 0
+    window: int = 0
+
+    def pairs(self, length: float) -> float:
+        """Pairs of a token and one that it attends to, in a sequence of `length`: L (L + 1) / 2 without a window, else
+        W (L - W) more than those of the first W tokens."""
+        within = min(length, self.window or length)
+        return within * (within + 1) / 2 + (length - within) * within
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class Family:
         shares: the sizes that parallel axes divide.
         complaints: messages about sizes that do not fit together, and what to do.
         small: (shape, ranks by axis) -> sizes of the smallest model that has every component and fits these ranks.
+        only_local: what it has that Transformer Engine's layers are not built with here; empty: they are.
+        writes_scores: Megatron's local layers write attention scores out, all at once.
     """
 
     name: str
@@ -121,3 +131,5 @@ class Family:
     shares: Callable[[ModelShape], tuple[Share, ...]]
     complaints: Callable[[ModelShape], Iterator[str]]
     small: Callable[[ModelShape, Mapping[str, int]], dict[str, int]]
+    only_local: str = ""
+    writes_scores: bool = False

@@ -10,7 +10,8 @@ numbered over the whole model.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -73,6 +74,32 @@ class GateUp:
         return torch.cat(list(theirs))
 
 
+@dataclass(frozen=True)
+class Transpose:
+    """The transposed matrix."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        return (ours.t(),)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        [whole] = theirs
+        return whole.t()
+
+
+@dataclass(frozen=True)
+class InterleavedGateUp:
+    """[gate; up], stacked by rows <-> rows of gate and up in turns, as columns of a matrix. Weights [rows, H] <->
+    [H, rows] and biases [rows]. The parts that tensor parallel makes do not commute with it."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        rows = torch.stack(ours.chunk(2), dim=1).flatten(0, 1)
+        return (rows.t(),)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        [whole] = theirs
+        return torch.cat([whole.t()[0::2], whole.t()[1::2]])
+
+
 COPY = Copy()
 
 
@@ -98,9 +125,25 @@ class InMemory:
 
 
 @dataclass(frozen=True)
+class RowOf:
+    """Row `index` of a Sliceable."""
+
+    whole: Sliceable
+    index: int
+
+    def get_shape(self) -> list[int]:
+        return list(self.whole.get_shape()[1:])
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        row = (slice(self.index, self.index + 1),)
+        return self.whole[row + part].squeeze(0)
+
+
+@dataclass(frozen=True)
 class NameRule:
-    """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. `float32`: the
-    tensor has that format on the hub, whatever the others have."""
+    """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. Where only ours
+    has {expert}, theirs is a stack of all experts of a layer, and `op` is of one of them. `float32`: the tensor has that
+    format on the hub, whatever the others have."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -110,6 +153,17 @@ class NameRule:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(self.ours)))
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether the tensors on the hub are of all experts of a layer."""
+        return "{expert}" in self.ours and "{expert}" not in self.theirs[0]
+
+    def expert(self, ours: str) -> int:
+        """The index of the expert whose tensor `ours` is; the rule matches it."""
+        match = self._pattern.fullmatch(ours)
+        assert match is not None
+        return int(match["expert"])
 
     def their_names(self, ours: str) -> tuple[str, ...] | None:
         """The names on the hub for our tensor `ours`; None where the rule does not match."""
@@ -146,11 +200,36 @@ def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str
     return found[0]
 
 
-def to_theirs(rules: Sequence[NameRule], ours: str, whole: Tensor, shape: ModelShape) -> list[tuple[str, Tensor]]:
-    """Our whole tensor as (name, tensor) pairs on the hub.
+def to_theirs(
+    rules: Sequence[NameRule], ours: Iterable[tuple[str, Tensor]], shape: ModelShape
+) -> Iterator[tuple[str, Tensor]]:
+    """Our whole tensors, by name, as those on the hub. Experts that are stacked there wait until the last one of their
+    layer has come.
+
+    Raises:
+        ValueError: not exactly one rule matches a tensor.
+    """
+    waiting: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    for our_name, whole in ours:
+        rule, names = find_rule(rules, our_name)
+        for name, part in zip(names, rule.op.to_theirs(whole, shape), strict=True):
+            if not rule.stacks_experts:
+                yield name, part
+                continue
+            waiting[name][rule.expert(our_name)] = part
+            if len(waiting[name]) == shape.num_experts:
+                experts = waiting.pop(name)
+                yield name, torch.stack([experts[e] for e in range(shape.num_experts)])
+
+
+def read_ours(
+    rules: Sequence[NameRule], ours: str, read: Callable[[str], Sliceable]
+) -> tuple[NameRule, list[Sliceable]]:
+    """The rule of our tensor `ours`, and the tensors on the hub, which `read` finds by name, that its op takes.
 
     Raises:
         ValueError: not exactly one rule matches.
     """
     rule, names = find_rule(rules, ours)
-    return list(zip(names, rule.op.to_theirs(whole, shape), strict=True))
+    theirs = [read(name) for name in names]
+    return rule, [RowOf(x, rule.expert(ours)) for x in theirs] if rule.stacks_experts else theirs

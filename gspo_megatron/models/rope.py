@@ -32,9 +32,9 @@ def yarn(shape: ModelShape) -> Rope:
     those that turn seldom have it divided by s = rope_scaling_factor, and between them it is interpolated.
 
     The pair that turns n times has index i(n) = D log(length / (2 pi n)) / (2 log base). With low = floor(i(beta_fast))
-    and high = ceil(i(beta_slow)), the share of the divided frequency rises from 0 at low to 1 at high. Cosines and
-    sines are multiplied by g(mscale) / g(mscale_all_dim), scores by g(mscale_all_dim)^2, where g(m) = 0.1 m log(s) + 1
-    (DeepSeek-V3's form; with both at 0, by g(1) and 1).
+    and high = ceil(i(beta_slow)), the share of the divided frequency rises from 0 at low to 1 at high; without
+    rope_truncate, low and high are not rounded. Cosines and sines are multiplied by g(mscale) / g(mscale_all_dim),
+    scores by g(mscale_all_dim)^2, where g(m) = 0.1 m log(s) + 1 (DeepSeek-V3's form; with both at 0, by g(1) and 1).
     """
     s, dim, plain_D2 = shape.rope_scaling_factor, shape.rope_dim, plain(shape).inverse_D2
 
@@ -44,8 +44,10 @@ def yarn(shape: ModelShape) -> Rope:
     def g(m: float) -> float:
         return 0.1 * m * math.log(s) + 1 if s > 1 else 1.0
 
-    low = max(math.floor(index(shape.rope_beta_fast)), 0)
-    high = min(math.ceil(index(shape.rope_beta_slow)), dim - 1)
+    low, high = index(shape.rope_beta_fast), index(shape.rope_beta_slow)
+    if shape.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     share_D2 = ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
     m, m_all = shape.rope_mscale, shape.rope_mscale_all_dim
@@ -68,7 +70,8 @@ def rope_complaints(shape: ModelShape) -> Iterator[str]:
     """Settings of the rotation that do not fit together, and what to do."""
     if shape.rope_dim % 2:
         name = "qk_rope_head_dim" if shape.qk_rope_head_dim else "head_dim"
-        yield f"model.{name}={shape.rope_dim} must be even: RoPE rotates pairs"
+        part = f" * model.partial_rotary_factor={shape.partial_rotary_factor}" * (shape.partial_rotary_factor != 1)
+        yield f"model.{name}={getattr(shape, name)}{part} must be even: RoPE rotates pairs"
     if shape.rope_scaling == "none":
         for name in OPTIONAL:
             value = getattr(shape, name)

@@ -19,6 +19,10 @@ class ModelShape:
         max_sequence_length: prompt and response, in tokens.
         num_query_groups: key/value heads per layer.
         head_dim: width of one attention head; heads * head_dim need not equal hidden_size.
+        qk_norm: queries and keys are normalised, each head on its own.
+        attention_bias: the projections to queries, keys and values have a bias.
+        partial_rotary_factor: the share of a head's dimensions, the first ones, that RoPE rotates.
+        sliding_window: tokens that a token attends to, itself included, in the layers that have a window. 0: all.
         q_lora_rank: width of the latent that queries are projected from. 0: they are projected from the hidden states.
         kv_lora_rank: width of the latent that keys and values are projected from.
         qk_nope_head_dim, qk_rope_head_dim: the parts of a query or key without and with RoPE.
@@ -44,6 +48,10 @@ class ModelShape:
     tie_embeddings: bool
     num_query_groups: int = 0
     head_dim: int = 0
+    qk_norm: bool = False
+    attention_bias: bool = False
+    partial_rotary_factor: float = 1.0
+    sliding_window: int = 0
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
@@ -65,11 +73,12 @@ class ModelShape:
     rope_beta_slow: float = 1.0
     rope_mscale: float = 0.0
     rope_mscale_all_dim: float = 0.0
+    rope_truncate: bool = True
 
     @property
     def rope_dim(self) -> int:
         """The dimensions of a query or key that RoPE rotates."""
-        return self.qk_rope_head_dim or self.head_dim
+        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
 
     def tensor_settings(self) -> dict[str, Any]:
         """The fields that determine which tensors exist, their sizes, and what their rows and columns mean."""
@@ -84,9 +93,11 @@ MATHS_ONLY = frozenset(
         "experts_per_token",
         "max_sequence_length",
         "norm_epsilon",
+        "partial_rotary_factor",
         "routed_scaling_factor",
         "router_groups",
         "router_groups_per_token",
+        "sliding_window",
         *(f.name for f in fields(ModelShape) if f.name.startswith("rope_")),
     }
 )

@@ -23,7 +23,7 @@ from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.models.families import family_of
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
-from tests.support.qwen3_moe import hub_sizes, our_sizes
+from tests.support.grouped_query import hub_sizes, our_sizes
 from tests.support.small import SMALL
 
 SETTINGS = (*SMALL, "model.num_layers=4", "model.max_sequence_length=32", "model.init_std=0.2", "precision.dtype=fp32")

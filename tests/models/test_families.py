@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +17,16 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.models.families import FAMILIES, family_of
-from gspo_megatron.models.names import find_rule
+from gspo_megatron.models.family import TokenCount
+from gspo_megatron.models.names import InMemory, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 from tests.support.families import HUB_SIZES, OUR_SIZES
 
 SIZE = st.integers(1, 1 << 20)
 COMMON: dict[str, Any] = {
-    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"), SIZE),
+    "num_layers": st.integers(1, 100),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"), SIZE),
     "rope_base": st.floats(1, 1e8),
     "norm_epsilon": st.floats(1e-12, 1),
     "tie_embeddings": st.booleans(),
@@ -33,13 +37,16 @@ SCALING = {
     "rope_original_length": SIZE,
     **dict.fromkeys(("rope_beta_fast", "rope_beta_slow"), st.floats(0.1, 100)),
     **dict.fromkeys(("rope_mscale", "rope_mscale_all_dim"), st.floats(0, 2)),
+    "rope_truncate": st.booleans(),
 }
 
 
 def shapes(name: str) -> st.SearchStrategy[ModelShape]:
     """Any sizes, whether they fit together or not."""
     uses = FAMILIES[name].uses
-    sizes = {field: SIZE for field in uses if isinstance(OPTIONAL[field], int)}
+    sizes = {field: SIZE for field in uses if type(OPTIONAL[field]) is int}
+    sizes |= {field: st.booleans() for field in uses if type(OPTIONAL[field]) is bool}
+    sizes |= {field: st.floats(0.1, 1) for field in uses if type(OPTIONAL[field]) is float}
     if "q_lora_rank" in uses:
         sizes["q_lora_rank"] = st.integers(0, 10)
     scaling = st.fixed_dictionaries(SCALING if "rope_scaling" in uses else {}) | st.just({})
@@ -131,6 +138,7 @@ def test_transformers_5_writes_some_keys_elsewhere() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "RoPE of type 'llama3'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, but only 1.0"),
     ],
 )
 def test_what_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
@@ -151,22 +159,23 @@ def test_presets_fit_together(preset: str) -> None:
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("preset", ["tiny_moe", "tiny_mla", "tiny_mla model.q_lora_rank=0"])
+@pytest.mark.parametrize(
+    "preset", [*(preset for preset in PRESETS if preset.startswith("tiny_")), "tiny_mla model.q_lora_rank=0"]
+)
 def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
     settings = [f"model.preset={preset.split()[0]}", *preset.split()[1:], f"model.tie_embeddings={tie}"]
-    shape = load_config(
-        None, [*settings, "model.num_layers=11", "model.num_experts=12", "model.vocab_size=97"]
-    ).model.shape
+    sizes = ["model.num_layers=11", "model.vocab_size=97", *["model.num_experts=12"] * (preset != "tiny_dense")]
+    shape = load_config(None, [*settings, *sizes]).model.shape
     family = family_of(shape)
     start = itertools.count()
     ours = {name: torch.full(size, next(start)) for name, size in OUR_SIZES[shape.family](shape).items()}
     theirs, back = {}, {}
-    for name, whole in ours.items():
-        rule, names = find_rule(family.rules, name)
-        parts = rule.op.to_theirs(whole, shape)
-        assert not theirs.keys() & set(names), f"{names} come from two tensors"
-        theirs |= dict(zip(names, parts, strict=True))
-        back[name] = rule.op.to_ours([theirs[their] for their in names], shape)
+    for name, part in to_theirs(family.rules, ours.items(), shape):
+        assert name not in theirs, f"{name} comes from two tensors"
+        theirs[name] = part
+    for name in ours:
+        rule, parts = read_ours(family.rules, name, lambda their: InMemory(theirs[their]))
+        back[name] = to_our_slice(rule.op, parts, shape)
     assert {name: tuple(part.shape) for name, part in theirs.items()} == HUB_SIZES[shape.family](shape)
     assert all(torch.equal(back[name], whole) for name, whole in ours.items())
     parameters = sum(p.numel() for name, p in theirs.items() if "e_score_correction_bias" not in name)
@@ -251,7 +260,6 @@ def test_the_preset_of_deepseek_v3_is_the_model_on_the_hub_with_a_shorter_contex
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE of type 'linear'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "lacks original_max_position_embeddings"),
         ({"rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"attention_factor": 1.2}}, "attention_factor=1.2"),
-        ({"rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"truncate": False}}, "truncate=False"),
     ],
 )
 def test_what_is_not_implemented_of_deepseek_v3_is_refused(change: dict[str, Any], message: str) -> None:
@@ -279,6 +287,16 @@ def test_transformers_counts_the_same_parameters(preset: str) -> None:
             "model.kv_lora_rank=8 has no effect with model.family=qwen3_moe",
         ),
         ("model.preset=tiny_mla model.head_dim=8", "model.head_dim=8 has no effect with model.family=deepseek_v3"),
+        ("model.preset=tiny_dense model.num_experts=4", "model.num_experts=4 has no effect with model.family=qwen3"),
+        ("model.preset=tiny_dense model.dense_ffn_size=0", "model.dense_ffn_size must be set for model.family=qwen3"),
+        ("model.preset=tiny_dense model.aux_loss_coef=0.1", "has no experts to balance"),
+        ("model.preset=tiny_dense parallel.ep=2", "networks in a dense layer=1 is not divisible by ep(2)"),
+        ("model.preset=tiny_glm model.partial_rotary_factor=0.2", "model.partial_rotary_factor=0.2 must be even"),
+        (
+            "model.preset=tiny_gpt_oss model.sliding_window=0",
+            "model.sliding_window must be set for model.family=gpt_oss",
+        ),
+        ("model.preset=tiny_gpt_oss parallel.etp=2", "parts of an expert with biases=1 is not divisible by etp(2)"),
         ("model.family=deepseek_v3", "model.kv_lora_rank must be set for model.family=deepseek_v3"),
         ("model.preset=tiny_mla model.qk_rope_head_dim=7", "model.qk_rope_head_dim=7 must be even"),
         ("model.preset=tiny_mla model.rope_scaling=none", "model.rope_scaling_factor=4.0 has no effect"),
@@ -298,8 +316,8 @@ def test_transformers_counts_the_same_parameters(preset: str) -> None:
 )
 def test_sizes_that_do_not_fit_the_family_are_refused_by_name(settings: str, message: str) -> None:
     config = load_config(None, [*settings.split(), "model.vocab_size=97"])
-    with pytest.raises(ConfigError, match=message):
-        check_config(config, 1)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_config(config, config.parallel.ep * config.parallel.etp)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +327,182 @@ def test_sizes_that_do_not_fit_the_family_are_refused_by_name(settings: str, mes
 def test_the_small_model_fits_its_layout(preset: str, axes: dict[str, int]) -> None:
     settings = [f"model.preset={preset}", "train.tokens_per_micro_batch=32768", "model.vocab_size=97"]
     shape = load_config(None, settings).model.shape
+    if not shape.num_experts:
+        axes = {axis: size for axis, size in axes.items() if axis not in ("ep", "etp")}
+    if shape.family == "gpt_oss":
+        axes = axes | {"etp": 1}
     sizes = family_of(shape).small(shape, {axis: axes.get(axis, 1) for axis in (*AXES, "dp")})
     layout = [f"parallel.{axis}={size}" for axis, size in axes.items()]
     config = load_config(None, [*settings, *layout, *(f"model.{key}={value}" for key, value in sizes.items())])
     check_config(config, 64 if "ep" not in axes or axes["ep"] == 8 else 48)
+
+
+# ----------------------------------------------------------------------------------- the other families' config.json
+
+COMMON_KEYS: dict[str, Any] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # https://huggingface.co/Qwen/Qwen3-0.6B
+    "qwen3_0p6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    # https://huggingface.co/mistralai/Mixtral-8x7B-v0.1
+    "mixtral_8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    # https://huggingface.co/zai-org/GLM-4.5-Air
+    "glm_4p5_air": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 96,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+    },
+}
+PUBLISHED["gpt_oss_120b"] = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+"""The defaults of GptOssConfig of transformers 5.23, which are gpt-oss-120b's."""
+TOTAL = {
+    "gpt_oss_120b": 116_829_156_672,
+    "qwen3_0p6b": 596_049_920,
+    "mixtral_8x7b": 46_702_792_704,
+    "glm_4p5_air": 106_852_245_504,
+}
+"""Parameters. Model cards: 0.6B (0.44B without embedding), 46.7B, 106B; gpt-oss: 116.83B."""
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_the_models_on_the_hub_with_a_shorter_context(preset: str) -> None:
+    hf = COMMON_KEYS | PUBLISHED[preset]
+    length = hf["max_position_embeddings"]
+    settings = [f"model.preset={preset}", f"train.tokens_per_micro_batch={length}"]
+    shape = load_config(None, [*settings, f"model.max_sequence_length={length}"]).model.shape
+    family = family_of(shape)
+    assert family.shape(hf) == shape
+    ours = {key: value for key, value in family.hf_config(shape).items() if key != "num_nextn_predict_layers"}
+    if (scaling := ours.pop("rope_scaling")) is not None:
+        assert {hf["rope_scaling"].get(key, value) for key, value in scaling.items()} == set(scaling.values())
+    assert {key: hf.get(key, ours[key]) for key in ours} == ours
+    assert family.counts(shape).total == TOTAL[preset]
+
+
+@pytest.mark.parametrize(
+    ("preset", "change", "message"),
+    [
+        ("qwen3_0p6b", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3_0p6b", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3_0p6b", {"layer_types": ["full_attention"] * 20 + ["sliding_attention"] * 8}, "as layer 20"),
+        ("qwen3_0p6b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
+        ("mixtral_8x7b", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("mixtral_8x7b", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt_oss_120b", {"layer_types": ["sliding_attention"] * 36}, "as layer 1"),
+        ("gpt_oss_120b", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        ("gpt_oss_120b", {"attention_bias": False}, "attention_bias=False"),
+        ("gpt_oss_120b", {"sliding_window": None}, "sliding_window"),
+        ("glm_4p5_air", {"norm_topk_prob": False}, "norm_topk_prob=False, but only True"),
+        ("glm_4p5_air", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
+    ],
+)
+def test_what_is_not_implemented_of_other_families_is_refused(
+    preset: str, change: dict[str, Any], message: str
+) -> None:
+    hf = PUBLISHED[preset] | change
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        FAMILIES[hf["model_type"]].shape(hf)
+
+
+def test_a_window_of_mixtral_is_read() -> None:
+    shape = FAMILIES["mixtral"].shape(PUBLISHED["mixtral_8x7b"] | {"sliding_window": 4096})
+    assert shape.sliding_window == 4096
+    assert {token.window for token in family_of(shape).per_token(shape)} == {4096}
+    assert family_of(shape).hf_config(shape)["sliding_window"] == 4096
+
+
+def test_pairs_within_a_window() -> None:
+    token = TokenCount(multiplied=0, cached=0, attended=1)
+    for window in (0, 1, 3, 7, 9):
+        found = replace(token, window=window).pairs(7)
+        assert found == sum(min(i + 1, window or i + 1) for i in range(7))

@@ -26,6 +26,7 @@ from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.run.algorithm import Algorithm
 
 VOCABULARY = 99
+TE_FAMILIES = [name for name, family in FAMILIES.items() if not family.only_local]
 WIDTHS = ("hidden_size", "ffn_size", "head_dim", "lora_rank")
 
 
@@ -50,9 +51,11 @@ class Case:
     """Every width of the smallest model is multiplied by it."""
 
     def config(self) -> Config:
-        axes = {axis: self.axes.get(axis, 1) for axis in AXES}
         preset = preset_of(self.family)
         published = load_config(None, [preset]).model.shape
+        # A dense layer has no experts to share: those ranks become replicas.
+        shared = () if published.num_experts else ("ep", "etp")
+        axes = {axis: 1 if axis in shared else self.axes.get(axis, 1) for axis in AXES}
         # One model for all layouts, so that what they give can be compared.
         sizes = FAMILIES[self.family].small(published, dict.fromkeys(AXES, 2))
         overrides = [
@@ -134,8 +137,8 @@ def measured(policy: MegatronPolicy) -> Measured:
     policy.update(batch, advantage_weighted, lr=1e-3, accept=lambda norm, finite: norms.append(norm) or False)
     gradients = {place.name: gradient.clone() for place, gradient in policy.gradients()}
     layers = (layer for chunk in policy.model for layer in chunk.decoder.layers)
-    experts = next(layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts"))
-    return Measured(log_probs, gradients, norms[0], type(experts).__name__)
+    experts = next((type(layer.mlp.experts).__name__ for layer in layers if hasattr(layer.mlp, "experts")), "")
+    return Measured(log_probs, gradients, norms[0], experts)
 
 
 def compare(case: Case) -> dict[str, Measured]:

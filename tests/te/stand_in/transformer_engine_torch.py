@@ -136,14 +136,20 @@ def generic_gemm(
     bulk_overlap: bool = False,
     alpha: float = 1.0,
     beta: float | None = None,
-) -> tuple[Tensor, None, None, None]:
-    assert quantizer is None and bias is None and not gelu and comm_overlap is None and alpha == 1.0
+) -> tuple[Tensor, Tensor | None, None, None]:
+    """With a bias: added to the product; where `b` is a gradient of it (`grad`), the bias's own gradient comes second."""
+    assert quantizer is None and not gelu and comm_overlap is None and alpha == 1.0
     value = _product(a, transa, b, transb)
+    bias_grad = None
+    if bias is not None and grad:
+        bias_grad = b.flatten(0, -2).to(value.dtype).sum(dim=0).to(bias.dtype)
+    elif bias is not None:
+        value += bias
     if out is None:
         shape = value.shape if transb else (*b.shape[:-1], value.shape[-1])
         out = torch.empty(shape, dtype=a.dtype if out_dtype is None else DTYPES[DType(int(out_dtype))])
     _store(value, out, accumulate)
-    return out, None, None, None
+    return out, bias_grad, None, None
 
 
 def te_general_grouped_gemm(
