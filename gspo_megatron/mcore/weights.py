@@ -17,7 +17,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, Sliceable, read_ours, to_our_slice, to_theirs
+from gspo_megatron.models.names import NameRule, Sliceable, find_rule, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 

@@ -142,8 +142,8 @@ class RowOf:
 @dataclass(frozen=True)
 class NameRule:
     """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. Where only ours
-    has {expert}, theirs is a stack of all experts of a layer, and `op` is of one of them. `float32`: the tensor has that
-    format on the hub, whatever the others have."""
+    has {expert}, theirs is a stack of all experts of a layer, and `op` is of one of them. `float32`: the tensor has
+    that format on the hub, whatever the others have."""
 
     ours: str
     theirs: tuple[str, ...]

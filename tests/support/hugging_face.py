@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
-from tests.support.qwen3_moe import hub_sizes
+from tests.support.grouped_query import hub_sizes
 
 TEMPLATE = """\
 {%- macro said(message) -%}
