@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import Inputs
@@ -14,6 +15,7 @@ from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -43,22 +45,12 @@ def open_trainer(
     Raises:
         CheckpointError: checkpoint.load names something that cannot be loaded.
     """
-    # Megatron-Core is imported only here: the device has to be open before that.
-    from gspo_megatron.mcore import compat
-    from gspo_megatron.mcore.groups import Groups
     from gspo_megatron.mcore.policy import MegatronPolicy
     from gspo_megatron.mcore.sampler import MegatronSampler
     from gspo_megatron.mcore.saving import MegatronCheckpoints
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
-    use_te = wants_transformer_engine(config, device)
-    if use_te:
-        compat.check_transformer_engine()
-    device.start_processes(config.parallel.timeout_s)
-    with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
-        groups = Groups(inputs.layout, device.torch_device, config.parallel.timeout_s)
-        compat.apply_patches(device.on_cpu)
-        console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
+    with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
         sampler = MegatronSampler(policy, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, stop=stop)
         c = config.checkpoint
@@ -95,6 +87,32 @@ def open_trainer(
         finally:
             if writer:
                 writer.close()
+
+
+@contextmanager
+def open_groups(
+    config: Config, layout: Layout, device: Device, console: Console
+) -> Iterator[tuple[Any, bool, RankWatchdog]]:
+    """The `Groups` of the layout, whether the model is built from Transformer Engine layers, and the watchdog of this process.
+    Collective: every process of the run calls it.
+
+    Raises:
+        ConfigError: this process's GPU or its libraries cannot do what the settings ask.
+        StartError: the processes do not find each other.
+    """
+    # Megatron-Core is imported only now: the device has to be open before that.
+    from gspo_megatron.mcore import compat
+    from gspo_megatron.mcore.groups import Groups
+
+    use_te = wants_transformer_engine(config, device)
+    if use_te:
+        compat.check_transformer_engine()
+    device.start_processes(config.parallel.timeout_s)
+    with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
+        groups = Groups(layout, device.torch_device, config.parallel.timeout_s)
+        compat.apply_patches(device.on_cpu)
+        console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
+        yield groups, use_te, watchdog
         groups.close()
 
 

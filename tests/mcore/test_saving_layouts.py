@@ -28,9 +28,10 @@ from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.loading import other_settings
 from gspo_megatron.mcore.parameters import global_name
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.mcore.saving import MegatronCheckpoints, other_settings
+from gspo_megatron.mcore.saving import MegatronCheckpoints
 from gspo_megatron.objective import LikelihoodObjective, Segments
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.fakes import PlainState, plain
