@@ -12,6 +12,7 @@ from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_sou
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rewards.rewards import Rewards
+from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
 
 
@@ -70,6 +71,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     if not config.reward.functions:
         spec = _data_spec(config, "train")
         config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
+    stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
     train, evaluation = (
         open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")

@@ -19,6 +19,7 @@ from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
+from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
@@ -52,7 +53,8 @@ def open_trainer(
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
-        sampler = MegatronSampler(policy, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, stop=stop)
+        stops = stops_of(config.rollout.stop, tokenizer)
+        sampler = MegatronSampler(policy, stops=stops, pad_id=tokenizer.pad_id, stop=stop)
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
@@ -93,7 +95,7 @@ def open_trainer(
 def open_groups(
     config: Config, layout: Layout, device: Device, console: Console
 ) -> Iterator[tuple[Any, bool, RankWatchdog]]:
-    """The `Groups` of the layout, whether the model is built from Transformer Engine layers, and the watchdog of this process.
+    """The `Groups` of the layout, whether the model has Transformer Engine layers, and the watchdog of this process.
     Collective: every process of the run calls it.
 
     Raises:
