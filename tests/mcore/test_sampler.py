@@ -388,8 +388,8 @@ def test_a_stop_string_cuts_what_would_have_been_drawn(axes: tuple[str, ...]) ->
     tokenizer, cut = CharacterTokenizer("0123456789>"), 0
     for whole, ended in run_distributed(with_and_without_stops, 1 + bool(axes), 1 + bool(axes), axes):
         for a, b in zip(whole, ended, strict=True):
-            text = tokenizer.decode(a.tokens)
-            end = min((text.index(s) + len(s) for s in (x.decode() for x in STOPS.strings) if s in text), default=None)
+            texts = [tokenizer.decode(a.tokens[: n + 1]).encode() for n in range(len(a.tokens))]
+            end = next((n for n, text in enumerate(texts, 1) if any(s in text for s in STOPS.strings)), None)
             assert b.tokens == (a.tokens if end is None else a.tokens[:end])
             assert len(b.log_probs) == len(b.tokens)
             assert b.truncated == (end is None and a.truncated)
