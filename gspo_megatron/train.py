@@ -110,8 +110,7 @@ def announce(inputs: Inputs, device: Device, console: Console) -> None:
     vocab_size, known = inputs.config.model.vocab_size, inputs.tokenizer.vocab_size
     if vocab_size != known:
         console.say(
-            f"model.vocab_size={vocab_size} exceeds the tokenizer's {known} ids; sampling one of the extra ids yields "
-            "a token with no text"
+            f"model.vocab_size={vocab_size} exceeds the tokenizer's {known} ids; the extra ids are never sampled"
         )
     for warning in (*device.warnings, *inputs.warnings):
         console.warn(warning)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.inputs import settle
+from gspo_megatron.build.inputs import settle, tokenizer_spec
 from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
@@ -376,7 +376,7 @@ def check(options: argparse.Namespace) -> list[Row]:
         if layout != asked[name]:
             print(f"{name} {asked[name]} is reduced to {layout}, for --max-processes {options.max_processes}")
     # Without `settle`: the files of a large run may be elsewhere, and its own layout is that of another world size.
-    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    vocab_size = config.model.vocab_size or load_tokenizer(tokenizer_spec(config)).vocab_size
     shape = replace(config.model.shape, vocab_size=vocab_size)
     if count_parameters(shape).total > SMALL:
         smaller = shrunk(config, list(layouts.values()))

@@ -100,3 +100,13 @@ class Checkpoints(Protocol):
 
     def finish(self, *, wait: bool = True) -> None:
         """Completes a save in progress. Without `wait`, only as far as that needs no waiting."""
+
+
+class Exports(Protocol):
+    """Writes the policy as Hugging Face folders. All ranks call every method together."""
+
+    def after(self, step: int) -> None:
+        """Called after every completed step; writes where one is due."""
+
+    def at_end(self, step: int) -> None:
+        """Called at the end of the run, after `step`; writes what is still due."""

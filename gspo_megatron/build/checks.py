@@ -169,10 +169,11 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.train.steps and not config.train.warm_start_steps and config.checkpoint.load == "none":
+    starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
+    if config.train.steps and not starts_from:
         notes.append(
             "the run starts from random weights without a warm start, so rewards have next to nothing to improve; set "
-            "train.warm_start_steps, or checkpoint.load (published weights cannot be read yet)"
+            "model.hf to a folder with a model, or train.warm_start_steps, or checkpoint.load"
         )
     if (needed := RECIPES[config.precision.fp8].capability) > HOPPER:
         notes.append(

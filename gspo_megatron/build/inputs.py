@@ -41,13 +41,15 @@ class Inputs(ModelInputs):
 
 
 def settle_model(config: Config, world_size: int) -> ModelInputs:
-    """Checks the settings against the number of processes, opens the tokenizer, and fills in model.vocab_size.
+    """Checks the settings against the number of processes, opens the tokenizer, and fills in data.tokenizer and
+    model.vocab_size.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
         DataError: a tokenizer that cannot be used.
     """
     layout, algorithm = check_config(config, world_size), Algorithm.of(config)
+    config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -83,6 +85,12 @@ def settle(config: Config, world_size: int) -> Inputs:
     ]
     warnings += config_warnings(config, model.algorithm)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+
+
+def tokenizer_spec(config: Config) -> str:
+    """data.tokenizer, with what `auto` stands for."""
+    spec = config.data.tokenizer
+    return (config.model.hf or "characters") if spec == "auto" else spec
 
 
 def _data_spec(config: Config, split: str) -> DataSpec:

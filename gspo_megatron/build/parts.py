@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gspo_megatron.base.protocols import Checkpoints, Policy, Ranks, Sampler
+from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs, ModelInputs
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.layout.layout import packing_rules
@@ -35,6 +35,7 @@ def assemble(
     console: Console,
     writer: RunWriter | None = None,
     checkpoints: Checkpoints | None = None,
+    exports: Exports | None = None,
     guards: GuardState | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
@@ -72,6 +73,7 @@ def assemble(
         console=console,
         writer=writer,
         checkpoints=checkpoints,
+        exports=exports,
         save_request=SaveRequest(every_s=config.checkpoint.save_every_s, file=asked_by),
         stop=stop,
         note=note,

@@ -23,10 +23,10 @@ def check_weights(config: Config) -> None:
     """Raises:
     ConfigError: no setting names weights.
     """
-    if config.checkpoint.load == "none":
+    if config.checkpoint.load == "none" and not config.model.hf:
         raise ConfigError(
-            "checkpoint.load=none: the log-probs would be those of random weights; name a checkpoint, or "
-            "checkpoint.load=latest for the newest one of run.dir"
+            "checkpoint.load=none: the log-probs would be those of random weights; name a checkpoint, "
+            "checkpoint.load=latest for the newest one of run.dir, or a Hugging Face folder by model.hf"
         )
 
 
@@ -43,6 +43,7 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
     Raises:
         CheckpointError: they cannot be loaded.
     """
+    from gspo_megatron.mcore.hugging_face import load_folder
     from gspo_megatron.mcore.loading import CheckpointReader
     from gspo_megatron.mcore.policy import MegatronModel
 
@@ -52,7 +53,9 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
         for chunk in model.model:
             chunk.requires_grad_(False).eval()
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)
-        path = CheckpointReader(model, directory, console.warn).load_weights(config.checkpoint.load)
+        path: Path | str | None = CheckpointReader(model, directory, console.warn).load_weights(config.checkpoint.load)
+        if path is None and config.checkpoint.load == "none" and (path := config.model.hf):
+            load_folder(model, path, allow_nan=config.model.hf_allow_nan)
         if path is None:
             raise CheckpointError(
                 f"checkpoint.load={config.checkpoint.load}: nothing was saved in {directory.directory}"

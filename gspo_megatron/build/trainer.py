@@ -11,11 +11,14 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.layout.layout import Layout
+from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -46,6 +49,7 @@ def open_trainer(
     Raises:
         CheckpointError: checkpoint.load names something that cannot be loaded.
     """
+    from gspo_megatron.mcore.hugging_face import MegatronExports, load_folder
     from gspo_megatron.mcore.policy import MegatronPolicy
     from gspo_megatron.mcore.sampler import MegatronSampler
     from gspo_megatron.mcore.saving import MegatronCheckpoints
@@ -53,12 +57,19 @@ def open_trainer(
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
-        stops = stops_of(config.rollout.stop, tokenizer)
-        sampler = MegatronSampler(policy, stops=stops, pad_id=tokenizer.pad_id, stop=stop)
+        sampler = MegatronSampler(
+            policy,
+            stops=stops_of(config.rollout.stop, tokenizer),
+            pad_id=tokenizer.pad_id,
+            num_ids=tokenizer.vocab_size,
+            stop=stop,
+        )
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
         state = checkpoints.load(c.load, RunState.from_saved)
+        if config.model.hf and state is None:
+            load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan)
         continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
         for setting in continuation.changed:
             console.warn(f"continuing with a changed setting, {setting}")
@@ -77,6 +88,7 @@ def open_trainer(
             console=console,
             writer=writer,
             checkpoints=checkpoints,
+            exports=MegatronExports(policy, folder_files(inputs), console.say),
             guards=state.guards if state else None,
             stop=stop,
             note=watchdog.note,
@@ -116,6 +128,18 @@ def open_groups(
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         yield groups, use_te, watchdog
         groups.close()
+
+
+def folder_files(inputs: Inputs) -> FolderFiles:
+    """What an exported folder holds besides weights: as in the folder that the run started from, with the run's
+    tokenizer."""
+    config, tokenizer = inputs.config, inputs.tokenizer
+    spec = Path(config.data.tokenizer)
+    folder = (spec if spec.is_dir() else spec.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    if config.model.hf:
+        return FolderFiles.like(Path(config.model.hf), folder)
+    shape = config.model.shape
+    return FolderFiles.of(family_of(shape).hf_config(shape), tokenizer.stop_ids, tokenizer.pad_id, folder)
 
 
 def wants_transformer_engine(config: Config, device: Device) -> bool:

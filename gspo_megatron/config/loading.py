@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.config.declarations import Setting, settings_of
-from gspo_megatron.config.sections import Config
+from gspo_megatron.config.hugging_face import check_agreement, folder_settings
+from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.models.presets import PRESETS
 
 SETTINGS = settings_of(Config)
@@ -36,14 +37,15 @@ Values = dict[str, dict[str, Any]]
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < preset < YAML file < `section.key=value` overrides, every value checked on its own.
+    """Defaults < preset or Hugging Face folder < YAML file < `section.key=value` overrides, every value checked on its
+    own.
 
     A mapping (`reward.functions`, `algorithm.dials`, `data.task`) replaces the one of a lower layer;
     `reward.functions.NAME=weight`, where NAME may contain dots, adds an entry to it.
 
     Raises:
-        ConfigError: a missing file, an unknown section or key (suggests the closest name), or a value of the wrong type
-            or out of range.
+        ConfigError: a missing file, an unknown section or key (suggests the closest name), a value of the wrong type or
+            out of range, or one that contradicts the folder.
     """
     asked: Values = {}
     for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
@@ -53,11 +55,29 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         keys = asked.setdefault(section, {})
         keys[key] = value if name is None else {**keys.get(key, {}), name: value}
 
-    preset = _typed(asked).model.preset
-    _check(SETTINGS["model.preset"], preset)
-    config = _typed({"model": PRESETS[preset]}, asked)
+    config = _typed({"model": _base_model(_typed(asked).model, asked.get("model", {}))}, asked)
     check_values(config)
     return config
+
+
+def _base_model(model: ModelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings `asked` of section `model` are laid over: those of a folder, or of a preset. `model` has them
+    typed.
+
+    Raises:
+        ConfigError: both are named, or a setting contradicts the folder.
+    """
+    _check(SETTINGS["model.preset"], model.preset)
+    if model.hf is None:
+        return PRESETS[model.preset]
+    if model.preset != SETTINGS["model.preset"].default:
+        raise ConfigError(
+            f"model.hf={model.hf} and model.preset={model.preset} both give the sizes of the model; leave one of them "
+            "out"
+        )
+    found = folder_settings(model.hf)
+    check_agreement({key: getattr(model, key) for key in asked}, found, model.hf)
+    return found
 
 
 def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -65,13 +85,12 @@ def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
     mapping is replaced as a whole.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type or out of range, or model.preset, which affects other
-            settings only while they are loaded.
+        ConfigError: an unknown key, a value of the wrong type or out of range, or one that affects other settings only
+            while they are loaded: model.preset and model.hf.
     """
-    if "model.preset" in settings:
-        raise ConfigError(
-            f"model.preset={settings['model.preset']!r} cannot be replaced after loading; pass it to load_config"
-        )
+    for key in ("model.preset", "model.hf"):
+        if key in settings:
+            raise ConfigError(f"{key}={settings[key]!r} cannot be replaced after loading; pass it to load_config")
     asked: Values = {}
     for place, value in settings.items():
         section, _, key = place.partition(".")

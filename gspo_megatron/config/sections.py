@@ -36,6 +36,13 @@ class ModelConfig:
         "A named model. Any other key of this section overrides it.",
         choices=tuple(PRESETS),
     )
+    hf: str | None = setting(
+        None,
+        "A Hugging Face folder, whose config.json gives the sizes and whose safetensors files the weights that a run "
+        "starts from. Instead of preset; a size of this section may repeat the folder's, and max_sequence_length may "
+        "be shorter.",
+    )
+    hf_allow_nan: bool = setting(False, "Accept weights in the folder that are NaN or infinite.")
     family: str = setting(
         "qwen3_moe",
         "qwen3_moe: grouped-query attention with q/k norm, experts in every layer, softmax router. deepseek_v3: latent "
@@ -182,9 +189,10 @@ class DataConfig:
     train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
     eval: str = setting("task:sort_digits", "Held-out prompts, in the same form as data.train.")
     tokenizer: str = setting(
-        "characters",
-        "characters (printable ASCII), characters:ALPHABET, the path of a SentencePiece .model file, or of a Hugging "
-        "Face folder with a tokenizer.json.",
+        "auto",
+        "auto (that of the folder model.hf; without one, characters), characters (printable ASCII), "
+        "characters:ALPHABET, the path of a SentencePiece .model file, or of a Hugging Face folder with a "
+        "tokenizer.json.",
     )
     task: dict[str, Any] = setting({}, "Parameters of a generated task, such as min_length and max_length.")
     eval_size: int = setting(256, "Prompts per evaluation: the first ones of data.eval.", least=1)
@@ -323,6 +331,13 @@ class TrainConfig:
         least=0,
     )
     warm_start_batch: int = setting(64, "Prompts per warm-start update.", least=1)
+    hf_every: int = setting(0, "Steps between Hugging Face folders of the model, RUN/hf/step_000010. 0: off.", least=0)
+    hf_at_end: str = setting(
+        "auto",
+        "One more after the last step. auto: where the run started from model.hf.",
+        choices=("auto", "on", "off"),
+    )
+    hf_dtype: str = setting("bf16", "Number format of these weights.", choices=("bf16", "fp32"))
     warm_start_lr: float = setting(1e-3, "Learning rate of the warm start.", above=0)
     eval_every: int = setting(
         0, "Steps between evaluations. 0: only before the first and after the last step.", least=0

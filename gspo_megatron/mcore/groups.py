@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -9,11 +12,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.config.sections import ParallelConfig
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.mcore.context_parallel import SumOverRanks
 
 Number = TypeVar("Number", int, float)
+Result = TypeVar("Result")
+POLL_S = 0.02
+"""Seconds between checks whether any process is still working on files."""
 
 
 class Groups:
@@ -81,8 +88,49 @@ class Groups:
         """See `Ranks.any_rank`."""
         return self.max_over_ranks([int(flag)]) == [1]
 
+    def from_all(self, mine: Result) -> list[Result]:
+        """The values of all processes, in rank order; they are pickled."""
+        if dist.get_world_size() == 1:
+            return [mine]
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine)
+        return said
+
+    def fail_together(self, what: str, error: BaseException | None) -> None:
+        """Fails on all processes if one has an error.
+
+        Raises:
+            CheckpointError: `what`, with the reason and the process.
+        """
+        for rank, reason in enumerate(self.from_all(error and reason_of(error))):
+            if reason is not None:
+                raise CheckpointError(f"{what}: {reason} (process {rank})")
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on the main process; returns its result, or raises its CheckpointError, on all processes. It may
+        take longer than the timeout of a collective."""
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(work) if self.is_main else None
+            while self.any_rank(running is not None and not running.done()):
+                time.sleep(POLL_S)
+        outcome: list[Any] = [None]
+        if running is not None:
+            error = running.exception()
+            if error is not None and not isinstance(error, CheckpointError):
+                raise error
+            outcome = [error or running.result()]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
     def close(self) -> None:
         """Destroys the groups once every process is done: no rank closes a connection that another still uses."""
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def reason_of(error: BaseException) -> str:
+    """What a message says about an error: its own message, with its type where that is not ours."""
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
-from gspo_megatron.mcore.weights import load_weights, whole_weights
+from gspo_megatron.mcore.weights import Size, load_weights, whole_sizes, whole_weights
 from gspo_megatron.models.names import NameRule, Sliceable
 
 
@@ -67,6 +67,10 @@ class MegatronModel:
     def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
         """See `whole_weights`."""
         return whole_weights(self.model, self.config.model.shape, self.groups, rules)
+
+    def weight_sizes(self, rules: Sequence[NameRule]) -> dict[str, Size]:
+        """See `whole_sizes`."""
+        return whole_sizes(self.model, self.config.model.shape, self.groups, rules)
 
     def load_weights(self, read: Callable[[str], Sliceable], rules: Sequence[NameRule]) -> None:
         """See `load_weights`."""

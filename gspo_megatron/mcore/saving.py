@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,14 @@ from torch import Tensor
 from gspo_megatron import __version__
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.protocols import SavedState
+from gspo_megatron.checkpoint.contents import file_name, files_of
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.manifest import FORMAT
 from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
 from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.loading import POLL_S, CheckpointReader, file_name, files_of
+from gspo_megatron.mcore.groups import POLL_S
+from gspo_megatron.mcore.loading import CheckpointReader
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
 from gspo_megatron.mcore.policy import MegatronPolicy
 
@@ -81,6 +83,7 @@ class MegatronCheckpoints(CheckpointReader):
         super().__init__(policy, directory, warn)
         self.policy = policy
         self._host = HostCopies(pinned=not policy.device.on_cpu)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Saving | None = None
 
     # ------------------------------------------------------------------------------------------------------- saving
@@ -98,15 +101,15 @@ class MegatronCheckpoints(CheckpointReader):
         tensors = list(self.to_write())
         of_state = state.tensors()
         own_bytes = sum(elements.nbytes for _, _, elements in tensors) + sum(x.nbytes for x in of_state.values())
-        num_bytes = sum(self._from_all(own_bytes))
-        directory = self._on_main(lambda: self.directory.begin(position, num_bytes))
+        num_bytes = sum(self.groups.from_all(own_bytes))
+        directory = self.groups.on_main(lambda: self.directory.begin(position, num_bytes))
         about = {
             "format": FORMAT,
             "state": state.to_json() if self.groups.is_main else None,
             "policy_version": self.policy.version,
             "adam_step": get_step_count(self.policy.optimizer),
             "has_reference": self.policy.reference is not None,
-            "random": self._from_all(self.policy.device.random_state()),
+            "random": self.groups.from_all(self.policy.device.random_state()),
             "num_files": dist.get_world_size(),
             "model": self.shape.tensor_settings(),
             "versions": {"gspo_megatron": __version__, "megatron_core": compat.VERSION, "torch": torch.__version__},
@@ -130,7 +133,7 @@ class MegatronCheckpoints(CheckpointReader):
                 # Writing and hashing may take longer than the timeout of a collective.
                 time.sleep(POLL_S)
             self._saving = None
-            self._fail_together(f"{saving.directory} could not be written", saving.work.exception())
+            self.groups.fail_together(f"{saving.directory} could not be written", saving.work.exception())
             if not saving.completing:
                 commit = partial(self.directory.commit, saving.directory) if self.groups.is_main else lambda: None
                 self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)

@@ -42,9 +42,9 @@ def whole_weights(
     Raises:
         ValueError: a tensor has no rule, or several.
     """
-    held = {place: p.detach() for chunk in chunks for place, p in named_tensors(chunk, shape, groups)}
+    held = _held(chunks, shape, groups)
     sources = _sources(held, groups)
-    for first in sorted((place for place in sources if place.index == 0), key=_reading_order):
+    for first in _in_order(sources):
         places = [replace(first, index=i) for i in range(first.count)]
         slices = [_received(held.get(place), sources[place], groups) for place in places]
         whole = first.join(slices) if first.count > 1 else slices[0]
@@ -53,6 +53,29 @@ def whole_weights(
             whole = whole[: shape.vocab_size]
         yield from ((name, part.contiguous()) for name, part in to_theirs(rules, first.name, whole, shape))
         del whole
+
+
+class Size(NamedTuple):
+    """Of a whole tensor on the hub. `float32`: it has that format there, whatever the others have."""
+
+    shape: tuple[int, ...]
+    float32: bool
+
+
+def whole_sizes(
+    chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, rules: Sequence[NameRule]
+) -> dict[str, Size]:
+    """The size of every tensor that `whole_weights` yields, by its name and in that order. Collective."""
+    sources, found = _sources(_held(chunks, shape, groups), groups), {}
+    for first in _in_order(sources):
+        size = list(sources[first].size)
+        size[first.dim] *= first.count
+        if is_vocabulary(first.name):
+            size[0] = shape.vocab_size or 0
+        rule, _ = find_rule(rules, first.name)
+        for name, part in to_theirs(rules, first.name, torch.empty(size, device="meta"), shape):
+            found[name] = Size(tuple(part.shape), rule.float32)
+    return found
 
 
 @torch.no_grad()
@@ -95,6 +118,15 @@ def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: Mode
     start = place.index * num_rows
     rows = theirs[min(start, have) : min(start + num_rows, have), :]
     return F.pad(rows, (0, 0, 0, num_rows - len(rows)))
+
+
+def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> dict[Place, Tensor]:
+    return {place: p.detach() for chunk in chunks for place, p in named_tensors(chunk, shape, groups)}
+
+
+def _in_order(sources: Mapping[Place, Source]) -> list[Place]:
+    """The first slice of every tensor."""
+    return sorted((place for place in sources if place.index == 0), key=_reading_order)
 
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:

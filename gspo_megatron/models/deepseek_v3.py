@@ -48,7 +48,7 @@ RULES = (
     *feed_forward(f"{OURS}mlp.", f"{THEIRS}mlp."),
     *feed_forward(f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_experts."),
     *EXPERT_RULES,
-    NameRule(f"{OURS}mlp.router.expert_bias", (f"{THEIRS}mlp.gate.e_score_correction_bias",)),
+    NameRule(f"{OURS}mlp.router.expert_bias", (f"{THEIRS}mlp.gate.e_score_correction_bias",), float32=True),
 )
 
 _SAME_NUMBER = {

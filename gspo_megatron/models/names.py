@@ -99,11 +99,13 @@ class InMemory:
 
 @dataclass(frozen=True)
 class NameRule:
-    """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model."""
+    """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. `float32`: the
+    tensor has that format on the hub, whatever the others have."""
 
     ours: str
     theirs: tuple[str, ...]
     op: Op = COPY
+    float32: bool = False
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -26,7 +26,7 @@ class RunWriter:
         moved = []
         if fresh:
             # Neither its rollouts nor its newest checkpoint may be taken for this run's.
-            for old in (run_dir / "rollouts", run_dir / "guards", run_dir / "checkpoints"):
+            for old in (run_dir / name for name in ("rollouts", "guards", "checkpoints", "hf")):
                 if old.exists() and any(old.iterdir()):
                     moved.append(f"its {old.name}/ is now {_move_aside(old).name}/")
         writer = cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)

@@ -80,7 +80,11 @@ class Continuation:
                 f"checkpoint.load=latest: nothing was saved in {Path(config.run.dir) / CHECKPOINTS}, so the run starts "
                 "from the beginning"
             )
+        if config.model.hf and self.state is None:
+            yield f"the weights are those of {config.model.hf}"
         if self.state:
+            if config.model.hf:
+                yield f"the weights are those of the checkpoint, not of model.hf={config.model.hf}"
             yield f"continuing after {describe(self.state.position)}"
             if self.state.position.steps >= steps:
                 yield f"train.steps={steps} are done: nothing is left to train; a larger train.steps continues the run"

@@ -19,7 +19,7 @@ from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
 from gspo_megatron.base.errors import DataError, GuardError, StopRequested
-from gspo_megatron.base.protocols import Checkpoints, Policy, Ranks
+from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
@@ -66,6 +66,7 @@ class Parts:
     console: Console
     writer: RunWriter | None
     checkpoints: Checkpoints | None
+    exports: Exports | None
     save_request: SaveRequest
     stop: Callable[[], bool]
     note: Callable[[str], None]
@@ -120,6 +121,8 @@ class Trainer:
                 every = self.config.checkpoint.save_every
                 if every and step % every == 0:
                     self.save(wait=not self.config.checkpoint.asynchronous)
+                if parts.exports:
+                    parts.exports.after(step)
         except StopRequested:
             self.save(wait=True)
             return False
@@ -128,6 +131,8 @@ class Trainer:
                 parts.checkpoints.finish()
             raise
         self.save(wait=True)
+        if parts.exports:
+            parts.exports.at_end(self.completed_steps)
         parts.console.summary()
         return True
 

@@ -1,0 +1,231 @@
+"""A model written as a Hugging Face folder: safetensors files, index, config.json, and the tokenizer's files.
+
+    export = Export(Path("RUN/hf/step_000010"), torch.bfloat16)
+    export.begin({"lm_head.weight": Stored((509, 48)), ...})     # space is checked, headers are written
+    export.write("lm_head.weight", tensor)                       # in the same order
+    export.commit({"config.json": {...}, ...}, copied=[Path("tokenizer.json"), ...])
+
+It is written next to its place, as step_000010.tmp, and renamed when it is complete and on the disk. A tensor is
+written as it arrives, so no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.hugging_face import INDEX, SINGLE, read_json
+from gspo_megatron.checkpoint.manifest import sync, write_synced
+from gspo_megatron.checkpoint.names import PARTIAL
+
+FILE_BYTES = 5_000_000_000
+"""Of weights in a file, as on the hub. A larger tensor has one of its own."""
+FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """What a folder holds besides weights.
+
+    Attributes:
+        config: config.json, without the number format.
+        generation: generation_config.json.
+        copied: files that are copied as they are: the tokenizer's.
+    """
+
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    copied: tuple[Path, ...] = ()
+
+    @classmethod
+    def like(cls, folder: Path, tokenizer: Path | None = None) -> FolderFiles:
+        """As in the folder that the weights came from, with the tokenizer of another one where it is given.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
+        """
+        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in ("quantization_config",)}
+        if "num_nextn_predict_layers" in config:
+            config["num_nextn_predict_layers"] = 0  # those layers were not read
+        generation = folder / "generation_config.json"
+        return cls(config, read_json(generation) if generation.is_file() else {}, tokenizer_files(tokenizer or folder))
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], stop_ids: Sequence[int], pad_id: int, tokenizer: Path | None = None
+    ) -> FolderFiles:
+        """For a model that came from nowhere: `config` is that of its family."""
+        ids = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids), "pad_token_id": pad_id}
+        return cls({**config, **ids}, ids, tokenizer_files(tokenizer) if tokenizer else ())
+
+    def content(self, dtype: torch.dtype) -> dict[str, Mapping[str, Any]]:
+        """JSON files by name, for weights in this number format."""
+        name = str(dtype).removeprefix("torch.")
+        # transformers 4 and vLLM read torch_dtype, transformers 5 dtype.
+        config = {**self.config, "torch_dtype": name, "dtype": name}
+        return {"config.json": config} | ({"generation_config.json": self.generation} if self.generation else {})
+
+
+class Stored(NamedTuple):
+    """Size and number format of a tensor in the folder."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Export:
+    """One folder. Called on the one process that writes: `begin`, `write` for each tensor, `commit`."""
+
+    def __init__(self, path: Path, *, file_bytes: int = FILE_BYTES) -> None:
+        self.path, self.partial = path, path.with_name(path.name + PARTIAL)
+        self._file_bytes = file_bytes
+        self._tensors: dict[str, Stored] = {}
+        self._expected: Iterator[tuple[str, Path | None]] = iter(())
+        self._files: dict[str, list[str]] = {}
+        self._open: BinaryIO | None = None
+
+    def begin(self, tensors: Mapping[str, Stored]) -> None:
+        """Makes the directory, and plans which tensor is in which file.
+
+        Raises:
+            CheckpointError: too little space is free, or nothing can be written.
+        """
+        self._tensors = dict(tensors)
+        shares = list(_shares(self._tensors, self._file_bytes))
+        names = (
+            [SINGLE]
+            if len(shares) == 1
+            else [f"model-{i:05d}-of-{len(shares):05d}.safetensors" for i in range(1, len(shares) + 1)]
+        )
+        self._files = dict(zip(names, shares, strict=True))
+        self._expected = (
+            (name, self.partial / file if name == share[0] else None)
+            for file, share in self._files.items()
+            for name in share
+        )
+        needed = sum(stored.num_bytes for stored in self._tensors.values())
+        needed += needed // 50 + (64 << 20)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            free = shutil.disk_usage(self.path.parent).free
+            if free < needed:
+                raise CheckpointError(
+                    f"{self.path.parent} has {free / (1 << 30):.1f} GiB free, {self.path.name} needs "
+                    f"{needed / (1 << 30):.1f}; free some space, or move run.dir to a larger disk"
+                )
+            self.partial.mkdir()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next tensor, in the order of `begin`; converted to its number format.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        expected, new_file = next(self._expected)
+        stored = self._tensors[name]
+        assert (name, tuple(tensor.shape)) == (expected, stored.shape), f"{name} came instead of {expected}"
+        numbers = tensor.detach().to("cpu", stored.dtype).contiguous()
+        try:
+            if new_file:
+                self._close()
+                self._open = new_file.open("xb")
+                self._open.write(self._header(self._files[new_file.name]))
+            assert self._open is not None
+            self._open.write(numbers.view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def commit(self, content: Mapping[str, Mapping[str, Any]], copied: Iterable[Path] = ()) -> Path:
+        """Writes JSON files by name, copies files, and gives the folder its name. One of that name is replaced.
+
+        Raises:
+            CheckpointError: it cannot be completed.
+        """
+        try:
+            self._close()
+            if SINGLE not in self._files:
+                total = sum(stored.num_bytes for stored in self._tensors.values())
+                weight_map = {name: file for file, share in self._files.items() for name in share}
+                content = {**content, INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
+            for file in copied:
+                write_synced(self.partial / file.name, file.read_bytes())
+            for name, value in content.items():
+                write_synced(self.partial / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+            sync(self.partial)
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            os.rename(self.partial, self.path)
+            sync(self.path.parent)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return self.path
+
+    def _header(self, names: Iterable[str]) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            stored = self._tensors[name]
+            start, end = end, end + stored.num_bytes
+            entries[name] = {"dtype": FORMATS[stored.dtype], "shape": stored.shape, "data_offsets": [start, end]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.flush()
+            os.fsync(self._open.fileno())
+            self._open.close()
+            self._open = None
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} cannot be written ({error}); nothing of that name was left half-written; make "
+            f"{self.path.parent} writable, free some space, or move run.dir elsewhere"
+        )
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """What belongs to the tokenizer of a folder."""
+    return tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file())
+
+
+def _shares(tensors: Mapping[str, Stored], file_bytes: int) -> Iterator[list[str]]:
+    """Consecutive names whose tensors fit in a file."""
+    share: list[str] = []
+    size = 0
+    for name, stored in tensors.items():
+        if share and size + stored.num_bytes > file_bytes:
+            yield share
+            share, size = [], 0
+        share.append(name)
+        size += stored.num_bytes
+    if share:
+        yield share
