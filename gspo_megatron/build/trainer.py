@@ -15,10 +15,12 @@ from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Machine, Needs, problems
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -80,6 +82,7 @@ def open_trainer(
             writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
+        beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
         parts = assemble(
             inputs,
             policy,
@@ -88,7 +91,7 @@ def open_trainer(
             console=console,
             writer=writer,
             checkpoints=checkpoints,
-            exports=MegatronExports(policy, folder_files(inputs), console.say),
+            exports=MegatronExports(policy, beside, console.say),
             guards=state.guards if state else None,
             stop=stop,
             note=watchdog.note,
@@ -130,15 +133,13 @@ def open_groups(
         groups.close()
 
 
-def folder_files(inputs: Inputs) -> FolderFiles:
-    """What an exported folder holds besides weights: as in the folder that the run started from, with the run's
-    tokenizer."""
-    config, tokenizer = inputs.config, inputs.tokenizer
-    spec = Path(config.data.tokenizer)
-    folder = (spec if spec.is_dir() else spec.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    if config.model.hf:
-        return FolderFiles.like(Path(config.model.hf), folder)
-    shape = config.model.shape
+def folder_files(shape: ModelShape, tokenizer: Tokenizer, spec: str, hf: str | None) -> FolderFiles:
+    """What an exported folder holds besides weights: as in the folder `hf` that the run started from, with the run's
+    tokenizer, which data.tokenizer=`spec` names."""
+    place = Path(spec)
+    folder = (place if place.is_dir() else place.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    if hf:
+        return FolderFiles.like(Path(hf), folder)
     return FolderFiles.of(family_of(shape).hf_config(shape), tokenizer.stop_ids, tokenizer.pad_id, folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, Sliceable, find_rule, to_our_slice, to_theirs
+from gspo_megatron.models.names import NameRule, Sliceable, find_rule, reading_order, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 
@@ -126,7 +125,7 @@ def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> d
 
 def _in_order(sources: Mapping[Place, Source]) -> list[Place]:
     """The first slice of every tensor."""
-    return sorted((place for place in sources if place.index == 0), key=_reading_order)
+    return sorted((place for place in sources if place.index == 0), key=lambda place: reading_order(place.name))
 
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
@@ -163,8 +162,3 @@ def _received(own: Tensor | None, source: Source, groups: Groups) -> Tensor:
     own = own.contiguous()
     dist.broadcast(own, src=source.rank)
     return own
-
-
-def _reading_order(place: Place) -> list[tuple[int, str]]:
-    """Layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", place.name)]

@@ -146,6 +146,11 @@ def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str
     return found[0]
 
 
+def reading_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def to_theirs(rules: Sequence[NameRule], ours: str, whole: Tensor, shape: ModelShape) -> list[tuple[str, Tensor]]:
     """Our whole tensor as (name, tensor) pairs on the hub.
 
