@@ -18,25 +18,15 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import MicroBatch, PackingRules
 from gspo_megatron.base.errors import DataError
-from gspo_megatron.build.checks import check_config
-from gspo_megatron.checkpoint.directory import CheckpointDirectory
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.build.convert import to_folder
 from gspo_megatron.data.responses import Response, read_responses
 from gspo_megatron.data.tokenizers import CharacterTokenizer
-from gspo_megatron.device import open_device
-from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.groups import Groups
-from gspo_megatron.mcore.loading import CheckpointReader
-from gspo_megatron.mcore.policy import MegatronModel
-from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
-from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.scoring import Scorer
 from gspo_megatron.run.stages import Packer
 from gspo_megatron.score import main
 from gspo_megatron.testing.commands import forked
 from gspo_megatron.testing.fakes import OneRank, TablePolicy
-from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.train import main as train
 from tests.support.small import SMALL
 
@@ -131,24 +121,10 @@ def test_every_layout_gives_the_same(run: Path, scored: list[dict[str, Any]], tm
         assert ours == {k: v for k, v in expected.items() if k != "log_probs"}
 
 
-def exported(settings: list[str], run: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    config = load_config(run / "config.yaml", settings)
-    device = open_device("cpu", config.precision.dtype)
-    groups = Groups(check_config(config, 1), device.torch_device)
-    compat.apply_patches(on_cpu=True)
-    model = MegatronModel(config, groups, device, False, Algorithm.of(config).scoring)
-    assert CheckpointReader(model, CheckpointDirectory(run / "checkpoints", keep=1), print).load_weights("latest")
-    family = family_of(config.model.shape)
-    save_file({name: tensor.clone() for name, tensor in model.weights(family.rules)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(family.hf_config(config.model.shape)))
-
-
 def test_transformers_has_the_same_log_probs(run: Path, scored: list[dict[str, Any]], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    run_distributed(exported, 1, [], run, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    to_folder(run, tmp_path / "hf", Console(on=False), dtype="fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokenizer, worst = CharacterTokenizer("0123456789>"), 0.0
     for row in scored:
         text = row.get("prompt", "") + row.get("response", "")
