@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NoReturn
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.command import KNOWN_ERRORS, Parser, report, reported
 from gspo_megatron.build.inputs import Inputs, settle
 from gspo_megatron.build.trainer import device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
@@ -29,10 +29,9 @@ from gspo_megatron.device import Device, open_device, torchrun
 from gspo_megatron.layout.verdict import describe_plan, memory_verdict
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
-from gspo_megatron.run.stop import FAILED, QUIT, REFUSED, STOPPED, STOPPED_BY_GUARD, StopRequest
+from gspo_megatron.run.stop import QUIT, STOPPED, StopRequest
 from gspo_megatron.run.trainer import Trainer
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError)
 EXAMPLE = """example, two processes on this machine:
   torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml train.steps=20
 """
@@ -73,31 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.say(message)
         torchrun.leave_message(message)
         return STOPPED
-    except USER_ERRORS as error:
-        report(f"{type(error).__name__}: {error}")
-        return REFUSED
-    except StartError as error:
-        report(f"StartError: {error}")
-        return FAILED
-    except GuardError as error:
-        report(f"GuardError: {error}")
-        return STOPPED_BY_GUARD
+    except KNOWN_ERRORS as error:
+        return reported(error)
     except KeyboardInterrupt:
         report("interrupted; nothing was saved since the last checkpoint")
         return QUIT
-
-
-def report(error: str) -> None:
-    """Says why the command ends: once for the processes of a node, and in torchrun's report."""
-    if torchrun.leave_message(error):
-        print(error, file=sys.stderr)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a usage error as every other: once, though each process of torchrun parses the same command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

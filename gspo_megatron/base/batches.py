@@ -40,7 +40,8 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """One sampled response. `tokens` ends with EOS exactly when EOS was sampled; otherwise the response is truncated.
+    """One sampled response. `tokens` ends with what ended it, EOS or the token that completes a stop string; a response
+    that nothing ended is truncated.
 
     `log_probs` are natural logarithms, one per token, of the distribution the token was drawn from.
     `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.

@@ -20,7 +20,14 @@ Accept = Callable[[float, bool], bool]
 """(gradient norm, whether the loss is finite on all ranks) -> whether to apply the update."""
 
 
-class Policy(Protocol):
+class Scores(Protocol):
+    """A model that scores sequences. All ranks call it together."""
+
+    def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
+
+
+class Policy(Scores, Protocol):
     """The model in training, whatever its parallelism. All ranks call every method together."""
 
     version: int
@@ -31,9 +38,6 @@ class Policy(Protocol):
     def begin(self, *, with_reference: bool) -> None:
         """Called before the first RL step: sets `version` to 0 and, `with_reference`, keeps the current policy as the
         reference."""
-
-    def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
-        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,

@@ -12,40 +12,43 @@ from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_sou
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rewards.rewards import Rewards
+from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Settings with their final values, and the objects that they name.
-
-    Attributes:
-        warnings: what works but is probably not intended.
-    """
+class ModelInputs:
+    """Settings with their final values, and what a model that is not trained needs of the objects that they name."""
 
     config: Config
     layout: Layout
     algorithm: Algorithm
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs(ModelInputs):
+    """The same with what training needs.
+
+    Attributes:
+        warnings: what works but is probably not intended.
+    """
+
     rewards: Rewards
     train_prompts: PromptSource
     eval_prompts: PromptSource
     warnings: tuple[str, ...] = ()
 
 
-def settle(config: Config, world_size: int) -> Inputs:
-    """Checks the settings against the number of processes, opens tokenizer, rewards and prompts, and fills in the
-    settings that depend on them: reward.functions, data.tokenizer and model.vocab_size.
+def settle_model(config: Config, world_size: int) -> ModelInputs:
+    """Checks the settings against the number of processes, opens the tokenizer, and fills in data.tokenizer and
+    model.vocab_size.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
-        DataError: a tokenizer or prompts that cannot be used.
+        DataError: a tokenizer that cannot be used.
     """
     layout, algorithm = check_config(config, world_size), Algorithm.of(config)
-    if not config.reward.functions:
-        spec = _data_spec(config, "train")
-        config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
-    rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
     config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -55,7 +58,23 @@ def settle(config: Config, world_size: int) -> Inputs:
             f"model.vocab_size={vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size}, or null to take the tokenizer's"
         )
-    config = replaced(config, {"model.vocab_size": vocab_size})
+    return ModelInputs(replaced(config, {"model.vocab_size": vocab_size}), layout, algorithm, tokenizer)
+
+
+def settle(config: Config, world_size: int) -> Inputs:
+    """`settle_model`, and opens rewards and prompts; fills in reward.functions.
+
+    Raises:
+        ConfigError: a setting, or a combination of settings, that cannot work.
+        DataError: a tokenizer or prompts that cannot be used.
+    """
+    model = settle_model(config, world_size)
+    config, tokenizer = model.config, model.tokenizer
+    if not config.reward.functions:
+        spec = _data_spec(config, "train")
+        config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
+    stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
+    rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
     train, evaluation = (
         open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
     )
@@ -64,8 +83,8 @@ def settle(config: Config, world_size: int) -> Inputs:
         for name, source in (("train", train), ("eval", evaluation))
         if source.dropped
     ]
-    warnings += config_warnings(config, algorithm)
-    return Inputs(config, layout, algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+    warnings += config_warnings(config, model.algorithm)
+    return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
 
 
 def tokenizer_spec(config: Config) -> str:

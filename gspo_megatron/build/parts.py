@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
-from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.inputs import Inputs, ModelInputs
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.models.counts import sequence_cost
@@ -56,16 +56,7 @@ def assemble(
         group_size=r.group_size,
         vocab_size=vocab_size,
     )
-    packer = Packer(
-        ranks=ranks,
-        pad_id=inputs.tokenizer.pad_id,
-        max_tokens=t.tokens_per_micro_batch,
-        rules=packing_rules(config),
-        cost=sequence_cost(config.model.shape),
-        group_size=r.group_size,
-        updates_per_rollout=algorithm.updates_per_rollout,
-        seed=config.run.seed,
-    )
+    packer = packer_of(inputs, ranks)
     watch = Guards(config, ranks, writer, console.warn, guards)
     asked_by = Path(config.run.dir) / "save" if ranks.is_main else None
     return Parts(
@@ -86,4 +77,18 @@ def assemble(
         save_request=SaveRequest(every_s=config.checkpoint.save_every_s, file=asked_by),
         stop=stop,
         note=note,
+    )
+
+
+def packer_of(inputs: ModelInputs, ranks: Ranks) -> Packer:
+    config = inputs.config
+    return Packer(
+        ranks=ranks,
+        pad_id=inputs.tokenizer.pad_id,
+        max_tokens=config.train.tokens_per_micro_batch,
+        rules=packing_rules(config),
+        cost=sequence_cost(config.model.shape),
+        group_size=config.rollout.group_size,
+        updates_per_rollout=inputs.algorithm.updates_per_rollout,
+        seed=config.run.seed,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import Inputs
@@ -14,12 +15,16 @@ from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
+from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.layout.layout import Layout
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
+from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
@@ -46,27 +51,17 @@ def open_trainer(
     Raises:
         CheckpointError: checkpoint.load names something that cannot be loaded.
     """
-    # Megatron-Core is imported only here: the device has to be open before that.
-    from gspo_megatron.mcore import compat
-    from gspo_megatron.mcore.groups import Groups
     from gspo_megatron.mcore.hugging_face import MegatronExports, load_folder
     from gspo_megatron.mcore.policy import MegatronPolicy
     from gspo_megatron.mcore.sampler import MegatronSampler
     from gspo_megatron.mcore.saving import MegatronCheckpoints
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
-    use_te = wants_transformer_engine(config, device)
-    if use_te:
-        compat.check_transformer_engine()
-    device.start_processes(config.parallel.timeout_s)
-    with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
-        groups = Groups(inputs.layout, device.torch_device, config.parallel.timeout_s)
-        compat.apply_patches(device.on_cpu)
-        console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
+    with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
         sampler = MegatronSampler(
             policy,
-            stop_ids=tokenizer.stop_ids,
+            stops=stops_of(config.rollout.stop, tokenizer),
             pad_id=tokenizer.pad_id,
             num_ids=tokenizer.vocab_size,
             stop=stop,
@@ -87,6 +82,7 @@ def open_trainer(
             writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
+        beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
         parts = assemble(
             inputs,
             policy,
@@ -95,7 +91,7 @@ def open_trainer(
             console=console,
             writer=writer,
             checkpoints=checkpoints,
-            exports=MegatronExports(policy, folder_files(inputs), console.say),
+            exports=MegatronExports(policy, beside, console.say),
             guards=state.guards if state else None,
             stop=stop,
             note=watchdog.note,
@@ -108,18 +104,42 @@ def open_trainer(
         finally:
             if writer:
                 writer.close()
+
+
+@contextmanager
+def open_groups(
+    config: Config, layout: Layout, device: Device, console: Console
+) -> Iterator[tuple[Any, bool, RankWatchdog]]:
+    """The `Groups` of the layout, whether the model has Transformer Engine layers, and the watchdog of this process.
+    Collective: every process of the run calls it.
+
+    Raises:
+        ConfigError: this process's GPU or its libraries cannot do what the settings ask.
+        StartError: the processes do not find each other.
+    """
+    # Megatron-Core is imported only now: the device has to be open before that.
+    from gspo_megatron.mcore import compat
+    from gspo_megatron.mcore.groups import Groups
+
+    use_te = wants_transformer_engine(config, device)
+    if use_te:
+        compat.check_transformer_engine()
+    device.start_processes(config.parallel.timeout_s)
+    with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
+        groups = Groups(layout, device.torch_device, config.parallel.timeout_s)
+        compat.apply_patches(device.on_cpu)
+        console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
+        yield groups, use_te, watchdog
         groups.close()
 
 
-def folder_files(inputs: Inputs) -> FolderFiles:
-    """What an exported folder holds besides weights: as in the folder that the run started from, with the run's
-    tokenizer."""
-    config, tokenizer = inputs.config, inputs.tokenizer
-    spec = Path(config.data.tokenizer)
-    folder = (spec if spec.is_dir() else spec.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    if config.model.hf:
-        return FolderFiles.like(Path(config.model.hf), folder)
-    shape = config.model.shape
+def folder_files(shape: ModelShape, tokenizer: Tokenizer, spec: str, hf: str | None) -> FolderFiles:
+    """What an exported folder holds besides weights: as in the folder `hf` that the run started from, with the run's
+    tokenizer, which data.tokenizer=`spec` names."""
+    place = Path(spec)
+    folder = (place if place.is_dir() else place.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    if hf:
+        return FolderFiles.like(Path(hf), folder)
     return FolderFiles.of(family_of(shape).hf_config(shape), tokenizer.stop_ids, tokenizer.pad_id, folder)
 
 

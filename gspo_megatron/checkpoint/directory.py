@@ -28,7 +28,8 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, sync, verify, write_synced
+from gspo_megatron.base.files import sync
+from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, verify, write_synced
 from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of, position_of_path, progress
 
 POINTER = "latest"

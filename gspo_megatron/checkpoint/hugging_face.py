@@ -152,14 +152,14 @@ class HuggingFaceFolder:
         Raises:
             CheckpointError: the folder holds a tensor that no part of the model has.
         """
-        if extra := sorted(name for name in self.tensors.keys() - set(read) if not self._is_skipped(name)):
+        if extra := sorted(name for name in self.tensors.keys() - set(read) if not self.is_skipped(name)):
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
             raise CheckpointError(
                 f"{self.path} holds tensors that a {self.config.get('model_type')} model of its config.json does not "
                 f"have: {', '.join(extra[:3])}{more}; config.json does not describe these files"
             )
 
-    def _is_skipped(self, name: str) -> bool:
+    def is_skipped(self, name: str) -> bool:
         """Tensors that are not part of the language model: layers after the last one, which predict several tokens at
         once (config.json counts them), and what is computed."""
         layer, depth = LAYER.match(name), self.config.get("num_hidden_layers", 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gspo_megatron import __version__
 from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.files import sync
 from gspo_megatron.checkpoint.names import position_of
 
 MANIFEST = "manifest.json"
@@ -153,12 +154,3 @@ def _sha256(path: Path) -> str:
 def write_synced(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

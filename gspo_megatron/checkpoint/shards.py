@@ -190,6 +190,22 @@ class ShardFiles:
         if missing:
             raise CheckpointError(f"{key} is incomplete in the files")
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The size of every whole tensor, by its key. A matrix of one column counts as a vector."""
+        of_any = {key: stored[0].shard.shape for key, stored in self._stored.items()}
+        return {key: (rows, columns) if columns > 1 else (rows,) for key, (rows, columns) in of_any.items()}
+
+    def whole(self, key: str, size: tuple[int, ...]) -> Tensor:
+        """All of a tensor of this size, in the number format it was written in.
+
+        Raises:
+            CheckpointError: `key` is missing, incomplete, or of another shape.
+        """
+        stored = self._stored[key][0]
+        into = torch.empty(size, dtype=stored.dtype)
+        self.read(key, Shard.of(Place(stored.shard.place.name), into), into.view(-1))
+        return into
+
     def _of(self, key: str, shape: tuple[int, int]) -> list[StoredShard]:
         if key not in self._stored:
             raise CheckpointError(f"{key} is in none of the files")

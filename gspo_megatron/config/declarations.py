@@ -42,7 +42,7 @@ def setting(
     """A dataclass field with its help, a sentence or two of plain text, and the rules for its value. None, where the
     type allows it, always passes."""
     rules = {"help": help, "least": least, "above": above, "most": most, "below": below, "choices": choices}
-    if isinstance(default, dict):
+    if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=rules)
     return field(default=default, metadata=rules)
 
@@ -66,8 +66,12 @@ class Setting:
         return get_origin(self.type) is dict
 
     @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is list
+
+    @property
     def is_text(self) -> bool:
-        return not self.is_mapping and str in self.kinds
+        return not (self.is_mapping or self.is_list) and str in self.kinds
 
     @property
     def allows_none(self) -> bool:
@@ -93,6 +97,8 @@ class Setting:
             )
         if self.is_mapping:
             return self._complaint_of_mapping(value)
+        if self.is_list:
+            return self._complaint_of_list(value)
         if isinstance(value, float) and not math.isfinite(value):
             return f"{self.key}={value} must be a finite number"
         if not all(passes(value, bound) for _, bound, passes in self._bounds()):
@@ -104,6 +110,13 @@ class Setting:
         for name, value in entries.items():
             if float in self.kinds and not (isinstance(value, float) and math.isfinite(value)):
                 return f"{self.key}.{name}={value} must be a finite number"
+        return None
+
+    def _complaint_of_list(self, items: list[Any]) -> str | None:
+        """Lists hold texts and token ids."""
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
+                return f"{self.key}: {item!r} is neither a text nor a token id; write texts in quotes"
         return None
 
     def _bounds(self) -> list[tuple[str, float, Any]]:

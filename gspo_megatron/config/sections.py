@@ -242,6 +242,11 @@ class RolloutConfig:
     top_p: float = setting(
         1.0, "Sample from the most likely tokens that hold this probability. 1: from all.", above=0, most=1
     )
+    stop: list[Any] = setting(
+        [],
+        "Texts and token ids that end a response, besides the tokenizer's own end, such as ['</answer>', 151643]. The "
+        "response, and its text, keep everything up to the token that completes one.",
+    )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,22 @@ class HuggingFaceTokenizer:
         """
         return self._model.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)
 
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`. The space that SentencePiece's text does not begin with counts as one."""
+        decoder = json.loads(self._model.to_str())["decoder"] or {"type": None}
+        steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+        special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        found = [b""] * self._size
+        if not steps.keys() & {"ByteLevel", "Metaspace", "ByteFallback"}:
+            raise DataError(
+                f"{self._folder / FILE} decodes by {' and '.join(map(str, steps))}, and such tokens do not stand for "
+                "bytes of a text; rollout.stop can have ids with it, but no texts"
+            )
+        for token, i in self._ids.items():
+            if i not in special:
+                found[i] = _bytes_of(token, steps)
+        return found
+
     def _read(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is missing."""
         path = self._folder / name
@@ -134,3 +151,27 @@ class HuggingFaceTokenizer:
 def _text_of(token: str | Mapping[str, Any]) -> str:
     """A special token is written as text, or as an object with its text in `content`."""
     return token if isinstance(token, str) else str(token["content"])
+
+
+def _byte_by_character() -> dict[str, int]:
+    """How byte-level BPE writes bytes: what is printable in Latin-1 as itself, the others as characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_BY_CHARACTER = _byte_by_character()
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _bytes_of(token: str, decoders: Container[str]) -> bytes:
+    """What the package's decoders of these names make of a token."""
+    if "ByteLevel" in decoders:
+        # As the package does: a token with any other character is text itself.
+        try:
+            return bytes(BYTE_BY_CHARACTER[char] for char in token)
+        except KeyError:
+            return token.encode()
+    if "ByteFallback" in decoders and (byte := BYTE_TOKEN.fullmatch(token)):
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode()

@@ -42,6 +42,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Without special tokens."""
 
+    def token_bytes(self) -> list[bytes]:
+        """By id, what a token adds to a text, in UTF-8; nothing for a special token.
+
+        Raises:
+            DataError: the tokenizer's tokens cannot be read one by one.
+        """
+
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     """`ids` as a list, all checked to be in the vocabulary: a negative id would silently index from its end."""

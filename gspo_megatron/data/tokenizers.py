@@ -67,6 +67,10 @@ class CharacterTokenizer:
         """
         return "".join(self._chars[token] for token in checked_ids(ids, self.vocab_size))
 
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`."""
+        return [char.encode() for char in self._chars]
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model file, such as tools/train_tokenizer.py writes.
@@ -120,6 +124,18 @@ class SentencePieceTokenizer:
             DataError: an id outside the vocabulary.
         """
         return self._model.decode(checked_ids(ids, self.vocab_size))
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer.token_bytes`. The space that a text does not begin with counts as one."""
+        model = self._model
+        return [
+            b""
+            if model.is_control(i)
+            else bytes([int(model.id_to_piece(i)[3:5], 16)])
+            if model.is_byte(i)
+            else (model.decode([i]) if model.is_unknown(i) else model.id_to_piece(i).replace("▁", " ")).encode()
+            for i in range(self.vocab_size)
+        ]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -11,14 +11,14 @@ import torch
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
-from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.mcore.policy import MegatronModel, MegatronPolicy
 from gspo_megatron.models.families import family_of
 
 EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of train.hf_dtype."""
 
 
-def load_folder(policy: MegatronPolicy, path: str | Path, *, allow_nan: bool = False) -> None:
+def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = False) -> None:
     """Sets the policy's weights; every rank reads the slices that it holds.
 
     Raises:
@@ -38,7 +38,7 @@ def load_folder(policy: MegatronPolicy, path: str | Path, *, allow_nan: bool = F
 
 
 def save_folder(
-    policy: MegatronPolicy,
+    policy: MegatronModel,
     path: Path,
     dtype: torch.dtype,
     content: Mapping[str, Mapping[str, Any]],

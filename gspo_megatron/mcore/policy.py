@@ -22,24 +22,74 @@ from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
-from gspo_megatron.mcore.weights import Size, load_weights, whole_sizes, whole_weights
-from gspo_megatron.models.names import NameRule, Sliceable
+from gspo_megatron.mcore.weights import load_weights, whole_sizes, whole_weights
+from gspo_megatron.models.names import HubSize, NameRule, Sliceable
 
 
-class MegatronPolicy:
-    """`Policy` of base/protocols.py on Megatron-Core, on any layout."""
+class MegatronModel:
+    """The model on any layout, without an optimizer: it is scored, sampled from and exported.
+
+    `scoring`: how trained tokens are scored; `log_probs` uses its temperature and backend.
+    """
 
     def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
-        """`scoring`: how an update scores trained tokens; `log_probs` uses its temperature and backend."""
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
         self.scoring = scoring
         self._model = build_model(config, groups, device, use_te)
-        self.chunks = wrap_model(self._model, device, config.optimizer)
-        self._gathering = False
-        self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
         self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if device.dtype == torch.float64 else torch.float32
+
+    @property
+    def model(self) -> list[PolicyModel]:
+        """This rank's parts of the model."""
+        return self._model
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """See `Policy.log_probs`.
+
+        Raises:
+            RuntimeError: the reference is requested before `freeze_reference`.
+        """
+        chunks = self.reference if reference else self.model
+        if chunks is None:
+            raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
+        micro_batches = [self._here(m) for m in micro_batches]
+        scored = schedule.log_probs(chunks, self.groups, micro_batches, self.scoring)
+        counts = [len(m.sequence_R) for m in micro_batches]
+        joined = (
+            torch.cat(scored)
+            if scored
+            else torch.empty(sum(counts), dtype=self.score_dtype, device=self.device.torch_device)
+        )
+        return list(self.groups.from_last_stage(joined).split(counts))
+
+    def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
+        """See `whole_weights`."""
+        return whole_weights(self.model, self.config.model.shape, self.groups, rules)
+
+    def weight_sizes(self, rules: Sequence[NameRule]) -> dict[str, HubSize]:
+        """See `whole_sizes`."""
+        return whole_sizes(self.model, self.config.model.shape, self.groups, rules)
+
+    def load_weights(self, read: Callable[[str], Sliceable], rules: Sequence[NameRule]) -> None:
+        """See `load_weights`."""
+        load_weights(self.model, self.config.model.shape, self.groups, rules, read)
+        for chunk in self.model:
+            chunk.weights_changed = True
+
+    def _here(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.to(self.device.torch_device)
+
+
+class MegatronPolicy(MegatronModel):
+    """`Policy` of base/protocols.py on Megatron-Core, on any layout."""
+
+    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
+        super().__init__(config, groups, device, use_te, scoring)
+        self.chunks = wrap_model(self._model, device, config.optimizer)
+        self._gathering = False
+        self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property
     def model(self) -> list[PolicyModel]:
@@ -61,25 +111,6 @@ class MegatronPolicy:
         for frozen, chunk in zip(self.reference, self.model, strict=True):
             frozen.load_state_dict(chunk.state_dict())
             frozen.requires_grad_(False).eval()
-
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
-        """See `Policy.log_probs`.
-
-        Raises:
-            RuntimeError: the reference is requested before `freeze_reference`.
-        """
-        chunks = self.reference if reference else self.model
-        if chunks is None:
-            raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
-        micro_batches = [self._here(m) for m in micro_batches]
-        scored = schedule.log_probs(chunks, self.groups, micro_batches, self.scoring)
-        counts = [len(m.sequence_R) for m in micro_batches]
-        joined = (
-            torch.cat(scored)
-            if scored
-            else torch.empty(sum(counts), dtype=self.score_dtype, device=self.device.torch_device)
-        )
-        return list(self.groups.from_last_stage(joined).split(counts))
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """See `Policy.update`."""
@@ -126,20 +157,7 @@ class MegatronPolicy:
             for place, parameter in named_parameters(chunk, self.config.model.shape, self.groups):
                 yield place, parameter.main_grad
 
-    def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
-        """See `whole_weights`."""
-        return whole_weights(self.model, self.config.model.shape, self.groups, rules)
-
-    def weight_sizes(self, rules: Sequence[NameRule]) -> dict[str, Size]:
-        """See `whole_sizes`."""
-        return whole_sizes(self.model, self.config.model.shape, self.groups, rules)
-
     def load_weights(self, read: Callable[[str], Sliceable], rules: Sequence[NameRule]) -> None:
         """See `load_weights`: the policy continues from these weights, with the optimizer as it is."""
-        load_weights(self.model, self.config.model.shape, self.groups, rules, read)
+        super().load_weights(read, rules)
         self.optimizer.reload_model_params()
-        for chunk in self.model:
-            chunk.weights_changed = True
-
-    def _here(self, micro_batch: MicroBatch) -> MicroBatch:
-        return micro_batch.to(self.device.torch_device)

@@ -39,6 +39,7 @@ from gspo_megatron.mcore.packed_tokens import CachedPrompt, CachedTokens, cached
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
+from gspo_megatron.rollout.native.stopping import Stops, StopTable
 
 
 class Feed(NamedTuple):
@@ -58,7 +59,9 @@ class ForwardInputs(NamedTuple):
     copied_to_rows: Tensor
     feeds: tuple[Feed, ...]
     may_continue_B: Tensor
-    """1 where a rollout has room for another token, so that only EOS can end it now; 0 elsewhere."""
+    """1 where a rollout has room for another token, so that only what it says can end it now; 0 elsewhere."""
+    state_B: Tensor
+    """Of each response in the sampler's StopTable, before this token."""
     max_continuing_W: Tensor
     prompt_tokens_WM: Tensor
     """Both as in `num_tokens_of_forward`."""
@@ -66,26 +69,32 @@ class ForwardInputs(NamedTuple):
     """[1]: 1 where this process has been asked to stop."""
 
 
+NO_MORE = Stops(())
+
+
 class MegatronSampler:
-    """`Sampler` of base/protocols.py. Each of `stop_ids` ends a response, `pad_id` fills places that attention never
-    reads. Only the first `num_ids` ids are sampled, None: all; a tokenizer may have fewer than the model's vocabulary,
-    whose last rows then only fill it up. `stop` is called at every token; when it returns True on any process, generate
-    raises StopRequested on all."""
+    """`Sampler` of base/protocols.py. Each of `stop_ids`, and what else `stops` has, ends a response; `pad_id` fills
+    places that attention never reads. Only the first `num_ids` ids are sampled, None: all; a tokenizer may have fewer
+    than the model's vocabulary, whose last rows then only fill it up. `stop` is called at every token; when it returns
+    True on any process, generate raises StopRequested on all."""
 
     def __init__(
         self,
         policy: MegatronPolicy,
         *,
-        stop_ids: Sequence[int],
+        stop_ids: Sequence[int] = (),
+        stops: Stops = NO_MORE,
         pad_id: int,
         num_ids: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
-        self.stop_ids, self.pad_id, self.stop = tuple(stop_ids), pad_id, stop
-        self.num_ids = num_ids
-        self.stop_ids_E = torch.tensor(self.stop_ids, device=self.device)
+        self.pad_id, self.num_ids, self.stop = pad_id, num_ids, stop
+        assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
+        stops = stops._replace(ids=(*stop_ids, *stops.ids))
+        self.stops = StopTable.of(stops, policy.config.model.vocab_size)
+        self.after_SV = torch.from_numpy(self.stops.after).to(self.device)
         self.multiple = sampler_token_multiple(policy.config)
         rules = packing_rules(policy.config)
         # As in training, the layout decides the number of micro-batches, and whether they must be equally long.
@@ -106,7 +115,7 @@ class MegatronSampler:
             max_new_tokens=self.settings.max_new_tokens,
             max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
             num_micro_batches=self.num_micro_batches,
-            stop_ids=self.stop_ids,
+            stops=self.stops,
         )
         cache = KVCache(scheduler.num_rows, scheduler.num_positions)
         for chunk in self.policy.chunks:
@@ -137,6 +146,7 @@ class MegatronSampler:
                 copied_to_rows=torch.from_numpy(row_copy.to_rows),
                 feeds=tuple(self._feed(scheduler, *each) for each in zip(micro_batches, num_tokens, strict=True)),
                 may_continue_B=torch.from_numpy(may_continue.astype(np.int64)),
+                state_B=torch.from_numpy(scheduler.states[rollout_index]),
                 max_continuing_W=torch.from_numpy(scheduler.max_continuing_W),
                 prompt_tokens_WM=torch.from_numpy(scheduler.prompt_tokens_WM),
                 stop=_joined([int(self.stop())]),
@@ -202,7 +212,7 @@ class MegatronSampler:
     def _agree_on_next(self, inputs: ForwardInputs, tokens_B: Tensor) -> Tensor:
         """[M + 1], the maximum over all ranks: the tokens of each micro-batch of the next forward, and whether to
         stop."""
-        ended_B = (tokens_B[:, None] == self.stop_ids_E).any(dim=1)
+        ended_B = self.after_SV[inputs.state_B, tokens_B.long()] == self.stops.end
         num_continuing = (inputs.may_continue_B * ~ended_B).sum()
         num_tokens_M = num_tokens_of_forward(num_continuing, inputs.max_continuing_W, inputs.prompt_tokens_WM)
         agreed = torch.cat([num_tokens_M, inputs.stop])

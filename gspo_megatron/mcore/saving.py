@@ -32,19 +32,17 @@ from torch import Tensor
 
 from gspo_megatron import __version__
 from gspo_megatron.base.batches import Position
-from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.base.protocols import SavedState
+from gspo_megatron.checkpoint.contents import file_name, files_of
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.manifest import FORMAT
 from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
 from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.mcore import compat
-from gspo_megatron.mcore.groups import POLL_S, reason_of
-from gspo_megatron.mcore.model import PolicyModel
+from gspo_megatron.mcore.groups import POLL_S
+from gspo_megatron.mcore.loading import CheckpointReader
 from gspo_megatron.mcore.optimizer import get_step_count, is_distributed, set_step_count, shards_of_adam
-from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
 State = TypeVar("State")
 Keyed = tuple[str, Shard, Tensor]
@@ -77,13 +75,13 @@ class Saving:
     completing: bool = False
 
 
-class MegatronCheckpoints:
+class MegatronCheckpoints(CheckpointReader):
     """The checkpoints of one run (`Checkpoints` of base/protocols.py). All ranks call every method together."""
 
     def __init__(self, policy: MegatronPolicy, directory: CheckpointDirectory, warn: Callable[[str], None]) -> None:
         """`warn` receives what is wrong with checkpoints that a load skips."""
-        self.policy, self.groups, self.directory, self.warn = policy, policy.groups, directory, warn
-        self.shape = policy.config.model.shape
+        super().__init__(policy, directory, warn)
+        self.policy = policy
         self._host = HostCopies(pinned=not policy.device.on_cpu)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Saving | None = None
@@ -143,7 +141,7 @@ class MegatronCheckpoints:
     def _write(
         self, directory: Path, about: dict[str, Any], tensors: Sequence[Keyed], of_state: Mapping[str, Tensor]
     ) -> None:
-        write_shards(directory / _file_name(dist.get_rank()), tensors)
+        write_shards(directory / file_name(dist.get_rank()), tensors)
         if of_state:
             write_tensors(directory / f"step_{dist.get_rank():05d}.safetensors", of_state)
         if self.groups.is_main:
@@ -198,28 +196,19 @@ class MegatronCheckpoints:
         Raises:
             CheckpointError: the checkpoint is damaged, or holds another model.
         """
-        path, problems = self.groups.on_main(lambda: self.directory.open(which))
-        for problem in problems:
-            self.warn(problem)
-        if path is None:
+        opened = self._open(which)
+        if opened is None:
             return None
-        about = self.groups.on_main(lambda: _read_json(path / "run.json"))
-        if about.get("format", 1) < FORMAT:
-            self.warn(
-                f"{path} has format {about.get('format', 1)}, written by gspo_megatron "
-                f"{about['versions']['gspo_megatron']}; it is loaded, and the next save has format {FORMAT}"
-            )
-        if wrong := other_settings(about["model"], self.shape):
-            raise CheckpointError(f"{path} holds another model, with {', '.join(wrong)}")
+        path, about = opened
         if about["has_reference"]:
             self.policy.freeze_reference()
-        failure, of_state = None, []
-        try:
-            of_state = [read_tensors(file) for file in sorted(path.glob("step_*.safetensors"))]
-            self._read(ShardFiles([path / _file_name(rank) for rank in range(about["num_files"])]))
-        except CheckpointError as error:
-            failure = error
-        self.groups.fail_together(f"{path} could not be loaded", failure)
+        of_state: list[dict[str, Tensor]] = []
+
+        def read() -> None:
+            of_state.extend(read_tensors(file) for file in sorted(path.glob("step_*.safetensors")))
+            self._read(files_of(path, about))
+
+        self._read_together(path, read)
         set_step_count(self.policy.optimizer, about["adam_step"])
         if len(about["random"]) == dist.get_world_size():
             self.policy.device.set_random_state(about["random"][dist.get_rank()])
@@ -228,42 +217,12 @@ class MegatronCheckpoints:
 
     @torch.no_grad()
     def _read(self, files: ShardFiles) -> None:
+        self._read_weights(files, "policy", self.policy.model)
         adam_shards = shards_of_adam(self.policy.optimizer, self.policy.model)
         for name, whole, parameter in self._shards(self.policy.model):
-            files.read(f"policy.{name}", whole, parameter.view(-1))
             if adam := adam_shards.get(parameter):
                 shard = replace(whole, start=adam.start, end=adam.end)
                 files.read(f"policy.{name}", shard, adam.main)
                 files.read(f"exp_avg.{name}", shard, adam.exp_avg)
                 files.read(f"exp_avg_sq.{name}", shard, adam.exp_avg_sq)
-        for name, whole, parameter in self._shards(self.policy.reference or []):
-            files.read(f"reference.{name}", whole, parameter.view(-1))
-        for chunk in (*self.policy.model, *(self.policy.reference or [])):
-            chunk.weights_changed = True
-
-    # ------------------------------------------------------------------------------------------------------- both
-
-    def _shards(self, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Shard, Tensor]]:
-        """(name in the checkpoint, all of this rank's slice as a shard, parameter or buffer)."""
-        for chunk in chunks:
-            for place, tensor in named_tensors(chunk, self.shape, self.groups):
-                num_rows = self.shape.vocab_size if is_vocabulary(place.name) else None
-                yield place.name, Shard.of(place, tensor, num_rows), tensor
-
-
-def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:
-    """Settings of a checkpoint's tensors that differ from those of `shape`."""
-    # The only family when checkpoints did not name one; fields that it does not use were added later.
-    saved = {"family": "qwen3_moe"} | OPTIONAL | saved
-    return [f"model.{key}={saved[key]}, not {own}" for key, own in shape.tensor_settings().items() if saved[key] != own]
-
-
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({reason_of(error)})") from error
+        self._read_weights(files, "reference", self.policy.reference or [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +16,16 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, Sliceable, find_rule, read_ours, to_our_slice, to_theirs
+from gspo_megatron.models.names import (
+    HubSize,
+    NameRule,
+    Sliceable,
+    read_ours,
+    reading_order,
+    sizes_on_hub,
+    to_our_slice,
+    to_theirs,
+)
 from gspo_megatron.models.shape import ModelShape
 
 
@@ -61,32 +69,21 @@ def _whole_tensors(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Gro
         del whole
 
 
-class Size(NamedTuple):
-    """Of a whole tensor on the hub. `float32`: it has that format there, whatever the others have."""
-
-    shape: tuple[int, ...]
-    float32: bool
-
-
 def whole_sizes(
     chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, rules: Sequence[NameRule]
-) -> dict[str, Size]:
+) -> dict[str, HubSize]:
     """The size of every tensor that `whole_weights` yields, by its name and in that order. Collective."""
     sources = _sources(_held(chunks, shape, groups), groups)
-    marked = {True: torch.float32, False: torch.bfloat16}  # ops keep the format, which tells them apart afterwards
 
-    def empty() -> Iterator[tuple[str, Tensor]]:
+    def ours() -> Iterator[tuple[str, list[int]]]:
         for first in _in_order(sources):
             size = list(sources[first].size)
             size[first.dim] *= first.count
             if is_vocabulary(first.name):
                 size[0] = shape.vocab_size or 0
-            rule, _ = find_rule(rules, first.name)
-            yield first.name, torch.empty(size, dtype=marked[rule.float32], device="meta")
+            yield first.name, size
 
-    return {
-        name: Size(tuple(part.shape), part.dtype == torch.float32) for name, part in to_theirs(rules, empty(), shape)
-    }
+    return sizes_on_hub(rules, ours(), shape)
 
 
 @torch.no_grad()
@@ -136,7 +133,7 @@ def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> d
 
 def _in_order(sources: Mapping[Place, Source]) -> list[Place]:
     """The first slice of every tensor."""
-    return sorted((place for place in sources if place.index == 0), key=_reading_order)
+    return sorted((place for place in sources if place.index == 0), key=lambda place: reading_order(place.name))
 
 
 def _sources(held: Mapping[Place, Tensor], groups: Groups) -> dict[Place, Source]:
@@ -173,8 +170,3 @@ def _received(own: Tensor | None, source: Source, groups: Groups) -> Tensor:
     own = own.contiguous()
     dist.broadcast(own, src=source.rank)
     return own
-
-
-def _reading_order(place: Place) -> list[tuple[int, str]]:
-    """Layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", place.name)]

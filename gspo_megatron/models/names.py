@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -200,6 +200,11 @@ def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str
     return found[0]
 
 
+def reading_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def to_theirs(
     rules: Sequence[NameRule], ours: Iterable[tuple[str, Tensor]], shape: ModelShape
 ) -> Iterator[tuple[str, Tensor]]:
@@ -220,6 +225,30 @@ def to_theirs(
             if len(waiting[name]) == shape.num_experts:
                 experts = waiting.pop(name)
                 yield name, torch.stack([experts[e] for e in range(shape.num_experts)])
+
+
+class HubSize(NamedTuple):
+    """Of a whole tensor on the hub. `float32`: it has that format there, whatever the others have."""
+
+    shape: tuple[int, ...]
+    float32: bool
+
+
+def sizes_on_hub(
+    rules: Sequence[NameRule], ours: Iterable[tuple[str, Sequence[int]]], shape: ModelShape
+) -> dict[str, HubSize]:
+    """What `to_theirs` makes of our whole tensors of these sizes, by name and in that order.
+
+    Raises:
+        ValueError: not exactly one rule matches a tensor.
+    """
+    marks = {True: torch.float32, False: torch.bfloat16}  # ops keep the format, which tells the two kinds apart
+    empty = (
+        (name, torch.empty(tuple(size), dtype=marks[find_rule(rules, name)[0].float32], device="meta"))
+        for name, size in ours
+    )
+    theirs = to_theirs(rules, empty, shape)
+    return {name: HubSize(tuple(part.shape), part.dtype == marks[True]) for name, part in theirs}
 
 
 def read_ours(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
 WIDE = 140
@@ -39,6 +42,14 @@ class Console:
 
     def warn(self, text: str) -> None:
         self._out.print(f"[yellow]warning:[/] {escape(text)}")
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """A bar for `total` bytes; yields the function that is told of more of them."""
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=self._out) as bar:
+            task = bar.add_task(escape(what), total=total)
+            yield lambda count: bar.advance(task, count)
 
     def warm_start(self, step: int, steps: int, loss: float) -> None:
         if step == steps or step % 50 == 0:

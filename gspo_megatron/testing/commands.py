@@ -1,4 +1,4 @@
-"""Starts `gspo_megatron.train` on several processes of this machine, and reads what it leaves in the run directory.
+"""Starts a command, by default `gspo_megatron.train`, on several processes of this machine; reads what a run leaves.
 
 torchrun(2, ["--config", ...])      the real command, in processes of its own: 6 s of imports each
 forked(2, ["--config", ...])        what torchrun would start, on ranks that are forked with everything imported
@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
+Command = Callable[[Sequence[str]], int]
+"""`main` of a command."""
 MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
 
 
@@ -35,14 +37,16 @@ def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 18
     return done.returncode, done.stdout + done.stderr
 
 
-def forked(num_processes: int, arguments: Sequence[str], timeout_s: float = 120) -> list[tuple[int, str]]:
+def forked(
+    num_processes: int, arguments: Sequence[str], timeout_s: float = 120, command: Command = main
+) -> list[tuple[int, str]]:
     """(exit status, what it printed as an error) of every rank's command."""
-    return run_distributed(_rank, num_processes, list(arguments), timeout_s=timeout_s, like_torchrun=True)
+    return run_distributed(_rank, num_processes, command, list(arguments), timeout_s=timeout_s, like_torchrun=True)
 
 
-def _rank(arguments: list[str]) -> tuple[int, str]:
+def _rank(command: Command, arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-        status = main(arguments)
+        status = command(arguments)
     return status, errors.getvalue()
 
 

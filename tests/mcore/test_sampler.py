@@ -24,6 +24,7 @@ from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
+from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.layout import packing_rules
@@ -34,6 +35,7 @@ from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.rollout.native.scheduler import DecodeScheduler
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.small import SMALL
@@ -368,6 +370,33 @@ def test_eos_as_the_first_token() -> None:
     assert [(r.tokens, r.truncated) for r in drawn] == [([favourite], False)] * 2
 
 
+STOPS = Stops((), (b"79", b"5>5", b"82", b"00"), CharacterTokenizer("0123456789>").token_bytes())
+
+
+def with_and_without_stops(world_size: int, axes: tuple[str, ...]) -> tuple[list[Rollout], list[Rollout]]:
+    policy, sampler = open_sampler(world_size, *axes, "rollout.max_new_tokens=12", "rollout.max_batch=8", dtype="fp32")
+    ending = MegatronSampler(policy, stop_ids=[EOS], stops=STOPS, pad_id=PAD)
+    rank, size = policy.groups.dp_rank, policy.groups.dp_size
+    arguments = (PROMPTS * 12)[rank::size], range(60)[rank::size]
+    return sampler.generate(*arguments), ending.generate(*arguments)
+
+
+@pytest.mark.parametrize("axes", [(), ("parallel.tp=2",), ("parallel.pp=2",), ("parallel.ep=2",)])
+def test_a_stop_string_cuts_what_would_have_been_drawn(axes: tuple[str, ...]) -> None:
+    """On every layout: random numbers depend on the rollout and the position, so the tokens up to the stop are those
+    without it."""
+    tokenizer, cut = CharacterTokenizer("0123456789>"), 0
+    for whole, ended in run_distributed(with_and_without_stops, 1 + bool(axes), 1 + bool(axes), axes):
+        for a, b in zip(whole, ended, strict=True):
+            texts = [tokenizer.decode(a.tokens[: n + 1]).encode() for n in range(len(a.tokens))]
+            end = next((n for n, text in enumerate(texts, 1) if any(s in text for s in STOPS.strings)), None)
+            assert b.tokens == (a.tokens if end is None else a.tokens[:end])
+            assert len(b.log_probs) == len(b.tokens)
+            assert b.truncated == (end is None and a.truncated)
+            cut += end is not None
+    assert cut > 5
+
+
 def test_no_prompts_at_all() -> None:
     assert one_process(prompts=[]) == []
 
@@ -411,7 +440,7 @@ def test_every_forward_has_rows_that_a_number_format_takes(fp8: str, tp: int) ->
     policy = SimpleNamespace(config=config, groups=None, device=SimpleNamespace(torch_device=torch.device("cpu")))
     sampler = MegatronSampler(policy, stop_ids=[EOS], pad_id=PAD)  # type: ignore[arg-type]
     scheduler = DecodeScheduler(
-        PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, stop_ids=[EOS]
+        PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, stops=sampler.stops
     )
     (micro_batch,) = scheduler.next_micro_batches()
     own = len(sampler._feed(scheduler, micro_batch, 0).tokens_T)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import MicroBatch, Position, Sequence, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.build.checks import check_config
+from gspo_megatron.checkpoint.contents import other_settings
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.loading import load_config
@@ -30,7 +31,7 @@ from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.parameters import global_name
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.mcore.saving import MegatronCheckpoints, other_settings
+from gspo_megatron.mcore.saving import MegatronCheckpoints
 from gspo_megatron.objective import LikelihoodObjective, Segments
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.fakes import PlainState, plain

@@ -106,7 +106,7 @@ RULES = (
 def test_a_rule_carries_layer_and_expert_over() -> None:
     assert find_rule(RULES[:2], "a.12.b.3.w") == (RULES[0], ("x.12.3.gate", "x.12.3.up"))
     assert find_rule(RULES, "a.12.b.w") == (RULES[1], ("x.12.w",))
-    named = to_theirs(RULES, "a.0.b.1.w", counted(4, 1), SHAPE)
+    named = to_theirs(RULES, [("a.0.b.1.w", counted(4, 1))], SHAPE)
     assert [(name, part.flatten().tolist()) for name, part in named] == [("x.0.1.gate", [0, 1]), ("x.0.1.up", [2, 3])]
 
 

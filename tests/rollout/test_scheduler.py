@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
+from gspo_megatron.rollout.native.stopping import Stops, StopTable
 
 EOS, END_OF_TURN = 1, 3
 
@@ -28,7 +29,7 @@ def scheduler_of(
         max_new_tokens=5,
         max_prompt_tokens=max_prompt_tokens,
         num_micro_batches=num_micro_batches,
-        stop_ids=[EOS, END_OF_TURN],
+        stops=StopTable.of(Stops((EOS, END_OF_TURN)), 200),
     )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout
+from gspo_megatron.rollout.native.stopping import StopTable
 
 Integers = TypeVar("Integers", IntArray, Tensor)
 
@@ -92,10 +93,10 @@ class DecodeScheduler:
         max_new_tokens: int,
         max_prompt_tokens: int,
         num_micro_batches: int,
-        stop_ids: Sequence[int],
+        stops: StopTable,
     ) -> None:
         self.prompts, self.max_prompt_tokens, self.num_micro_batches = prompts, max_prompt_tokens, num_micro_batches
-        self.max_new_tokens, self.stop_ids = max_new_tokens, np.array(stop_ids, dtype=np.int64)
+        self.max_new_tokens, self.stops = max_new_tokens, stops
         self.num_rows = min(max_rows, len(prompts))
         self.num_positions = max((len(p.tokens) for p in prompts), default=0) + max_new_tokens
         self.ids = np.array(ids, dtype=np.int64)
@@ -103,6 +104,8 @@ class DecodeScheduler:
         """Tokens drawn of each rollout."""
         self.newest = np.zeros(len(prompts), dtype=np.int64)
         """The last token drawn of each rollout."""
+        self.states = np.zeros(len(prompts), dtype=np.int64)
+        """State of each response in `stops`."""
         self.prompt_lengths = np.array([len(p.tokens) for p in prompts], dtype=np.int64)
         self.active = np.zeros(0, dtype=np.int64)
         self.row_copy = RowCopy(self.active, self.active, 0)
@@ -175,7 +178,8 @@ class DecodeScheduler:
         self._drawn.append((rollout_index, tokens, log_probs))
         self.newest[rollout_index] = tokens
         self.counts[rollout_index] += 1
-        ended = np.isin(self.newest[self.active], self.stop_ids)
+        self.states[rollout_index] = self.stops.after[self.states[rollout_index], tokens]
+        ended = self.states[self.active] == self.stops.end
         continues = ~ended & (self.counts[self.active] < self.max_new_tokens)
         num_rows = int(continues.sum())
         free = np.flatnonzero(~continues[:num_rows])
@@ -197,6 +201,6 @@ class DecodeScheduler:
         order = np.argsort(rollout_index, kind="stable")
         of_each = [np.split(x[order], np.cumsum(self.counts))[:-1] for x in (tokens, log_probs)]
         return [
-            Rollout(int(i), prompt, t.tolist(), p.tolist(), t[-1] not in self.stop_ids, policy_version)
-            for i, prompt, t, p in zip(self.ids, self.prompts, *of_each, strict=True)
+            Rollout(int(i), prompt, t.tolist(), p.tolist(), bool(state != self.stops.end), policy_version)
+            for i, prompt, state, t, p in zip(self.ids, self.prompts, self.states, *of_each, strict=True)
         ]

@@ -1,0 +1,216 @@
+"""What `gspo_megatron.convert` does: a checkpoint to a Hugging Face folder, and a folder looked at and tried out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
+from gspo_megatron.build.inputs import settle_model
+from gspo_megatron.build.scoring import open_scorer
+from gspo_megatron.build.trainer import device_of, folder_files
+from gspo_megatron.checkpoint.contents import files_of, read_about
+from gspo_megatron.checkpoint.conversion import CheckpointWeights, ResumableExport, source_of
+from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.export import FILE_BYTES, FolderFiles
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.inspection import Inspection, inspect
+from gspo_megatron.checkpoint.manifest import verify
+from gspo_megatron.checkpoint.names import CHECKPOINTS
+from gspo_megatron.checkpoint.reference import transformers_log_probs
+from gspo_megatron.config.hugging_face import folder_settings
+from gspo_megatron.config.loading import SETTINGS, load_config
+from gspo_megatron.config.sections import ModelConfig
+from gspo_megatron.data.responses import Response
+from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.models.families import family_of
+from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.monitor.console import Console
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TEXT = (
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? From 9:40 to 13:00 there are 3 hours and 20 "
+    "minutes, and 5 more to 13:05, so it takes 3 hours and 25 minutes, that is 205 minutes.\n\n"
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n\n"
+    "Über allen Gipfeln ist Ruh'. 山高月小,水落石出。 ∑ i² = n(n+1)(2n+1)/6"
+)
+"""What `verify` scores by default: prose, code, other scripts."""
+
+
+# ---------------------------------------------------------------------------------------------------------- to-hf
+
+
+def find_checkpoint(path: Path, console: Console) -> Path:
+    """A checkpoint, verified: `path` itself, or the newest intact one where it is a run or its checkpoints.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    for directory in (path / CHECKPOINTS, path):
+        newest, problems = CheckpointDirectory(directory, keep=1).newest_intact()
+        if newest:
+            for problem in problems:
+                console.warn(problem)
+            return newest
+    verify(path)
+    return path
+
+
+def to_folder(
+    checkpoint: Path,
+    out: Path,
+    console: Console,
+    *,
+    dtype: str = "bf16",
+    like: Path | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Writes a checkpoint as a complete Hugging Face folder. A conversion that was interrupted goes on where it was.
+
+    Args:
+        like: the folder whose config.json, generation config and tokenizer it gets; by default what the run used.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete, or the folder cannot be written.
+        ConfigError: `out` exists already.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another folder, or remove it")
+    checkpoint = find_checkpoint(checkpoint, console)
+    about = read_about(checkpoint)
+    saved = about["state"]["config"]
+    shape = shape_of(saved["model"])
+    files = files_beside(saved, shape, like)
+    weights = CheckpointWeights(files_of(checkpoint, about), shape, family_of(shape).rules, DTYPES[dtype])
+    export = ResumableExport(out, source_of(checkpoint), file_bytes=file_bytes)
+    export.begin(weights.stored)
+    total = sum(stored.num_bytes for stored in weights.stored.values())
+    if export.kept:
+        console.say(f"{len(export.kept):,} of {len(weights.stored):,} tensors were written before")
+    with console.progress(total, f"{checkpoint.name} -> {out}") as advance:
+        weights.write(export, advance)
+    export.commit(files.content(DTYPES[dtype]), files.copied)
+    console.say(f"{out}: {count_parameters(shape).total:,} parameters in {dtype}, {total / (1 << 30):.2f} GiB")
+
+
+def shape_of(saved: dict[str, Any]) -> ModelShape:
+    """The shape of the model of section `model` of a checkpoint's settings. A setting that is newer than the checkpoint
+    has its default."""
+    known = {name: value for name, value in saved.items() if f"model.{name}" in SETTINGS}
+    return ModelConfig(**{f.name: known[f.name] for f in fields(ModelConfig) if f.name in known}).shape
+
+
+def files_beside(saved: dict[str, Any], shape: ModelShape, like: Path | None) -> FolderFiles:
+    """What the folder holds besides weights.
+
+    Raises:
+        CheckpointError: the run's tokenizer, or the folder that it started from, is no longer where it was.
+    """
+    if like:
+        return FolderFiles.like(like)
+    spec, hf = saved["data"]["tokenizer"], saved["model"].get("hf")
+    try:
+        return folder_files(shape, load_tokenizer(spec), spec, hf)
+    except (DataError, CheckpointError) as error:
+        raise CheckpointError(
+            f"what the run used is not here any more: {error}; name a folder with config.json and tokenizer by --like, "
+            "or call this from the folder where the run was started"
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect_folder(path: Path, console: Console) -> bool:
+    """Prints what a folder holds, and what becomes of it; whether that is a whole model.
+
+    Raises:
+        ConfigError, CheckpointError: it is not a folder of a family that is implemented.
+    """
+    settings = folder_settings(path)
+    shape = ModelShape(**settings)
+    folder = HuggingFaceFolder(path)
+    found = inspect(folder, shape, family_of(shape).rules)
+    active = count_parameters(shape).active(shape.experts_per_token)
+    sizes = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "family")
+    console.say(f"family {shape.family}: {sizes}")
+    console.say(f"parameters: {found.expected:,}, of which a token passes through {active:,}")
+    console.print(table_of(found))
+    for what, names in {
+        "missing": found.missing,
+        "extra": found.extra,
+        "does not fit": found.wrong,
+        "left out": found.unread,
+    }.items():
+        if names:
+            console.say(f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
+    if not found.whole:
+        console.say(f"not a whole model: {found.parameters:,} of {found.expected:,} parameters can be used")
+    return found.whole
+
+
+def table_of(found: Inspection) -> Table:
+    table = Table(title="Tensors", title_justify="left")
+    for column in ("in the folder", "size", "format", "here", "size", "number"):
+        table.add_column(column, overflow="fold")
+    for row in found.rows:
+        cells = [", ".join(row.rule.theirs), "\n".join(map(str, map(list, row.theirs))), ", ".join(sorted(row.formats))]
+        table.add_row(*cells, f"{row.rule.ours} ({type(row.rule.op).__name__})", str(list(row.ours)), f"{row.count:,}")
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------- verify
+
+
+class Verdict(NamedTuple):
+    """Log-probs here and by transformers, of every token but the first."""
+
+    tokens: list[int]
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def worst(self) -> int:
+        """The token with the largest difference, numbered like `ours`."""
+        return max(range(len(self.ours)), key=lambda i: abs(self.ours[i] - self.theirs[i]))
+
+    @property
+    def difference(self) -> float:
+        return abs(self.ours[self.worst] - self.theirs[self.worst])
+
+
+def verify_folder(path: Path, text: str, console: Console) -> Verdict:
+    """Scores a text here and by transformers, both in float32 on the CPU, on one process.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the folder cannot be used, or transformers is missing.
+    """
+    config = load_config(None, [f"model.hf={path}", "precision.device=cpu", "precision.dtype=fp32"])
+    tokenizer = load_tokenizer(str(path))
+    tokens = tokenizer.encode_prompt(text)[: config.model.max_sequence_length]
+    if len(tokens) < 2:
+        raise DataError(f"the text {text[:60]!r} has {len(tokens)} tokens; a comparison needs at least 2")
+    longest = max(len(tokens), config.model.max_sequence_length)
+    config = load_config(
+        None,
+        [
+            *(f"model.hf={path}", "precision.device=cpu", "precision.dtype=fp32", "rollout.max_new_tokens=1"),
+            f"train.tokens_per_micro_batch={longest}",
+        ],
+    )
+    theirs = transformers_log_probs(path, tokens)
+    device = device_of(config)
+    with open_scorer(settle_model(config, 1), device, console) as scorer:
+        [ours] = scorer.log_probs([Response(str(path), {}, tokens, 1)])
+    verdict = Verdict(tokens, ours, theirs)
+    here = tokenizer.decode([tokens[verdict.worst + 1]])
+    console.say(
+        f"{len(ours)} tokens: the worst difference of a log-prob is {verdict.difference:.1e}, at token "
+        f"{verdict.worst + 1} ({here!r}: {ours[verdict.worst]:.5f} here, {theirs[verdict.worst]:.5f} by transformers)"
+    )
+    return verdict
