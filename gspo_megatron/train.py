@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.trainer import device_of, open_trainer
+from gspo_megatron.build.trainer import check_machine, device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(describe_plan(inputs.config, inputs.layout, with_reference=needs_reference))
             check_memory(inputs, options.gpu_memory, console)
             return 0
+        # What the machine lacks comes first: the plan counts on Transformer Engine's layers.
+        check_machine(inputs.config, device)
         check_memory(inputs, device.free_memory_gib(), console)
         c = inputs.config.checkpoint
         stop = StopRequest(

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build import trainer as build_trainer
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.device.machine import Machine
+from gspo_megatron.device.facts import Gpu, Machine, Package
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
@@ -224,13 +225,14 @@ def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
     here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.bfloat16, 1, 0)
     bf16 = load_config(None, ["precision.dtype=bf16"])
-    for version in ("", "2.20.2"):
-        h100 = Machine(gpu="H100", capability=(9, 0), torch="2.14.1", cuda="13.0", transformer_engine=version)
-        monkeypatch.setattr(Machine, "of_this_process", lambda machine=h100: machine)
+    for version in (None, "2.20.2"):
+        gpus, te = (Gpu("H100", (9, 0), 79.6),), Package(version)
+        h100 = Machine(torch=Package("2.14.1"), torch_cuda=(13, 0), gpus=gpus, transformer_engine=te)
+        monkeypatch.setattr(build_trainer, "this_process", lambda machine=h100: machine)
         assert not wants_transformer_engine(bf16, here)
         assert wants_transformer_engine(bf16, there) == bool(version)
         assert not wants_transformer_engine(replaced(bf16, {"precision.transformer_engine": "off"}), there)
-    monkeypatch.setattr(Machine, "of_this_process", lambda: Machine(torch="2.14.1"))
+    monkeypatch.setattr(build_trainer, "this_process", lambda: Machine(torch=Package("2.14.1")))
     for settings in ({"precision.transformer_engine": "on"}, {"precision.fp8": "blockwise"}):
         with pytest.raises(ConfigError, match=r"needs a GPU .* built without CUDA.*; set precision.transformer_engine"):
             wants_transformer_engine(replaced(bf16, settings), here)

@@ -13,7 +13,8 @@ from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.device.gather import this_process
+from gspo_megatron.device.machine import Needs, problems
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -98,6 +99,15 @@ def open_trainer(
         groups.close()
 
 
+def check_machine(config: Config, device: Device) -> None:
+    """Refuses a run that this process's GPU and its libraries cannot do, before anything else is asked of them.
+
+    Raises:
+        ConfigError: what is missing, and what to do.
+    """
+    wants_transformer_engine(config, device)
+
+
 def wants_transformer_engine(config: Config, device: Device) -> bool:
     """Whether the model is built from Transformer Engine layers, which need a GPU.
 
@@ -108,7 +118,7 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     needs = Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
     if device.on_cpu and not needs.needs_transformer_engine:
         return False
-    machine = Machine.of_this_process()
+    machine = this_process()
     if device.on_cpu:
         why = "precision.device=cpu" if p.device == "cpu" else next(problems(machine, needs)).what
         raise ConfigError(

@@ -156,7 +156,7 @@ class PrecisionConfig:
     fp8: str = setting(
         "none",
         "Transformer Engine's recipe for FP8 matmuls; docs/precision.md compares them. Needs a GPU and dtype=bf16.",
-        choices=("none", "blockwise", "tensorwise", "mxfp8"),
+        choices=("none", "blockwise", "mxfp8", "tensorwise"),
     )
     first_last_layers_bf16: int = setting(
         0,
