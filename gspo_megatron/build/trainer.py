@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
@@ -15,6 +17,7 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.gather import this_process
 from gspo_megatron.device.machine import Needs, problems
+from gspo_megatron.log_probs import backends
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -60,7 +63,11 @@ def open_trainer(
         groups = Groups(inputs.layout, device.torch_device, config.parallel.timeout_s)
         compat.apply_patches(device.on_cpu)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
-        policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
+        kernels = backends.agree(algorithm.scoring.backend, device.torch_device, device.dtype, dist.group.WORLD)
+        if kernels.warning:
+            console.warn(kernels.warning)
+        scoring = algorithm.scoring._replace(backend=kernels.backend)
+        policy = MegatronPolicy(config, groups, device, use_te, scoring)
         sampler = MegatronSampler(policy, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, stop=stop)
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
