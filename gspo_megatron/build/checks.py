@@ -6,6 +6,8 @@ is an error; one that works but is unusual is a warning.
 
 from __future__ import annotations
 
+from datetime import date
+
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
@@ -97,6 +99,10 @@ def _check_data(d: DataConfig) -> None:
                 f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and data.eval={d.eval} do not "
                 f"read it, only sources of kind {readers} do; remove it"
             )
+    try:
+        date.fromisoformat(d.chat_date or "2026-11-26")
+    except ValueError as error:
+        raise ConfigError(f"data.chat_date={d.chat_date} is not a day ({error}); write it as 2026-11-26") from error
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:

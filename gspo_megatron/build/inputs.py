@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
-from gspo_megatron.config.loading import replaced
+from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -35,7 +37,7 @@ class Inputs:
 
 def settle(config: Config, world_size: int) -> Inputs:
     """Checks the settings against the number of processes, opens tokenizer, rewards and prompts, and fills in the
-    settings that depend on them: reward.functions and model.vocab_size.
+    settings that depend on them: reward.functions, model.vocab_size and data.chat_date.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
@@ -55,6 +57,8 @@ def settle(config: Config, world_size: int) -> Inputs:
             f"set model.vocab_size to {tokenizer.vocab_size}, or null to take the tokenizer's"
         )
     config = replaced(config, {"model.vocab_size": vocab_size})
+    if config.data.chat_date is None and _tells_day(config, tokenizer):
+        config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (
         open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
     )
@@ -65,6 +69,21 @@ def settle(config: Config, world_size: int) -> Inputs:
     ]
     warnings += config_warnings(config, algorithm)
     return Inputs(config, layout, algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+
+
+def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
+    is_chat = config.data.chat or config.data.messages_field is not None
+    return is_chat and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+
+
+def _day_of_run(config: Config) -> str:
+    """Of the run that is continued, or today's. `check_same_settings` sees to it that all ranks have the same."""
+    load = config.checkpoint.load
+    earlier = None
+    if load != "none":
+        folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parents[1]
+        earlier = saved_setting(folder / "config.yaml", "data.chat_date")
+    return earlier or datetime.now(timezone.utc).date().isoformat()
 
 
 def _data_spec(config: Config, split: str) -> DataSpec:
@@ -82,5 +101,6 @@ def _data_spec(config: Config, split: str) -> DataSpec:
         messages_field=d.messages_field,
         chat=d.chat,
         chat_arguments=d.chat_arguments,
+        chat_date=d.chat_date,
         overlong=d.overlong,
     )

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
+from gspo_megatron.config.loading import to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.gather import this_process
@@ -62,6 +64,7 @@ def open_trainer(
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
         groups = Groups(inputs.layout, device.torch_device, config.parallel.timeout_s)
         compat.apply_patches(device.on_cpu)
+        check_same_settings(config, groups)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         kernels = backends.agree(algorithm.scoring.backend, device.torch_device, device.dtype, dist.group.WORLD)
         if kernels.warning:
@@ -104,6 +107,26 @@ def open_trainer(
             if writer:
                 writer.close()
         groups.close()
+
+
+def check_same_settings(config: Config, ranks: Ranks) -> None:
+    """Each process reads the settings for itself. Collective.
+
+    Raises:
+        ConfigError: a process has others than rank 0, on every rank.
+    """
+    mine = to_yaml(config).splitlines()
+    of_first = [mine]
+    dist.broadcast_object_list(of_first, src=0)
+    differing = [line.strip() for line in mine if line not in of_first[0]]
+    if ranks.any_rank(mine != of_first[0]):
+        heard: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(heard, differing)
+        rank = next(rank for rank, lines in enumerate(heard) if lines)
+        raise ConfigError(
+            f"rank {rank} has other settings than rank 0: {', '.join(heard[rank])}; give every process the same file "
+            "and overrides (data.chat_date, where only the day differs)"
+        )
 
 
 def check_machine(config: Config, device: Device) -> None:

@@ -103,6 +103,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def saved_setting(path: Path, name: str) -> Any:
+    """The value of `section.key` in a config.yaml of a run; None where there is no such file or value."""
+    return OmegaConf.select(OmegaConf.load(path), name) if path.is_file() else None
+
+
 def _typed(*layers: Values) -> Config:
     """The defaults under these layers, lowest first.
 

@@ -201,6 +201,11 @@ class DataConfig:
     )
     chat: bool = setting(False, "Put the prompt into the tokenizer's chat template, as the user's message.")
     chat_arguments: dict[str, Any] = setting({}, "Parameters of the chat template, such as {enable_thinking: false}.")
+    chat_date: str | None = setting(
+        None,
+        "The day that a chat template's strftime_now tells, as 2026-11-26. null: the day (UTC) on which the run "
+        "begins, for the whole run: config.yaml keeps it, and a run that continues reads it there.",
+    )
     max_prompt_tokens: int | None = setting(
         None, "Longest prompt in tokens. null: model.max_sequence_length - rollout.max_new_tokens.", least=1
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.trainer import device_of, open_trainer
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.build.trainer import check_same_settings, device_of, open_trainer
+from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.log_probs import backends
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.testing.local_ranks import run_distributed
@@ -28,9 +29,9 @@ class Heard(Console):
             self.warnings.append(text)
 
 
-def opened(directory: str) -> tuple[list[str], str]:
-    """The warnings printed on this rank of a run whose kernels fall back, and the backend of its policy. Every rank is
-    a vocabulary group of its own."""
+def opened(directory: str) -> tuple[list[str], str, str]:
+    """The warnings printed on this rank of a run whose kernels fall back, the backend of its policy, and what it says
+    to settings that differ on rank 1. Every rank is a vocabulary group of its own."""
     asked = []
 
     def agree(backend: str, *where: object) -> backends.Choice:
@@ -44,9 +45,14 @@ def opened(directory: str) -> tuple[list[str], str]:
         console = Heard(device.rank == 0)
         with open_trainer(settle(config, device.world_size), device, console) as trainer:
             assert asked == ["auto"]
-            return console.warnings, trainer.policy.scoring.backend
+            with pytest.raises(ConfigError) as refused:
+                check_same_settings(replaced(config, {"train.steps": 5 + device.rank}), trainer.ranks)
+            return console.warnings, trainer.policy.scoring.backend, str(refused.value)
 
 
-def test_the_ranks_of_a_run_agree_on_kernels_and_one_says_why(tmp_path: Path) -> None:
+def test_the_ranks_of_a_run_agree_on_kernels_and_settings(tmp_path: Path) -> None:
     results = run_distributed(opened, 2, str(tmp_path), timeout_s=120, like_torchrun=True)
-    assert results == [(["Triton cannot run"], "torch"), ([], "torch")]
+    assert [said for said, *_ in results] == [["Triton cannot run"], []]
+    for _, backend, refusal in results:
+        assert backend == "torch"
+        assert refusal.startswith("rank 1 has other settings than rank 0: steps: 6; give every process the same file")
