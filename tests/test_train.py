@@ -75,11 +75,15 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = command("--config", DEMO, "--dry-run", "--world-size", "2", f"run.dir={run_dir}")
     assert done.returncode == 0, done.stderr
-    settings, _, plan = done.stdout.partition("layout: ")
+    settings, _, plan = done.stdout.partition("\nother settings have their defaults: --verbose prints all")
     path = tmp_path / "printed.yaml"
     path.write_text(settings)
     resolved = settle(load_config(DEMO, [f"run.dir={run_dir}"]), 2).config
     assert load_config(path) == resolved
+    assert len(settings.splitlines()) < 50 and "recompute" not in settings
+    clips = "clip ppo (low 0.03, high 0.04)"
+    assert f"algorithm: gspo: level sequence_mean, {clips}, aggregate sequence_mean, baseline mean_std, no KL" in plan
+    plan = plan.partition("layout: ")[2]
     assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
     m = resolved.model
     assert f"parameters: {count_parameters(m.shape).total:,} in total" in plan
@@ -122,7 +126,22 @@ def test_the_plan_of_a_cluster_is_printed_on_any_machine(capsys: pytest.CaptureF
 def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.CaptureFixture[str]) -> None:
     """gspo_sum has a KL term of its own."""
     assert main(["--dry-run", "--world-size", "64", *CLUSTER, "algorithm.variant=gspo_sum"]) == 0
-    assert "reference" in capsys.readouterr().out.partition("memory estimate")[2]
+    printed = capsys.readouterr().out
+    assert "clip ppo (low 0.2, high 0.2)" in printed and "KL k3 to the reference with weight 0.01" in printed
+    assert "reference" in printed.partition("memory estimate")[2]
+
+
+def test_a_dry_run_prints_all_settings_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", DEMO, "--dry-run", "--verbose"]) == 0
+    settings, _, plan = capsys.readouterr().out.partition("algorithm: gspo:")
+    path = tmp_path / "printed.yaml"
+    path.write_text(settings)
+    assert load_config(path) == settle(load_config(DEMO), 2).config
+    assert len(settings.splitlines()) > 100
+    # Without --world-size: for as many processes as the demo's layout takes.
+    assert "layout: 2 processes" in plan and "processes: 2, the fewest that the layout can have" in plan
+    assert main(["--config", DEMO, "--verbose"]) == 2
+    assert "--verbose needs --dry-run" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_whether_a_gpu_has_enough_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +199,7 @@ def test_a_run_that_does_not_fit_ends_before_anything_is_allocated(
 def test_settings_that_cannot_work_end_before_any_process_group(
     capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], parts: tuple[str, ...], dry: bool
 ) -> None:
-    line = refused(capsys, *SMALL, *overrides, *(["--dry-run"] if dry else []))
+    line = refused(capsys, *SMALL, *overrides, *(["--dry-run", "--world-size", "1"] if dry else []))
     assert all(part in line for part in parts), line
 
 

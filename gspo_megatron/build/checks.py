@@ -13,8 +13,11 @@ from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.layout import Layout, layout_of
+from gspo_megatron.layout.layout import Layout
+from gspo_megatron.layout.refusal import layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
+from gspo_megatron.models.presets import DEMOS, PRESETS
+from gspo_megatron.models.rope import beyond_trained_length
 from gspo_megatron.run.algorithm import Algorithm
 
 HOPPER = (9, 0)
@@ -180,6 +183,14 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "the run starts from random weights without a warm start, so rewards have next to nothing to improve; set "
             "train.warm_start_steps, or checkpoint.load (published weights cannot be read yet)"
         )
+    if config.data.train == DataConfig().train and config.model.preset not in DEMOS:
+        notes.append(
+            f"data.train={config.data.train}, on which model.preset={config.model.preset} would train, is the demo's "
+            "task; set data.train, data.eval and data.tokenizer to your own"
+        )
+    published = PRESETS[config.model.preset].get("max_sequence_length")
+    if published and (note := beyond_trained_length(config.model.shape, published)):
+        notes.append(note)
     if (needed := RECIPES[config.precision.fp8].capability) > HOPPER:
         notes.append(
             f"precision.fp8={config.precision.fp8} needs GPUs of compute capability {needed[0]}.{needed[1]} or newer; "

@@ -14,7 +14,7 @@ from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
-from gspo_megatron.config.loading import to_yaml
+from gspo_megatron.config.loading import replaced, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.gather import this_process
@@ -110,12 +110,13 @@ def open_trainer(
 
 
 def check_same_settings(config: Config, ranks: Ranks) -> None:
-    """Each process reads the settings for itself. Collective.
+    """Each process reads the settings for itself. Only `run.dir` may differ, where a node has its disks elsewhere.
+    Collective.
 
     Raises:
         ConfigError: a process has others than rank 0, on every rank.
     """
-    mine = to_yaml(config).splitlines()
+    mine = to_yaml(replaced(config, {"run.dir": ""})).splitlines()
     of_first = [mine]
     dist.broadcast_object_list(of_first, src=0)
     differing = [line.strip() for line in mine if line not in of_first[0]]

@@ -366,6 +366,9 @@ class CheckpointConfig:
         "none",
         "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
     )
+    allow_other_variant: bool = setting(
+        False, "Go on from a checkpoint of another algorithm.variant, which is refused otherwise."
+    )
     asynchronous: bool = setting(True, "Keep training while the files are written.")
     exit_after_s: float = setting(
         0.0, "Save and exit with status 75 this many seconds after the start. 0: never.", least=0

@@ -87,3 +87,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_mscale_all_dim": 1.0,
     },
 }
+
+DEMOS = ("tiny_moe", "tiny_mla")
+"""Of these, models that are not published: their lengths mean nothing."""
