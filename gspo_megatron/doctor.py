@@ -18,7 +18,7 @@ from typing import Any
 
 from gspo_megatron.device.checkup import Finding, State, examine, passes
 from gspo_megatron.device.facts import Facts
-from gspo_megatron.device.probe import gather
+from gspo_megatron.device.gather import gather
 
 PINS = Path(__file__).parents[1] / "requirements" / "pins.txt"
 WIDTH = 118

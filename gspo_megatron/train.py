@@ -19,13 +19,14 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.command import KNOWN_ERRORS, Parser, report, reported
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.trainer import device_of, open_trainer
+from gspo_megatron.build.trainer import check_machine, device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
-from gspo_megatron.config.loading import load_config, replaced, to_yaml
+from gspo_megatron.config.loading import changed_yaml, load_config, replaced, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device, torchrun
+from gspo_megatron.layout.refusal import fewest_processes
 from gspo_megatron.layout.verdict import describe_plan, memory_verdict
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.resume import describe
@@ -49,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = open_device("cpu", config.precision.dtype) if options.dry_run else device_of(config)
         console = Console(on=device.rank == 0)
         config = continued_after_restart(config, device, console)
-        inputs = settle(config, options.world_size or device.world_size)
-        announce(inputs, device, console)
         if options.dry_run:
-            console.say(to_yaml(inputs.config))
-            needs_reference = inputs.algorithm.needs_reference
-            console.say(describe_plan(inputs.config, inputs.layout, with_reference=needs_reference))
-            check_memory(inputs, options.gpu_memory, console)
+            dry_run(config, options, device, console)
             return 0
+        inputs = settle(config, device.world_size)
+        announce(inputs, device, console)
+        # What the machine lacks comes first: the plan counts on Transformer Engine's layers.
+        check_machine(inputs.config, device)
         check_memory(inputs, device.free_memory_gib(), console)
         c = inputs.config.checkpoint
         stop = StopRequest(
@@ -90,7 +90,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, layout, parameters and memory per rank, and exit"
     )
-    parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
+    parser.add_argument("--verbose", action="store_true", help="with --dry-run: print settings at their defaults, too")
+    parser.add_argument(
+        "--world-size", type=int, help="with --dry-run: the number of processes to plan for (default: the fewest)"
+    )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="with --dry-run: memory of a GPU; status 2 if it is too little"
     )
@@ -100,9 +103,32 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("no settings: name a file with --config, or give overrides to train the demo's tiny model")
     if options.world_size is not None and not (options.dry_run and options.world_size > 0):
         parser.error("--world-size needs --dry-run and 1 or more processes; a run has those that torchrun starts")
+    if options.verbose and not options.dry_run:
+        parser.error("--verbose needs --dry-run; a run writes all of its settings to config.yaml in run.dir")
     if options.gpu_memory is not None and not (options.dry_run and options.gpu_memory > 0):
         parser.error("--gpu-memory needs --dry-run and more than 0 GiB; a run asks its own GPU")
     return options
+
+
+def dry_run(config: Config, options: argparse.Namespace, device: Device, console: Console) -> None:
+    """Prints what a run of these settings would be.
+
+    Raises:
+        ConfigError: it cannot work, or does not fit in options.gpu_memory.
+    """
+    world_size = options.world_size or max(device.world_size, fewest_processes(config))
+    inputs = settle(config, world_size)
+    announce(inputs, device, console)
+    console.say(to_yaml(inputs.config) if options.verbose else changed_yaml(inputs.config))
+    if not options.verbose:
+        console.say("other settings have their defaults: --verbose prints all, docs/settings.md explains them\n")
+    console.say(f"algorithm: {inputs.algorithm}")
+    console.say(describe_plan(inputs.config, inputs.layout, with_reference=inputs.algorithm.needs_reference))
+    if options.world_size is None and device.world_size == 1:
+        console.say(
+            f"processes: {world_size}, the fewest that the layout can have; --world-size N plans for those of your run"
+        )
+    check_memory(inputs, options.gpu_memory, console)
 
 
 def announce(inputs: Inputs, device: Device, console: Console) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gspo_megatron import doctor
-from gspo_megatron.device import probe
+from gspo_megatron.device import gather
 from gspo_megatron.device.checkup import CHECKS
 from gspo_megatron.testing.time_limits import time_factor
 
@@ -61,7 +61,7 @@ def test_no_probe_is_waited_for_longer_than_its_limit(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        found = probe.ask({n: (f"probe_{n}",) for n in ("hangs", "crashes", "raises", "answers")}, 10.0)
+        found = gather.ask({n: (f"probe_{n}",) for n in ("hangs", "crashes", "raises", "answers")}, 10.0)
     assert time.monotonic() - started < 30
     assert found["hangs"] == {"error": "no answer within 10 s"}
     assert found["crashes"] == {"error": "crashed (SIGSEGV)"}
@@ -77,15 +77,15 @@ def test_a_package_that_half_works_says_what_is_missing(tmp_path: Path) -> None:
     (folder / "pytorch.py").write_text("import halfway_compiled_part")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        assert "halfway_compiled_part" in probe.imported("halfway.pytorch")["error"]
-        assert probe.imported("no_such_package_at_all") == {"version": None, "error": None}
+        assert "halfway_compiled_part" in gather.imported("halfway.pytorch")["error"]
+        assert gather.imported("no_such_package_at_all") == {"version": None, "error": None}
 
 
 def test_memory_in_use_is_that_of_the_visible_gpus() -> None:
     used = [1.0, 20.0, 3.0]
-    assert probe.seen(used, None) == used
-    assert probe.seen(used, "2, 1") == [3.0, 20.0]
-    assert probe.seen(used, "GPU-1f2e") == probe.seen(used, "") == probe.seen(used, "7") == []
+    assert gather.seen(used, None) == used
+    assert gather.seen(used, "2, 1") == [3.0, 20.0]
+    assert gather.seen(used, "GPU-1f2e") == gather.seen(used, "") == gather.seen(used, "7") == []
 
 
 def test_lines_say_what_to_do() -> None:

@@ -43,7 +43,7 @@ DEVICE_NAMES_ALLOWED = {
     "mcore/groups.py": {"create_gloo_process_groups"},
     "mcore/layers.py": {"use_transformer_engine"},
     "mcore/model.py": {"model_parallel_cuda_manual_seed"},
-    "mcore/probe.py": {"check_transformer_engine"},
+    "mcore/try_te.py": {"check_transformer_engine"},
     "mcore/optimizer.py": {"use_gloo_process_groups"},
     # Ranks of a test meet through it.
     "testing/local_ranks.py": {"gloo"},

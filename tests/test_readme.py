@@ -52,3 +52,19 @@ def test_every_link_leads_somewhere() -> None:
     assert len(links) > 10
     for link in links:
         assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+WRITTEN = re.compile(r"^<!-- (?!end of)(?!.*Written by).*?^<!-- end of .*?$|^```.*?^```$", re.MULTILINE | re.DOTALL)
+"""What a command writes between two marks, and code, in which a command is one line."""
+
+
+def test_lines_are_no_wider_than_an_editor() -> None:
+    """But for tables, which cannot be broken."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    wide = [
+        f"{page.name}: {line}"
+        for page in pages
+        for line in WRITTEN.sub("", page.read_text()).splitlines()
+        if len(line) > 128 and not line.startswith("|")
+    ]
+    assert len(pages) > 15 and not wide

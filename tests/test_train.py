@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build import trainer as build_trainer
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.checkpoint.lock import RunLock
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.device.machine import Machine
+from gspo_megatron.device.facts import Gpu, Machine, Package
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
@@ -74,11 +75,15 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = command("--config", DEMO, "--dry-run", "--world-size", "2", f"run.dir={run_dir}")
     assert done.returncode == 0, done.stderr
-    settings, _, plan = done.stdout.partition("layout: ")
+    settings, _, plan = done.stdout.partition("\nother settings have their defaults: --verbose prints all")
     path = tmp_path / "printed.yaml"
     path.write_text(settings)
     resolved = settle(load_config(DEMO, [f"run.dir={run_dir}"]), 2).config
     assert load_config(path) == resolved
+    assert len(settings.splitlines()) < 50 and "recompute" not in settings
+    clips = "clip ppo (low 0.03, high 0.04)"
+    assert f"algorithm: gspo: level sequence_mean, {clips}, aggregate sequence_mean, baseline mean_std, no KL" in plan
+    plan = plan.partition("layout: ")[2]
     assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
     m = resolved.model
     assert f"parameters: {count_parameters(m.shape).total:,} in total" in plan
@@ -121,7 +126,22 @@ def test_the_plan_of_a_cluster_is_printed_on_any_machine(capsys: pytest.CaptureF
 def test_the_plan_counts_the_reference_that_the_variant_brings(capsys: pytest.CaptureFixture[str]) -> None:
     """gspo_sum has a KL term of its own."""
     assert main(["--dry-run", "--world-size", "64", *CLUSTER, "algorithm.variant=gspo_sum"]) == 0
-    assert "reference" in capsys.readouterr().out.partition("memory estimate")[2]
+    printed = capsys.readouterr().out
+    assert "clip ppo (low 0.2, high 0.2)" in printed and "KL k3 to the reference with weight 0.01" in printed
+    assert "reference" in printed.partition("memory estimate")[2]
+
+
+def test_a_dry_run_prints_all_settings_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", DEMO, "--dry-run", "--verbose"]) == 0
+    settings, _, plan = capsys.readouterr().out.partition("algorithm: gspo:")
+    path = tmp_path / "printed.yaml"
+    path.write_text(settings)
+    assert load_config(path) == settle(load_config(DEMO), 2).config
+    assert len(settings.splitlines()) > 100
+    # Without --world-size: for as many processes as the demo's layout takes.
+    assert "layout: 2 processes" in plan and "processes: 2, the fewest that the layout can have" in plan
+    assert main(["--config", DEMO, "--verbose"]) == 2
+    assert "--verbose needs --dry-run" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_whether_a_gpu_has_enough_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +199,7 @@ def test_a_run_that_does_not_fit_ends_before_anything_is_allocated(
 def test_settings_that_cannot_work_end_before_any_process_group(
     capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], parts: tuple[str, ...], dry: bool
 ) -> None:
-    line = refused(capsys, *SMALL, *overrides, *(["--dry-run"] if dry else []))
+    line = refused(capsys, *SMALL, *overrides, *(["--dry-run", "--world-size", "1"] if dry else []))
     assert all(part in line for part in parts), line
 
 
@@ -224,13 +244,14 @@ def test_transformer_engine_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     """Also on a machine that has it: a run on the CPU there must not be built from its layers."""
     here, there = open_device("cpu", "fp32"), Device(torch.device("cuda", 0), "nccl", torch.bfloat16, 1, 0)
     bf16 = load_config(None, ["precision.dtype=bf16"])
-    for version in ("", "2.20.2"):
-        h100 = Machine(gpu="H100", capability=(9, 0), torch="2.14.1", cuda="13.0", transformer_engine=version)
-        monkeypatch.setattr(Machine, "of_this_process", lambda machine=h100: machine)
+    for version in (None, "2.20.2"):
+        gpus, te = (Gpu("H100", (9, 0), 79.6),), Package(version)
+        h100 = Machine(torch=Package("2.14.1"), torch_cuda=(13, 0), gpus=gpus, transformer_engine=te)
+        monkeypatch.setattr(build_trainer, "this_process", lambda machine=h100: machine)
         assert not wants_transformer_engine(bf16, here)
         assert wants_transformer_engine(bf16, there) == bool(version)
         assert not wants_transformer_engine(replaced(bf16, {"precision.transformer_engine": "off"}), there)
-    monkeypatch.setattr(Machine, "of_this_process", lambda: Machine(torch="2.14.1"))
+    monkeypatch.setattr(build_trainer, "this_process", lambda: Machine(torch=Package("2.14.1")))
     for settings in ({"precision.transformer_engine": "on"}, {"precision.fp8": "blockwise"}):
         with pytest.raises(ConfigError, match=r"needs a GPU .* built without CUDA.*; set precision.transformer_engine"):
             wants_transformer_engine(replaced(bf16, settings), here)

@@ -405,7 +405,10 @@ def show(rows: Sequence[Row], worst: int) -> None:
     print(f"\n{'':{width}}  {'reference':>22}  {'layout':>22}  {'difference':>10}  tolerance")
     for row in metrics:
         print(f"{row.name:{width}}  {row.reference:>22.15g}  {row.layout:>22.15g}  {_judged(row)}")
-    print(f"\ngradients of {len(gradients) // 2} parameters, the worst first, relative to their largest element")
+    print(
+        f"\ngradients of {len(gradients) // 2} parameters, relative to the largest element of each; differences from "
+        "the reference and between ranks that hold the same, the worst first"
+    )
     for row in gradients[:worst]:
         print(f"{row.name:{width}}  {'':>22}  {'':>22}  {_judged(row)}")
     failed = [row for row in rows if not row.ok]

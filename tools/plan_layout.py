@@ -21,18 +21,18 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
-from gspo_megatron.config.sections import Config
+from gspo_megatron.config.sections import Config, DataConfig
 from gspo_megatron.layout.hardware import GPUS
 from gspo_megatron.layout.memory import GIB, RESERVED_GIB, checkpoint_bytes, counts_of, rollouts_at_once
 from gspo_megatron.layout.planner import Plan, distinct, search
 from gspo_megatron.layout.timing import Cluster, Work
 from gspo_megatron.models.families import FAMILIES
-from gspo_megatron.models.presets import PRESETS
+from gspo_megatron.models.presets import DEMOS, PRESETS
+from gspo_megatron.models.rope import beyond_trained_length
 from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.run.algorithm import Algorithm
 
-PRECISIONS = {"bf16": ("bf16", "none"), "fp8": ("bf16", "blockwise")}
-"""By --precision: precision.dtype and precision.fp8."""
+PRECISIONS = ("bf16", "fp8")
 
 
 def model_settings(model: str) -> list[str]:
@@ -86,7 +86,7 @@ def check_amounts(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace) -> list[str]:
     """The run's settings but for its layout."""
-    dtype, fp8 = PRECISIONS[options.precision]
+    fp8 = GPUS[options.gpu].fp8_recipe if options.precision == "fp8" else "none"
     length = options.prompt + options.response
     # Context parallelism cuts a sequence into 2 cp equal parts.
     length = -(-length // 16) * 16
@@ -94,7 +94,7 @@ def settings_of(options: argparse.Namespace) -> list[str]:
         *model_settings(options.model),
         f"model.max_sequence_length={length}",
         f"train.tokens_per_micro_batch={length}",
-        f"precision.dtype={dtype}",
+        "precision.dtype=bf16",
         f"precision.fp8={fp8}",
         f"rollout.max_new_tokens={options.response}",
         f"rollout.group_size={options.group_size}",
@@ -226,6 +226,11 @@ def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) ->
     for key, value in {**dict(setting.split("=", 1) for setting in settings), **chosen}.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    if trains_demo(settings):
+        sections["data"] = {
+            name: f"{getattr(DataConfig(), name)}  # the demo's; set your own"
+            for name in ("train", "eval", "tokenizer")
+        }
     lines = [
         f"# {options.model} on {ranks.world_size} {options.gpu}, by tools/plan_layout.py. A prediction:",
         f"# {plan.time.total:.0f} s a step, {plan.peak_gib:.0f} GiB a GPU. Set data, reward and run.dir to your own.",
@@ -233,6 +238,10 @@ def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) ->
     for section, values in sections.items():
         lines += ["", f"{section}:", *(f"  {name}: {value}" for name, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def trains_demo(settings: Sequence[str]) -> bool:
+    return not any(setting.startswith("data.train=") for setting in settings)
 
 
 # --- the command ---
@@ -270,14 +279,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     try:
         check_amounts(options)
+        if options.precision == "fp8" and not GPUS[options.gpu].fp8_recipe:
+            raise ConfigError(f"--gpu {options.gpu} has no FP8; use --precision bf16")
         settings = settings_of(options)
         config = load_config(None, settings)
+        trained_for = load_config(None, model_settings(options.model)).model.max_sequence_length
+        too_long = None if options.model in DEMOS else beyond_trained_length(config.model.shape, trained_for)
         if config.model.vocab_size is None:
             raise ConfigError(f"--model {options.model} has no vocabulary size; add model.vocab_size=NUMBER")
         gpu = GPUS[options.gpu]
         cluster = Cluster(gpu, options.gpus_per_node or min(gpu.domain, options.gpus))
-        if options.precision == "fp8" and not gpu.fp8_tflops:
-            raise ConfigError(f"--gpu {gpu.name} has no FP8; use --precision bf16")
         work = work_of(config, options)
         with_reference = Algorithm.of(config).needs_reference
         usable = (options.gpu_memory or gpu.memory_gib) - RESERVED_GIB
@@ -303,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"predictions, errors in docs/planner.md; {work.sequences} rollouts a step of {work.length:,.0f} tokens on "
         f"average; {len(plans)} plans fit in {usable:.1f} GiB, found in {time.monotonic() - start:.1f} s\n"
     )
+    if too_long:
+        print(f"warning: {too_long}\n")
     show(best, work, options)
     if options.write:
         options.write.write_text(yaml_of(best[options.choose - 1], settings, options))
@@ -310,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"wrote {options.write}: python -m gspo_megatron.train --config {options.write} --dry-run "
             f"--world-size {options.gpus} --gpu-memory {gpu.memory_gib}"
         )
+        if trains_demo(settings):
+            print(f"it names no data: until you set data.train in it, a run trains the demo's {DataConfig().train}")
     return 0
 
 

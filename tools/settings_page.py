@@ -6,12 +6,15 @@ python tools/settings_page.py
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from gspo_megatron.config.declarations import Setting, settings_of
 from gspo_megatron.config.sections import Config
 
+WIDTH = 128
+"""Of a line in docs/, but for tables."""
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 HEAD = """\
@@ -24,8 +27,8 @@ A run's settings are a YAML file of sections, and `section.key=value` on the com
     python -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml parallel.ep=1 optimizer.lr=3e-4
 
 A setting that neither names comes from `model.preset`, then from the defaults below. An unknown key is an error.
-`--dry-run` prints all settings of a run. A mapping in a file replaces the default one; `reward.functions.NAME=1` adds
-an entry to it.
+`--dry-run --verbose` prints all settings of a run. A mapping in a file replaces the default one;
+`reward.functions.NAME=1` adds an entry to it.
 """
 
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "value"}
@@ -39,7 +42,7 @@ def page(config: type = Config) -> str:
 
 def _section(name: str, section: type, settings: dict[str, Setting]) -> str:
     rows = [_row(setting) for key, setting in settings.items() if key.startswith(f"{name}.")]
-    about = " ".join((section.__doc__ or "").split())
+    about = textwrap.fill(" ".join((section.__doc__ or "").split()), WIDTH, break_on_hyphens=False)
     head = ("| Key | Type | Default | Range or choices | Meaning |", "|---|---|---|---|---|")
     return "\n".join([f"## {name}", "", about, "", *head, *rows, ""])
 

@@ -30,7 +30,7 @@ from benchmarks.gpu_hour.status import MARK, missed, results_in, table
 from benchmarks.reports import versions, write_between_marks
 from gspo_megatron.device.checkup import problem_of_recipe
 from gspo_megatron.device.facts import Facts
-from gspo_megatron.device.probe import gather
+from gspo_megatron.device.gather import gather
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton")
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"

@@ -33,7 +33,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import DTYPES, Device, open_device
-from gspo_megatron.device.machine import Machine
+from gspo_megatron.device.gather import this_process
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -86,7 +86,7 @@ class Bench:
         device.start_processes(600.0)
         groups = Groups(check_config(config, 1), device.torch_device)
         compat.apply_patches(device.on_cpu)
-        te = options.te if options.rehearse else Machine.of_this_process().has_transformer_engine
+        te = options.te if options.rehearse else this_process().transformer_engine.works
         if te:
             compat.check_transformer_engine()
         return cls(config, device, groups, options.rehearse, te)

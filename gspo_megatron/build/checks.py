@@ -6,13 +6,18 @@ is an error; one that works but is unusual is a warning.
 
 from __future__ import annotations
 
+from datetime import date
+
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
-from gspo_megatron.layout.layout import Layout, layout_of
+from gspo_megatron.layout.layout import Layout
+from gspo_megatron.layout.refusal import layout_of
 from gspo_megatron.models.families import FAMILIES, family_of
+from gspo_megatron.models.presets import DEMOS, PRESETS
+from gspo_megatron.models.rope import beyond_trained_length
 from gspo_megatron.run.algorithm import Algorithm
 
 HOPPER = (9, 0)
@@ -120,6 +125,10 @@ def _check_data(d: DataConfig) -> None:
                 f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and data.eval={d.eval} do not "
                 f"read it, only sources of kind {readers} do; remove it"
             )
+    try:
+        date.fromisoformat(d.chat_date or "2026-11-26")
+    except ValueError as error:
+        raise ConfigError(f"data.chat_date={d.chat_date} is not a day ({error}); write it as 2026-11-26") from error
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:
@@ -198,6 +207,15 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "the run starts from random weights without a warm start, so rewards have next to nothing to improve; set "
             "model.hf to a folder with a model, or train.warm_start_steps, or checkpoint.load"
         )
+    model = f"model.hf={config.model.hf}" if config.model.hf else f"model.preset={config.model.preset}"
+    if config.data.train == DataConfig().train and (config.model.hf or config.model.preset not in DEMOS):
+        notes.append(
+            f"data.train={config.data.train}, on which {model} would train, is the demo's task; set data.train and "
+            "data.eval to your own"
+        )
+    published = PRESETS[config.model.preset].get("max_sequence_length")
+    if published and (note := beyond_trained_length(config.model.shape, published)):
+        notes.append(note)
     if (needed := RECIPES[config.precision.fp8].capability) > HOPPER:
         notes.append(
             f"precision.fp8={config.precision.fp8} needs GPUs of compute capability {needed[0]}.{needed[1]} or newer; "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
-from gspo_megatron.config.loading import replaced
+from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -62,7 +64,7 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
 
 
 def settle(config: Config, world_size: int) -> Inputs:
-    """`settle_model`, and opens rewards and prompts; fills in reward.functions.
+    """`settle_model`, and opens rewards and prompts; fills in reward.functions and data.chat_date.
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
@@ -75,6 +77,8 @@ def settle(config: Config, world_size: int) -> Inputs:
         config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    if config.data.chat_date is None and _tells_day(config, tokenizer):
+        config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (
         open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
     )
@@ -93,6 +97,21 @@ def tokenizer_spec(config: Config) -> str:
     return (config.model.hf or "characters") if spec == "auto" else spec
 
 
+def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
+    is_chat = config.data.chat or config.data.messages_field is not None
+    return is_chat and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+
+
+def _day_of_run(config: Config) -> str:
+    """Of the run that is continued, or today's. `check_same_settings` sees to it that all ranks have the same."""
+    load = config.checkpoint.load
+    earlier = None
+    if load != "none":
+        folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parents[1]
+        earlier = saved_setting(folder / "config.yaml", "data.chat_date")
+    return earlier or datetime.now(timezone.utc).date().isoformat()
+
+
 def _data_spec(config: Config, split: str) -> DataSpec:
     d = config.data
     return DataSpec(
@@ -108,5 +127,6 @@ def _data_spec(config: Config, split: str) -> DataSpec:
         messages_field=d.messages_field,
         chat=d.chat,
         chat_arguments=d.chat_arguments,
+        chat_date=d.chat_date,
         overlong=d.overlong,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import CheckpointError, ConfigError
 from gspo_megatron.build.inputs import ModelInputs
 from gspo_megatron.build.parts import packer_of
-from gspo_megatron.build.trainer import open_groups
+from gspo_megatron.build.trainer import agreed_scoring, open_groups
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
@@ -49,7 +49,7 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
 
     config = inputs.config
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, _):
-        model = MegatronModel(config, groups, device, use_te, inputs.algorithm.scoring)
+        model = MegatronModel(config, groups, device, use_te, agreed_scoring(inputs.algorithm.scoring, device, console))
         for chunk in model.model:
             chunk.requires_grad_(False).eval()
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)

@@ -7,18 +7,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
+from gspo_megatron.config.loading import replaced, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.device.gather import this_process
+from gspo_megatron.device.machine import Needs, problems
 from gspo_megatron.layout.layout import Layout
+from gspo_megatron.log_probs import Scoring, backends
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
@@ -58,7 +64,8 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
-        policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
+        scoring = agreed_scoring(algorithm.scoring, device, console)
+        policy = MegatronPolicy(config, groups, device, use_te, scoring)
         sampler = MegatronSampler(
             policy,
             stops=stops_of(config.rollout.stop, tokenizer),
@@ -128,6 +135,7 @@ def open_groups(
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
         groups = Groups(layout, device.torch_device, config.parallel.timeout_s)
         compat.apply_patches(device.on_cpu)
+        check_same_settings(config, groups)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         yield groups, use_te, watchdog
         groups.close()
@@ -143,6 +151,44 @@ def folder_files(shape: ModelShape, tokenizer: Tokenizer, spec: str, hf: str | N
     return FolderFiles.of(family_of(shape).hf_config(shape), tokenizer.stop_ids, tokenizer.pad_id, folder)
 
 
+def agreed_scoring(scoring: Scoring, device: Device, console: Console) -> Scoring:
+    """With the kernels that all ranks can run. Collective."""
+    kernels = backends.agree(scoring.backend, device.torch_device, device.dtype, dist.group.WORLD)
+    if kernels.warning:
+        console.warn(kernels.warning)
+    return scoring._replace(backend=kernels.backend)
+
+
+def check_same_settings(config: Config, ranks: Ranks) -> None:
+    """Each process reads the settings for itself. Only `run.dir` may differ, where a node has its disks elsewhere.
+    Collective.
+
+    Raises:
+        ConfigError: a process has others than rank 0, on every rank.
+    """
+    mine = to_yaml(replaced(config, {"run.dir": ""})).splitlines()
+    of_first = [mine]
+    dist.broadcast_object_list(of_first, src=0)
+    differing = [line.strip() for line in mine if line not in of_first[0]]
+    if ranks.any_rank(mine != of_first[0]):
+        heard: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(heard, differing)
+        rank = next(rank for rank, lines in enumerate(heard) if lines)
+        raise ConfigError(
+            f"rank {rank} has other settings than rank 0: {', '.join(heard[rank])}; give every process the same file "
+            "and overrides (data.chat_date, where only the day differs)"
+        )
+
+
+def check_machine(config: Config, device: Device) -> None:
+    """Refuses a run that this process's GPU and its libraries cannot do, before anything else is asked of them.
+
+    Raises:
+        ConfigError: what is missing, and what to do.
+    """
+    wants_transformer_engine(config, device)
+
+
 def wants_transformer_engine(config: Config, device: Device) -> bool:
     """Whether the model is built from Transformer Engine layers, which need a GPU.
 
@@ -153,7 +199,7 @@ def wants_transformer_engine(config: Config, device: Device) -> bool:
     needs = Needs(p.dtype, p.fp8, p.transformer_engine, config.parallel.cp)
     if device.on_cpu and not needs.needs_transformer_engine:
         return False
-    machine = Machine.of_this_process()
+    machine = this_process()
     if device.on_cpu:
         why = "precision.device=cpu" if p.device == "cpu" else next(problems(machine, needs)).what
         raise ConfigError(

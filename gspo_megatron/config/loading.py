@@ -122,6 +122,26 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def changed_yaml(config: Config) -> str:
+    """The settings that differ from their defaults, those of model.preset included, as YAML from which `load_config`
+    makes the same Config."""
+    default = load_config(None, [f"model.preset={config.model.preset}"])
+    changed: Values = {}
+    for key in SETTINGS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value != getattr(getattr(default, section), name) or (
+            key == "model.preset" and value != Config().model.preset
+        ):
+            changed.setdefault(section, {})[name] = value
+    return OmegaConf.to_yaml(OmegaConf.create(changed))
+
+
+def saved_setting(path: Path, name: str) -> Any:
+    """The value of `section.key` in a config.yaml of a run; None where there is no such file or value."""
+    return OmegaConf.select(OmegaConf.load(path), name) if path.is_file() else None
+
+
 def _typed(*layers: Values) -> Config:
     """The defaults under these layers, lowest first.
 

@@ -174,7 +174,7 @@ class PrecisionConfig:
     fp8: str = setting(
         "none",
         "Transformer Engine's recipe for FP8 matmuls; docs/precision.md compares them. Needs a GPU and dtype=bf16.",
-        choices=("none", "blockwise", "tensorwise", "mxfp8"),
+        choices=("none", "blockwise", "mxfp8", "tensorwise"),
     )
     first_last_layers_bf16: int = setting(
         0,
@@ -220,6 +220,11 @@ class DataConfig:
     )
     chat: bool = setting(False, "Put the prompt into the tokenizer's chat template, as the user's message.")
     chat_arguments: dict[str, Any] = setting({}, "Parameters of the chat template, such as {enable_thinking: false}.")
+    chat_date: str | None = setting(
+        None,
+        "The day that a chat template's strftime_now tells, as 2026-11-26. null: the day (UTC) on which the run "
+        "begins, for the whole run: config.yaml keeps it, and a run that continues reads it there.",
+    )
     max_prompt_tokens: int | None = setting(
         None, "Longest prompt in tokens. null: model.max_sequence_length - rollout.max_new_tokens.", least=1
     )
@@ -391,6 +396,9 @@ class CheckpointConfig:
     load: str = setting(
         "none",
         "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
+    )
+    allow_other_variant: bool = setting(
+        False, "Go on from a checkpoint of another algorithm.variant, which is refused otherwise."
     )
     asynchronous: bool = setting(True, "Keep training while the files are written.")
     exit_after_s: float = setting(

@@ -2,7 +2,8 @@
 
 The environment is the one that transformers documents for templates (Chat templates, "Writing a chat template"):
 trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now` and a `tojson` that escapes nothing.
-tests/data/test_chat.py compares its text with transformers' own.
+`strftime_now` tells one day for a whole run, and midnight: a prompt must not depend on the rank, or on when a run is
+continued. tests/data/test_hugging_face.py compares the text with transformers' own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime, time, timezone
 from typing import Any, ClassVar, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -45,27 +46,39 @@ class ChatTemplate:
         special: special tokens that it may name, such as `bos_token`.
         name: what messages call it.
         arguments: its own parameters, such as `enable_thinking`.
+        today: the day that `strftime_now` tells; None: the present one, in UTC.
+
+    Attributes:
+        tells_day: whether its text may depend on `today`.
 
     Raises:
         DataError: not a Jinja template.
     """
 
     def __init__(
-        self, source: str, special: Mapping[str, str], *, name: str, arguments: Mapping[str, Any] | None = None
+        self,
+        source: str,
+        special: Mapping[str, str],
+        *,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        today: date | None = None,
     ) -> None:
         self.source, self.name, self._special, self.arguments = source, name, dict(special), dict(arguments or {})
+        midnight = datetime.combine(today or datetime.now(timezone.utc).date(), time())
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals |= {"raise_exception": _raise, "strftime_now": midnight.strftime}
+        self.tells_day = "strftime_now" in source
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"{name}, line {error.lineno}, is not a Jinja template: {error}") from error
 
-    def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTemplate:
-        return ChatTemplate(self.source, self._special, name=self.name, arguments=arguments)
+    def with_arguments(self, arguments: Mapping[str, Any], today: date | None = None) -> ChatTemplate:
+        return ChatTemplate(self.source, self._special, name=self.name, arguments=arguments, today=today)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The text of a conversation, followed by the beginning of the assistant's turn.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
@@ -52,6 +53,7 @@ class DataSpec:
     messages_field: str | None = None
     chat: bool = False
     chat_arguments: Mapping[str, Any] = field(default_factory=dict)
+    chat_date: str | None = None
     overlong: str = "error"
 
     @property
@@ -107,6 +109,8 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
                 f"data.chat_arguments={dict(spec.chat_arguments)} would not be used: set data.chat=true or "
                 "data.messages_field, or leave it out"
             )
+        if spec.chat_date:
+            raise ConfigError(f"data.chat_date={spec.chat_date} has no effect without a chat template; remove it")
         return None
     if tokenizer.chat_template is None:
         asked = f"data.messages_field={spec.messages_field}" if spec.messages_field else "data.chat=true"
@@ -114,13 +118,19 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
             f"{asked} needs a tokenizer with a chat template, and data.tokenizer has none; use a Hugging Face folder "
             "with chat_template.jinja, or write the whole text with data.prompt_template"
         )
-    return tokenizer.chat_template.with_arguments(spec.chat_arguments)
+    if spec.chat_date and not tokenizer.chat_template.tells_day:
+        raise ConfigError(
+            f"data.chat_date={spec.chat_date} has no effect: {tokenizer.chat_template.name} does not call "
+            "strftime_now; remove it"
+        )
+    today = date.fromisoformat(spec.chat_date) if spec.chat_date else None
+    return tokenizer.chat_template.with_arguments(spec.chat_arguments, today)
 
 
 OF_FILES = frozenset(
     {
         *("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"),
-        *("messages_field", "chat", "chat_arguments"),
+        *("messages_field", "chat", "chat_arguments", "chat_date"),
     }
 )
 SOURCES: dict[str, Source] = {

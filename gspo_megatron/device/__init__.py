@@ -19,7 +19,8 @@ import torch
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.device import cpu, cuda, processes
-from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.device.gather import this_process
+from gspo_megatron.device.machine import Needs, problems
 
 TORCHRUN = {
     "world_size": ("WORLD_SIZE", "1"),
@@ -138,11 +139,17 @@ def open_device(device: str, dtype: str, *, fp8: str = "none", deterministic: bo
         warnings = cuda.set_variables(cuda.variables_of(fp8, deterministic), os.environ)
     if deterministic:
         torch.use_deterministic_algorithms(True)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or not torch.cuda.is_available():
+        warnings = []  # of variables that no CPU run reads
+        if device != "cpu":
+            machine = this_process()
+            why = next(problems(machine, Needs()))
+            if device == "cuda":
+                raise ConfigError(f"precision.device=cuda, but {why}")
+            if machine.driver:
+                warnings = [f"precision.device=auto takes the CPU, though there is an NVIDIA driver: {why}"]
         cpu.install()
-        return Device(torch.device("cpu"), "gloo", DTYPES[dtype], **started)
-    if not torch.cuda.is_available():
-        raise ConfigError(f"precision.device=cuda, but {next(problems(Machine.of_this_process(), Needs()))}")
+        return Device(torch.device("cpu"), "gloo", DTYPES[dtype], **started, warnings=tuple(warnings))
     if dtype == "fp64":
         raise ConfigError("precision.dtype=fp64 runs on the CPU only; set precision.device=cpu")
     gpu = cuda.open_gpu(int(os.environ.get("LOCAL_RANK", 0)))

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from gspo_megatron.device.cuda import set_variables, variables_of
-from gspo_megatron.device.facts import Facts, Package, text_of
-from gspo_megatron.device.machine import OLDEST_DRIVERS, Needs, Problem, problems
+from gspo_megatron.device.facts import Facts, Gpu, Package, text_of
+from gspo_megatron.device.machine import Needs, Problem, driver_problem, has_capability, problems
 from gspo_megatron.device.precision import RECIPES
 
 PYTHON_LEAST = (3, 10)
 TORCH_LEAST = (2, 6)
 MEGATRON_TESTED = ((0, 16, 1), (0, 19, 2))
-HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
+HOPPER, AMPERE = (9, 0), (8, 0)
+SOME_GPU = Gpu("a GPU", (0, 0), 0.0)
+"""Stands for the one that an image will run on."""
 KERNEL_TOLERANCE = 2.0**-7
 """bf16 factors, and a bf16 matrix D in the backward."""
 
@@ -77,15 +79,10 @@ def driver(f: Facts) -> Finding:
             return Finding(State.NOTE, "none", problem, "on a GPU machine: docker run --gpus all; nvidia-smi")
         return ok("none; this torch needs none")
     found = f.driver + (f", runs CUDA {text_of(f.driver_cuda)}" if f.driver_cuda else "")
-    if f.torch_cuda and f.driver_cuda and f.driver_cuda[0] < f.torch_cuda[0]:
-        needed = OLDEST_DRIVERS.get(f.torch_cuda[0])
-        return Finding(
-            State.WRONG,
-            found,
-            f"too old for torch's CUDA {text_of(f.torch_cuda)}" + (f", which needs driver {needed}" if needed else ""),
-            f"update the driver, or install a torch that is built for CUDA {f.driver_cuda[0]}",
-        )
-    return ok(found)
+    old = driver_problem(f)
+    if old is None:
+        return ok(found)
+    return Finding(State.WRONG if old.is_certain else State.LIMIT, found, old.what, old.fix)
 
 
 def gpus(f: Facts) -> Finding:
@@ -97,16 +94,15 @@ def gpus(f: Facts) -> Finding:
                 return Finding(State.LIMIT, "none that torch can use", problem, advice)
             advice = "nothing to do: precision.device=auto, the default, takes the CPU"
             return Finding(State.NOTE, "none", "the CPU lane works", advice)
-        hidden = f.environment.get("CUDA_VISIBLE_DEVICES")
-        if hidden is not None and hidden.strip() in ("", "-1"):
-            problem, advice = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them", "unset CUDA_VISIBLE_DEVICES"
+        if f.hides_gpus:
+            problem, advice = f"CUDA_VISIBLE_DEVICES={f.visible!r} hides them", "unset CUDA_VISIBLE_DEVICES"
         else:
             problem = f.gpu_error or "torch sees none, though there is a driver"
             advice = "docker run --gpus all; nvidia-smi must list them inside the container"
         return Finding(State.WRONG, "none", problem, advice)
     kinds = {(gpu.name, gpu.capability, round(gpu.memory_gib)) for gpu in f.gpus}
     found = f"{len(f.gpus)} x " + "; ".join(f"{name}, sm_{a}{b}, {gib} GiB" for name, (a, b), gib in sorted(kinds))
-    weakest = min(gpu.capability for gpu in f.gpus)
+    weakest = f.weakest.capability
     if weakest < AMPERE:
         problem = "no bf16 before compute capability 8.0"
         return Finding(State.LIMIT, found, problem, "use precision.dtype=fp32, or newer GPUs")
@@ -154,8 +150,8 @@ def transformer_engine(f: Facts) -> Finding:
     if te.version is None and not f.torch_cuda:
         return ok("not needed: this torch has no CUDA")
     found = te.version or "not installed"
-    machine = replace(f.machine, gpu="a GPU")
-    problem = next(problems(machine, Needs(transformer_engine="on")), None)
+    on_a_gpu = replace(f, gpus=f.gpus or (SOME_GPU,))
+    problem = next(problems(on_a_gpu, Needs(transformer_engine="on")), None)
     if problem is None and f.pair_error:
         advice = "install a pair that works together (docs/dependencies.md)"
         return Finding(State.LIMIT, found, f.pair_error, advice)
@@ -199,7 +195,7 @@ def fp8(f: Facts) -> Finding:
     complaints = {name: problem_of_recipe(name, f) for name in quantizing}
     working = [name for name, problem in complaints.items() if problem is None]
     found = f"precision.fp8={' or '.join(working)}" if working else "no recipe works"
-    best = quantizing[0] if not f.gpus or f.gpus[0].capability < BLACKWELL else "mxfp8"
+    best = next((name for name in quantizing if not f.gpus or has_capability(RECIPES[name], f)), quantizing[0])
     problem = complaints[best]
     if problem is not None and not f.transformer_engine.works:
         return Finding(State.LIMIT, found, "Transformer Engine does not work", "see there, or use precision.fp8=none")
@@ -208,8 +204,8 @@ def fp8(f: Facts) -> Finding:
 
 def problem_of_recipe(name: str, f: Facts) -> Problem | None:
     """The first thing that keeps a run with precision.fp8=`name` from working."""
-    machine = f.machine if f.gpus else replace(f.machine, gpu="a GPU", capability=RECIPES[name].capability)
-    return next(problems(machine, Needs(fp8=name)), None)
+    gpus = f.gpus or (replace(SOME_GPU, capability=RECIPES[name].capability),)
+    return next(problems(replace(f, gpus=gpus), Needs(fp8=name)), None)
 
 
 def environment(f: Facts) -> Finding:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gspo_megatron.device.machine import Machine
-
 Version = tuple[int, ...]
 
 
@@ -54,22 +52,41 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A machine, with everything present and in order by default."""
+class Machine:
+    """The GPUs of a run and the libraries that drive them. Everything is absent by default."""
 
-    python: Version = (3, 12, 3)
-    torch: Package = Package("2.13.0")
-    torch_cuda: Version = (13, 0)
+    torch: Package = Package()
+    torch_cuda: Version = ()
     """The CUDA version that torch was built with; () for a CPU build."""
     gpus: tuple[Gpu, ...] = ()
+    """In a run, its process's own."""
     gpu_error: str | None = None
     """Why torch sees no GPU."""
-    nccl: Version = ()
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES; None where it is not set."""
     driver: str | None = None
     driver_cuda: Version = ()
-    """The newest CUDA that the driver runs."""
+    """The newest CUDA that the driver runs; () where it does not say."""
+    transformer_engine: Package = Package()
+
+    @property
+    def hides_gpus(self) -> bool:
+        """Whether CUDA_VISIBLE_DEVICES hides them all."""
+        return self.visible is not None and self.visible.strip() in ("", "-1")
+
+    @property
+    def weakest(self) -> Gpu:
+        """The GPU of the lowest compute capability."""
+        return min(self.gpus, key=lambda gpu: gpu.capability)
+
+
+@dataclass(frozen=True)
+class Facts(Machine):
+    """A machine, and what the doctor alone asks about. That is in order by default."""
+
+    python: Version = (3, 12, 3)
+    nccl: Version = ()
     megatron: Package = Package("0.16.1")
-    transformer_engine: Package = Package("2.18.0")
     pair_error: str | None = None
     """Why Megatron-Core cannot use this Transformer Engine."""
     apex: Package = Package()
@@ -91,28 +108,6 @@ class Facts:
     """How far the clock is behind the newest file of this package."""
     pins: Mapping[str, tuple[str, str | None]] | None = None
     """By package: the version that is tested, and the one that is installed. None: the list was not found."""
-
-    @property
-    def machine(self) -> Machine:
-        """What a run would find, for the rules that it checks itself."""
-        gpu = self.gpus[0] if self.gpus else Gpu("", (0, 0), 0.0)
-        te = self.transformer_engine
-        return Machine(
-            gpu=gpu.name,
-            num_gpus=len(self.gpus),
-            gpu_error=self.gpu_error or "",
-            visible=self.environment.get("CUDA_VISIBLE_DEVICES"),
-            capability=min((each.capability for each in self.gpus), default=(0, 0)),
-            memory_gib=gpu.memory_gib,
-            free_gib=gpu.memory_gib - gpu.used_gib,
-            driver=self.driver or "",
-            torch=self.torch.version or "",
-            cuda=text_of(self.torch_cuda),
-            nccl=text_of(self.nccl),
-            triton=self.triton.version or "",
-            transformer_engine=te.version or "",
-            transformer_engine_error=te.error or "",
-        )
 
 
 def version_of(text: str | None) -> Version:

@@ -26,6 +26,7 @@ class Recipe:
         layers: rows of mcore.layers.LAYERS that can compute in it.
         capability, capability_below: compute capabilities of the GPUs that have it, from the first up to, not
             including, the second.
+        why_below: why not from the second on, where that is not the hardware.
         cuda: the oldest CUDA whose libraries have it, as torch was built.
         transformer_engine: the oldest version of it that Megatron-Core asks for the recipe.
         environment: variables that Transformer Engine reads when it is imported.
@@ -43,6 +44,7 @@ class Recipe:
     layers: tuple[str, ...] = ("local", "te")
     capability: tuple[int, int] = (0, 0)
     capability_below: tuple[int, int] | None = None
+    why_below: str = ""
     cuda: tuple[int, int] = (0, 0)
     transformer_engine: tuple[int, int] = (0, 0)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -73,16 +75,15 @@ RECIPES: dict[str, Recipe] = {
         _FP8,
         help="E4M3 in both passes; a float32 scale for every 128 numbers of a row, for every 128 x 128 weights.",
         gathered_row_multiple=128,
+        # cuBLAS has these products for Hopper alone. From Blackwell on Transformer Engine (2.20) hands the numbers to
+        # MXFP8 products with the exponents of the scales (swizzle_block_scaling.cu), which is right only for scales
+        # that are powers of two, and these are not.
+        capability_below=(10, 0),
+        why_below="Transformer Engine emulates it there by MXFP8, which would drop the mantissas of its scales",
         cuda=(12, 9),
         transformer_engine=(2, 3),
         environment={"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"},
         megatron={"fp8": "e4m3", "fp8_recipe": "blockwise"},
-    ),
-    "tensorwise": replace(
-        _FP8,
-        help="E4M3 forward, E5M2 gradients; one scale for a whole tensor, from its present maximum.",
-        transformer_engine=(2, 2),
-        megatron={"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     ),
     "mxfp8": replace(
         _FP8,
@@ -98,6 +99,12 @@ RECIPES: dict[str, Recipe] = {
         trained_copy_bytes=2 + 2 / 32,
         frozen_copy_bytes=1 + 1 / 32,
         megatron={"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+    ),
+    "tensorwise": replace(
+        _FP8,
+        help="E4M3 forward, E5M2 gradients; one scale for a whole tensor, from its present maximum.",
+        transformer_engine=(2, 2),
+        megatron={"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     ),
 }
 """By precision.fp8, the recommended one first."""

@@ -112,10 +112,16 @@ def explained(timeout_s: float) -> Iterator[None]:
     except (RuntimeError, StartError, ValueError) as error:  # gloo raises a plain RuntimeError
         text = " ".join(str(error).split()).rstrip(".")
         hint = next((hint for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)), OTHERWISE)
-        rank, size, local, address, port = (
-            os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        )
-        raise StartError(
-            f"rank {rank} of {size} (LOCAL_RANK={local} on {socket.gethostname()}) could not meet the others at "
-            f"{address}:{port} (MASTER_ADDR and MASTER_PORT) within parallel.timeout_s={timeout_s:g}: {text}; {hint}"
-        ) from error
+        raise StartError(f"{_who(timeout_s)}: {text}; {hint}") from error
+
+
+def _who(timeout_s: float) -> str:
+    if "RANK" not in os.environ:
+        return f"this process, alone on {socket.gethostname()}, could not start torch.distributed"
+    rank, size, local, address, port = (
+        os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    )
+    return (
+        f"rank {rank} of {size} (LOCAL_RANK={local} on {socket.gethostname()}) could not meet the others at "
+        f"{address}:{port} (MASTER_ADDR and MASTER_PORT) within parallel.timeout_s={timeout_s:g}"
+    )

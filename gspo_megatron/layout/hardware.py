@@ -20,6 +20,7 @@ class Gpu:
         bf16_tflops, fp8_tflops: dense peaks; fp8 0 where there is none.
         hbm_gb_s, nvlink_gb_s, network_gb_s, host_gb_s: of memory, NVLink, the network and the host link.
         domain: GPUs that NVLink joins.
+        fp8_recipe: the value of precision.fp8 that suits it; empty where there is none.
         source: where the numbers are from.
     """
 
@@ -32,6 +33,7 @@ class Gpu:
     network_gb_s: float
     host_gb_s: float
     domain: int
+    fp8_recipe: str
     source: str
 
     def peak_flops(self, *, fp8: bool) -> float:
@@ -50,13 +52,13 @@ _GB300 = "NVIDIA GB300 NVL72 data sheet (20 TB, 576 TB/s for 72; 800 Gb/s a GPU)
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 79.3, 312, 0, 2039, 300, 25, 32, 8, _A100),
-        Gpu("h100", 79.6, 989.4, 1978.9, 3350, 450, 50, 64, 8, _H100),
-        Gpu("h200", 140.4, 989.4, 1978.9, 4800, 450, 50, 64, 8, _H200),
-        Gpu("h20", 95.6, 148, 296, 4000, 450, 50, 64, 8, _H20),
-        Gpu("b200", 178.4, 2250, 4500, 8000, 900, 50, 64, 8, _B200),
-        Gpu("gb200", 184.0, 2500, 5000, 8000, 900, 50, 225, 72, _GB200),
-        Gpu("gb300", 276.0, 2500, 5000, 8000, 900, 100, 225, 72, _GB300),
+        Gpu("a100", 79.3, 312, 0, 2039, 300, 25, 32, 8, "", _A100),
+        Gpu("h100", 79.6, 989.4, 1978.9, 3350, 450, 50, 64, 8, "blockwise", _H100),
+        Gpu("h200", 140.4, 989.4, 1978.9, 4800, 450, 50, 64, 8, "blockwise", _H200),
+        Gpu("h20", 95.6, 148, 296, 4000, 450, 50, 64, 8, "blockwise", _H20),
+        Gpu("b200", 178.4, 2250, 4500, 8000, 900, 50, 64, 8, "mxfp8", _B200),
+        Gpu("gb200", 184.0, 2500, 5000, 8000, 900, 50, 225, 72, "mxfp8", _GB200),
+        Gpu("gb300", 276.0, 2500, 5000, 8000, 900, 100, 225, 72, "mxfp8", _GB300),
     )
 }
 
@@ -77,7 +79,9 @@ class Efficiency:
         launch_s: seconds between two kernels when Python launches them. NVIDIA's "Getting Started with CUDA Graphs"
             measures 3.8 us for a kernel of 2.9 us, from C++.
         kernels: of one layer's forward, counted on the CPU lane: 96 operators that compute, with the experts as one.
-        message_s: latency of a collective's step. NCCL's all-reduce of a few bytes in a node takes 10 to 20 us.
+        message_s: latency of a collective in a node. NCCL's all-reduce of a few bytes there takes 10 to 20 us.
+        network_message_s: what every other node adds to it. NCCL's own model (src/graph/tuning.cc, 2.2x) charges each
+            step over the network 14 us, and one over NVLink 3.4.
     """
 
     dense: float = 0.70
@@ -89,3 +93,4 @@ class Efficiency:
     launch_s: float = 3.8e-6
     kernels: int = 96
     message_s: float = 15e-6
+    network_message_s: float = 14e-6

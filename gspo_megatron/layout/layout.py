@@ -11,7 +11,6 @@ from fractions import Fraction
 from math import ceil, lcm, prod
 
 from gspo_megatron.base.batches import PackingRules
-from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.stages import broken_stages, layers_of_chunks, stage_layers
@@ -61,25 +60,6 @@ class Layout:
         return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
 
 
-def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of `world_size` processes.
-
-    Raises:
-        ConfigError: the layout does not work. Names the nearest ones that do.
-    """
-    p = config.parallel
-    axes = (getattr(p, axis) for axis in AXES)
-    layout = Layout(world_size, *axes, first=p.first_stage_layers, last=p.last_stage_layers)
-    complaint = next(broken_rules(config, layout), None)
-    if complaint is None:
-        return layout
-    even = replace(layout, first=None, last=None)
-    near = [_settings(layout, other) for other in nearest_layouts(config, layout) or nearest_layouts(config, even)]
-    if not near:
-        raise ConfigError(f"{complaint}; no layout works for this model with precision.fp8={config.precision.fp8}")
-    raise ConfigError(f"{complaint}; nearest layouts that work on WORLD_SIZE={world_size}: {', or '.join(near)}")
-
-
 def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
     """What `layout` requires of the model, the precision and the number of processes, and does not get.
 
@@ -125,7 +105,7 @@ def nearest_layouts(config: Config, asked: Layout) -> list[Layout]:
     for distance, layout in _by_distance(config, asked):
         if len(found) == 3 or (found and distance > 4 * found[0][0]):
             break
-        put_back = (replace(layout, **{axis: getattr(asked, axis)}) for axis in _changed_axes(asked, layout))
+        put_back = (replace(layout, **{axis: getattr(asked, axis)}) for axis in changed_axes(asked, layout))
         if not any(_works(config, other) for other in put_back):
             found.append((distance, layout))
     return [layout for _, layout in found]
@@ -162,15 +142,9 @@ def _works(config: Config, layout: Layout) -> bool:
     return next(broken_rules(config, layout), None) is None
 
 
-def _changed_axes(asked: Layout, other: Layout) -> list[str]:
+def changed_axes(asked: Layout, other: Layout) -> list[str]:
+    """Of AXES, those whose sizes differ."""
     return [axis for axis in AXES if getattr(other, axis) != getattr(asked, axis)]
-
-
-def _settings(asked: Layout, other: Layout) -> str:
-    """The settings that make `other` of `asked`."""
-    changed = [f"parallel.{axis}={getattr(other, axis)}" for axis in _changed_axes(asked, other)]
-    stages = ("first", asked.first, other.first), ("last", asked.last, other.last)
-    return " ".join(changed + [f"parallel.{name}_stage_layers=null" for name, old, new in stages if new != old])
 
 
 def _divisors(number: int) -> list[int]:

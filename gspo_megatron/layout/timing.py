@@ -47,6 +47,11 @@ class Cluster:
         network = self.gpu.network_gb_s * 1e9 * self.efficiency.network * min(members, size)
         return "network", min(network, self.gpu.nvlink_gb_s * 1e9 * self.efficiency.nvlink)
 
+    def latency(self, size: int, stride: int) -> float:
+        """Seconds of such a collective of a few bytes: a message in the node, and one for each other node."""
+        nodes = ceil(size / max(1, self.node // stride)) if size * stride > self.node else 1
+        return self.efficiency.message_s + (nodes - 1) * self.efficiency.network_message_s
+
 
 @dataclass(frozen=True)
 class Work:
@@ -141,24 +146,25 @@ class StepTime:
             _, speed = self.cluster.bandwidth(ranks.tp, 1)
             inner = m.shared_expert_ffn_size if n.num_experts else m.dense_ffn_size
             blocks = 1 + (inner > 0) + (n.num_experts > 0 and ranks.etp > 1)
-            each = tokens * m.hidden_size * w * (ranks.tp - 1) / ranks.tp / speed + self.cluster.efficiency.message_s
+            each = tokens * m.hidden_size * w * (ranks.tp - 1) / ranks.tp / speed + self.cluster.latency(ranks.tp, 1)
             tp = 2 * blocks * each
         if ranks.ep > 1 and n.num_experts:
             ep = 2 * self.exchange(tokens / ranks.tp * m.experts_per_token * m.hidden_size * w)
         if ranks.cp > 1:
             _, speed = self.cluster.bandwidth(ranks.cp, ranks.tp)
             keys = (cost.cached // ranks.tp + cost.cached_whole) * w
-            cp = tokens * keys * (ranks.cp - 1) / speed + self.cluster.efficiency.message_s
+            cp = tokens * keys * (ranks.cp - 1) / speed + self.cluster.latency(ranks.cp, ranks.tp)
         return tp, 1.5 * tp, ep, cp
 
     def exchange(self, size: float) -> float:
         """An all-to-all of `size` bytes a rank between the ranks that share the experts: what stays in the node and
-        what leaves it travel at the same time."""
+        what leaves it travel at the same time, and every other node costs a message over the network: of a few tokens,
+        as when decoding, the messages are all of it."""
         ranks, c = self.layout, self.cluster
         inside = min(ranks.ep, max(1, c.node // ranks.etp))
         nvlink = size * (inside - 1) / ranks.ep / (c.gpu.nvlink_gb_s * 1e9 * c.efficiency.nvlink)
         network = size * (ranks.ep - inside) / ranks.ep / (c.gpu.network_gb_s * 1e9 * c.efficiency.network)
-        return max(nvlink, network) + c.efficiency.message_s
+        return max(nvlink, network) + c.latency(ranks.ep, ranks.etp)
 
     # -------------------------------------------------------------------------------------------------------- a stage
 
@@ -286,7 +292,7 @@ class StepTime:
             launches = 0.0 if self.work.engine else e.kernels * e.launch_s
             seconds += number * (max(self._moved(weights + cache), products, launches) + tp + ep)
         head = self._moved(self.parameters.vocabulary / ranks.tp * f.width + rows * (m.vocab_size or 0) * 32)
-        return seconds + head + (ranks.pp - 1) * e.message_s
+        return seconds + head + (ranks.pp - 1) * self.cluster.latency(2, ranks.world_size // ranks.pp)
 
     @property
     def _kinds(self) -> Kinds:

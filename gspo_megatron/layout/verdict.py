@@ -35,13 +35,21 @@ def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> st
             f"{dense + experts:,} on the rank with the most ({dense:,} dense, {experts:,} expert)",
             f"memory estimate, GiB on each GPU of the stage with the largest peak ({memory.stage + 1} of {layout.pp}):",
             *(f"  {phase:<8} {_parts(memory, phase)}" for phase in memory.phases),
-            f"  a checkpoint has {checkpoint_bytes(config, with_reference=with_reference) / GIB:.1f} GiB; while it is "
-            f"written, each process keeps {memory.host / GIB:.2f} GiB in host memory",
+            f"  {_disk(config, checkpoint_bytes(config, with_reference=with_reference) / GIB)}",
+            f"  while a checkpoint is written, each process keeps {memory.host / GIB:.2f} GiB in host memory",
             "  assumes micro-batches of train.tokens_per_micro_batch, balanced routing, and rollouts of full length; "
             f"fragmentation, communication buffers and the device's driver take 2 to {RESERVED_GIB:.0f} GiB more on a "
             "GPU",
         )
     )
+
+
+def _disk(config: Config, each_gib: float) -> str:
+    """A checkpoint is complete before an older one is deleted."""
+    keep, every = config.checkpoint.keep, config.checkpoint.keep_every
+    kept = f"on disk checkpoint.keep={keep} takes {keep * each_gib:,.1f}, {(keep + 1) * each_gib:,.1f} during a save"
+    forever = f", and one more stays for every {every} steps (checkpoint.keep_every)" if every else ""
+    return f"a checkpoint has {each_gib:,.1f} GiB; {kept}{forever}"
 
 
 def _parts(memory: Memory, phase: str) -> str:

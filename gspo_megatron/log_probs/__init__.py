@@ -2,7 +2,7 @@
 
 linear.py           the public functions and the autograd node
 arguments.py        checks of their arguments, which fail on all ranks together
-backends.py         which kernels a call uses, decided together by the ranks that share the vocabulary
+backends.py         which kernels a call uses, agreed on by the ranks of a run, or of a vocabulary
 rows.py             which rows are scored, and how hidden states and their gradients move between ranks
 shards.py           vocabulary shards: how their results are merged, and the collectives between ranks
 products.py         matrix products with wide accumulators

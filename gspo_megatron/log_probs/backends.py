@@ -1,19 +1,22 @@
-"""Which kernels a call uses: torch's, or Triton's where those run, the same on all ranks that share the vocabulary.
+"""Which kernels are used: torch's, or Triton's where those run, the same on all ranks of a group.
 
 Triton compiles a kernel when it is first launched, so only a launch shows whether its compiler, the assembler, the C
-compiler of its launchers and the driver can make ours work. `choose` therefore launches each of them once, on a few
-rows. A rank that fell back by itself would round differently from the others.
+compiler of its launchers and the driver can make ours work. `agree` therefore launches each of them once, on a few
+rows. A rank that fell back by itself would round differently from the others: those that share its vocabulary, and its
+data-parallel replicas. A run agrees over all of its ranks, a call by itself over the ranks of its vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import redirect_stdout
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -38,33 +41,53 @@ CHOICES = (
 _log = logging.getLogger(__name__)
 
 
-def choose(backend: str, x: Tensor, group: dist.ProcessGroup | None) -> Kernels:
-    """The kernels for hidden states like x. Where Triton comes into question, the first call for a device, dtype and
-    group is collective in the group.
+class Choice(NamedTuple):
+    """What the ranks of a group have agreed on, equal on all of them."""
 
-    auto: Triton's on a GPU with what they need, else torch's. If they should run and do not, one rank logs a warning
-    of one line.
+    backend: str
+    warning: str = ""
+    """Of one line: why the kernels are not Triton's, where they should be."""
+
+
+def agree(backend: str, device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Choice:
+    """`torch` or `triton`, for hidden states of this dtype on this kind of device. Where Triton comes into question,
+    the first call for a device, dtype and group is collective in the group.
+
+    auto: Triton's on GPUs with what they need, else torch's.
 
     Raises:
         ConfigError: an unknown backend, or `triton` where its kernels do not run on every rank of the group.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "triton" and x.dtype not in TRITON_DTYPES:
-        raise ConfigError(f"backend='triton' does not support {_name(x.dtype)}; use torch or auto")
-    is_candidate = x.device.type not in HOSTS and x.dtype in TRITON_DTYPES
+    if backend == "triton" and dtype not in TRITON_DTYPES:
+        raise ConfigError(f"backend='triton' does not support {_name(dtype)}; use torch or auto")
+    is_candidate = device.type not in HOSTS and dtype in TRITON_DTYPES
     if backend == "torch" or (backend == "auto" and not is_candidate):
-        return torch_kernels
-    objection = _objection(x.device, x.dtype, group)
-    if objection is None:
-        return _triton_kernels()
+        return Choice("torch")
+    trial = _worst_trial(device, dtype, group)
+    if trial.state == RUNS:
+        return Choice("triton")
     if backend == "triton":
-        raise ConfigError(objection)
-    return torch_kernels
+        raise ConfigError(trial.text)
+    return Choice("torch", trial.text if trial.state == FAILED else "")
+
+
+def choose(backend: str, x: Tensor, group: dist.ProcessGroup | None) -> Kernels:
+    """The kernels for hidden states like x, by `agree` in the group. Its first rank logs a warning, once."""
+    choice = agree(backend, x.device, x.dtype, group)
+    if choice.warning and Shards.of(group).rank == 0:
+        _warn(choice.warning)
+    return _triton_kernels() if choice.backend == "triton" else torch_kernels
+
+
+@cache
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
 
 
 class _Trial(NamedTuple):
-    """What came of launching the kernels on this rank."""
+    """What came of launching the kernels."""
 
     state: int
     text: str = ""
@@ -74,19 +97,22 @@ RUNS, NOT_MEANT_TO, FAILED = range(3)
 
 
 @cache
-def _objection(device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup | None) -> str | None:
-    """Why the group does not use Triton, or None: it works on all ranks. Collective."""
-    shards, trial = Shards.of(group), _try(device, dtype)
-    states = shards.gather(torch.tensor([trial.state], device=device)).flatten().tolist()
-    worst = max(states)
-    if worst == RUNS:
-        return None
-    speaker = states.index(worst)
-    if shards.rank == speaker and (worst == FAILED or RUNS in states):
-        _log.warning("%s", trial.text)
-    return trial.text or f"rank {speaker} of the {shards.size} that share the vocabulary says why. {CHOICES}"
+def _worst_trial(device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup | None) -> _Trial:
+    """The trial of the rank where it went worst. Collective. Kernels that are not meant to run on one rank and run on
+    another have failed."""
+    mine, size = _try(device, dtype), Shards.of(group).size
+    if size == 1:
+        return mine
+    trials = [mine] * size
+    dist.all_gather_object(trials, mine, group=group)
+    worst = max(trials)
+    if worst.state == RUNS:
+        return worst
+    is_uneven = any(trial.state == RUNS for trial in trials)
+    return _Trial(FAILED if is_uneven else worst.state, f"rank {trials.index(worst)} of {size}: {worst.text}")
 
 
+@cache
 def _try(device: torch.device, dtype: torch.dtype) -> _Trial:
     """Launches every kernel once. Compiles what a call with sizes that are multiples of 16 needs."""
     version = "of no version"
@@ -101,7 +127,7 @@ def _try(device: torch.device, dtype: torch.dtype) -> _Trial:
             if not (isinstance(architecture, int) and architecture >= 90):
                 text = f"Triton's log-prob kernels need compute capability 9.0 or newer, {device} has {architecture}"
                 return _Trial(NOT_MEANT_TO, f"{text}. {CHOICES}")
-        with redirect_stdout(StringIO()):  # Triton prints the whole program where ptxas fails
+        with _silence():  # Triton prints the whole program where ptxas fails
             _launch_all(_triton_kernels(), device, dtype)
     except Exception as error:  # whatever a compiler, a linker or a driver may raise
         return _Trial(
@@ -128,6 +154,29 @@ def _launch_all(kernels: Any, device: torch.device, dtype: torch.dtype) -> None:
     kernels.logit_gradients(z_bc, columns_b, row_b, row_b, out_bc=kept_bc)
     kernels.logit_gradients(z_bc, columns_b, row_b, row_b, (row_b, row_b), out_bc=kept_bc)
     kept_bc.cpu()  # waits for the device: a launch that it refuses shows here
+
+
+_silencing = threading.Lock()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drops what this thread prints. `sys.stdout` belongs to the whole process, so other threads go on printing."""
+    out, this_thread = sys.stdout, threading.get_ident()
+
+    class Others:
+        def write(self, text: str) -> int:
+            return len(text) if threading.get_ident() == this_thread else out.write(text)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(out, name)
+
+    with _silencing:
+        sys.stdout = cast(TextIO, Others())
+        try:
+            yield
+        finally:
+            sys.stdout = out
 
 
 def _triton_kernels() -> Any:

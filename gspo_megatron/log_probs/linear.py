@@ -72,7 +72,7 @@ def linear_log_probs(
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
     backend: `torch`; `triton`, for Hopper and newer GPUs in float32, bf16 and fp16; `auto`: Triton where it runs on
-        every rank of the group, see `backends.choose`.
+        every rank of the group, see `backends.agree`.
     store_bytes: memory for exponentials kept between forward and backward, 2 to 8 bytes for each scored row and column.
         What is not kept is recomputed: a quarter of all the work where nothing is kept.
     skip_zero_rows: leave rows whose gradients are exactly 0, such as those of a clipped sequence, out of the backward.

@@ -183,3 +183,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_mscale_all_dim": 1.0,
     },
 }
+
+DEMOS = tuple(name for name in PRESETS if name.startswith("tiny_"))
+"""Of these, models that are not published: their lengths mean nothing."""

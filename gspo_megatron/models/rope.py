@@ -66,6 +66,24 @@ def rope_of(shape: ModelShape) -> Rope:
     return SCALINGS[shape.rope_scaling](shape)
 
 
+def beyond_trained_length(shape: ModelShape, published: int) -> str | None:
+    """What is wrong with sequences longer than a model was trained for; None: they are not. `published` is the length
+    of its config.json; with YaRN the model reaches rope_original_length times the factor."""
+    length, reach = shape.max_sequence_length, published
+    if shape.rope_scaling == "yarn":
+        reach = int(shape.rope_original_length * shape.rope_scaling_factor)
+    if length <= reach:
+        return None
+    # Of the slowest pair of dimensions, by how far it turns within the trained length.
+    slowest = float(plain(shape).inverse_D2[-1])
+    return (
+        f"model.max_sequence_length={length} exceeds the {reach:,} tokens that the published weights were trained for: "
+        f"past them RoPE turns pairs of dimensions to angles that the model has not seen (the slowest by "
+        f"{length * slowest:.2g} rad, {reach * slowest:.2g} in training); shorten prompts and responses, or use "
+        "weights that were trained longer"
+    )
+
+
 def rope_complaints(shape: ModelShape) -> Iterator[str]:
     """Settings of the rotation that do not fit together, and what to do."""
     if shape.rope_dim % 2:

@@ -66,6 +66,15 @@ class Algorithm:
             log_prob_backend=config.train.log_prob_backend,
         )
 
+    def __str__(self) -> str:
+        """`gspo: level sequence_mean, clip ppo (low 0.0003, high 0.0004), ..., no KL term`: with every parameter."""
+        dials = []
+        for kind, dial in self.variant.dials.items():
+            parameters = ", ".join(f"{name} {value:g}" for name, value in dial.parameters().items())
+            dials.append(f"{kind} {dial.name}" + (f" ({parameters})" if parameters else ""))
+        kl = f"KL {self.kl_estimator} to the reference with weight {self.variant.kl_coef:g}"
+        return f"{self.variant.name}: {', '.join(dials)}, {kl if self.needs_reference else 'no KL term'}"
+
     @property
     def objective(self) -> PolicyObjective:
         return PolicyObjective(self.variant, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef)

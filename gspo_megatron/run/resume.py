@@ -51,8 +51,8 @@ class Continuation:
         """From the state that checkpoint.load named; `has_reference`: whether a reference policy was loaded with it.
 
         Raises:
-            CheckpointError: the settings need something that the checkpoint lacks, or would split its unfinished step
-                differently.
+            CheckpointError: the settings need something that the checkpoint lacks, would split its unfinished step
+                differently, or have another algorithm.variant.
         """
         if state is None:
             return cls()
@@ -65,6 +65,12 @@ class Continuation:
         load = config.checkpoint.load
         in_own_directory = Path(load).resolve().parent == (Path(config.run.dir) / CHECKPOINTS).resolve()
         changed = tuple(changed_settings(state, config))
+        other = next((text for text in changed if text.startswith("algorithm.variant: ")), None)
+        if state.began and other and not config.checkpoint.allow_other_variant:
+            raise CheckpointError(
+                f"checkpoint.load={load}: its run has another objective ({other}); restore it, start a run of its own "
+                "with checkpoint.load=none, or set checkpoint.allow_other_variant=true to go on with this one"
+            )
         return cls(state, own=load == "latest" or in_own_directory, is_newest=load == "latest", changed=changed)
 
     @property

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
-NODE = Facts(gpus=(H100,), driver="580.159.04", driver_cuda=(13, 0))
+NODE = Facts(
+    torch=Package("2.13.0"),
+    torch_cuda=(13, 0),
+    gpus=(H100,),
+    driver="580.159.04",
+    driver_cuda=(13, 0),
+    transformer_engine=Package("2.18.0"),
+)
 
 
 def run_module(module: str, arguments: list[str]) -> int:
@@ -180,9 +188,9 @@ def test_what_is_left_at_the_deadline_is_cut(runner: Any) -> None:
     ("needs", "facts", "reason"),
     [
         ({"gpus": 2}, NODE, "needs 2 GPUs, here is 1"),
-        ({"needs_te": True}, Facts(gpus=(H100,), transformer_engine=Package()), "not installed"),
-        ({"needs_te": True}, Facts(gpus=(H100,), transformer_engine=Package("2.18.0", "ImportError: x.so")), "x.so"),
-        ({"fp8": "blockwise"}, Facts(gpus=(H100,), torch_cuda=(12, 8)), "12.9"),
+        ({"needs_te": True}, replace(NODE, transformer_engine=Package()), "not installed"),
+        ({"needs_te": True}, replace(NODE, transformer_engine=Package("2.18.0", "ImportError: x.so")), "x.so"),
+        ({"fp8": "blockwise"}, replace(NODE, torch_cuda=(12, 8)), "12.9"),
     ],
 )
 def test_what_cannot_run_says_why(runner: Any, needs: dict[str, Any], facts: Facts, reason: str) -> None:
@@ -204,13 +212,13 @@ def test_a_missed_target_is_said(runner: Any, capsys: pytest.CaptureFixture[str]
 
 
 def test_without_a_gpu_nothing_is_measured(runner: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, page = runner(part("good", GOOD), facts=Facts(torch_cuda=()))
+    code, found, page = runner(part("good", GOOD), facts=Facts())
     assert (code, found) == (2, {}) and page == MARKS
     assert "gspo_megatron.doctor" in capsys.readouterr().out
 
 
 def test_a_rehearsal_never_reaches_the_page(runner: Any) -> None:
-    code, found, page = runner(part("good", GOOD), facts=Facts(torch_cuda=()), arguments=("--rehearse",))
+    code, found, page = runner(part("good", GOOD), facts=Facts(), arguments=("--rehearse",))
     assert code == 0 and found["good"]["rehearsal"] and page == MARKS
     with pytest.raises(SystemExit):
         gpu_hour.parsed(["--rehearse"])

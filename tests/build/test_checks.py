@@ -221,3 +221,31 @@ def test_a_start_from_random_weights_is_warned_of() -> None:
 def test_a_format_of_newer_gpus_than_an_h100_is_warned_of() -> None:
     config = load_config(None, ["precision.fp8=mxfp8", "precision.dtype=bf16"])
     assert any("compute capability 10.0" in note for note in config_warnings(config, Algorithm.of(config)))
+
+
+LARGE = ["model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768"]
+
+
+def test_layouts_that_no_gpu_can_hold_are_not_advised() -> None:
+    config = load_config(None, [*LARGE, "parallel.ep=8"])
+    with pytest.raises(ConfigError, match=r"on WORLD_SIZE=1, weights, .* at least 455 GiB on a GPU, more than any"):
+        check_config(config, 1)
+    with pytest.raises(ConfigError, match=r"nearest layouts that work on WORLD_SIZE=4: parallel\.ep=4"):
+        check_config(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject"),
+    [
+        (LARGE, "data.train=task:sort_digits, on which model.preset=qwen3_30b_a3b would"),
+        ([*LARGE, "data.train=x.jsonl"], None),
+        ([*LARGE, "data.train=x.jsonl", "model.max_sequence_length=65536"], "exceeds the 32,768 tokens"),
+        (["model.preset=deepseek_v3", "data.train=x.jsonl", "model.max_sequence_length=131072"], None),
+        (["model.preset=deepseek_v3", "data.train=x.jsonl", "model.max_sequence_length=200000"], "exceeds the 163,840"),
+        (["model.max_sequence_length=4096"], None),
+    ],
+)
+def test_a_large_model_that_would_train_the_demo_or_past_its_length(settings: list[str], subject: str | None) -> None:
+    config = load_config(None, settings)
+    found = [x for x in config_warnings(config, Algorithm.of(config)) if x.startswith(("data.train", "model.max_seq"))]
+    assert len(found) == (subject is not None) and all(subject is not None and subject in x for x in found)

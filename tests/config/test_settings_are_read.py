@@ -28,6 +28,7 @@ NO_USE = ("gspo_megatron.config.", "gspo_megatron.build.checks", "dataclasses", 
 
 UNREAD = {
     "model.preset": "load_config itself uses it: it names the defaults of its section",
+    "checkpoint.allow_other_variant": "only a run that continues with another variant (tests/run/test_resume.py)",
     "guards.on_memory": "only a GPU has memory of its own (tests/test_train.py)",
 }
 """Settings that no run on a CPU reads, and why."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.build.inputs import Inputs, settle
+from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.data import chat
 from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
@@ -158,6 +161,39 @@ def test_a_template_that_loops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"was not done after 0\.3 s; does it loop\?"):
         ChatTemplate(loop, {}, name="a template").render([{"role": "user"}])
+
+
+DATED = "{{ strftime_now('%d %b %Y %H:%M') }} {{ messages[0].content }}"
+
+
+def test_a_template_tells_one_day_for_a_whole_run(folder: Path, tmp_path: Path) -> None:
+    """The day on which the run began, also when it continues on another one."""
+    tokenizer = str(change(folder, tmp_path / "dated", "chat_template.jinja", DATED))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    own = [f"data.{split}={tmp_path / 'prompts.jsonl'}" for split in ("train", "eval")]
+    own += [f"data.tokenizer={tokenizer}", "data.chat=true", f"run.dir={tmp_path / 'run'}"]
+
+    def settled(*more: str) -> Inputs:
+        return settle(load_config(None, [*own, *more]), 1)
+
+    (tmp_path / "run").mkdir()
+    first = settled("data.chat_date=2025-03-01")
+    assert first.train_prompts[0].text == "01 Mar 2025 00:00 1+1?"
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(first.config))
+    of_path = f"checkpoint.load={tmp_path / 'run' / 'checkpoints' / 'step_000001'}"
+    for load in ("checkpoint.load=latest", of_path):
+        assert settled(load).config.data.chat_date == "2025-03-01"
+        assert settled(load).train_prompts[0].text == first.train_prompts[0].text
+    today = settled().config.data.chat_date
+    assert today in {(datetime.now(timezone.utc) - timedelta(seconds=s)).date().isoformat() for s in (0, 600)}
+    with pytest.raises(ConfigError, match=r"data\.chat_date=1\.3\.2025 is not a day"):
+        settled("data.chat_date=1.3.2025")
+    undated = f"data.tokenizer={folder}"
+    assert settled(undated).config.data.chat_date is None
+    with pytest.raises(ConfigError, match=r"data\.chat_date=2025-03-01 has no effect: .* does not call strftime_now"):
+        settled(undated, "data.chat_date=2025-03-01")
+    with pytest.raises(ConfigError, match="has no effect without a chat template"):
+        settled("data.chat=false", "data.chat_date=2025-03-01")
 
 
 # --- prompts ---

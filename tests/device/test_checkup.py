@@ -12,6 +12,9 @@ from gspo_megatron.device.facts import Facts, Gpu, Kernel, Package, version_of
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
 NODE = Facts(
+    torch=Package("2.13.0"),
+    torch_cuda=(13, 0),
+    transformer_engine=Package("2.18.0"),
     gpus=(H100,) * 8,
     nccl=(2, 30, 5),
     driver="580.159.04",
@@ -51,9 +54,10 @@ RED: list[tuple[str, State, dict[str, Any], str]] = [
     ("PyTorch", State.WRONG, {"torch": Package("2.13.0", "OSError: libcudart.so.13")}, "libcudart"),
     ("PyTorch", State.WRONG, {"torch": Package("2.5.1")}, "2.6"),
     ("driver", State.WRONG, {"driver": "550.54", "driver_cuda": (12, 4)}, "580.65.06"),
+    ("driver", State.LIMIT, {"torch_cuda": (14, 0), "driver_cuda": ()}, "not compared with what CUDA 14"),
     ("driver", State.NOTE, {"driver": None, "driver_cuda": (), "gpus": ()}, "no NVIDIA driver"),
     ("GPUs", State.WRONG, {"gpus": (), "gpu_error": "RuntimeError: unknown error"}, "unknown error"),
-    ("GPUs", State.WRONG, {"gpus": (), **with_environment(CUDA_VISIBLE_DEVICES="")}, "hides"),
+    ("GPUs", State.WRONG, {"gpus": (), "visible": ""}, "hides"),
     ("GPUs", State.LIMIT, {"gpus": (), "torch_cuda": ()}, "CPU build"),
     ("GPUs", State.LIMIT, {"gpus": (replace(H100, capability=(7, 0)),)}, "bf16"),
     ("GPUs", State.LIMIT, {"gpus": (replace(H100, capability=(8, 0)),)}, "FP8"),

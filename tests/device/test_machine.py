@@ -8,27 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_megatron.device.machine import BUILT_TOGETHER, OLDEST_DRIVERS, Machine, Needs, problems
+from gspo_megatron.device.facts import Facts, Gpu, Machine, Package
+from gspo_megatron.device.gather import UNKNOWN, this_process
+from gspo_megatron.device.machine import BUILT_TOGETHER, OLDEST_DRIVERS, Needs, driver_problem, problems
 from gspo_megatron.device.precision import RECIPES
 
 H100 = Machine(
-    gpu="NVIDIA H100 80GB HBM3",
-    num_gpus=8,
-    capability=(9, 0),
-    memory_gib=79.1,
-    free_gib=78.6,
+    torch=Package("2.10.0"),
+    torch_cuda=(13, 1),
+    gpus=(Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.1),),
     driver="580.82.07",
-    torch="2.10.0",
-    cuda="13.1",
-    nccl="2.28.9",
-    triton="3.5.1",
-    transformer_engine="2.10.0",
+    transformer_engine=Package("2.10.0"),
 )
-B200 = replace(H100, gpu="NVIDIA B200", capability=(10, 0), memory_gib=178.4, free_gib=177.8)
-A100 = replace(H100, gpu="NVIDIA A100-SXM4-80GB", capability=(8, 0))
-RTX5090 = replace(H100, gpu="NVIDIA GeForce RTX 5090", capability=(12, 0))
-NOWHERE = Machine(torch="2.10.0", cuda="12.9", gpu_error="RuntimeError: Found no NVIDIA driver on your system")
-WITHOUT = {"transformer_engine": ""}
+B200 = replace(H100, gpus=(Gpu("NVIDIA B200", (10, 0), 178.4),))
+A100 = replace(H100, gpus=(Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 79.3),))
+RTX5090 = replace(H100, gpus=(Gpu("NVIDIA GeForce RTX 5090", (12, 0), 31.8),))
+NOWHERE = Machine(
+    torch=Package("2.10.0"),
+    torch_cuda=(12, 9),
+    gpu_error="RuntimeError: Found no NVIDIA driver on your system",
+)
+WITHOUT = {"transformer_engine": Package()}
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,16 @@ WITHOUT = {"transformer_engine": ""}
         (H100, Needs(cp=2)),
         (H100, Needs(fp8="blockwise", cp=2)),
         (H100, Needs(fp8="tensorwise", transformer_engine="on")),
-        (replace(H100, cuda="12.8"), Needs(fp8="tensorwise")),
+        (replace(H100, torch_cuda=(12, 8)), Needs(fp8="tensorwise")),
         (B200, Needs(fp8="mxfp8")),
-        (B200, Needs(fp8="blockwise")),
+        (B200, Needs(fp8="tensorwise")),
+        (RTX5090, Needs(fp8="tensorwise")),
         (A100, Needs(cp=2)),
         (H100, Needs(dtype="fp32")),
-        (replace(H100, transformer_engine="2.20.2"), Needs(dtype="fp32", transformer_engine="on")),
-        (replace(H100, transformer_engine="of unknown version"), Needs(fp8="blockwise")),
+        (replace(H100, transformer_engine=Package("2.20.2")), Needs(dtype="fp32", transformer_engine="on")),
+        (replace(H100, transformer_engine=Package(UNKNOWN)), Needs(fp8="blockwise")),
         (replace(H100, **WITHOUT), Needs()),
-        (replace(H100, transformer_engine_error="ImportError: x"), Needs(transformer_engine="off")),
+        (replace(H100, transformer_engine=Package("2.10.0", "ImportError: x")), Needs(transformer_engine="off")),
     ],
 )
 def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> None:
@@ -57,7 +58,7 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
     ("machine", "needs", "what", "fix"),
     [
         (NOWHERE, Needs(), "torch 2.10.0 for CUDA 12.9 sees no GPU (RuntimeError: Found no NVIDIA", "nvidia-smi"),
-        (replace(NOWHERE, cuda=""), Needs(), "torch 2.10.0 was built without CUDA", "install a build for CUDA"),
+        (replace(NOWHERE, torch_cuda=()), Needs(), "torch 2.10.0 was built without CUDA", "install a build for CUDA"),
         (replace(NOWHERE, visible=""), Needs(), "CUDA_VISIBLE_DEVICES= hides them all", "unset CUDA_VISIBLE_DEVICES"),
         (
             replace(NOWHERE, driver="470.57.02"),
@@ -66,7 +67,7 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
             "upgrade the driver, or install a torch built for CUDA 11",
         ),
         (
-            replace(NOWHERE, driver="570.86.10", cuda="13.0"),
+            replace(NOWHERE, driver="570.86.10", torch_cuda=(13, 0)),
             Needs(),
             "the driver 570.86.10 is older than 580.65.06, the first that runs CUDA 13",
             "a torch built for CUDA 12",
@@ -74,7 +75,8 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
         (
             A100,
             Needs(fp8="blockwise"),
-            "precision.fp8=blockwise needs a GPU of compute capability 9.0 or above, and NVIDIA A100-SXM4-80GB has 8.0",
+            "precision.fp8=blockwise needs a GPU of compute capability 9.0 or above and below 10.0, and NVIDIA "
+            "A100-SXM4-80GB has 8.0",
             "set precision.fp8=none",
         ),
         (
@@ -84,9 +86,17 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
             "HBM3 has 9.0",
             "set precision.fp8=blockwise",
         ),
-        (RTX5090, Needs(fp8="mxfp8"), "NVIDIA GeForce RTX 5090 has 12.0", "set precision.fp8=blockwise"),
+        (RTX5090, Needs(fp8="mxfp8"), "NVIDIA GeForce RTX 5090 has 12.0", "set precision.fp8=tensorwise"),
         (
-            replace(H100, cuda="12.8"),
+            B200,
+            Needs(fp8="blockwise"),
+            "and below 10.0, and NVIDIA B200 has 10.0 (Transformer Engine emulates it there by MXFP8, which would drop "
+            "the mantissas of its scales)",
+            "set precision.fp8=mxfp8",
+        ),
+        (RTX5090, Needs(fp8="blockwise"), "NVIDIA GeForce RTX 5090 has 12.0 (Tran", "set precision.fp8=tensorwise"),
+        (
+            replace(H100, torch_cuda=(12, 8)),
             Needs(fp8="blockwise"),
             "precision.fp8=blockwise needs CUDA 12.9 or newer, and torch 2.10.0 was built for CUDA 12.8",
             "or set precision.fp8=tensorwise",
@@ -105,14 +115,17 @@ def test_a_machine_that_has_what_a_run_needs(machine: Machine, needs: Needs) -> 
             "or set precision.transformer_engine=off",
         ),
         (
-            replace(H100, transformer_engine_error="ModuleNotFoundError: No module named 'transformer_engine_torch'"),
+            replace(
+                H100,
+                transformer_engine=Package("2.10.0", "ModuleNotFoundError: No module named 'transformer_engine_torch'"),
+            ),
             Needs(),
             "precision.transformer_engine=auto: Transformer Engine 2.10.0 is installed, but `import "
             "transformer_engine.pytorch` fails with ModuleNotFoundError: No module named 'transformer_engine_torch'",
             "it must be built for torch 2.10.0 and CUDA 13.1",
         ),
         (
-            replace(H100, transformer_engine="2.2.0"),
+            replace(H100, transformer_engine=Package("2.2.0")),
             Needs(fp8="blockwise"),
             "precision.fp8=blockwise needs Transformer Engine 2.3 or newer, and 2.2.0 is installed",
             "upgrade it",
@@ -146,11 +159,11 @@ def test_what_a_machine_lacks_is_named_with_what_to_do(machine: Machine, needs: 
 
 
 def test_every_recipe_is_refused_on_a_gpu_without_it_and_names_one_that_has_it() -> None:
-    for machine in (A100, H100, B200, RTX5090, replace(H100, cuda="12.6")):
+    for machine in (A100, H100, B200, RTX5090, replace(H100, torch_cuda=(12, 6))):
         for name in RECIPES:
             for problem in problems(machine, Needs(fp8=name)):
                 instead = problem.fix.rsplit("precision.fp8=")[-1]
-                assert list(problems(machine, Needs(fp8=instead))) == [], (machine.gpu, name)
+                assert list(problems(machine, Needs(fp8=instead))) == [], (machine.weakest.name, name)
 
 
 def test_which_layers_a_run_uses() -> None:
@@ -163,9 +176,9 @@ def test_which_layers_a_run_uses() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_facts_of_this_process() -> None:
-    machine = Machine.of_this_process()
-    assert machine.torch == torch.__version__ and machine.cuda == (torch.version.cuda or "")
-    assert not machine.gpu and machine.gpu_error and machine.num_gpus == 0
+    machine = this_process()
+    assert machine.torch == Package(torch.__version__) and bool(machine.torch_cuda) == bool(torch.version.cuda)
+    assert not machine.gpus and bool(machine.gpu_error) == bool(machine.torch_cuda)
     assert "GPU" in next(problems(machine, Needs())).what
 
 
@@ -176,11 +189,43 @@ def test_an_import_that_half_works_says_what_is_missing(tmp_path: Path, monkeypa
     (package / "__init__.py").write_text("")
     (package / "pytorch.py").write_text("import transformer_engine_torch")
     monkeypatch.syspath_prepend(str(tmp_path))
-    machine = Machine.of_this_process()
-    if machine.transformer_engine != "of unknown version":
+    found = this_process().transformer_engine
+    if found.version != UNKNOWN:
         pytest.skip("a real Transformer Engine is installed")
-    assert machine.transformer_engine_error == "ModuleNotFoundError: No module named 'transformer_engine_torch'"
+    assert found.error == "ModuleNotFoundError: No module named 'transformer_engine_torch'"
 
 
 def test_drivers_are_ordered_as_the_versions_of_cuda() -> None:
     assert list(OLDEST_DRIVERS.values()) == sorted(OLDEST_DRIVERS.values())
+
+
+@pytest.mark.parametrize(
+    ("driver", "runs", "torch_cuda", "says"),
+    [
+        ("580.65.06", (), (13, 0), None),
+        ("570.86.10", (), (13, 0), "570.86.10 is older than 580.65.06, the first that runs CUDA 13"),
+        ("570.86.10", (12, 8), (13, 0), "570.86.10, which runs CUDA 12.8, is older than 580.65.06"),
+        ("700.1", (14, 0), (14, 1), None),
+        ("580.65.06", (13, 0), (14, 1), "580.65.06, which runs CUDA 13.0, is older than CUDA 14 asks for"),
+        ("580.65.06", (), (14, 1), "was not compared with what CUDA 14 needs"),
+        (None, (), (14, 1), None),
+        ("580.65.06", (13, 0), (), None),
+    ],
+)
+def test_drivers(driver: str | None, runs: tuple[int, ...], torch_cuda: tuple[int, ...], says: str | None) -> None:
+    """One rule for a run and for the doctor: what the driver itself says, else the table."""
+    problem = driver_problem(Machine(driver=driver, driver_cuda=runs, torch_cuda=torch_cuda))
+    assert problem is None if says is None else problem is not None and says in problem.what
+
+
+def test_a_driver_that_nobody_can_judge_is_said_and_not_refused() -> None:
+    unknown = replace(NOWHERE, driver="580.65.06", torch_cuda=(14, 1))
+    problem = driver_problem(unknown)
+    assert problem is not None and not problem.is_certain
+    (first,) = problems(unknown, Needs())
+    assert "Found no NVIDIA driver" in first.what and "was not compared with what CUDA 14 needs" in first.what
+
+
+def test_the_doctor_and_a_run_describe_a_machine_by_one_record() -> None:
+    facts = Facts(gpus=H100.gpus, torch_cuda=(12, 8), transformer_engine=Package("2.20.2"))
+    assert "CUDA 12.9" in next(problems(facts, Needs(fp8="blockwise"))).what

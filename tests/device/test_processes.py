@@ -123,6 +123,15 @@ def test_what_nccl_says_is_followed_by_what_to_try(said: str, hint: str) -> None
     assert hint in str(caught.value).rsplit("; ", 1)[-1] and "\n" not in str(caught.value)
 
 
+def test_a_process_of_its_own_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(StartError) as caught, explained(600):
+        raise dist.DistBackendError("Cuda failure 2 'out of memory'")
+    text = str(caught.value)
+    assert text.startswith(f"this process, alone on {socket.gethostname()}, could not start torch.distributed: ")
+    assert "?" not in text and "another process holds the GPU's memory" in text
+
+
 def test_the_command_prints_one_line(tmp_path: Path) -> None:
     """And exits with 1, after which a batch script may start it again."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RANK": "1", "WORLD_SIZE": "2"}

@@ -169,7 +169,18 @@ def test_experts_in_a_node_exchange_over_nvlink() -> None:
     assert inside.by_axis()["ep"][0] == "NVLink" and across.by_axis()["ep"][0] == "network"
     size, e = 1e9, Efficiency()
     assert inside.exchange(size) == pytest.approx(size * 7 / 8 / (450e9 * 0.8) + e.message_s)
-    assert across.exchange(size) == pytest.approx(size * 8 / 16 / (50e9 * 0.86) + e.message_s)
+    over_nodes = e.message_s + e.network_message_s
+    assert across.exchange(size) == pytest.approx(size * 8 / 16 / (50e9 * 0.86) + over_nodes)
+
+
+def test_experts_over_nodes_pay_for_every_other_node() -> None:
+    """Of the few tokens of a decoding forward, messages are the whole price: so experts stay in a node."""
+    assert [H100.latency(ep, 1) for ep in (2, 8, 16, 64)] == pytest.approx([15e-6, 15e-6, 29e-6, 113e-6])
+    assert H100.latency(8, 2) == H100.latency(16, 1) and H100.latency(2, 16) == pytest.approx(29e-6)
+    config = config_of("qwen3_235b_a22b")
+    inside, over = (StepTime(config, Layout(128, tp=4, pp=2, ep=ep), H100, WORK) for ep in (8, 64))
+    assert over.exchange(0) - inside.exchange(0) == pytest.approx(7 * 14e-6)
+    assert search(config, 128, H100, WORK, with_reference=False)[0].layout.ep <= 8
 
 
 def test_decoding_waits_for_launches_or_for_memory() -> None:
@@ -209,7 +220,7 @@ def test_a_save_is_spread_over_its_steps() -> None:
 
 
 def test_another_gpu_is_a_row_of_the_table() -> None:
-    gpu = Gpu("twice", 80, 2 * 989.4, 0, 6700, 900, 100, 128, 8, "data sheet")
+    gpu = Gpu("twice", 80, 2 * 989.4, 0, 6700, 900, 100, 128, 8, "", "data sheet")
     config, layout = config_of("qwen3_30b_a3b"), Layout(8, ep=8)
     slow, fast = (step(config, layout, cluster=Cluster(g, 8)).parts["update"] for g in (GPUS["h100"], gpu))
     assert fast == pytest.approx(slow / 2, rel=0.05)

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,11 @@ from gspo_megatron.testing.local_ranks import run_distributed
 from tests.log_probs.test_log_probs import Collectives
 
 BF16 = torch.empty(1, dtype=torch.bfloat16)
+
+
+def forget() -> None:
+    for remembered in (backends._worst_trial, backends._try, backends._warn):
+        remembered.cache_clear()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -68,12 +74,12 @@ def test_where_triton_is_missing_auto_says_nothing(
 ) -> None:
     monkeypatch.setattr(backends, "HOSTS", ())
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    backends._objection.cache_clear()
+    forget()
     assert backends.choose("auto", BF16, None) is torch_kernels
     assert not caplog.records
     with pytest.raises(ConfigError, match=r"need Triton 3\.5\.1 or newer"):
         backends.choose("triton", BF16, None)
-    backends._objection.cache_clear()
+    forget()
 
 
 def test_the_versions_named_are_the_ones_tested() -> None:
@@ -99,9 +105,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNa
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(backends, "HOSTS", ())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    backends._objection.cache_clear()
+    forget()
     yield target
-    backends._objection.cache_clear()
+    forget()
 
 
 def assembler(folder: Path, message: str) -> str:
@@ -153,9 +159,9 @@ def compiled_an_older_gpu_gets_torch_without_a_warning(hopper: Any, caplog: pyte
 # --- Ranks that share the vocabulary ---
 
 
-def on_rank(broken: int | None, tp: int) -> tuple[Tensor, list[str], list[int], str]:
-    """log-probs of `auto`; what this rank logged; collectives of the first and second choice; the error of `triton`.
-    On rank `broken`, Triton looks for a GPU and finds none."""
+def on_rank(broken: int | None, tp: int) -> tuple[Tensor, list[str], list[int], str, backends.Choice]:
+    """log-probs of `auto`; what this rank logged; collectives of the first and second choice; the error of `triton`;
+    what a run agrees on. On rank `broken`, Triton looks for a GPU and finds none."""
     rank = dist.get_rank()
     if rank == broken:
         os.environ["TRITON_INTERPRET"] = "0"
@@ -167,6 +173,9 @@ def on_rank(broken: int | None, tp: int) -> tuple[Tensor, list[str], list[int], 
     generator = torch.Generator().manual_seed(0)
     hidden_NH, weight_VH = (torch.randn(n, 16, generator=generator) for n in (6, 40))
     targets_N, shard = torch.tensor([0, 39, 7, 20, 19, 3]), slice(rank * 40 // tp, (rank + 1) * 40 // tp)
+    choice = backends.agree("auto", hidden_NH.device, hidden_NH.dtype, dist.group.WORLD)
+    assert not logged, "a run prints the warning itself"
+    backends._worst_trial.cache_clear()
     counts = []
     for _ in range(2):
         with Collectives() as collectives:
@@ -181,21 +190,32 @@ def on_rank(broken: int | None, tp: int) -> tuple[Tensor, list[str], list[int], 
     except ConfigError as error:
         refusal = str(error)
     is_triton = backends.choose("auto", hidden_NH, dist.group.WORLD) is not torch_kernels
-    return log_probs_N, [*logged, "uses triton"] if is_triton else logged, counts, refusal
+    assert is_triton == (choice.backend == "triton")
+    return log_probs_N, logged, counts, refusal, choice
 
 
 def interpreted_ranks_that_can_all_use_it() -> None:
-    first, second = run_distributed(on_rank, 2, None, 2)
-    for log_probs_N, said, counts, refusal in (first, second):
-        assert torch.equal(log_probs_N, first[0]) and said == ["uses triton"] and counts == [1, 0] and not refusal
+    for log_probs_N, said, counts, refusal, choice in (results := run_distributed(on_rank, 2, None, 2)):
+        assert torch.equal(log_probs_N, results[0][0]) and not said and counts[0] and not counts[1] and not refusal
+        assert choice == backends.Choice("triton")
 
 
 @pytest.mark.parametrize("broken", [0, 1])
 def interpreted_one_rank_that_cannot_takes_the_others_along(broken: int) -> None:
+    """Whether they share its vocabulary or are its replicas; and one of them says so."""
     results = run_distributed(on_rank, 2, broken, 2)
-    for rank, (log_probs_N, said, counts, refusal) in enumerate(results):
-        assert torch.equal(log_probs_N, results[0][0]) and counts == [1, 0]
-        if rank == broken:
-            assert len(said) == 1 and "active" in said[0] and refusal == said[0]
-        else:
-            assert said == [] and refusal.startswith(f"rank {broken} of the 2 that share the vocabulary says why")
+    for rank, (log_probs_N, said, counts, refusal, choice) in enumerate(results):
+        assert torch.equal(log_probs_N, results[0][0]) and counts[0] and not counts[1]
+        assert refusal.startswith(f"rank {broken} of 2: Triton ") and "active" in refusal
+        assert choice == backends.Choice("torch", refusal)
+        assert said == ([refusal] if rank == 0 else [])
+
+
+def test_other_threads_print_while_the_kernels_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    with backends._silence():
+        print("the program")
+        other = threading.Thread(target=print, args=("a line of metrics",))
+        other.start()
+        other.join()
+    print("afterwards")
+    assert capsys.readouterr().out == "a line of metrics\nafterwards\n"

@@ -14,8 +14,8 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import open_device
-from gspo_megatron.layout.layout import layout_of
 from gspo_megatron.layout.memory import parameters_per_rank, stage_parameters
+from gspo_megatron.layout.refusal import layout_of
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.layers import LAYERS as LAYER_KINDS

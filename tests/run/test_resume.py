@@ -45,6 +45,21 @@ def test_settings_that_changed_are_said_and_some_are_refused() -> None:
         changed_settings(inside, other)
 
 
+def test_another_variant_is_refused_unless_asked_for() -> None:
+    state = state_of(load_config(None))
+
+    def continued(*settings: str, state: RunState = state) -> tuple[str, ...]:
+        config = load_config(None, ["checkpoint.load=latest", *settings])
+        return Continuation.of(state, config, Algorithm.of(config), has_reference=False).changed
+
+    with pytest.raises(CheckpointError, match=r"algorithm\.variant: 'grpo', was 'gspo'.*allow_other_variant=true"):
+        continued("algorithm.variant=grpo")
+    assert continued("algorithm.clip_low=0.1") == ("algorithm.clip_low: 0.1, was None",)
+    allowed = continued("algorithm.variant=grpo", "checkpoint.allow_other_variant=true")
+    assert allowed == ("algorithm.variant: 'grpo', was 'gspo'",)
+    assert continued("algorithm.variant=grpo", state=replace(state, began=False)) == allowed
+
+
 def test_a_setting_that_did_not_exist_then_is_no_change() -> None:
     config = load_config(None)
     state = state_of(config)

@@ -16,7 +16,9 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
-from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.device.facts import Gpu, Machine, Package, version_of
+from gspo_megatron.device.gather import this_process
+from gspo_megatron.device.machine import Needs, problems
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
@@ -95,7 +97,7 @@ def test_smoke_float32_scales_are_read_when_transformer_engine_is_imported(value
 def test_smoke_what_a_gpu_lacks_is_what_transformer_engine_says(
     name: str, capability: tuple[int, int], cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA that has Blackwell at all (12.8) is our own rule."""
+    """Our own rules: CUDA that has Blackwell at all (12.8), and no blockwise scaling there, which it emulates."""
     from transformer_engine.pytorch import quantization
 
     monkeypatch.setattr(quantization, "get_device_compute_capability", lambda: capability)
@@ -104,9 +106,15 @@ def test_smoke_what_a_gpu_lacks_is_what_transformer_engine_says(
     # Its checks remember their first answer: 2.20 computes it in a function of its own, 2.10 in one that is wrapped.
     computed = getattr(quantization, f"_compute_{check}_support", None)
     supported, why = (computed or getattr(quantization, f"check_{check}_support").__wrapped__)()
-    machine = Machine("GPU", 1, capability=capability, cuda=cuda, torch="2.14.1", transformer_engine="2.20.2")
+    machine = Machine(
+        torch=Package("2.14.1"),
+        torch_cuda=version_of(cuda),
+        gpus=(Gpu("GPU", capability, 80.0),),
+        transformer_engine=Package("2.20.2"),
+    )
     found = [str(problem) for problem in problems(machine, Needs(fp8=name))]
-    assert (found == []) == supported or (name == "mxfp8" and cuda == "12.6"), (found, why)
+    ours = (name == "mxfp8" and cuda == "12.6") or (name == "blockwise" and capability >= (10, 0))
+    assert (found == []) == supported or ours, (found, why)
 
 
 def built_deterministic(allowed: str) -> str:
@@ -131,7 +139,7 @@ def test_smoke_megatron_takes_the_environment_of_deterministic() -> None:
 
 def test_smoke_the_pair_of_this_environment_works() -> None:
     compat.check_transformer_engine()
-    assert Machine.of_this_process().has_transformer_engine
+    assert this_process().transformer_engine.works
 
 
 def test_smoke_a_pair_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

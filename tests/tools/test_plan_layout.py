@@ -37,6 +37,21 @@ def test_what_it_writes_is_a_run(precision: str, tmp_path: Path, capsys: pytest.
     assert config.optimizer.lr == 3e-6 and config.model.max_sequence_length == 5008
 
 
+def test_what_a_newcomer_would_miss_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data that is the demo's, sequences that the model was not trained for, and the recipe of another GPU."""
+    path = tmp_path / "run.yaml"
+    command = ["--model", "qwen3_30b_a3b", "--gpus", "16", "--gpu", "b200", "--precision", "fp8", "--rows", "1"]
+    assert main([*command, "--response", "40000", "--write", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "until you set data.train in it, a run trains the demo's task:sort_digits" in printed
+    assert "warning: model.max_sequence_length=41024 exceeds the 32,768 tokens" in printed and "RoPE" in printed
+    assert "train: task:sort_digits  # the demo's; set your own" in path.read_text()
+    assert load_config(str(path), []).precision.fp8 == "mxfp8"
+    assert main([*command, "--write", str(path), "data.train=mine.jsonl"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo" not in printed and "RoPE" not in printed and "demo" not in path.read_text()
+
+
 def test_another_row_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     assert (

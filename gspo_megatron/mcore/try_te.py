@@ -1,6 +1,6 @@
 """Does Megatron-Core find all that it uses of the installed Transformer Engine? Prints JSON, for the doctor.
 
-python -m gspo_megatron.mcore.probe
+python -m gspo_megatron.mcore.try_te
 """
 
 from __future__ import annotations

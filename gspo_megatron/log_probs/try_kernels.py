@@ -1,6 +1,6 @@
 """Does the Triton kernel compile with this Triton, and is it right on this machine's device?
 
-    python -m gspo_megatron.log_probs.probe BACKEND ARCHITECTURE      prints JSON
+    python -m gspo_megatron.log_probs.try_kernels BACKEND ARCHITECTURE      prints JSON
 
 Where torch sees a device, log-probs and gradients of the Triton kernels are compared with those of the torch kernels.
 Elsewhere the kernel is compiled for the architecture named, such as 90 for Hopper, and not run.

@@ -1,6 +1,8 @@
-"""Gathers `Facts`. Whatever may crash, hang or never return runs in a process of its own, with a time limit.
+"""Gathers the facts of facts.py: `this_process` for a run, `gather` for the doctor.
 
-python -m gspo_megatron.device.probe torch        what one of those processes runs; prints JSON
+What may crash, hang or never return the doctor asks in a process of its own, with a time limit.
+
+python -m gspo_megatron.device.gather torch        what one of those processes runs; prints JSON
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,23 +26,46 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.device.facts import Facts, Gpu, Kernel, Package, version_of
+from gspo_megatron.device.facts import Facts, Gpu, Kernel, Machine, Package, version_of
 
 ENVIRONMENT = ("CUDA_", "NVTE_", "NCCL_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "MASTER_")
 """Beginnings of the names of environment variables that a run's outcome or speed depends on."""
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 PROBES: Mapping[str, tuple[str, ...]] = {
-    "torch": ("gspo_megatron.device.probe", "torch"),
-    "transformer_engine": ("gspo_megatron.device.probe", "transformer_engine.pytorch"),
-    "apex": ("gspo_megatron.device.probe", "apex"),
-    "megatron": ("gspo_megatron.device.probe", "megatron.core"),
-    "pair": ("gspo_megatron.mcore.probe",),
-    "host_name": ("gspo_megatron.device.probe", "host_name"),
-    "kernel": ("gspo_megatron.log_probs.probe", "cuda", "90"),
+    "torch": ("gspo_megatron.device.gather", "torch"),
+    "transformer_engine": ("gspo_megatron.device.gather", "transformer_engine.pytorch"),
+    "apex": ("gspo_megatron.device.gather", "apex"),
+    "megatron": ("gspo_megatron.device.gather", "megatron.core"),
+    "pair": ("gspo_megatron.mcore.try_te",),
+    "host_name": ("gspo_megatron.device.gather", "host_name"),
+    "kernel": ("gspo_megatron.log_probs.try_kernels", "cuda", "90"),
 }
 DISTRIBUTIONS = {"transformer_engine.pytorch": "transformer-engine", "megatron.core": "megatron-core"}
+UNKNOWN = "of unknown version"
 UNLIMITED = 1 << 60
 """Bytes; larger limits mean none."""
+
+
+def this_process() -> Machine:
+    """What a run finds in its own process, on its own GPU. Imports Transformer Engine, where it is installed: call it
+    once the environment is set."""
+    import torch
+
+    found = torch_and_gpus()
+    gpus = tuple(Gpu(name, capability, memory_gib) for name, capability, memory_gib in found.get("gpus", ()))
+    driver, te = _driver_of_kernel(), Package()
+    if _is_there("transformer_engine"):
+        te = _package("transformer-engine", imported("transformer_engine.pytorch"))
+    return Machine(
+        torch=Package(found["version"]),
+        torch_cuda=version_of(found["cuda"]),
+        gpus=gpus and (gpus[torch.cuda.current_device()],),
+        gpu_error=found.get("gpu_error"),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        driver=driver,
+        driver_cuda=_cuda_of_driver() if driver else (),
+        transformer_engine=te,
+    )
 
 
 def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
@@ -47,7 +73,7 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
     # A package that is not there needs no process to say so.
     found = ask({name: probe for name, probe in PROBES.items() if _is_there(name)}, limit_s)
     found |= {name: {} for name in PROBES.keys() - found.keys()}
-    driver, driver_cuda, used_gib = _driver()
+    driver, used_gib = _driver_and_use()
     used_gib = seen(used_gib, os.environ.get("CUDA_VISIBLE_DEVICES"))
     torch_says = found["torch"]
     gpus = [
@@ -63,7 +89,8 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
         gpu_error=torch_says.get("gpu_error"),
         nccl=tuple(torch_says.get("nccl", ())),
         driver=driver,
-        driver_cuda=driver_cuda,
+        driver_cuda=_cuda_of_driver() if driver else (),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         megatron=_package("megatron-core", found["megatron"]),
         transformer_engine=_package("transformer-engine", found["transformer_engine"]),
         pair_error=found["pair"].get("error"),
@@ -161,21 +188,22 @@ def _kernel(answer: Mapping[str, Any]) -> Kernel:
     return Kernel(**told, tested=tuple(answer.get("tested", ())))
 
 
-def _driver() -> tuple[str | None, tuple[int, ...], list[float]]:
-    """(version, the newest CUDA it runs, GiB in use on every GPU), from nvidia-smi, or from the kernel's own file."""
-    version, used_gib = None, []
+def _driver_and_use() -> tuple[str | None, list[float]]:
+    """The driver's version, and GiB in use on every GPU, which only nvidia-smi tells."""
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.used", "--format=csv,noheader,nounits"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
-        version, used_gib = rows[0][0], [float(used) / 1024 for _, used in rows]
-    if version is None:
-        with suppress(OSError, IndexError):
-            words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
-            version = next((word for word in words if word[:1].isdigit() and "." in word), None)
-    if version is None:
-        return None, (), []
-    return version, _cuda_of_driver(), used_gib
+        return rows[0][0], [float(used) / 1024 for _, used in rows]
+    return _driver_of_kernel(), []
+
+
+def _driver_of_kernel() -> str | None:
+    """`580.82.07` of the file that the driver itself writes; None: there is no driver."""
+    with suppress(OSError):
+        if found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text()):
+            return found[0]
+    return None
 
 
 def seen(used_gib: list[float], visible: str | None) -> list[float]:
@@ -289,13 +317,13 @@ def imported(name: str) -> dict[str, Any]:
         if error.name is not None and name.startswith(error.name):
             known = _installed(DISTRIBUTIONS.get(name, name))
             return {"version": known, "error": str(error) if known else None}
-        return {"version": "unknown", "error": f"{type(error).__name__}: {error}"}
+        return {"version": UNKNOWN, "error": f"{type(error).__name__}: {error}"}
     except BaseException as error:
         lines = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {lines[0]}"}
+        return {"version": UNKNOWN, "error": f"{type(error).__name__}: {lines[0]}"}
     root = sys.modules[name.split(".")[0]]
     own = getattr(package, "__version__", None) or getattr(root, "__version__", None)
-    return {"version": str(own or _installed(DISTRIBUTIONS.get(name, name)) or "unknown")}
+    return {"version": str(own or _installed(DISTRIBUTIONS.get(name, name)) or UNKNOWN)}
 
 
 def main(name: str) -> None:
