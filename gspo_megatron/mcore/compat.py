@@ -51,29 +51,36 @@ def _no_device_rng() -> None:
 
 
 class _Float64Stays(TorchFunctionMode):
-    """x.float() is x where x is float64."""
+    """x.float() is x where x is float64, and a softmax of it stays float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.Tensor.float and args[0].dtype == torch.float64:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if func is torch.softmax and args[0].dtype == torch.float64:
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
-def _sigmoid_in_float64() -> None:
-    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function: a sigmoid router's scores are
-    float32 even from float64 logits. On a CPU their last bit depends on how many there are, since vector instructions
-    and the loop over the rest round differently: layouts would differ by 1e-8."""
-    route = router.topk_routing_with_score_function
+def _routes_in_float64() -> None:
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function and
+    compute_routing_scores_for_aux_loss: a router's scores are float32 even from float64 logits. On a CPU the last bit
+    of a sigmoid depends on how many there are, since vector instructions and the loop over the rest round differently:
+    layouts would differ by 1e-8. All layouts share the error of a softmax, so that only another program shows it."""
+    for name in ("topk_routing_with_score_function", "compute_routing_scores_for_aux_loss"):
+        setattr(router, name, _keeping_float64(getattr(router, name)))
 
+
+def _keeping_float64(route: Callable[..., Any]) -> Callable[..., Any]:
     def routed(logits: Any, *args: Any, **kwargs: Any) -> Any:
         with _Float64Stays() if logits.dtype == torch.float64 else nullcontext():
             return route(logits, *args, **kwargs)
 
-    router.topk_routing_with_score_function = routed
+    return routed
 
 
 PATCHES: tuple[Callable[[], None], ...] = (_te_general_gemm,)
-CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng, _sigmoid_in_float64)
+CPU_PATCHES: tuple[Callable[[], None], ...] = (_splits_on_cpu, _no_device_rng, _routes_in_float64)
 
 
 def apply_patches(on_cpu: bool) -> None:
