@@ -18,6 +18,7 @@ from gspo_megatron.run.guards import Guards
 from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer
 from gspo_megatron.run.state import GuardState
+from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.trainer import Parts
 from gspo_megatron.run.warm_start import WarmStart
 
@@ -36,10 +37,12 @@ def assemble(
     writer: RunWriter | None = None,
     checkpoints: Checkpoints | None = None,
     guards: GuardState | None = None,
+    peak_flops: float | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `peak_flops`: of one GPU,
+    where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, t, vocab_size = config.rollout, config.train, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
@@ -55,12 +58,13 @@ def assemble(
         group_size=r.group_size,
         vocab_size=vocab_size,
     )
+    cost = sequence_cost(config.model.shape)
     packer = Packer(
         ranks=ranks,
         pad_id=inputs.tokenizer.pad_id,
         max_tokens=t.tokens_per_micro_batch,
         rules=packing_rules(config),
-        cost=sequence_cost(config.model.shape),
+        cost=cost,
         group_size=r.group_size,
         updates_per_rollout=algorithm.updates_per_rollout,
         seed=config.run.seed,
@@ -82,6 +86,9 @@ def assemble(
         writer=writer,
         checkpoints=checkpoints,
         save_request=SaveRequest(every_s=config.checkpoint.save_every_s, file=asked_by),
+        throughput=Throughput(
+            cost, algorithm.scores_old + algorithm.needs_reference, inputs.layout.world_size, peak_flops
+        ),
         stop=stop,
         note=note,
     )

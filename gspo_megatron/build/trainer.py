@@ -14,6 +14,7 @@ from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Machine, Needs, problems
+from gspo_megatron.layout.hardware import gpu_named
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -75,6 +76,7 @@ def open_trainer(
             writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
+        gpu = gpu_named(device.name)
         parts = assemble(
             inputs,
             policy,
@@ -84,6 +86,7 @@ def open_trainer(
             writer=writer,
             checkpoints=checkpoints,
             guards=state.guards if state else None,
+            peak_flops=gpu.peak_flops(fp8=config.precision.fp8 != "none") if gpu else None,
             stop=stop,
             note=watchdog.note,
         )

@@ -22,7 +22,7 @@ from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
+MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second", "mfu", "memory/")
 
 
 def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 180) -> tuple[int, str]:

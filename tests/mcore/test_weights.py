@@ -118,7 +118,7 @@ def logits_of_both(folder: Path, tie: bool, dtype: str) -> tuple[Tensor, Tensor]
     """[T, V] of one sequence: ours, and those of transformers from a folder written as they are on the hub. In float64
     transformers' own casts to float32 are lifted."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_rope_utils
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     policy = open_policy(1, *OTHER_MATHS, f"model.tie_embeddings={tie}", f"precision.dtype={dtype}")
@@ -133,9 +133,11 @@ def logits_of_both(folder: Path, tie: bool, dtype: str) -> tuple[Tensor, Tensor]
     (folder / "config.json").write_text(json.dumps(family.hf_config(shape)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if dtype == "fp64":
-            modeling_qwen3_moe.torch = Wider(torch)  # in this process, which ends with this function
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=policy.device.dtype)
+        if dtype == "fp64":  # in this process, which ends with this function
+            modeling_qwen3_moe.torch = modeling_rope_utils.torch = Wider(torch)
+            torch.Tensor.float = torch.Tensor.double
+        how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=policy.device.dtype, **how)
     assert family.shape(theirs.config.to_dict()) == shape
     tokens = torch.arange(30) % 13
     with torch.no_grad():
@@ -154,7 +156,9 @@ class Wider:
         return torch.float64 if name in ("float", "float32") else getattr(self._module, name)
 
 
-@pytest.mark.parametrize(("tie", "dtype", "atol"), [(False, "fp32", 1e-4), (True, "fp32", 1e-4), (False, "fp64", 1e-10)])
+@pytest.mark.parametrize(
+    ("tie", "dtype", "atol"), [(False, "fp32", 1e-4), (True, "fp32", 1e-4), (False, "fp64", 1e-10)]
+)
 def test_transformers_computes_the_same_logits(tie: bool, dtype: str, atol: float, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     [(ours, theirs)] = run_distributed(logits_of_both, 1, tmp_path, tie, dtype)
