@@ -18,7 +18,7 @@ HEAD = """\
 
 A run appends a row a step to `metrics.jsonl`. A metric that has nothing to average is null: with all groups equal
 there is no live sequence, and an entropy of 0 would read as collapse. *Live* sequences are those that an update trains
-on: with `train.skip_zero_gradient`, the ones whose advantage is not 0, unless a KL, entropy or balancing term needs all.
+on: with `train.skip_zero_gradient`, those whose advantage is not 0, unless a KL, entropy or balancing term needs all.
 Rewards, lengths and accuracy are over all rollouts. Numbers are over all processes, and do not depend on the layout,
 except time and memory.
 

@@ -61,7 +61,13 @@ def open_trainer(
         compat.apply_patches(device.on_cpu)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         policy = MegatronPolicy(config, groups, device, use_te, algorithm.scoring)
-        sampler = MegatronSampler(policy, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, stop=stop)
+        sampler = MegatronSampler(
+            policy,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            stop=stop,
+            sign_of_life=console.sign_of_life,
+        )
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)

@@ -69,7 +69,7 @@ class ForwardInputs(NamedTuple):
 class MegatronSampler:
     """`Sampler` of base/protocols.py. Each of `stop_ids` ends a response, `pad_id` fills places that attention never
     reads. `stop` is called at every token; when it returns True on any process, generate raises StopRequested on
-    all."""
+    all. `sign_of_life` is called at every token, with a function that says how far it is."""
 
     def __init__(
         self,
@@ -78,10 +78,12 @@ class MegatronSampler:
         stop_ids: Sequence[int],
         pad_id: int,
         stop: Callable[[], bool] = lambda: False,
+        sign_of_life: Callable[[Callable[[], str]], None] = lambda text: None,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.stop_ids, self.pad_id, self.stop = tuple(stop_ids), pad_id, stop
+        self.sign_of_life = sign_of_life
         self.stop_ids_E = torch.tensor(self.stop_ids, device=self.device)
         self.multiple = sampler_token_multiple(policy.config)
         rules = packing_rules(policy.config)
@@ -112,6 +114,7 @@ class MegatronSampler:
             *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
                 *num_tokens, stop = self._forward(cache, scheduler, num_tokens, decoding)
+                self.sign_of_life(scheduler.progress)
         finally:
             for chunk in self.policy.chunks:
                 chunk.train()

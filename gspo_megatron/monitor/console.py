@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
+QUIET_S = 60
+"""Without a line for so long, a run says how far its sampling is."""
 WIDE = 140
 """Columns of a terminal with room for ON_WIDE."""
 ON_WIDE = {
@@ -27,18 +30,27 @@ class Console:
     def __init__(self, on: bool = True) -> None:
         self._out = RichConsole(highlight=False, emoji=False, quiet=not on, soft_wrap=True)
         self._started = time.perf_counter()
+        self._last = time.monotonic()
         self._first_step: int | None = None
         self._evaluations: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
 
     def print(self, table: Table) -> None:
         self._out.print(table)
+        self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         self._out.print(escape(text))
+        self._last = time.monotonic()
 
     def warn(self, text: str) -> None:
         self._out.print(f"[yellow]warning:[/] {escape(text)}")
+        self._last = time.monotonic()
+
+    def sign_of_life(self, text: Callable[[], str]) -> None:
+        """Prints `text()` if nothing was printed for QUIET_S seconds. Cheap enough to call at every token."""
+        if time.monotonic() - self._last >= QUIET_S:
+            self.say(text())
 
     def warm_start(self, step: int, steps: int, loss: float) -> None:
         if step == steps or step % 50 == 0:
