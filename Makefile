@@ -156,6 +156,7 @@ check: .venv/.installed ## Lint, format and types: ruff and mypy
 
 docs: .venv/.installed ## Write docs/settings.md from the declared settings, and the picture of the rooms from the imports
 	.venv/bin/python tools/settings_page.py
+	.venv/bin/python tools/metrics_page.py
 	.venv/bin/python tools/draw_rooms.py
 
 doctor: .venv/.installed ## Can a run start here? What is wrong, and what to do

@@ -19,6 +19,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.command import KNOWN_ERRORS, Parser, report, reported
 from gspo_megatron.build.inputs import Inputs, settle
+from gspo_megatron.build.summary import describe_end, describe_start
 from gspo_megatron.build.trainer import check_machine, device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
@@ -62,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop = StopRequest(
             exit_after_s=c.exit_after_s, grace_s=c.grace_s, forwarded=torchrun.launched(), say=console.say
         )
+        for line in describe_start(inputs):
+            console.say(line)
         with opened(inputs, device, console, stop) as trainer:
             if trainer.run():
+                for line in describe_end(inputs.config):
+                    console.say(line)
                 return 0
             position = trainer.position
         saved = Path(inputs.config.run.dir) / CHECKPOINTS / name_of(position)

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
-"""Prefixes of keys."""
+MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second", "mfu", "memory/")
+"""Prefixes of keys: what the machine decides, not the run."""
 
 Difference = tuple[float, str]
 """(step, what differs there)."""

@@ -18,6 +18,7 @@ from gspo_megatron.run.guards import Guards
 from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer
 from gspo_megatron.run.state import GuardState
+from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.trainer import Parts
 from gspo_megatron.run.warm_start import WarmStart
 
@@ -37,10 +38,12 @@ def assemble(
     checkpoints: Checkpoints | None = None,
     exports: Exports | None = None,
     guards: GuardState | None = None,
+    peak_flops: float | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `peak_flops`: of one GPU,
+    where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, t, vocab_size = config.rollout, config.train, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
@@ -75,6 +78,9 @@ def assemble(
         checkpoints=checkpoints,
         exports=exports,
         save_request=SaveRequest(every_s=config.checkpoint.save_every_s, file=asked_by),
+        throughput=Throughput(
+            packer.cost, algorithm.scores_old + algorithm.needs_reference, inputs.layout.world_size, peak_flops
+        ),
         stop=stop,
         note=note,
     )

@@ -23,6 +23,7 @@ from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.gather import this_process
 from gspo_megatron.device.machine import Needs, problems
+from gspo_megatron.layout.hardware import gpu_named
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs import Scoring, backends
 from gspo_megatron.models.families import family_of
@@ -72,6 +73,7 @@ def open_trainer(
             pad_id=tokenizer.pad_id,
             num_ids=tokenizer.vocab_size,
             stop=stop,
+            sign_of_life=console.sign_of_life,
         )
         c = config.checkpoint
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=c.keep, keep_every=c.keep_every)
@@ -90,6 +92,7 @@ def open_trainer(
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
+        gpu = gpu_named(device.name)
         parts = assemble(
             inputs,
             policy,
@@ -100,6 +103,7 @@ def open_trainer(
             checkpoints=checkpoints,
             exports=MegatronExports(policy, beside, console.say),
             guards=state.guards if state else None,
+            peak_flops=gpu.peak_flops(fp8=config.precision.fp8 != "none") if gpu else None,
             stop=stop,
             note=watchdog.note,
         )

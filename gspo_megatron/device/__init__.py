@@ -117,9 +117,13 @@ class Device:
         else:
             torch.cuda.reset_peak_memory_stats()
 
+    @property
+    def name(self) -> str:
+        """As the driver has it, such as `NVIDIA H100 80GB HBM3`."""
+        return "CPU" if self.on_cpu else torch.cuda.get_device_name()
+
     def describe(self) -> str:
-        name = "CPU" if self.on_cpu else torch.cuda.get_device_name()
-        return f"{name}, {self.backend}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name}, {self.backend}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def open_device(device: str, dtype: str, *, fp8: str = "none", deterministic: bool = False) -> Device:

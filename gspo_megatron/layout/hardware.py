@@ -6,6 +6,7 @@ network card that the named server gives each GPU.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB_OF_GB = 1e9 / 2**30
@@ -61,6 +62,15 @@ GPUS: dict[str, Gpu] = {
         Gpu("gb300", 276.0, 2500, 5000, 8000, 900, 100, 225, 72, "mxfp8", _GB300),
     )
 }
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The row of GPUS that a driver's name means (`NVIDIA H100 80GB HBM3`); None where there is none. The H100s on
+    PCIe cards are slower than the row."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if "h100" in words and {"pcie", "nvl"} & set(words):
+        return None
+    return next((GPUS[word] for word in words if word in GPUS), None)
 
 
 @dataclass(frozen=True)

@@ -63,17 +63,20 @@ class _Float64Stays(TorchFunctionMode):
 
 
 def _routes_in_float64() -> None:
-    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function: a router's scores are float32
-    even from float64 logits. On a CPU the last bit of a sigmoid depends on how many there are, since vector
-    instructions and the loop over the rest round differently: layouts would differ by 1e-8, and from transformers in
-    float64 by as much."""
-    route = router.topk_routing_with_score_function
+    """0.16.1 and 0.19.2, transformer/moe/moe_utils.py topk_routing_with_score_function and
+    compute_routing_scores_for_aux_loss: a router's scores are float32 even from float64 logits. On a CPU the last bit
+    of a sigmoid depends on how many there are, since vector instructions and the loop over the rest round differently:
+    layouts would differ by 1e-8. All layouts share the error of a softmax, so that only another program shows it."""
+    for name in ("topk_routing_with_score_function", "compute_routing_scores_for_aux_loss"):
+        setattr(router, name, _keeping_float64(getattr(router, name)))
 
+
+def _keeping_float64(route: Callable[..., Any]) -> Callable[..., Any]:
     def routed(logits: Any, *args: Any, **kwargs: Any) -> Any:
         with _Float64Stays() if logits.dtype == torch.float64 else nullcontext():
             return route(logits, *args, **kwargs)
 
-    router.topk_routing_with_score_function = routed
+    return routed
 
 
 PATCHES: tuple[Callable[[], None], ...] = (_te_general_gemm,)

@@ -84,6 +84,13 @@ class Groups:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
+    def sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over all processes, as a new tensor."""
+        total = counts.clone()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total
+
     def any_rank(self, flag: bool) -> bool:
         """See `Ranks.any_rank`."""
         return self.max_over_ranks([int(flag)]) == [1]

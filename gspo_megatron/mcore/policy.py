@@ -22,6 +22,7 @@ from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
+from gspo_megatron.mcore.router_load import RouterLoad
 from gspo_megatron.mcore.weights import load_weights, whole_sizes, whole_weights
 from gspo_megatron.models.names import HubSize, NameRule, Sliceable
 
@@ -89,6 +90,7 @@ class MegatronPolicy(MegatronModel):
         super().__init__(config, groups, device, use_te, scoring)
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
+        self.router_load = RouterLoad(self._model, config.model.shape, groups)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property
@@ -122,20 +124,26 @@ class MegatronPolicy(MegatronModel):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
-        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self.scoring))
+        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load))
         with self.device.optimizer_scope():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
         bad_loss = "loss" in metrics and not math.isfinite(metrics["loss"].total)
         # Only the last stage has the loss, and replicas may sum the same norm in a different order. All ranks use the
         # maximum, so that they make the same decision and clip alike.
-        grad_norm, bad = self.groups.max_over_ranks([norm if math.isfinite(norm) else math.inf, float(bad_loss)])
+        norm = norm if math.isfinite(norm) else math.inf
+        grad_norm, bad, peak = self.groups.max_over_ranks([norm, float(bad_loss), self.device.peak_memory_gib()])
         if accept is None or accept(grad_norm, not bad):
             self._step(grad_norm)
         self._gathering = self.chunks[0].ddp_config.overlap_param_gather
         self.version += 1
+        of_all = {
+            "grad_norm": Metric(grad_norm),
+            "memory/peak_gib": Metric(peak, reduction="max"),
+            **self.router_load.metrics(),
+        }
         first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # equal on all ranks; counted once
-        return metrics | ({"grad_norm": Metric(grad_norm)} if first else {})
+        return metrics | (of_all if first else {})
 
     def _step(self, grad_norm: float) -> None:
         """The rest of `self.optimizer.step()`, which in one call would leave no room for a decision after the norm."""

@@ -76,7 +76,8 @@ class MegatronSampler:
     """`Sampler` of base/protocols.py. Each of `stop_ids`, and what else `stops` has, ends a response; `pad_id` fills
     places that attention never reads. Only the first `num_ids` ids are sampled, None: all; a tokenizer may have fewer
     than the model's vocabulary, whose last rows then only fill it up. `stop` is called at every token; when it returns
-    True on any process, generate raises StopRequested on all."""
+    True on any process, generate raises StopRequested on all. `sign_of_life` is called at every token, with a function
+    that says how far it is."""
 
     def __init__(
         self,
@@ -87,10 +88,12 @@ class MegatronSampler:
         pad_id: int,
         num_ids: int | None = None,
         stop: Callable[[], bool] = lambda: False,
+        sign_of_life: Callable[[Callable[[], str]], None] = lambda text: None,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
         self.pad_id, self.num_ids, self.stop = pad_id, num_ids, stop
+        self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
         stops = stops._replace(ids=(*stop_ids, *stops.ids))
         self.stops = StopTable.of(stops, policy.config.model.vocab_size)
@@ -124,6 +127,7 @@ class MegatronSampler:
             *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
                 *num_tokens, stop = self._forward(cache, scheduler, num_tokens, decoding)
+                self.sign_of_life(scheduler.progress)
         finally:
             for chunk in self.policy.chunks:
                 chunk.train()

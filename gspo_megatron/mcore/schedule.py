@@ -30,16 +30,19 @@ from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import wait_for_weight
 from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
+from gspo_megatron.mcore.router_load import RouterLoad
 
 ModelInput = tuple[Tensor, PackedTokens]
 Chunks = Sequence[Any]
 """This rank's parts of the model, wrapped for training or bare."""
 
 
-def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring) -> list[dict[str, Metric]]:
-    """Forward and backward of one update; leaves reduced gradients in the buffers. Metrics exist on the last stage
-    only, on its device. Nothing here waits for the device, except that scoring.skip_zero_rows reads which rows to
-    skip."""
+def train(
+    chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring, load: RouterLoad
+) -> list[dict[str, Metric]]:
+    """Forward and backward of one update; leaves reduced gradients in the buffers, and the tokens of every expert in
+    `load`. Metrics exist on the last stage only, on its device. Nothing here waits for the device, except that
+    scoring.skip_zero_rows reads which rows to skip."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
@@ -51,7 +54,9 @@ def train(chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scorin
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(micro_batches)
-        return model(*model_input(micro_batch, groups)), partial(micro_batch_loss, micro_batch)
+        with load.counting(micro_batch):
+            hidden = model(*model_input(micro_batch, groups))
+        return hidden, partial(micro_batch_loss, micro_batch)
 
     return _run(forward_step, chunks, batch.micro_batches, forward_only=False)
 

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
+QUIET_S = 60
+"""Without a line for so long, a run says how far its sampling is."""
 WIDE = 140
 """Columns of a terminal with room for ON_WIDE."""
 ON_WIDE = {
@@ -30,18 +32,27 @@ class Console:
     def __init__(self, on: bool = True) -> None:
         self._out = RichConsole(highlight=False, emoji=False, quiet=not on, soft_wrap=True)
         self._started = time.perf_counter()
+        self._last = time.monotonic()
         self._first_step: int | None = None
         self._evaluations: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
 
     def print(self, table: Table) -> None:
         self._out.print(table)
+        self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         self._out.print(escape(text))
+        self._last = time.monotonic()
 
     def warn(self, text: str) -> None:
         self._out.print(f"[yellow]warning:[/] {escape(text)}")
+        self._last = time.monotonic()
+
+    def sign_of_life(self, text: Callable[[], str]) -> None:
+        """Prints `text()` if nothing was printed for QUIET_S seconds. Cheap enough to call at every token."""
+        if time.monotonic() - self._last >= QUIET_S:
+            self.say(text())
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gspo_megatron.config.loading import to_yaml
 from gspo_megatron.config.sections import Config
+from gspo_megatron.monitor.catalogue import board_name
 
 
 class RunWriter:
@@ -76,7 +77,7 @@ class RunWriter:
         if self._board is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["step"])
+                    self._board.add_scalar(board_name(name), value, row["step"])
             self._board.flush()
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:

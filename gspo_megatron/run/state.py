@@ -48,6 +48,7 @@ class RunState:
         settings: the settings that it ran with, by `section.key`.
         guards: what the guards remember.
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
+        warm_start_loss: of the last update of a warm start.
     """
 
     position: Position
@@ -56,13 +57,21 @@ class RunState:
     guards: GuardState
     step: StepSnapshot | SavedStep | None = None
     config_sha256: str = ""
+    warm_start_loss: float | None = None
 
     @classmethod
     def of(
-        cls, config: Config, position: Position, *, began: bool, guards: GuardState, step: StepSnapshot | None
+        cls,
+        config: Config,
+        position: Position,
+        *,
+        began: bool,
+        guards: GuardState,
+        step: StepSnapshot | None,
+        warm_start_loss: float | None = None,
     ) -> RunState:
         digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-        return cls(position, began, settings_of(asdict(config)), guards, step, digest)
+        return cls(position, began, settings_of(asdict(config)), guards, step, digest, warm_start_loss)
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and text. JSON keeps every bit of a float64."""
@@ -76,6 +85,7 @@ class RunState:
             "config": config,
             "config_sha256": self.config_sha256,
             "guards": asdict(self.guards),
+            "warm_start_loss": self.warm_start_loss,
             "step": None if self.step is None else self.step.about,
         }
 
@@ -96,6 +106,7 @@ class RunState:
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
+            about.get("warm_start_loss"),  # a checkpoint of an earlier version has none
         )
 
 

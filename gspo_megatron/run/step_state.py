@@ -56,15 +56,23 @@ class StepState:
         """Statistics of the step's rollouts, for its row of metrics."""
         rollouts, size = self.rollouts, len(self.groups[0].rollouts)
         groups = [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
-        rewards = [r.reward for r in rollouts]
+        rewards, lengths = [r.reward for r in rollouts], [len(r.tokens) for r in rollouts]
+        right = [accuracy(r) for r in rollouts]
+        right_by_group = [right[i : i + size] for i in range(0, len(right), size)]
+        half, most = np.percentile(lengths, [50, 90]).tolist()
         return {
             "reward/mean": statistics.fmean(rewards),
             "reward/std": statistics.pstdev(rewards),
             "reward/errors": sum(bool(r.reward_error) for r in rollouts),
-            "accuracy": statistics.fmean(accuracy(r) for r in rollouts),
-            "response_length/mean": statistics.fmean(len(r.tokens) for r in rollouts),
+            "accuracy": statistics.fmean(right),
+            "response_length/mean": statistics.fmean(lengths),
+            "response_length/p50": half,
+            "response_length/p90": most,
+            "response_length/max": max(lengths),
             "truncated_fraction": statistics.fmean(r.truncated for r in rollouts),
             "groups/zero_variance_fraction": statistics.fmean(not any(s.advantage for s in g) for g in groups),
+            "groups/all_right_fraction": statistics.fmean(min(g) >= 1 for g in right_by_group),
+            "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
             **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
         }

@@ -35,6 +35,7 @@ from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer, PolicyLoss
 from gspo_megatron.run.state import RunState, SavedStep
 from gspo_megatron.run.step_state import StepState, rollout_row
+from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.warm_start import WarmStart
 
 START = Position(0, 0, 0)
@@ -68,6 +69,7 @@ class Parts:
     checkpoints: Checkpoints | None
     exports: Exports | None
     save_request: SaveRequest
+    throughput: Throughput
     stop: Callable[[], bool]
     note: Callable[[str], None]
 
@@ -86,12 +88,13 @@ class Trainer:
         """Steps in a row, up to the last one, in which no group had rewards that differ."""
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
+        self.warm_start_loss: float | None = None
         self.step_state: StepState | None = None
         self.began = False
         """Whether the first step has begun: the reference is frozen and row 0 is written."""
         if state := continuation.state:
             self.warm_updates, self.completed_steps, _ = state.position
-            self.began = state.began
+            self.began, self.warm_start_loss = state.began, state.warm_start_loss
             if isinstance(state.step, SavedStep):
                 saved = state.step
                 self.step_state = StepState.restore(saved.about, saved.shares, self.ranks, self.policy.score_dtype)
@@ -138,11 +141,12 @@ class Trainer:
 
     def begin(self) -> None:
         """What precedes the first step: warm start, the frozen reference, row 0."""
-        for updates in self.parts.warm_start.run(self.warm_updates, self.safe_point):
-            self.warm_updates = updates
+        for updates, loss in self.parts.warm_start.run(self.warm_updates, self.safe_point):
+            self.warm_updates, self.warm_start_loss = updates, loss
         self.policy.begin(with_reference=self.algorithm.needs_reference)
         self.guards.begin()
-        self.record({"step": 0, "policy_version": self.policy.version, **self.evaluate()})
+        learned = {} if self.warm_start_loss is None else {"warm_start/loss": self.warm_start_loss}
+        self.record({"step": 0, "policy_version": self.policy.version, **learned, **self.evaluate()})
         self.began = True
 
     @property
@@ -185,6 +189,7 @@ class Trainer:
                 began=self.began,
                 guards=self.guards.state(),
                 step=inside.snapshot(self.ranks) if inside else None,
+                warm_start_loss=self.warm_start_loss,
             )
             checkpoints.save(self.position, state, wait=wait)
             self.saved = self.position
@@ -292,7 +297,7 @@ class Trainer:
             rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
             self.parts.writer.rollouts(step.number, rows)
         row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
-        row |= {"tokens_per_second": row["tokens"] / self.clock.seconds["step"]}
+        row |= self.parts.throughput(step, self.clock.seconds["step"])
         return row | {f"time/{name}_s": seconds for name, seconds in self.clock.seconds.items()}
 
     def record(self, row: dict[str, Any]) -> None:

@@ -36,9 +36,9 @@ class WarmStart:
     console: Console
     note: Callable[[str], None]
 
-    def run(self, done: int, safe_point: Callable[[], None]) -> Iterator[int]:
-        """Makes the updates after the first `done`, and yields the number done after each. `safe_point` is called
-        before every update, on all processes; it may raise to stop the run."""
+    def run(self, done: int, safe_point: Callable[[], None]) -> Iterator[tuple[int, float]]:
+        """Makes the updates after the first `done`, and yields the number done and the loss after each. `safe_point` is
+        called before every update, on all processes; it may raise to stop the run."""
         t, cut = self.config.train, 0
         while done < t.warm_start_steps:
             safe_point()
@@ -51,7 +51,7 @@ class WarmStart:
             self.guards.verdict(where, f"warm_start_{done + 1:06d}", partial(map, asdict, prompts))
             loss = reduced([metrics], self.ranks)["loss"]
             done += 1
-            yield done
+            yield done, loss
             self.console.warm_start(done, t.warm_start_steps, loss)
         if cut:
             self.console.warn(

@@ -24,7 +24,7 @@ from gspo_megatron.train import main
 
 Command = Callable[[Sequence[str]], int]
 """`main` of a command."""
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second")
+MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second", "mfu", "memory/")
 
 
 def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 180) -> tuple[int, str]:

@@ -86,7 +86,9 @@ class Run:
         self.policy.update(self.batch, self.loss, lr=1e-3)
 
     def forward_and_backward(self) -> None:
-        schedule.train(self.policy.chunks, self.groups, self.batch, self.loss, self.policy.scoring)
+        schedule.train(
+            self.policy.chunks, self.groups, self.batch, self.loss, self.policy.scoring, self.policy.router_load
+        )
 
     def planned(self, with_reference: bool = False) -> Memory:
         return memory_of_stage(self.config, self.layout, self.groups.pp_rank, with_reference=with_reference)

@@ -11,7 +11,7 @@ import pytest
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
-from gspo_megatron.layout.hardware import GPUS, Efficiency, Gpu
+from gspo_megatron.layout.hardware import GPUS, Efficiency, Gpu, gpu_named
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.layout.memory import GIB, RESERVED_GIB, fullest_stage
 from gspo_megatron.layout.planner import distinct, layouts, search, stage_split
@@ -224,3 +224,19 @@ def test_another_gpu_is_a_row_of_the_table() -> None:
     config, layout = config_of("qwen3_30b_a3b"), Layout(8, ep=8)
     slow, fast = (step(config, layout, cluster=Cluster(g, 8)).parts["update"] for g in (GPUS["h100"], gpu))
     assert fast == pytest.approx(slow / 2, rel=0.05)
+
+
+def test_a_gpu_is_known_by_its_drivers_name() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA H200": "h200",
+        "NVIDIA GB200": "gb200",
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA H100 NVL": None,
+        "NVIDIA H800": None,
+        "CPU": None,
+    }
+    for name, row in names.items():
+        found = gpu_named(name)
+        assert (found and found.name) == row, name

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -112,12 +114,14 @@ def test_the_names_that_rules_start_from_are_those_of_the_model() -> None:
 OTHER_MATHS = ("model.rope_base=500.0", "model.norm_epsilon=0.01", "model.max_sequence_length=32")
 
 
-def logits_of_both(folder: Path, tie: bool) -> tuple[Tensor, Tensor]:
-    """[T, V] of one sequence: ours, and those of transformers from a folder written as they are on the hub."""
+def logits_of_both(folder: Path, tie: bool, dtype: str) -> tuple[Tensor, Tensor]:
+    """[T, V] of one sequence: ours, and those of transformers from a folder written as they are on the hub. In float64
+    transformers' own casts to float32 are lifted."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_rope_utils
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-    policy = open_policy(1, *OTHER_MATHS, f"model.tie_embeddings={tie}")
+    policy = open_policy(1, *OTHER_MATHS, f"model.tie_embeddings={tie}", f"precision.dtype={dtype}")
     shape = policy.config.model.shape
     family = family_of(shape)
     [model] = policy.model
@@ -129,7 +133,11 @@ def logits_of_both(folder: Path, tie: bool) -> tuple[Tensor, Tensor]:
     (folder / "config.json").write_text(json.dumps(family.hf_config(shape)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if dtype == "fp64":  # in this process, which ends with this function
+            modeling_qwen3_moe.torch = modeling_rope_utils.torch = Wider(torch)
+            torch.Tensor.float = torch.Tensor.double
+        how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=policy.device.dtype, **how)
     assert family.shape(theirs.config.to_dict()) == shape
     tokens = torch.arange(30) % 13
     with torch.no_grad():
@@ -138,9 +146,21 @@ def logits_of_both(folder: Path, tie: bool) -> tuple[Tensor, Tensor]:
         return ours, theirs(tokens[None]).logits[0]
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_transformers_computes_the_same_logits(tie: bool, tmp_path: Path) -> None:
+class Wider:
+    """A module in which float32 is float64."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name in ("float", "float32") else getattr(self._module, name)
+
+
+@pytest.mark.parametrize(
+    ("tie", "dtype", "atol"), [(False, "fp32", 1e-4), (True, "fp32", 1e-4), (False, "fp64", 1e-10)]
+)
+def test_transformers_computes_the_same_logits(tie: bool, dtype: str, atol: float, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    [(ours, theirs)] = run_distributed(logits_of_both, 1, tmp_path, tie)
+    [(ours, theirs)] = run_distributed(logits_of_both, 1, tmp_path, tie, dtype)
     assert ours.std() > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, theirs.to(ours), rtol=0, atol=atol)

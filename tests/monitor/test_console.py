@@ -58,3 +58,14 @@ def test_some_steps_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Every third, evaluations, and the last."""
     rows = [row(step, **({"eval/accuracy": 0.5} if step == 4 else {})) for step in range(1, 11)]
     assert [re.search(r"step (\d+)/", line)[1] for line in lines(capsys, rows, every=3)] == ["3", "4", "6", "9", "10"]
+
+
+def test_a_sign_of_life_after_a_minute_without_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("gspo_megatron.monitor.console.time.monotonic", lambda: now[0])
+    console = Console()
+    for now[0], said in ((59.0, ""), (60.0, "a\n"), (119.0, ""), (121.0, "a\n")):
+        console.sign_of_life(lambda: "a")
+        assert capsys.readouterr().out == said

@@ -171,7 +171,7 @@ def test_tensorboard_gets_every_number_under_its_step(tmp_path: Path) -> None:
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert sorted(events.Tags()["scalars"]) == ["reward/mean", "tokens"]
+    assert sorted(events.Tags()["scalars"]) == ["reward/mean", "time/tokens"]
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.0), (1, 0.25), (2, 0.5)]
 
 

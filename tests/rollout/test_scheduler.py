@@ -52,9 +52,11 @@ def test_a_prompt_enters_when_all_its_rollouts_have_rows() -> None:
     micro_batches = scheduler.next_micro_batches()
     assert admitted(micro_batches) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     finish(scheduler, [6], drawn_by(micro_batches))
+    assert scheduler.progress() == "sampling: 1 of 10 rollouts of this process have ended, 8 tokens so far"
     micro_batches = scheduler.next_micro_batches()
     assert admitted(micro_batches) == []
     finish(scheduler, [0], drawn_by(micro_batches))
+    assert scheduler.progress() == "sampling: 2 of 10 rollouts of this process have ended, 15 tokens so far"
     micro_batches = scheduler.next_micro_batches()
     assert admitted(micro_batches) == [[8, 9]]
     assert scheduler.active.tolist() == [7, 1, 2, 3, 4, 5, 8, 9], "the last took the free row, the new ones came behind"

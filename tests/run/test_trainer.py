@@ -24,6 +24,7 @@ from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.trainer import Trainer
+from gspo_megatron.testing.commands import MEASURED_BY_THE_CLOCK
 from gspo_megatron.testing.fakes import (
     TOKENIZER,
     Notebook,
@@ -53,10 +54,17 @@ KEYS_OF_A_STEP = [
     "kl/ref",
     "entropy",
     "response_length/mean",
+    "response_length/p50",
+    "response_length/p90",
+    "response_length/max",
     "truncated_fraction",
     "groups/zero_variance_fraction",
+    "groups/all_right_fraction",
+    "groups/all_wrong_fraction",
     "tokens",
     "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "mfu",
     "time/rollout_s",
     "time/update_s",
     "time/step_s",
@@ -107,7 +115,7 @@ def warnings_of(trainer: Trainer) -> list[str]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED_BY_THE_CLOCK)} for row in rows]
 
 
 # --- rewards a user may bring, in a module that Python can import: this one ---

@@ -121,6 +121,12 @@ class DecodeScheduler:
         )
         self._plan_admissions()
 
+    def progress(self) -> str:
+        """How far the rollouts are, in words."""
+        waiting = sum(len(candidate.rollout_index) for candidate in self._waiting)
+        done, num = len(self.ids) - len(self.active) - waiting, len(self.ids)
+        return f"sampling: {done} of {num} rollouts of this process have ended, {self.counts.sum():,} tokens so far"
+
     def _plan_admissions(self) -> None:
         """Lists the next candidates that could be admitted together if all rows were free: the most rollouts that may
         continue when each is admitted, its micro-batch, and the prompt tokens that it adds there.

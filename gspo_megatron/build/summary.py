@@ -1,0 +1,35 @@
+"""What a run says of itself at its start, and where its results are at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.checkpoint.names import CHECKPOINTS
+from gspo_megatron.config.sections import Config
+from gspo_megatron.models.counts import count_parameters
+
+
+def describe_start(inputs: Inputs) -> Iterator[str]:
+    """Run directory, model, data and steps, a line each."""
+    c, n = inputs.config, count_parameters(inputs.config.model.shape)
+    yield f"run directory {c.run.dir}, seed {c.run.seed}"
+    active = n.active(c.model.experts_per_token)
+    yield f"model {c.model.family}: {n.total:,} parameters, {active:,} of them active in a token"
+    held_out = min(c.data.eval_size, inputs.eval_prompts.size or c.data.eval_size)
+    size = inputs.train_prompts.size
+    number = "endless" if size is None else f"{size:,}"
+    yield f"prompts: {number} from {c.data.train}; held out {held_out:,} from {c.data.eval}"
+    warm = f"{c.train.warm_start_steps} warm-start updates, then " if c.train.warm_start_steps else ""
+    rollouts = f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} rollouts"
+    yield f"{warm}{c.train.steps} steps of {rollouts}, {c.algorithm.updates_per_rollout} updates each"
+
+
+def describe_end(config: Config) -> Iterator[str]:
+    """Where the results are, and the commands to look at them."""
+    run = Path(config.run.dir)
+    yield f"results are in {run}: metrics.jsonl, rollouts/, {CHECKPOINTS}/"
+    yield f"plot them:      python tools/plot_run.py {run} --output {run / 'plot.png'}"
+    if config.logging.tensorboard:
+        yield f"or browse them: tensorboard --logdir {run / 'tensorboard'}"

@@ -1,0 +1,185 @@
+"""Every metric of metrics.jsonl: its formula, what it warns of, and its place in TensorBoard.
+
+`make docs` writes docs/metrics.md from this table; a test compares it with a run."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A metric, or several whose keys differ in an upper-case word.
+
+    Attributes:
+        board: the group of TensorBoard it is drawn in; empty: not drawn.
+        formula: what it is, over what.
+        watch: what it warns of.
+    """
+
+    key: str
+    board: str
+    formula: str
+    watch: str = ""
+
+    def names(self, key: str) -> bool:
+        """Whether `key` is this entry's, or one of them."""
+        pattern = re.sub(r"[A-Z]+", lambda word: r"\d+" if word[0] == "NN" else ".+", re.escape(self.key))
+        return re.fullmatch(pattern, key) is not None
+
+
+CATALOGUE = (
+    Entry("step", "", "The step, from 1. Row 0 is the evaluation before the first step, after the warm start."),
+    Entry("policy_version", "train", "Updates completed after the step."),
+    Entry("warm_start/loss", "train", "Row 0: -mean log p of the solutions' tokens in the warm start's last update."),
+    # Rewards.
+    Entry(
+        "reward/mean", "reward", "Mean over all rollouts of the weighted sum of reward functions.", "The one to watch."
+    ),
+    Entry("reward/std", "reward", "Its standard deviation over all rollouts.", "Near 0: nothing to learn from."),
+    Entry(
+        "reward/errors",
+        "reward",
+        "Rollouts whose reward raised or was not finite (reward.on_error=count).",
+        "Above 0: a fault in a reward function; rollouts/ has its message.",
+    ),
+    Entry("reward/NAME", "reward", "Mean of one reward function, without its weight.", "Constant: it teaches nothing."),
+    Entry("accuracy", "reward", "Share of rollouts for which the function of reward.accuracy gives 1 or more."),
+    Entry("eval/accuracy", "reward", "The same on the held-out prompts, each answered greedily, where measured."),
+    Entry(
+        "eval/reward",
+        "reward",
+        "Mean reward of those answers.",
+        "Falls while reward/mean rises: the policy overfits the training prompts.",
+    ),
+    Entry(
+        "groups/zero_variance_fraction",
+        "reward",
+        "Share of groups in which all advantages are 0.",
+        "Near 1: prompts are too easy or too hard for a gradient.",
+    ),
+    Entry("groups/all_right_fraction", "reward", "Share of groups in which every rollout is correct.", "Too easy."),
+    Entry("groups/all_wrong_fraction", "reward", "Share of groups in which none is.", "Too hard."),
+    # Responses.
+    Entry("response_length/mean", "reward", "Tokens of a response with its EOS; mean over all rollouts."),
+    Entry("response_length/p50", "reward", "Their median."),
+    Entry("response_length/p90", "reward", "Their 90th percentile, interpolated."),
+    Entry(
+        "response_length/max",
+        "reward",
+        "The longest response.",
+        "Far above p90: a few responses decide how long sampling takes.",
+    ),
+    Entry(
+        "truncated_fraction",
+        "reward",
+        "Share of responses cut at rollout.max_new_tokens.",
+        "Growing: responses have no end, or no room.",
+    ),
+    Entry("tokens", "time", "Tokens of all prompts and responses of the step."),
+    # The update. Live: of sequences that the updates train on.
+    Entry("loss", "train", "Mean of the step's updates of the objective's loss. Near 0 by construction."),
+    Entry(
+        "grad_norm",
+        "train",
+        "Mean over the step's updates of the gradient's norm before clipping.",
+        "A jump: see guards.grad_norm_spike. 0: nothing is learned.",
+    ),
+    Entry("lr", "train", "Learning rate of the step's last update."),
+    Entry(
+        "ratio/mean",
+        "train",
+        "Mean over live sequences (tokens in gspo_token, grpo, dapo) of the ratio.",
+        "Not near 1.",
+    ),
+    Entry("ratio/min", "train", "Smallest ratio of the step."),
+    Entry("ratio/max", "train", "Largest ratio of the step."),
+    Entry(
+        "ratio/first_update_noise",
+        "train",
+        "max |ratio - 1| in the step's first update, before anything is learned from its rollouts.",
+        "Not far below the clip band: numerical noise decides what is clipped. See guards.ratio_noise.",
+    ),
+    Entry(
+        "clip_fraction",
+        "train",
+        "Share of live tokens whose gradient the clip removes.",
+        "Above 0.33: the band is too narrow for these updates. 0 for ever: it never acts.",
+    ),
+    Entry("clip_fraction_low", "train", "Of them, below 1 - clip_low (advantage < 0)."),
+    Entry("clip_fraction_high", "train", "Of them, above 1 + clip_high (advantage > 0)."),
+    Entry(
+        "kl/old",
+        "train",
+        "k3 estimate of KL(old || policy), mean over live tokens.",
+        "Growing: the step's updates move too far.",
+    ),
+    Entry(
+        "kl/ref",
+        "train",
+        "Estimate (algorithm.kl_estimator) of KL(policy || reference), mean over live tokens; null without a "
+        "reference.",
+        "Growing without reward: the policy drifts.",
+    ),
+    Entry(
+        "entropy",
+        "train",
+        "Mean over live tokens of the entropy of the distribution they were drawn from, in nats.",
+        "Near 0: the policy has collapsed; large and growing: it dissolves.",
+    ),
+    Entry("guards/skipped_updates", "train", "Updates that a guard left out.", "Above 0: guards/ has their rollouts."),
+    # The router.
+    Entry(
+        "router/max_load/layer_NN",
+        "router",
+        "max(n) / mean(n), n the numbers of rows that each expert of the layer got; mean over the step's updates. Only "
+        "rows that predict a live token count.",
+        "1 is even; near experts / top-k: every token goes to the same ones.",
+    ),
+    Entry(
+        "router/dead_experts/layer_NN", "router", "Experts that got none, mean over the updates.", "Growing: collapse."
+    ),
+    Entry(
+        "router/entropy/layer_NN",
+        "router",
+        "-sum(p ln p) / ln(experts), p = n / sum(n), mean over the updates.",
+        "1 is even, 0 is one expert.",
+    ),
+    # Speed and memory.
+    Entry("tokens_per_second", "time", "tokens / time/step_s."),
+    Entry("tokens_per_second_per_gpu", "time", "The same divided by the number of processes."),
+    Entry(
+        "mfu",
+        "time",
+        "Model FLOPs utilisation: model FLOPs / (time/step_s * processes * peak). Model FLOPs are a forward of every "
+        "rollout to sample it, one of each live sequence for each scoring, and three for its update, without padding "
+        "and recomputation; the peak is that of the GPU's data sheet, in FP8 where that is on. null where it is not "
+        "known, as on a CPU.",
+        "It falls with short responses, and where decoding takes most of a step.",
+    ),
+    Entry(
+        "memory/peak_gib",
+        "time",
+        "Largest memory of any process since it started, in GiB: allocated on the GPU, or resident on a CPU.",
+        "Near the GPU's memory: the next longer response may not fit.",
+    ),
+    Entry("time/step_s", "time", "Seconds of the step, without evaluation and saving."),
+    Entry("time/rollout_s", "time", "Of them, sampling and rewards."),
+    Entry("time/log_probs_s", "time", "Of them, scoring."),
+    Entry("time/update_s", "time", "Of them, updates."),
+    Entry("time/checkpoint_s", "time", "Seconds that the step waited for the save before it."),
+    Entry("time/eval_s", "time", "Seconds of the evaluation after it."),
+)
+
+
+def entry_of(key: str) -> Entry | None:
+    """The most exact entry of a key: `reward/mean` is not a reward function of that name."""
+    exact = next((entry for entry in CATALOGUE if entry.key == key), None)
+    return exact or next((entry for entry in CATALOGUE if entry.names(key)), None)
+
+
+def board_name(key: str) -> str:
+    """The key in TensorBoard: its group, and the key without it."""
+    entry = entry_of(key)
+    group = entry.board if entry else "train"
+    return f"{group}/{key.removeprefix(f'{group}/').replace('/', '_')}"

@@ -1,0 +1,53 @@
+"""The catalogue of metrics is what a run writes, and docs/metrics.md is what the catalogue says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metrics_page import PAGE, page
+
+from gspo_megatron.monitor.catalogue import CATALOGUE, board_name, entry_of
+from gspo_megatron.testing.commands import forked
+from tests.support.small import SMALL
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "run `make docs`"
+
+
+def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_path: Path) -> None:
+    import json
+
+    few = ("rollout.prompts_per_step=4", "rollout.group_size=2", "data.eval_size=4", "algorithm.updates_per_rollout=2")
+    sizes = (
+        "model.vocab_size=16",
+        "model.max_sequence_length=24",
+        "rollout.max_new_tokens=8",
+        "data.task.max_length=6",
+    )
+    [(status, errors)] = forked(
+        1,
+        [
+            *(*SMALL, *few, *sizes, "data.tokenizer=characters:0123456789>", f"run.dir={tmp_path}"),
+            *("train.steps=1", "train.warm_start_steps=1", "algorithm.kl_coef=0.1", "algorithm.entropy_coef=0.01"),
+            *("model.aux_loss_coef=0.01", "logging.tensorboard=false"),
+        ],
+    )
+    assert status == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    assert not [key for key in keys if entry_of(key) is None]
+    assert not [entry.key for entry in CATALOGUE if not any(entry_of(key) is entry for key in keys)]
+    # The CPU's peak is not known; everything else is a number with these settings.
+    assert [key for key, value in (rows[0] | rows[1]).items() if value is None] == ["mfu"]
+    assert len({board_name(key) for key in keys}) == len(keys)
+
+
+def test_the_most_exact_entry_is_meant() -> None:
+    assert [entry_of(key).key for key in ("reward/mean", "reward/my:f", "router/entropy/layer_12")] == [  # type: ignore[union-attr]
+        *("reward/mean", "reward/NAME", "router/entropy/layer_NN")
+    ]
+    assert entry_of("router/entropy/layer_x") is None and entry_of("rewards/mean") is None
+    assert [board_name(k) for k in ("loss", "ratio/mean", "reward/mean", "groups/all_right_fraction")] == [
+        *("train/loss", "train/ratio_mean", "reward/mean", "reward/groups_all_right_fraction")
+    ]

@@ -1,0 +1,47 @@
+"""Writes docs/metrics.md from the table in gspo_megatron/monitor/catalogue.py (`make docs`).
+
+python tools/metrics_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gspo_megatron.monitor.catalogue import CATALOGUE, board_name
+
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+HEAD = """\
+# Metrics
+
+<!-- Written by `make docs` from gspo_megatron/monitor/catalogue.py. -->
+
+A run appends a row a step to `metrics.jsonl`. A metric that has nothing to average is null: with all groups equal
+there is no live sequence, and an entropy of 0 would read as collapse. *Live* sequences are those that an update trains
+on: with `train.skip_zero_gradient`, those whose advantage is not 0, unless a KL, entropy or balancing term needs all.
+Rewards, lengths and accuracy are over all rollouts. Numbers are over all processes, and do not depend on the layout,
+except time and memory.
+
+`NAME` is a reward function, `NN` a layer, from 01. With `logging.tensorboard`, a metric is drawn under the name in the
+last column; TensorBoard folds what stands before the slash. `python tools/plot_run.py RUN` draws a run without it.
+
+| Key | What it is | What it warns of | TensorBoard |
+|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The page: a line per entry."""
+    rows = [
+        "| "
+        + " | ".join(
+            (f"`{e.key}`", e.formula.replace("|", "\\|"), e.watch, f"`{board_name(e.key)}`" if e.board else "")
+        )
+        + " |"
+        for e in CATALOGUE
+    ]
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
