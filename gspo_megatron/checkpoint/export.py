@@ -179,10 +179,14 @@ class Export:
             for name, value in content.items():
                 write_synced(self.partial / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
             sync(self.partial)
+            old = self.path.with_name(self.path.name + f".old{PARTIAL}")
             if self.path.exists():
-                shutil.rmtree(self.path)
+                # Half of a deleted folder must not keep its name.
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.path, old)
             os.rename(self.partial, self.path)
             sync(self.path.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise self._unwritable(error) from error
         return self.path

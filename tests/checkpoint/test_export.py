@@ -60,6 +60,16 @@ def test_an_unfinished_folder_has_another_name_and_is_replaced(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["step_000010"] and len(list(path.glob("*.safetensors"))) == 3
 
 
+def test_a_folder_that_is_being_replaced_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step_000010"
+    write(path, 1).commit({"config.json": {}})
+    export = write(path, 1000)
+    deleted = []
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path, **how: deleted.append(Path(path).name))
+    export.commit({"config.json": {}})
+    assert path.name not in deleted and load_file(path / "model.safetensors").keys() == TENSORS.keys()
+
+
 def test_too_little_space_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder, all_finite
 
 WHOLE = (slice(None), slice(None))
 TENSORS = {"a.weight": torch.arange(12.0).view(4, 3), "b.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
@@ -57,6 +57,40 @@ def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path: Path) -> None:
             assert torch.equal(read[slice(i, i + 1), slice(j, j + 1)], one.view(1, 1))
     assert torch.equal(read[1:4, 2:6], read[WHOLE][1:4, 2:6])
     folder.check_all_read(folder.names_read)
+
+
+@pytest.mark.parametrize("size", [(1, 3), (3, 2), (9,)])
+def test_fp8_scales_of_another_size_are_refused(size: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {"w.weight": torch.ones(5, 7).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(size)}
+    folder = HuggingFaceFolder(write(tmp_path, tensors, quantization_config={"weight_block_size": [2, 3]}))
+    with pytest.raises(CheckpointError, match=r"w\.weight_scale_inv has size .*has \[3, 3\] of them"):
+        folder.read("w.weight")
+
+
+@pytest.mark.parametrize("block", [128, [128], ["128", 128], [0, 128]])
+def test_a_block_size_that_is_none_is_refused(block: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="weight_block_size"):
+        HuggingFaceFolder(write(tmp_path, quantization_config={"weight_block_size": block}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finite_numbers_are_told_from_others_for_every_pattern_of_bits(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = every[torch.isfinite(every)]
+    assert all_finite(finite) and all_finite(finite[finite < 0]) and all_finite(finite.view(-1, 2)[:, 1:])
+    assert not any(all_finite(number) for number in every[~torch.isfinite(every)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    numbers = torch.tensor([[limits.max, -0.0, limits.tiny], [limits.min, 1.0, -1.0]], dtype=dtype)
+    assert all_finite(numbers) and all_finite(numbers[:0])
+    numbers[1, 1] = torch.tensor(number, dtype=dtype)
+    assert not all_finite(numbers) and all_finite(numbers[:, ::2])
+    numbers.neg_()
+    assert not all_finite(numbers)
 
 
 def test_what_the_model_does_not_have(tmp_path: Path) -> None:
@@ -107,6 +141,7 @@ def with_an_index(weight_map: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
     ],
 )
 def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
