@@ -64,6 +64,7 @@ bench: .venv/.installed ## Time a step of the demo, also against plain pre-train
 	.venv/bin/python -W ignore -m benchmarks.checkpoint --output benchmarks/results/bench_checkpoint.json
 	.venv/bin/python -W ignore -m benchmarks.step_state --output benchmarks/results/step_state.json
 	.venv/bin/python -m benchmarks.prompts --output benchmarks/results/prompts.json --markdown docs/benchmarks.md
+	.venv/bin/python -W ignore -m benchmarks.hugging_face --output benchmarks/results/hugging_face.json --markdown docs/models.md
 
 bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 against Megatron-Core and other frameworks; half an hour
 	.venv/bin/python -W ignore -m benchmarks.log_probs.run --threads 2 --repeats 5 --output benchmarks/results/log_probs_cpu.json $(ARGS)
@@ -116,7 +117,9 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 
 # What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
 test-hf: .venv-hf/.installed ## Compare model families with transformers
-	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_deepseek_v3.py tests/test_score.py tests/test_convert.py tests/rollout/test_stopping.py $(ARGS)
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
+		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_deepseek_v3.py tests/test_real_model.py \
+		tests/test_score.py tests/test_convert.py tests/rollout/test_stopping.py $(ARGS)
 
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)

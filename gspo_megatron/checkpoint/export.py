@@ -108,8 +108,8 @@ class Export:
         self._files: dict[str, list[str]] = {}
         self._open: BinaryIO | None = None
 
-    def begin(self, tensors: Mapping[str, Stored]) -> None:
-        """Makes the directory, and plans which tensor is in which file.
+    def begin(self, tensors: Mapping[str, Stored], *, already: int = 0) -> None:
+        """Makes the directory, and plans which tensor is in which file. `already`: bytes of it that are on the disk.
 
         Raises:
             CheckpointError: too little space is free, or nothing can be written.
@@ -128,7 +128,7 @@ class Export:
             for name in share
         )
         needed = sum(stored.num_bytes for stored in self._tensors.values())
-        needed += needed // 50 + (64 << 20)
+        needed += needed // 50 + (64 << 20) - already
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -179,10 +179,14 @@ class Export:
             for name, value in content.items():
                 write_synced(self.partial / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
             sync(self.partial)
+            old = self.path.with_name(self.path.name + f".old{PARTIAL}")
             if self.path.exists():
-                shutil.rmtree(self.path)
+                # Half of a deleted folder must not keep its name.
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.path, old)
             os.rename(self.partial, self.path)
             sync(self.path.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise self._unwritable(error) from error
         return self.path

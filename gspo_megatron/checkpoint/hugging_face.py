@@ -10,6 +10,7 @@ model.safetensors.index.json lists. The library checks each header against its f
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,13 +62,26 @@ class StoredTensor:
         numbers: Tensor = self.part_of[part]
         if self.dtype == FP8:
             numbers = numbers.float()  # torch computes nothing in FP8
-        if not self.allow_nan and not torch.isfinite(numbers).all():
+        if not self.allow_nan and not all_finite(numbers):
             bad = numbers[~torch.isfinite(numbers)]
             raise CheckpointError(
                 f"{self.file}: {self.name} holds {bad[0].item()}, and {len(bad)} values in this rank's part are not "
                 "finite; download the file again, or set model.hf_allow_nan=true to use it as it is"
             )
         return numbers
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite.
+
+    Every bit of such a number's exponent is set, so read as an integer it exceeds all finite ones of its sign: positive
+    ones as signed integers, negative ones as unsigned. This needs no memory. torch.isfinite needs more than the tensor,
+    and in bf16 several times as long as reading it."""
+    bits = 8 * numbers.itemsize
+    integers = numbers.view(getattr(torch, f"int{bits}")).numpy()
+    infinity = torch.tensor(math.inf, dtype=numbers.dtype).view(getattr(torch, f"int{bits}")).item()
+    bounds = {f"int{bits}": infinity, f"uint{bits}": infinity + (1 << bits - 1)}
+    return all(int(integers.view(kind).max(initial=0)) < bound for kind, bound in bounds.items())
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,7 @@ class HuggingFaceFolder:
         self.tensors = {tensor.name: tensor for file in self._files() for tensor in _tensors_of(file, allow_nan)}
         self._check_index()
         self._read: set[str] = set()
-        quantised = self.config.get("quantization_config") or {}
-        rows, columns = quantised.get("weight_block_size") or (128, 128)
-        self._block = (int(rows), int(columns))
+        self._block = self._block_size()
 
     def read(self, name: str) -> Sliceable:
         """A tensor that is a weight; one in FP8 is multiplied by its scales.
@@ -127,21 +139,35 @@ class HuggingFaceFolder:
             CheckpointError: it is missing, or has a format that is not a weight's.
         """
         if name not in self.tensors:
-            near = did_you_mean(name, self.tensors)
-            raise CheckpointError(
-                f"{self.path} has no tensor {name!r}{near}; the folder is not that of its config.json"
-            )
+            near = did_you_mean(name, self.tensors) or "."
+            raise CheckpointError(f"{self.path} has no tensor {name!r}{near} Its config.json asks for it")
         self._read.add(name)
         stored = self.tensors[name]
         if stored.dtype in FLOATS:
             return stored
         if stored.dtype == FP8 and (scale := self.tensors.get(name + SCALE)):
             self._read.add(scale.name)
+            blocks = [-(-size // edge) for size, edge in zip(stored.get_shape(), self._block, strict=False)]
+            if scale.get_shape() != blocks or len(stored.get_shape()) != 2:
+                raise CheckpointError(
+                    f"{scale.file}: {scale.name} has size {scale.get_shape()}, but {name} {stored.get_shape()} in "
+                    f"blocks of {list(self._block)} has {blocks} of them; download both files again"
+                )
             return Dequantised(stored, scale, self._block)
         raise CheckpointError(
             f"{stored.file}: {name} has the number format {stored.dtype}; readable are {', '.join(FLOATS)}, and {FP8} "
             f"with {name}{SCALE}"
         )
+
+    def _block_size(self) -> tuple[int, int]:
+        """Rows and columns of an FP8 weight that share a scale."""
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+            raise CheckpointError(
+                f"{self.path / 'config.json'} has weight_block_size={block!r}, expected two numbers such as "
+                "[128, 128]; use the model's original file"
+            )
+        return block[0], block[1]
 
     @property
     def names_read(self) -> frozenset[str]:
@@ -237,7 +263,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {path.parent} is not the folder of a Hugging Face model") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

@@ -30,7 +30,7 @@ def folder_settings(folder: str | Path) -> dict[str, Any]:
             f"model.hf={folder}: there is no {file}; give the folder of a Hugging Face model, which holds config.json "
             "and safetensors files"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.hf={folder}: {file} cannot be read ({error}); download it again") from error
     family = lookup(FAMILIES, str(hf.get("model_type")), f"model.hf={folder}: the model_type")
     try:

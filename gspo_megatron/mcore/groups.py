@@ -19,6 +19,8 @@ from gspo_megatron.mcore.context_parallel import SumOverRanks
 
 Number = TypeVar("Number", int, float)
 Result = TypeVar("Result")
+MAIN = 0
+"""The rank that writes files and prints."""
 POLL_S = 0.02
 """Seconds between checks whether any process is still working on files."""
 
@@ -48,7 +50,7 @@ class Groups:
         self.dp_size, self.cp_size = layout.dp, layout.cp
         self.is_first_stage = self.pp_rank == 0
         self.is_last_stage = self.pp_rank == layout.pp - 1
-        self.is_main = dist.get_rank() == 0
+        self.is_main = dist.get_rank() == MAIN
         self.is_reporter = self.is_last_stage and self.tp_rank == 0
 
     @property

@@ -11,6 +11,7 @@ import torch
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.mcore.groups import MAIN
 from gspo_megatron.mcore.policy import MegatronModel, MegatronPolicy
 from gspo_megatron.models.families import family_of
 
@@ -55,9 +56,9 @@ def save_folder(
     export, error = Export(path), None
     tensors = {name: Stored(shape, torch.float32 if float32 else dtype) for name, (shape, float32) in sizes.items()}
     groups.on_main(lambda: export.begin(tensors))
-    for name, tensor in policy.weights(rules):
+    for name, tensor in policy.weights(rules, only_to=MAIN):
         # Every rank stays in the exchange to its end, also after a failure on the one that writes.
-        if groups.is_main and error is None:
+        if error is None:
             try:
                 export.write(name, tensor)
             except CheckpointError as caught:

@@ -64,9 +64,9 @@ class MegatronModel:
         )
         return list(self.groups.from_last_stage(joined).split(counts))
 
-    def weights(self, rules: Sequence[NameRule]) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, rules: Sequence[NameRule], *, only_to: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `whole_weights`."""
-        return whole_weights(self.model, self.config.model.shape, self.groups, rules)
+        return whole_weights(self.model, self.config.model.shape, self.groups, rules, only_to=only_to)
 
     def weight_sizes(self, rules: Sequence[NameRule]) -> dict[str, Size]:
         """See `whole_sizes`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,14 +29,19 @@ class Source(NamedTuple):
 
 
 def whole_weights(
-    chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, rules: Sequence[NameRule]
+    chunks: Sequence[PolicyModel],
+    shape: ModelShape,
+    groups: Groups,
+    rules: Sequence[NameRule],
+    *,
+    only_to: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on the hub, whole tensor) of every tensor, the same on every rank and in the same order on every layout.
 
     Collective: all ranks iterate together, to the end. One rank that holds a slice broadcasts it to all others, so
-    every rank receives the model once, and holds one whole tensor and its slices at a time. A tensor is on the rank's
-    device, contiguous, without the vocabulary's padding, and may share memory with the policy: copy it to keep it
-    beyond the next update.
+    every rank receives the model once, and holds one whole tensor and its slices at a time. With `only_to` it sends it
+    to that rank, and the others iterate over nothing. A tensor is on the rank's device, contiguous, without the
+    vocabulary's padding, and may share memory with the policy: copy it to keep it beyond the next update.
 
     Raises:
         ValueError: a tensor has no rule, or several.
@@ -45,7 +50,12 @@ def whole_weights(
     sources = _sources(held, groups)
     for first in _in_order(sources):
         places = [replace(first, index=i) for i in range(first.count)]
-        slices = [_received(held.get(place), sources[place], groups) for place in places]
+        if only_to in (None, dist.get_rank()):
+            slices = [_received(held.get(place), sources[place], groups, only_to) for place in places]
+        else:
+            for place in places:
+                _send(held.get(place), sources[place], only_to)
+            continue
         whole = first.join(slices) if first.count > 1 else slices[0]
         del slices
         if is_vocabulary(first.name):
@@ -116,7 +126,7 @@ def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: Mode
         raise CheckpointError(f"{place.name} has {have} rows in the weights, but model.vocab_size={wanted}")
     start = place.index * num_rows
     rows = theirs[min(start, have) : min(start + num_rows, have), :]
-    return F.pad(rows, (0, 0, 0, num_rows - len(rows)))
+    return F.pad(rows, (0, 0, 0, num_rows - len(rows))) if len(rows) < num_rows else rows
 
 
 def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> dict[Place, Tensor]:
@@ -152,13 +162,27 @@ def _is_first(place: Place, groups: Groups) -> bool:
     return groups.collection.dp_cp.rank() == 0 and (place.count > 1 or groups.tp_rank == 0)
 
 
-def _received(own: Tensor | None, source: Source, groups: Groups) -> Tensor:
-    """The slice as its source holds it, on all ranks."""
-    if dist.get_world_size() == 1:
-        assert own is not None, "one rank holds every slice"
-        return own
-    if own is None or dist.get_rank() != source.rank:
+def _received(own: Tensor | None, source: Source, groups: Groups, only_to: int | None) -> Tensor:
+    """The slice as its source holds it, on all ranks, or on the one it is `only_to`."""
+    mine = dist.get_rank() == source.rank
+    assert own is not None or not mine, "a source holds what it lists"
+    if own is None or not mine:
         own = torch.empty(source.size, dtype=source.dtype, device=groups.device)
     own = own.contiguous()
-    dist.broadcast(own, src=source.rank)
+    if only_to is None and dist.get_world_size() > 1:
+        dist.broadcast(own, src=source.rank)
+    elif not mine:
+        _exchange(dist.irecv, own, source.rank)
     return own
+
+
+def _send(own: Tensor | None, source: Source, to: int) -> None:
+    """The slice to the rank that wants it, if this rank is its source."""
+    if own is not None and dist.get_rank() == source.rank:
+        _exchange(dist.isend, own.contiguous(), to)
+
+
+def _exchange(operation: Callable[..., Any], tensor: Tensor, peer: int) -> None:
+    """In a batch, since NCCL otherwise makes a communicator for every pair of ranks."""
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
+        work.wait()

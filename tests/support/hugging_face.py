@@ -6,7 +6,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from gspo_megatron.models.families import family_of
+from gspo_megatron.models.shape import ModelShape
+from tests.support.qwen3_moe import hub_sizes
 
 TEMPLATE = """\
 {%- macro said(message) -%}
@@ -60,6 +66,19 @@ TEXT = [
     "user system assistant tool, 一二三 über naïve 🙂",
     "Sort 3 1 2 and say why: because 1 < 2 < 3.",
 ] * 20
+
+
+def model_folder(folder: Path, shape: ModelShape, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A Qwen3-MoE model of random weights, under the names on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (torch.randn(size, generator=generator) * 0.2 + (len(size) == 1)).to(dtype)
+        for name, size in hub_sizes(shape).items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(family_of(shape).hf_config(shape)))
+    return folder
 
 
 def tokenizer_folder(folder: Path, *, bos: bool = False, template: str | None = TEMPLATE) -> Path:

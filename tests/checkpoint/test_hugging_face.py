@@ -1,0 +1,164 @@
+"""Hugging Face folders: what is read of them, and what is refused, by file and tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder, all_finite
+
+WHOLE = (slice(None), slice(None))
+TENSORS = {"a.weight": torch.arange(12.0).view(4, 3), "b.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor] = TENSORS, **config: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 2, **config}))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_two_files(folder: Path) -> Path:
+    write(folder)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, (name, tensor) in enumerate(TENSORS.items(), start=1):
+        weight_map[name] = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensor}, folder / weight_map[name])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("writer", [write, write_two_files])
+def test_slices_are_those_of_the_tensor(writer: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = HuggingFaceFolder(writer(tmp_path / "model"))
+    assert torch.equal(folder.read("a.weight")[1:3, :], TENSORS["a.weight"][1:3])
+    assert torch.equal(folder.read("a.weight")[:, 2:], TENSORS["a.weight"][:, 2:])
+    assert folder.read("b.weight")[WHOLE].dtype == torch.bfloat16
+    assert folder.names_read == TENSORS.keys()
+    folder.check_all_read(folder.names_read)
+
+
+def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path: Path) -> None:
+    """Any slice, also one that begins inside a block; the last blocks are smaller."""
+    numbers, scales = torch.randn(5, 7).to(torch.float8_e4m3fn), torch.rand(3, 3) + 0.5
+    tensors = {"w.weight": numbers, "w.weight_scale_inv": scales}
+    folder = HuggingFaceFolder(write(tmp_path, tensors, quantization_config={"weight_block_size": [2, 3]}))
+    read = folder.read("w.weight")
+    for i in range(5):
+        for j in range(7):
+            one = numbers[i, j].float() * scales[i // 2, j // 3]
+            assert torch.equal(read[slice(i, i + 1), slice(j, j + 1)], one.view(1, 1))
+    assert torch.equal(read[1:4, 2:6], read[WHOLE][1:4, 2:6])
+    folder.check_all_read(folder.names_read)
+
+
+@pytest.mark.parametrize("size", [(1, 3), (3, 2), (9,)])
+def test_fp8_scales_of_another_size_are_refused(size: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {"w.weight": torch.ones(5, 7).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(size)}
+    folder = HuggingFaceFolder(write(tmp_path, tensors, quantization_config={"weight_block_size": [2, 3]}))
+    with pytest.raises(CheckpointError, match=r"w\.weight_scale_inv has size .*has \[3, 3\] of them"):
+        folder.read("w.weight")
+
+
+@pytest.mark.parametrize("block", [128, [128], ["128", 128], [0, 128]])
+def test_a_block_size_that_is_none_is_refused(block: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="weight_block_size"):
+        HuggingFaceFolder(write(tmp_path, quantization_config={"weight_block_size": block}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finite_numbers_are_told_from_others_for_every_pattern_of_bits(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = every[torch.isfinite(every)]
+    assert all_finite(finite) and all_finite(finite[finite < 0]) and all_finite(finite.view(-1, 2)[:, 1:])
+    assert not any(all_finite(number) for number in every[~torch.isfinite(every)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    numbers = torch.tensor([[limits.max, -0.0, limits.tiny], [limits.min, 1.0, -1.0]], dtype=dtype)
+    assert all_finite(numbers) and all_finite(numbers[:0])
+    numbers[1, 1] = torch.tensor(number, dtype=dtype)
+    assert not all_finite(numbers) and all_finite(numbers[:, ::2])
+    numbers.neg_()
+    assert not all_finite(numbers)
+
+
+def test_what_the_model_does_not_have(tmp_path: Path) -> None:
+    extra = {"model.layers.2.x": torch.ones(1), "model.layers.3.x": torch.ones(1), "lm_head.weight": torch.ones(1)}
+    folder = HuggingFaceFolder(write(tmp_path, TENSORS | extra, num_nextn_predict_layers=1))
+    with pytest.raises(CheckpointError, match=r"does not have: lm_head\.weight, model\.layers\.3\.x; config\.json"):
+        folder.check_all_read(TENSORS)
+    folder.config["tie_word_embeddings"] = True
+    folder.check_all_read([*TENSORS, "model.layers.3.x"])
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def lie(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"[4,3]", b"[4,9]"))
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_an_index(weight_map: object) -> Callable[[Path], None]:
+    def write_index(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write_index
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "model.safetensors cannot be read: it is truncated"),
+        (lie, "model.safetensors cannot be read"),
+        (without_weights, "has neither model.safetensors nor model.safetensors.index.json"),
+        (with_a_pickle, "pytorch_model.bin.*save_pretrained"),
+        (with_an_index({"a.weight": "gone.safetensors"}), "index.json names gone.safetensors, which is not in"),
+        (with_an_index({"c.weight": "model.safetensors"}), "says that c.weight is in model.safetensors, and it is not"),
+        (with_an_index({"a.weight": "../model.safetensors"}), "no weight_map from tensors to files of this folder"),
+        (with_an_index([1]), "no weight_map"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        HuggingFaceFolder(tmp_path)
+
+
+def test_a_tensor_that_cannot_be_used(tmp_path: Path) -> None:
+    tensors = TENSORS | {"nan": torch.tensor([1.0, float("nan")]), "int": torch.tensor([1])}
+    folder = HuggingFaceFolder(write(tmp_path, tensors))
+    with pytest.raises(CheckpointError, match=r"has no tensor 'c\.weight'; did you mean 'b\.weight'\?"):
+        folder.read("c.weight")
+    with pytest.raises(CheckpointError, match="int has the number format I64"):
+        folder.read("int")
+    with pytest.raises(CheckpointError, match=r"nan holds nan.*model\.hf_allow_nan=true"):
+        folder.read("nan")[(slice(None),)]
+    assert HuggingFaceFolder(tmp_path, allow_nan=True).read("nan")[(slice(0, 2),)].isnan().any()
+    assert load_file(tmp_path / "model.safetensors").keys() == tensors.keys()

@@ -1,0 +1,134 @@
+"""Weights from a Hugging Face folder into any layout and back, to the last bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.build.checks import check_config
+from gspo_megatron.checkpoint.export import FolderFiles
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.device import open_device
+from gspo_megatron.mcore import compat
+from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.mcore.hugging_face import MegatronExports, load_folder, save_folder
+from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.testing.local_ranks import run_distributed
+from tests.support.hugging_face import model_folder
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "head_dim": 8,
+    "num_experts": 12,
+    "experts_per_token": 3,
+    "expert_ffn_size": 20,
+    "vocab_size": 509,
+    "max_sequence_length": 64,
+}
+
+
+def open_policy(world_size: int, *overrides: str) -> MegatronPolicy:
+    config = load_config(None, ["precision.device=cpu", "precision.dtype=fp32", *overrides])
+    device = open_device("cpu", config.precision.dtype)
+    groups = Groups(check_config(config, world_size), device.torch_device)
+    compat.apply_patches(on_cpu=True)
+    return MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
+
+
+def through(world_size: int, folder: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    policy = open_policy(world_size, f"model.hf={folder}", *overrides)
+    load_folder(policy, folder)
+    save_folder(policy, out, torch.float32, FolderFiles.like(folder).content(torch.float32))
+
+
+def refusal(world_size: int, folder: Path) -> str:
+    """What loading into a policy says, on this rank."""
+    try:
+        load_folder(open_policy(world_size, f"model.hf={folder}", "parallel.ep=2"), folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    overrides = [f"model.{key}={value}" for key, value in SIZES.items()]
+    shape = load_config(None, [*overrides, f"model.tie_embeddings={request.param}"]).model.shape
+    return model_folder(tmp_path_factory.mktemp("model"), shape)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ()),
+        (2, ("parallel.tp=2",)),
+        (2, ("parallel.pp=2",)),
+        (2, ("parallel.ep=2",)),
+        (4, ("parallel.tp=2", "parallel.ep=2", "parallel.pp=2")),
+    ],
+    ids=lambda value: " ".join(value) or "one" if isinstance(value, tuple) else None,
+)
+def test_a_folder_survives_any_layout(
+    folder: Path, world_size: int, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    if tied and "parallel.pp=2" in overrides:
+        pytest.skip("tied embeddings on several stages")
+    run_distributed(through, world_size, world_size, folder, tmp_path / "out", overrides)
+    read, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(read[name], tensor), name
+
+
+def test_every_rank_is_told_what_one_cannot_read(folder: Path, tmp_path: Path) -> None:
+    """The expert is held by the second rank only."""
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.11.up_proj.weight"
+    kept = {key: tensor for key, tensor in tensors.items() if key != name}
+
+    def said(changed: dict[str, torch.Tensor]) -> str:
+        save_file(changed, tmp_path / "model.safetensors")
+        first, second = run_distributed(refusal, 2, 2, tmp_path)
+        assert first == second
+        return first
+
+    assert f"no tensor '{name}'" in said(kept) and "(process 1)" in said(kept)
+    assert "does not have: model.extra" in said(tensors | {"model.extra": torch.ones(1)})
+    assert "needs [40, 24] on a rank" in said(tensors | {name: torch.ones(9, 24)})
+    assert f"{name} holds inf" in said(tensors | {name: torch.full_like(tensors[name], torch.inf)})
+
+
+def exported(_: int, run: Path, calls: list[tuple[str, int]], settings: tuple[str, ...]) -> list[str]:
+    policy = open_policy(1, *(f"model.{key}={value}" for key, value in SIZES.items()), f"run.dir={run}", *settings)
+    files = FolderFiles.of({"model_type": "qwen3_moe"}, (1,), 0)
+    written: list[str] = []
+    exports = MegatronExports(policy, files, written.append)
+    for name, step in calls:
+        getattr(exports, name)(step)
+    return [line.rpartition("/")[2] for line in written]
+
+
+def test_when_folders_are_written(tmp_path: Path) -> None:
+    def folders(*calls: tuple[str, int], settings: tuple[str, ...]) -> list[str]:
+        return run_distributed(exported, 1, 1, tmp_path, list(calls), settings)[0]
+
+    steps = (("after", 1), ("after", 2), ("after", 3), ("at_end", 3))
+    assert folders(*steps, settings=("train.hf_every=2", "train.hf_at_end=on")) == ["step_000002", "step_000003"]
+    assert folders(*steps, settings=("train.hf_every=3", "train.hf_at_end=on")) == ["step_000003"]
+    assert folders(*steps, settings=()) == []
+    # Started again with nothing left to do: the folder stays as it is.
+    assert folders(("at_end", 3), settings=("train.hf_at_end=on",)) == []
+    assert folders(("at_end", 4), settings=("train.hf_at_end=on",)) == ["step_000004"]
+    stored = load_file(tmp_path / "hf" / "step_000004" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
