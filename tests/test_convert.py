@@ -222,6 +222,9 @@ def test_what_cannot_be_converted(run: Path, tmp_path: Path, capsys: pytest.Capt
     file = damaged / "rank_00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "rank_00001.safetensors has" in refused("to-hf", str(damaged), str(tmp_path / "out"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    damaged.rename(tmp_path / "run" / "checkpoints" / "step_000001")
+    assert "has no intact checkpoint: " in refused("to-hf", str(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

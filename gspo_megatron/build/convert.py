@@ -57,6 +57,8 @@ def find_checkpoint(path: Path, console: Console) -> Path:
             for problem in problems:
                 console.warn(problem)
             return newest
+        if directory.name == CHECKPOINTS and problems:
+            raise CheckpointError(f"{directory} has no intact checkpoint: {'; '.join(problems)}; name another run")
     verify(path)
     return path
 

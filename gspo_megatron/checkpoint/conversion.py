@@ -41,7 +41,7 @@ class ResumableExport(Export):
         super().__init__(path, file_bytes=file_bytes)
         self._source, self.kept = source, frozenset[str]()
 
-    def begin(self, tensors: Mapping[str, Stored]) -> None:
+    def begin(self, tensors: Mapping[str, Stored], *, already: int = 0) -> None:
         """See `Export.begin`."""
         plan = [(name, stored.shape, str(stored.dtype)) for name, stored in tensors.items()]
         made_of = hashlib.sha256(json.dumps([self._source, self._file_bytes, plan]).encode()).hexdigest()
@@ -50,7 +50,8 @@ class ResumableExport(Export):
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self.partial, aside)
         earlier = aside if _mark_of(aside) == made_of else None
-        super().begin(tensors)
+        already += sum(file.stat().st_size for file in earlier.iterdir()) if earlier else 0
+        super().begin(tensors, already=already)
         kept: list[str] = []
         for name, share in self._files.items():
             # Files are written one after the other, so one of full size is complete.

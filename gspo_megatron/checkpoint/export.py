@@ -108,8 +108,8 @@ class Export:
         self._files: dict[str, list[str]] = {}
         self._open: BinaryIO | None = None
 
-    def begin(self, tensors: Mapping[str, Stored]) -> None:
-        """Makes the directory, and plans which tensor is in which file.
+    def begin(self, tensors: Mapping[str, Stored], *, already: int = 0) -> None:
+        """Makes the directory, and plans which tensor is in which file. `already`: bytes of it that are on the disk.
 
         Raises:
             CheckpointError: too little space is free, or nothing can be written.
@@ -128,7 +128,7 @@ class Export:
             for name in share
         )
         needed = sum(stored.num_bytes for stored in self._tensors.values())
-        needed += needed // 50 + (64 << 20)
+        needed += needed // 50 + (64 << 20) - already
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)

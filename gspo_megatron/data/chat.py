@@ -99,8 +99,8 @@ class ChatTemplate:
             raise DataError(f"{self.name} was not done after {LIMIT_S:g} s; does it loop?") from error
 
 
-def _to_json(value: Any, indent: int | None = None, **how: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **how)
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **how: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **how)
 
 
 def _raise(message: str) -> NoReturn:

@@ -64,6 +64,10 @@ class HuggingFaceTokenizer:
         return self._pad_id
 
     @property
+    def bos_id(self) -> int | None:
+        return self._ids.get(self._bos)
+
+    @property
     def eos_id(self) -> int:
         return self.stop_ids[0]
 

@@ -66,6 +66,7 @@ class JsonlPrompts:
             solution = text_field(record, solution_field, place) if solution_field else answer
             # A chat template writes BOS itself, where it has one.
             tokens = _encode(tokenizer.encode if chat else tokenizer.encode_prompt, text, place)
+            _check_bos(tokens, tokenizer, place)
             if len(tokens) <= max_prompt_tokens:
                 self._prompts.append(Prompt(len(self._prompts), text, tuple(tokens), answer, solution))
             elif overlong == "drop":
@@ -183,3 +184,15 @@ def _encode(encode: Callable[[str], list[int]], text: str, place: str) -> list[i
     if not tokens:
         raise DataError(f"{place}: the prompt {text[:60]!r} has no tokens; a response needs at least one to follow")
     return tokens
+
+
+def _check_bos(tokens: list[int], tokenizer: Tokenizer, place: str) -> None:
+    """
+    Raises:
+        DataError: BOS stands twice at the beginning. The model was trained on one.
+    """
+    if tokenizer.bos_id is not None and tokens[:2] == [tokenizer.bos_id] * 2:
+        raise DataError(
+            f"{place}: the prompt begins with two BOS tokens (id {tokenizer.bos_id}); the chat template or "
+            "data.prompt_template writes one that the text, or the template itself, has already: remove it there"
+        )

@@ -15,6 +15,7 @@ class Tokenizer(Protocol):
     Attributes:
         eos_id: ends a solution that a warm start learns to write.
         stop_ids: any of these ends a response; EOS is one of them.
+        bos_id: begins a text, for a tokenizer that has such a token.
         chat_template: how conversations become text, for a tokenizer that has one.
     """
 
@@ -29,6 +30,9 @@ class Tokenizer(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def chat_template(self) -> ChatTemplate | None: ...

@@ -26,6 +26,7 @@ class CharacterTokenizer:
     pad_id = 0
     eos_id = 1
     stop_ids = (1,)
+    bos_id = None
     chat_template = None
 
     def __init__(self, alphabet: str | None = None) -> None:
@@ -110,6 +111,11 @@ class SentencePieceTokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return (self.eos_id,)
+
+    @property
+    def bos_id(self) -> int | None:
+        found = self._model.bos_id()
+        return found if found >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of the model's pieces, without BOS or EOS."""
