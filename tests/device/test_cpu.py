@@ -118,18 +118,20 @@ def _one_of_two(without: str, axis: str) -> str:
     return one_update(without, axis, world_size=2)
 
 
-def routed(patched: bool) -> float:
-    """Largest difference between a sigmoid router's probabilities and those of float64 arithmetic."""
+def routed(patched: bool, score_function: str) -> float:
+    """Largest difference between a router's probabilities and those of float64 arithmetic."""
     if patched:
         compat.apply_patches(on_cpu=True)
     logits = torch.linspace(-3, 3, 35, dtype=torch.float64).view(5, 7)
-    probs, _ = router.topk_routing_with_score_function(logits, 7, score_function="sigmoid")
-    scores = 1 / (1 + torch.exp(-logits))
+    probs, _ = router.topk_routing_with_score_function(logits, 7, score_function=score_function)
+    scores = 1 / (1 + torch.exp(-logits)) if score_function == "sigmoid" else torch.exp(logits)
     return float((probs - scores / scores.sum(1, keepdim=True)).abs().max())
 
 
-def test_a_sigmoid_router_rounds_to_float32_without_its_patch() -> None:
-    [with_patch], [without] = run_distributed(routed, 1, True), run_distributed(routed, 1, False)
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_a_router_rounds_to_float32_without_its_patch(score_function: str) -> None:
+    [with_patch] = run_distributed(routed, 1, True, score_function)
+    [without] = run_distributed(routed, 1, False, score_function)
     assert with_patch < 1e-15 and without > 1e-10
 
 
@@ -169,6 +171,7 @@ def installed() -> tuple[set[str], dict[str, Any]]:
     again = torch.zeros
     places = {
         "torch": torch,
+        "torch.Tensor": torch.Tensor,
         "torch.cuda": torch.cuda,
         "torch.cuda.random": torch.cuda.random,
         "torch.distributed": dist,
@@ -190,6 +193,7 @@ def installed() -> tuple[set[str], dict[str, Any]]:
         "types": types,
         "cast": cast,
         "type restored": torch.Tensor.type is own_type and torch.zeros(1).type() == "torch.FloatTensor",
+        "moved": torch.zeros(1).cuda().device.type,
         "compiled": torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(1)).item(),
     }
 
@@ -199,7 +203,7 @@ def test_install() -> None:
     [(names, seen)] = run_distributed(installed, 1)
     assert names == set(cpu.STAND_INS) - {"torch.Tensor.type"}
     assert seen["one layer"] is True
-    assert (seen["zeros"], seen["elsewhere"], seen["here"]) == ("cpu", "meta", "cpu")
+    assert (seen["zeros"], seen["elsewhere"], seen["here"], seen["moved"]) == ("cpu", "meta", "cpu", "cpu")
     assert torch.equal(seen["tensor"], torch.tensor([1.0], dtype=torch.float64))
     # float64 answers as float32: Megatron's optimizers know no float64, and what they do with float32 is to leave it.
     assert seen["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.FloatTensor"]
