@@ -117,7 +117,9 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 
 # What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
 test-hf: .venv-hf/.installed ## Compare model families with transformers
-	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py tests/test_real_model.py tests/test_score.py tests/test_convert.py tests/rollout/test_stopping.py $(ARGS)
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
+		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
+		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
 
 test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two nodes on this machine (root or sudo; Debian)
 	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)

@@ -76,13 +76,6 @@ def refusal(*overrides: str, world_size: int = 1) -> str:
             "parallel.cp=2, or parallel.cp=1",
         ),
         (
-            ("parallel.pp=2", "model.tie_embeddings=true"),
-            2,
-            "model.tie_embeddings with parallel.pp=2: the copies on the first and the last stage are not kept equal; "
-            "set model.tie_embeddings=false",
-            "parallel.pp=1",
-        ),
-        (
             ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2"),
             12,
             "tp(2) * pp(2) * cp(2) = 8 does not divide the 12 processes; start a multiple of 8, such as 8 or 16",

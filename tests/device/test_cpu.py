@@ -175,6 +175,7 @@ def installed() -> tuple[set[str], dict[str, Any]]:
     again = torch.zeros
     places = {
         "torch": torch,
+        "torch.Tensor": torch.Tensor,
         "torch.cuda": torch.cuda,
         "torch.cuda.random": torch.cuda.random,
         "torch.distributed": dist,
@@ -196,6 +197,7 @@ def installed() -> tuple[set[str], dict[str, Any]]:
         "types": types,
         "cast": cast,
         "type restored": torch.Tensor.type is own_type and torch.zeros(1).type() == "torch.FloatTensor",
+        "moved": torch.zeros(1).cuda().device.type,
         "compiled": torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(1)).item(),
     }
 
@@ -205,7 +207,7 @@ def test_install() -> None:
     [(names, seen)] = run_distributed(installed, 1)
     assert names == set(cpu.STAND_INS) - {"torch.Tensor.type"}
     assert seen["one layer"] is True
-    assert (seen["zeros"], seen["elsewhere"], seen["here"]) == ("cpu", "meta", "cpu")
+    assert (seen["zeros"], seen["elsewhere"], seen["here"], seen["moved"]) == ("cpu", "meta", "cpu", "cpu")
     assert torch.equal(seen["tensor"], torch.tensor([1.0], dtype=torch.float64))
     # float64 answers as float32: Megatron's optimizers know no float64, and what they do with float32 is to leave it.
     assert seen["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.FloatTensor"]

@@ -215,8 +215,9 @@ EXPERT = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"
         # Expert 3 lives on ranks 1 and 3, everything else on all four or on one tensor-parallel half of them.
         (4, ("parallel.tp=2", "parallel.ep=2"), {EXPERT: (3, "1 | 3"), QKV: (2, "0 | 2"), NORM: (3, "1, 2 | 3")}),
         (2, ("parallel.pp=2",), {NORM: (1, ""), EMBEDDING: (0, "")}),
+        (2, ("parallel.pp=2", "model.tie_embeddings=true"), {NORM: (1, ""), EMBEDDING: (1, "0 | 1")}),
     ],
-    ids=["dp3", "cp2", "tp2", "tp2_etp2", "tp2_dp2_ep2", "pp2"],
+    ids=["dp3", "cp2", "tp2", "tp2_etp2", "tp2_dp2_ep2", "pp2", "pp2_tied"],
 )
 def test_copies_that_differ_are_named(
     world_size: int, axes: tuple[str, ...], changes: dict[str, tuple[int, str]]

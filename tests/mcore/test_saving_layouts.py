@@ -176,6 +176,23 @@ def test_from_layout_to_layout(tmp_path: Path) -> None:
         assert json.loads((before / "run.json").read_text())["adam_step"] == number
 
 
+TIED = ("model.tie_embeddings=true",)
+
+
+def test_tied_embeddings_of_a_pipeline_are_saved_once(tmp_path: Path) -> None:
+    """In bf16 with the distributed optimizer on four ranks; in float64 the next update is that of one process."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_distributed(first_run, 4, 4, first, ("precision.dtype=bf16", *axes(pp=2), *TIED), 1)
+    saved = first / "step_000000_update_001"
+    assert "policy.output_layer.weight" not in tensors(saved)
+    for world_size, layout in ((1, ()), (2, axes(pp=2, vpp=2))):
+        folder = second / str(world_size)
+        run_distributed(continued, world_size, world_size, folder, (*FP64, *layout, *TIED), str(saved))
+        assert_equal(tensors(folder / "loaded" / saved.name), tensors(saved))
+    after = [tensors(second / f"{n}" / "step_000000_update_002") for n in (1, 2)]
+    assert_equal(after[1], after[0], tolerance=1e-12)
+
+
 @pytest.mark.parametrize(
     ("dtype", "saved_by", "loaded_by"),
     [
