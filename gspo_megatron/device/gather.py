@@ -52,14 +52,17 @@ def this_process() -> Machine:
     import torch
 
     found = torch_and_gpus()
-    gpus = tuple(Gpu(name, capability, memory_gib) for name, capability, memory_gib in found.get("gpus", ()))
+    gpus: tuple[Gpu, ...] = ()
+    if found.get("gpus"):
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        gpus = (Gpu(name, capability, torch.cuda.mem_get_info()[1] / 2**30),)
     driver, te = _driver_of_kernel(), Package()
     if _is_there("transformer_engine"):
         te = _package("transformer-engine", imported("transformer_engine.pytorch"))
     return Machine(
         torch=Package(found["version"]),
         torch_cuda=version_of(found["cuda"]),
-        gpus=gpus and (gpus[torch.cuda.current_device()],),
+        gpus=gpus,
         gpu_error=found.get("gpu_error"),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         driver=driver,

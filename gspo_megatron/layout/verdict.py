@@ -90,7 +90,7 @@ def memory_verdict(config: Config, layout: Layout, available_gib: float, *, with
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     raise ConfigError(
         f"not enough memory: {where} ({parts}, ...), and {available_gib:.1f} GiB are there; "
-        f"{_advice(config, layout, needed, available_gib, with_reference)}"
+        f"{_advice(config, layout, needed, available_gib - RESERVED_GIB, with_reference)}"
     )
 
 

@@ -13,7 +13,13 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, ModelConfig
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.layout.memory import fullest_stage, memory_of_stage, parameters_per_rank, stage_parameters
+from gspo_megatron.layout.memory import (
+    RESERVED_GIB,
+    fullest_stage,
+    memory_of_stage,
+    parameters_per_rank,
+    stage_parameters,
+)
 from gspo_megatron.layout.verdict import describe_plan, memory_verdict
 from gspo_megatron.models.counts import count_parameters, sequence_cost
 
@@ -155,6 +161,8 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_help() -> None:
     assert "79.6 GiB are there" in message
     options = re.findall(r"(\w+\.\w+=\w+) \((\d+\.\d) GiB\)", message)
     assert "parallel.recompute=full" in dict(options) and len(options) >= 3
+    enough = re.findall(r"(\d+\.\d) GiB\)", message.partition("not enough alone")[0])
+    assert enough and all(float(left) <= 79.6 - RESERVED_GIB for left in enough), "a GPU holds more than the plan"
     for setting, left in options:
         _, changed, other = plan_of(64, *BIG, "train.tokens_per_micro_batch=131072", setting)
         assert fullest_stage(changed, other, with_reference=False).peak / 2**30 == pytest.approx(float(left), abs=0.06)
