@@ -70,7 +70,7 @@ def settle(config: Config, world_size: int) -> Inputs:
 def _data_spec(config: Config, split: str) -> DataSpec:
     d = config.data
     return DataSpec(
-        source=d.train if split == "train" else d.eval,
+        source=d.eval or d.train if split == "eval" else d.train,
         split=split,
         size=None if split == "train" else d.eval_size,
         max_prompt_tokens=prompt_limit(config),
