@@ -1,18 +1,21 @@
-"""The README's own example of a reward and of data settings works as written; its links and pictures exist."""
+"""The README's examples and commands work as printed; its links and pictures exist."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
+import plan_layout
 import pytest
 import train_tokenizer
 
-from gspo_megatron.base.batches import Rollout
-from gspo_megatron.build.inputs import settle
-from gspo_megatron.config.loading import load_config
+from gspo_megatron.testing.local_ranks import run_distributed
+from gspo_megatron.train import main as train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,28 +26,61 @@ def block(language: str) -> str:
     return found
 
 
-def test_the_example_of_data_and_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text(block("python"))
-    (tmp_path / "run.yaml").write_text(block("yaml"))
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"question": f"What is {n} and {n + 1}?", "answer": str(2 * n + 1)}) for n in range(200)]
-    for name in ("train", "test"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+def commands(start: str) -> list[list[str]]:
+    """Words of the printed command that begins so."""
+    joined = README.replace("\\\n", " ")
+    return [shlex.split(line) for line in joined.splitlines() if line.startswith(start)]
+
+
+def test_the_example_of_data_and_reward_is_in_the_folder() -> None:
+    assert block("python") == (ROOT / "examples" / "own_data" / "my_rewards.py").read_text()
+    assert block("yaml") == (ROOT / "examples" / "own_data.yaml").read_text()
+    head = (ROOT / "examples" / "own_data.yaml").read_text().replace("\n#   ", "\n").replace("\\\n#", "\\\n")
+    for start in ("python tools/train_tokenizer.py", "PYTHONPATH=examples/own_data"):
+        (printed,) = commands(start)
+        assert printed in [
+            shlex.split(line) for line in head.replace("\\\n", " ").splitlines() if line.startswith(start)
+        ]
+
+
+def test_the_commands_for_your_own_data_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer and smaller steps. The run says what it starts with and where its results are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (_, _, *arguments), (_, _, _, _, _, _, *training) = (
+        *commands("python tools/train_tokenizer.py"),
+        *commands("PYTHONPATH=examples/own_data"),
+    )
+    train_tokenizer.main(arguments)
+    assert training == ["--config", "examples/own_data.yaml"]
+    monkeypatch.syspath_prepend(str(tmp_path / "examples" / "own_data"))
     # Another test may have imported a module of this name.
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    few = ["train.warm_start_steps=1", "train.steps=1", "rollout.prompts_per_step=4", "data.eval_size=4"]
+    results = run_distributed(started, 2, [*training, *few, "logging.tensorboard=false"], like_torchrun=True)
+    sys.modules.pop("my_rewards", None)
+    assert [status for status, _ in results] == [0, 0], results
+    said = results[0][1]
+    assert "run directory runs/own_data, seed 1" in said
+    assert "prompts: 800 from examples/own_data/train.jsonl; held out 4 from examples/own_data/test.jsonl" in said
+    assert "python tools/plot_run.py runs/own_data --output runs/own_data/plot.png" in said
+    rows = [json.loads(line) for line in (tmp_path / "runs/own_data/metrics.jsonl").read_text().splitlines()]
+    assert {"reward/last_number", "reward/my_rewards:concise"} <= rows[1].keys() and rows[0]["warm_start/loss"] > 0
+
+
+def started(arguments: list[str]) -> tuple[int, str]:
+    """(exit status, what it printed) of the training command."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        return train(arguments), out.getvalue()
+
+
+def test_the_commands_that_plan_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    trained = ["data/train.jsonl", "--fields", "question", "answer", "--vocab-size", "280"]
-    train_tokenizer.main([*trained, "--output", "data/tokenizer.model"])
-    try:
-        inputs = settle(load_config("run.yaml"), 1)
-    finally:
-        sys.modules.pop("my_rewards", None)
-    prompt = inputs.train_prompts[3]
-    assert prompt.text == "Q: What is 3 and 4?\nA: " and prompt.answer == "7"
-    rollout = Rollout(0, prompt, [], [], truncated=False, policy_version=0, text="It is\n#### 7")
-    (score,) = inputs.rewards.score([rollout])
-    assert score.reward == pytest.approx(1.2) and not score.error
+    ((_, _, _, *dry_run),) = commands("python -m gspo_megatron.train --dry-run")
+    assert train(dry_run) == 0
+    ((_, _, *plan),) = commands("python tools/plan_layout.py")
+    assert plan_layout.main(plan) == 0 and (tmp_path / "run.yaml").exists()
 
 
 def test_every_link_leads_somewhere() -> None:

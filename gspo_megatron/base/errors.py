@@ -31,6 +31,15 @@ class GuardError(RuntimeError):
     """A guard stopped the run: a non-finite number, or replicas that differ. Says what was found, and where."""
 
 
+LONGEST_VALUE = 200
+"""Characters of a value that a message shows."""
+
+
+def shortened(text: str, most: int = LONGEST_VALUE) -> str:
+    """The text, cut where a message would drown in it."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the closest of `names`, or an empty string when none is close."""
     near = get_close_matches(name, list(names), n=1, cutoff=0.5)

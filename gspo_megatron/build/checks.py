@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, shortened
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.data.jsonl import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout
@@ -51,6 +52,8 @@ def _check_model(m: ModelConfig) -> None:
             f"model.{key}={getattr(m, key)} has no effect with model.family={m.family}, only with {families}; remove "
             "it, or set model.family"
         )
+    if m.num_experts == 1:
+        raise ConfigError("model.num_experts=1 leaves the router nothing to choose; use 2 or more")
     if complaint := next(family_of(m.shape).complaints(m.shape), None):
         raise ConfigError(complaint)
     if m.aux_loss_coef and not m.shape.num_experts:
@@ -114,16 +117,21 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_data(d: DataConfig) -> None:
-    """A setting that only some sources read must be read by one that is used."""
-    schemes = {scheme_of(source) for source in (d.train, d.eval)}
+    """A setting that only some sources read must be read by one that is used, and a file has no held-out prompts."""
+    if d.eval is None and scheme_of(d.train) != "task":
+        raise ConfigError(
+            f"data.eval=null with data.train={d.train}: only a generated task has held-out prompts of its own; set "
+            "data.eval to a file of prompts that training does not see"
+        )
+    schemes = {scheme_of(source) for source in (d.train, d.eval or d.train)}
     read = frozenset[str]().union(*(SOURCES[scheme].reads for scheme in schemes))
     of_any = frozenset[str]().union(*(source.reads for source in SOURCES.values()))
     for key in sorted(of_any - read):
         if getattr(d, key) != getattr(DataConfig(), key):
             readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
             raise ConfigError(
-                f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and data.eval={d.eval} do not "
-                f"read it, only sources of kind {readers} do; remove it"
+                f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and "
+                f"data.eval={d.eval or d.train} do not read it, only sources of kind {readers} do; remove it"
             )
     try:
         date.fromisoformat(d.chat_date or "2026-11-26")
@@ -220,6 +228,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         notes.append(
             f"precision.fp8={config.precision.fp8} needs GPUs of compute capability {needed[0]}.{needed[1]} or newer; "
             "an H100 has 9.0"
+        )
+    d = config.data
+    if scheme_of(d.train) != "task" and {d.answer_field, d.solution_field} & set(fields_of(d.prompt_template)):
+        notes.append(
+            f"data.prompt_template={shortened(d.prompt_template)!r} writes the answer into the prompt; for the literal "
+            f"text write {{{{{d.answer_field}}}}}"
         )
     if algorithm.balances_load:
         notes.append(

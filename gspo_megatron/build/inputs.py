@@ -115,7 +115,7 @@ def _day_of_run(config: Config) -> str:
 def _data_spec(config: Config, split: str) -> DataSpec:
     d = config.data
     return DataSpec(
-        source=d.train if split == "train" else d.eval,
+        source=d.eval or d.train if split == "eval" else d.train,
         split=split,
         size=None if split == "train" else d.eval_size,
         max_prompt_tokens=prompt_limit(config),

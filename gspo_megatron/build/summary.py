@@ -20,7 +20,7 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     held_out = min(c.data.eval_size, inputs.eval_prompts.size or c.data.eval_size)
     size = inputs.train_prompts.size
     number = "endless" if size is None else f"{size:,}"
-    yield f"prompts: {number} from {c.data.train}; held out {held_out:,} from {c.data.eval}"
+    yield f"prompts: {number} from {c.data.train}; held out {held_out:,} from {c.data.eval or c.data.train}"
     warm = f"{c.train.warm_start_steps} warm-start updates, then " if c.train.warm_start_steps else ""
     rollouts = f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} rollouts"
     yield f"{warm}{c.train.steps} steps of {rollouts}, {c.algorithm.updates_per_rollout} updates each"

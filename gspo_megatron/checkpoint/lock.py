@@ -32,7 +32,9 @@ class RunLock:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = (self.directory / "run.lock").open("a+")
+            # Through a link another's file would be emptied.
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._file: TextIO = os.fdopen(os.open(self.directory / "run.lock", flags, 0o666), "a+")
             self._lock()
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             self._file.truncate(0)

@@ -166,7 +166,7 @@ class ShardFiles:
             try:
                 for key, stored in _stored_in(path):
                     self._stored[key].append(stored)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
     def read(self, key: str, shard: Shard, into: Tensor) -> None:
@@ -222,6 +222,39 @@ def _stored_in(path: Path) -> Iterator[tuple[str, StoredShard]]:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length))
     shards = json.loads(header.pop("__metadata__")[IN_FILE])
-    for key, entry in header.items():
+    if shards.keys() != header.keys():
+        raise ValueError("it describes other tensors than it has")
+    end = 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shard = Shard(**{**shards[key], "place": Place(**shards[key]["place"])})
-        yield key, StoredShard(path, 8 + length + entry["data_offsets"][0], FORMATS[entry["dtype"]], shard)
+        dtype, (start, stop) = FORMATS[entry["dtype"]], entry["data_offsets"]
+        _check(shard)
+        count = shard.end - shard.start
+        if entry["shape"] != [count] or (start, stop) != (end, end + count * dtype.itemsize):
+            raise ValueError(f"{key} of {count} elements has shape {entry['shape']} at bytes {start} to {stop}")
+        end = stop
+        yield key, StoredShard(path, 8 + length + start, dtype, shard)
+    if 8 + length + end != path.stat().st_size:
+        raise ValueError(f"it has {path.stat().st_size} bytes where its header says {8 + length + end}")
+
+
+def _check(shard: Shard) -> None:
+    """A shard as a file describes it.
+
+    Raises:
+        ValueError: numbers that no slice has.
+    """
+    place = shard.place
+    numbers = (shard.height, shard.width, shard.num_rows, shard.start, shard.end, place.index, place.count)
+    if any(type(n) is not int or n < 0 for n in numbers) or type(place.stride) is not int:
+        raise ValueError(f"{place.name} is described by numbers that are not whole or are negative: {numbers}")
+    bands = place.stride if place.dim == 0 else 1
+    if not (
+        place.index < place.count
+        and place.dim in (0, 1)
+        and bands >= 1
+        and shard.height % bands == 0
+        and (place.dim == 0 or place.stride == 1)
+        and shard.start <= shard.end <= shard.height * shard.width
+    ):
+        raise ValueError(f"{place.name} is described by a slice that cannot be: {shard}")

@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from gspo_megatron.base.errors import did_you_mean
+from gspo_megatron.base.errors import did_you_mean, shortened
 
 Default = TypeVar("Default")
 
@@ -92,9 +92,8 @@ class Setting:
         if value is None and self.allows_none:
             return None
         if self.choices and value not in self.choices:
-            return (
-                f"{self.key}={value!r} is not one of {', '.join(self.choices)}{did_you_mean(str(value), self.choices)}"
-            )
+            near = did_you_mean(str(value), self.choices)
+            return f"{self.key}={shortened(repr(value))} is not one of {', '.join(self.choices)}{near}"
         if self.is_mapping:
             return self._complaint_of_mapping(value)
         if self.is_list:
@@ -103,7 +102,7 @@ class Setting:
             return f"{self.key}={value} must be a finite number"
         if not all(passes(value, bound) for _, bound, passes in self._bounds()):
             default = "null" if self.default is None else self.default
-            return f"{self.key}={value} must be {self.range}; the default is {default}"
+            return f"{self.key}={shortened(_digits(value))} must be {self.range}; the default is {default}"
         return None
 
     def _complaint_of_mapping(self, entries: dict[str, Any]) -> str | None:
@@ -122,6 +121,11 @@ class Setting:
     def _bounds(self) -> list[tuple[str, float, Any]]:
         given = ((words, getattr(self, keyword), passes) for keyword, words, passes in BOUNDS)
         return [(words, bound, passes) for words, bound, passes in given if bound is not None]
+
+
+def _digits(value: Any) -> str:
+    """A number as text. Python refuses to write out integers of thousands of digits."""
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**1000 else str(value)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
 from gspo_megatron.config.declarations import Setting, settings_of
 from gspo_megatron.config.hugging_face import check_agreement, folder_settings
 from gspo_megatron.config.sections import Config, ModelConfig
@@ -31,6 +32,13 @@ REFUSED = {
     "precision.dtype=fp16": "float16 needs loss scaling, which this trainer does not have; use bf16",
 }
 """Values that users of other trainers know and that cannot work here, and what to use."""
+
+PATHS = ("run.dir", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
+"""Settings that may be a path, in which a leading ~ is the home folder."""
+LITERAL = ("data.prompt_template",)
+"""Settings in which ${...} is text, not one of OmegaConf's references."""
+LONGEST_NAME = 255
+"""Of a file, in bytes; file systems allow no more."""
 
 Values = dict[str, dict[str, Any]]
 """Values by section and key."""
@@ -155,7 +163,9 @@ def _typed(*layers: Values) -> Config:
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, *layers))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'config'}: {shortened(str(error).splitlines()[0])}") from error
+    except OverflowError as error:
+        raise ConfigError(f"a number in the settings is too large ({error})") from error
 
 
 def _check(setting: Setting, value: Any) -> None:
@@ -195,7 +205,7 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
         raise ConfigError(f"override {override!r}: {section}.{key} is a single value and has no entry {name!r}")
     if setting.is_text and text != "null" and text[:1] not in ("", "'", '"'):
         # Text is taken literally, even where YAML would read something else into it: off, 5, {prompt}, a b #c.
-        return section, key, name, text
+        return section, key, name, text if name is not None else _meant(setting, text)
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except Exception as error:
@@ -213,7 +223,30 @@ def _meant(setting: Setting, value: Any) -> Any:
         raise ConfigError(f"{setting.key} must be a mapping of names to values, got {value!r}")
     if isinstance(value, bool) and setting.choices:
         return "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
+    if isinstance(value, str):
+        return _meant_text(setting.key, value)
     return value
+
+
+def _meant_text(key: str, text: str) -> str:
+    """Text as it is, and a path with its home folder written out.
+
+    Raises:
+        ConfigError: text that stands for nothing or that no file can be called.
+    """
+    if text == "???":
+        raise ConfigError(f"{key}=??? is OmegaConf's mark of a missing value; write the value, or leave the key out")
+    if "\0" in text:
+        raise ConfigError(f"{key}={shortened(text)!r} has a NUL character; remove it")
+    if key in LITERAL:
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    if key not in PATHS or text.startswith("characters"):
+        return text
+    if too_long := [name for name in text.split("/") if len(name.encode(errors="replace")) > LONGEST_NAME]:
+        raise ConfigError(
+            f"{key}: {shortened(too_long[0])!r} has more than {LONGEST_NAME} bytes; no file has such a name"
+        )
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _check_section(section: str) -> None:

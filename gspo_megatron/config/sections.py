@@ -24,7 +24,9 @@ class RunConfig:
     """Where the run writes, and its random numbers."""
 
     dir: str = setting("runs/default", "The run writes everything below this directory.")
-    seed: int = setting(1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0)
+    seed: int = setting(
+        1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0, below=2**63
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class ParallelConfig:
         "What the backward pass recomputes to save memory: selective, the attention core; full, every layer.",
         choices=("none", "selective", "full"),
     )
-    timeout_s: float = setting(600.0, "How long a collective may wait for a rank.", above=0)
+    timeout_s: float = setting(600.0, "How long a collective may wait for a rank.", least=1, most=1e7)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ class DataConfig:
     """Prompts and the tokenizer."""
 
     train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
-    eval: str = setting("task:sort_digits", "Held-out prompts, in the same form as data.train.")
+    eval: str | None = setting(
+        None, "Held-out prompts, in the same form as data.train. null: those that the task of data.train holds out."
+    )
     tokenizer: str = setting(
         "auto",
         "auto (that of the folder model.hf; without one, characters), characters (printable ASCII), "
@@ -239,8 +243,8 @@ class DataConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
-    group_size: int = setting(8, "Rollouts per prompt.", least=1)
-    prompts_per_step: int = setting(32, "Prompts per step.", least=1)
+    group_size: int = setting(8, "Rollouts per prompt.", least=1, most=2**20)
+    prompts_per_step: int = setting(32, "Prompts per step.", least=1, most=2**24)
     max_new_tokens: int = setting(16, "Longest response in tokens.", least=1)
     temperature: float = setting(1.0, "Logits are divided by it, in sampling and in training.", above=0)
     top_k: int = setting(0, "Sample from the k most likely tokens. 0: from all.", least=0)
@@ -311,7 +315,7 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """Adam and its learning rate."""
 
-    lr: float = setting(1e-6, "Learning rate after the warm-up.", above=0)
+    lr: float = setting(1e-6, "Learning rate after the warm-up.", above=0, below=1e38)
     min_lr: float = setting(0.0, "Learning rate at which the decay ends.", least=0)
     lr_decay: str = setting(
         "constant",
@@ -354,7 +358,7 @@ class TrainConfig:
         choices=("auto", "on", "off"),
     )
     hf_dtype: str = setting("bf16", "Number format of these weights.", choices=("bf16", "fp32"))
-    warm_start_lr: float = setting(1e-3, "Learning rate of the warm start.", above=0)
+    warm_start_lr: float = setting(1e-3, "Learning rate of the warm start.", above=0, below=1e38)
     eval_every: int = setting(
         0, "Steps between evaluations. 0: only before the first and after the last step.", least=0
     )
@@ -370,6 +374,7 @@ class TrainConfig:
         "bytes per response token and vocabulary id. 0: all are recomputed. Not used with an entropy bonus, whose "
         "gradient needs the logits.",
         least=0,
+        most=2**20,
     )
     log_prob_backend: str = setting(
         "auto",

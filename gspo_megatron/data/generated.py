@@ -23,6 +23,9 @@ from gspo_megatron.data.token_ids import Tokenizer
 PARAMETERS = ("min_length", "max_length")
 """The parameters of a task that a run may set."""
 
+LONGEST = 1000
+"""The largest length that a run may set: more would take seconds a prompt."""
+
 HELD_OUT_SHARE = 10
 """One prompt in this many is held out."""
 
@@ -42,12 +45,14 @@ class Example(NamedTuple):
 class Task:
     """A rule that makes examples of any length in [min_length, max_length].
 
-    `make(random, length)` draws one; its docstring says what `length` counts. `alphabet` holds every character of its
+    `make(random, length)` draws one; its docstring says what `length` counts. `longest(length)` is a prompt of the
+    most characters. `alphabet` holds every character of its
     prompts and correct responses; `reward` names the reward that scores a response.
     """
 
     name: str
     make: Callable[[Random, int], Example]
+    longest: Callable[[int], str]
     alphabet: str
     min_length: int = 3
     max_length: int = 8
@@ -97,10 +102,12 @@ def countdown(random: Random, length: int) -> Example:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sort_digits", sort_digits, string.digits + ">"),
-        Task("reverse", reverse, string.ascii_lowercase + ">"),
-        Task("addition", addition, string.digits + "+>", min_length=1, max_length=3),
-        Task("countdown", countdown, string.digits + "+-,=>", min_length=3, max_length=3, reward="countdown"),
+        Task("sort_digits", sort_digits, lambda n: "7" * n + ">", string.digits + ">"),
+        Task("reverse", reverse, lambda n: "x" * n + ">", string.ascii_lowercase + ">"),
+        Task("addition", addition, lambda n: f"{'7' * n}+{'7' * n}>", string.digits + "+>", 1, 3),
+        Task(
+            "countdown", countdown, lambda n: ",".join(["17"] * n) + "=17>", string.digits + "+-,=>", 3, 3, "countdown"
+        ),
     )
 }
 
@@ -124,6 +131,8 @@ def find_task(name: str, /, **parameters: Any) -> Task:
             f"task {name} from min_length={task.min_length} to max_length={task.max_length}: expected whole numbers, "
             "1 <= min_length <= max_length"
         )
+    if task.max_length > LONGEST:
+        raise ConfigError(f"task {name}: max_length={task.max_length} must be at most {LONGEST}")
     return task
 
 
@@ -173,7 +182,8 @@ class GeneratedPrompts:
     endless supply without one.
 
     Raises:
-        DataError: the tokenizer lacks a character of the task, or the task has fewer than `size` held-out prompts.
+        DataError: the tokenizer lacks a character of the task, its longest prompt has more than `max_prompt_tokens`
+            tokens, or it has fewer than `size` held-out prompts.
         ConfigError: another split, or "eval" without a size.
     """
 
@@ -184,9 +194,10 @@ class GeneratedPrompts:
     ) -> None:
         if split not in ("train", "eval"):
             raise ConfigError(f"split {split!r} of task {task.name} is not 'train' or 'eval'")
-        tokenizer.encode(task.alphabet)
-        self.size = size
         self._task, self._tokenizer, self._seed, self._limit = task, tokenizer, seed, max_prompt_tokens
+        tokenizer.encode(task.alphabet)
+        self._check(task.longest(task.max_length), len(tokenizer.encode_prompt(task.longest(task.max_length))))
+        self.size = size
         self._examples: list[Example] | None = None
         if split == "eval":
             if size is None:
@@ -197,13 +208,19 @@ class GeneratedPrompts:
         """Prompt `index`.
 
         Raises:
-            DataError: it has more than max_prompt_tokens tokens.
+            DataError: it has more than max_prompt_tokens tokens, which a tokenizer that joins characters may hide from
+                the check of the longest one.
         """
         example = self._examples[index] if self._examples is not None else train_example(self._task, self._seed, index)
         tokens = self._tokenizer.encode_prompt(example.prompt)
-        if len(tokens) > self._limit:
-            raise DataError(
-                f"prompt {example.prompt!r} of task {self._task.name} has {len(tokens)} tokens, the limit is "
-                f"{self._limit}; raise data.max_prompt_tokens or lower data.task.max_length"
-            )
+        self._check(example.prompt, len(tokens))
         return Prompt(index, example.prompt, tuple(tokens), example.answer, example.solution)
+
+    def _check(self, prompt: str, num_tokens: int) -> None:
+        if num_tokens > self._limit:
+            shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:60]}...")
+            raise DataError(
+                f"prompt {shown} of task {self._task.name} has {num_tokens} tokens, the limit is {self._limit} "
+                "(data.max_prompt_tokens, or what rollout.max_new_tokens leaves of model.max_sequence_length); raise "
+                "it, or lower data.task.max_length"
+            )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Prompt
-from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean, shortened
 from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.token_ids import Tokenizer
 
@@ -18,10 +19,10 @@ class JsonlPrompts:
     """The prompts of a JSONL file: one JSON object per line, blank lines skipped, at most the first `size` prompts.
 
     `prompt_template` is the text the model sees: `{prompt}` in it stands for the prompt field, `{name}` for any other
-    field of the object. Braces around anything but a word stay as they are. With `chat` that text is what the user says
-    in a conversation, unless `messages_field` names a field that holds a whole one. The solution is the answer unless
-    `solution_field` is given. A prompt of more than `max_prompt_tokens` tokens is an error, or, with overlong="drop",
-    left out and counted in `dropped`.
+    field of the object. `{{word}}` is the literal `{word}`; other braces stay as they are. With `chat` that text is
+    what the user says in a conversation, unless `messages_field` names a field that holds a whole one. The solution is
+    the answer unless `solution_field` is given. A prompt of more than `max_prompt_tokens` tokens is an error, or, with
+    overlong="drop", left out and counted in `dropped`.
 
     Raises:
         DataError: a line that is not a JSON object, lacks a field, or has a prompt that is empty or that the tokenizer
@@ -46,7 +47,7 @@ class JsonlPrompts:
     ) -> None:
         if overlong not in ("error", "drop"):
             raise ConfigError(f"data.overlong={overlong!r} must be 'error' or 'drop'")
-        if not FIELD.search(prompt_template):
+        if not fields_of(prompt_template):
             raise ConfigError(
                 f"data.prompt_template={prompt_template!r} has no {{prompt}}: all prompts would be the same; add it"
             )
@@ -90,8 +91,13 @@ class JsonlPrompts:
         return self._prompts[index]
 
 
-FIELD = re.compile(r"\{(\w+)\}")
-"""A field in a prompt template."""
+FIELD = re.compile(r"\{\{(?P<literal>\w+)\}\}|\{(?P<name>\w+)\}")
+"""A field in a prompt template, or a word in literal braces."""
+
+
+def fields_of(template: str) -> list[str]:
+    """The fields that a prompt template names."""
+    return [match["name"] for match in FIELD.finditer(template) if match["name"]]
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,16 +110,20 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        found = "is a folder" if path.is_dir() else "does not exist"
-        near = did_you_mean(path.name, names) or "."
+        found = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        near = "." if path.exists() else did_you_mean(path.name, names) or "."
         raise DataError(f"the file {path} {found}{near} Expected a JSONL file")
-    with path.open("rb") as lines:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"the file {path} cannot be read ({error})") from error
+    with file as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
             try:
                 text = line.decode("utf-8-sig")
                 record = json.loads(text) if text.strip() else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON in UTF-8 ({error}); expected one object per line") from error
             if isinstance(record, dict):
                 yield place, record
@@ -129,10 +139,12 @@ def text_field(record: dict[str, Any], name: str, place: str) -> str:
     """
     if name not in record:
         near = did_you_mean(name, record) or "."
-        raise DataError(f"{place}: no field {name!r}{near} Fields: {', '.join(record) or 'none'}")
+        raise DataError(f"{place}: no field {name!r}{near} Fields: {shortened(', '.join(record)) or 'none'}")
     value = record[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: field {name!r} is {json.dumps(value)[:60]}; expected text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{place}: field {name!r} is {value}, which JSON does not have; write the number, or text")
     text = str(value)
     try:
         text.encode()
@@ -148,7 +160,13 @@ def _fill(template: str, prompt_field: str, record: dict[str, Any], place: str) 
     prompt = text_field(record, prompt_field, place)
     if not prompt.strip():
         raise DataError(f"{place}: field {prompt_field!r} is empty; expected a prompt")
-    return FIELD.sub(lambda match: prompt if match[1] == "prompt" else text_field(record, match[1], place), template)
+
+    def written(match: re.Match[str]) -> str:
+        if match["literal"]:
+            return f"{{{match['literal']}}}"
+        return prompt if match["name"] == "prompt" else text_field(record, match["name"], place)
+
+    return FIELD.sub(written, template)
 
 
 def messages_of(record: dict[str, Any], name: str, place: str) -> list[dict[str, Any]]:
@@ -159,7 +177,7 @@ def messages_of(record: dict[str, Any], name: str, place: str) -> list[dict[str,
     """
     if name not in record:
         near = did_you_mean(name, record) or "."
-        raise DataError(f"{place}: no field {name!r}{near} Fields: {', '.join(record) or 'none'}")
+        raise DataError(f"{place}: no field {name!r}{near} Fields: {shortened(', '.join(record)) or 'none'}")
     value = record[name]
     if not isinstance(value, list) or not value:
         raise DataError(

@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import ceil, lcm, prod
+from math import ceil, isqrt, lcm, prod
 
 from gspo_megatron.base.batches import PackingRules
 from gspo_megatron.config.sections import Config
@@ -148,7 +148,9 @@ def changed_axes(asked: Layout, other: Layout) -> list[str]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """Ascending. Each up to the root has a partner above it."""
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _ranks(layout: Layout, axes: tuple[str, ...]) -> int:

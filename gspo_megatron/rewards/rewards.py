@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from gspo_megatron.base.batches import Rollout
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
 from gspo_megatron.rewards.rules import REWARDS, RewardFunction
-from gspo_megatron.rewards.user_code import contained
+from gspo_megatron.rewards.user_code import contained, described
 
 LISTED_ERRORS = 3
 
@@ -75,7 +75,7 @@ class Rewards:
                 terms[name] = _call(function, rollout)
             except (Exception, SystemExit) as error:  # sys.exit in a reward must not end the run as done
                 terms[name] = math.nan if self._stop else 0.0
-                errors.append(f"reward {name!r} failed: {type(error).__name__}: {error}")
+                errors.append(f"reward {name!r} failed: {described(error)}")
         total = sum(weight * terms[name] for name, weight in self._weights.items())
         return Score(total, terms, "; ".join(errors))
 
@@ -133,7 +133,7 @@ def find_reward(name: str) -> RewardFunction:
         inspect.signature(function).bind(prompt="", response="", answer="")
     except (Exception, SystemExit) as error:  # a script without a __main__ guard exits when it is imported
         raise ConfigError(
-            f"reward {name!r} cannot be used ({type(error).__name__}: {error}); expected a function "
+            f"reward {name!r} cannot be used ({described(error)}); expected a function "
             "f(prompt, response, answer) in a module that Python can import from the working folder"
         ) from error
     return function

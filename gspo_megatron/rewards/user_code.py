@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from gspo_megatron.base.errors import shortened
+
 
 @contextmanager
 def contained() -> Iterator[None]:
@@ -24,3 +26,13 @@ def contained() -> Iterator[None]:
         torch.set_grad_enabled(grad_mode)
         torch.set_default_dtype(dtype)
         os.chdir(folder)
+
+
+def described(error: BaseException) -> str:
+    """A user's error in one message: its own text may raise, be megabytes long, or steer the terminal."""
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"its text cannot be had, {type(second).__name__}"
+    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, 2000))
+    return f"{type(error).__name__}: {plain}"

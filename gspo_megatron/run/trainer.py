@@ -27,6 +27,7 @@ from gspo_megatron.rollout.source import RolloutSource
 from gspo_megatron.run import stages
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.clock import Clock
+from gspo_megatron.run.concerns import Concerns
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards, rows_of
 from gspo_megatron.run.learning_rate import LearningRate
@@ -39,8 +40,6 @@ from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.warm_start import WarmStart
 
 START = Position(0, 0, 0)
-FLAT_STEPS_A_WARNING = 20
-"""Of steps in a row without a policy gradient, the first is warned of, and every one of this number."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class Trainer:
         t = self.config.train
         self.learning_rate = LearningRate(self.config.optimizer, t.steps * self.algorithm.updates_per_rollout)
         self.clock, self.pause_s = Clock(), 0.0
-        self.flat_steps = 0
-        """Steps in a row, up to the last one, in which no group had rewards that differ."""
+        self.concerns = Concerns()
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
         self.warm_start_loss: float | None = None
@@ -283,14 +281,8 @@ class Trainer:
         """The step's row of metrics.jsonl. Writes its rollouts, too."""
         of_rollouts = step.metrics(self.parts.accuracy)
         row = {"step": step.number, **metrics, "kl/ref": metrics.get("kl/ref"), **of_rollouts}
-        self.flat_steps = self.flat_steps + 1 if row["groups/zero_variance_fraction"] == 1 else 0
-        if self.flat_steps == 1 or (self.flat_steps and self.flat_steps % FLAT_STEPS_A_WARNING == 0):
-            so_far = f", as in the {self.flat_steps - 1} steps before" if self.flat_steps > 1 else ""
-            self.parts.console.warn(
-                f"step {step.number}: within each of the {len(step.groups)} groups all rewards are equal (in the first "
-                f"group {step.rollouts[0].reward:g}){so_far}, so every advantage is 0 and there is no policy gradient; "
-                "use easier or harder prompts, a larger rollout.group_size or a finer-grained reward"
-            )
+        for concern in self.concerns.of(row, step.groups):
+            self.parts.console.warn(concern)
         if self.parts.writer:
             kept = self.config.logging.rollouts_per_step
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]

@@ -125,6 +125,8 @@ def test_a_model_that_no_layout_suits() -> None:
         (("optimizer.min_lr=1e-7",), ("optimizer.min_lr=1e-07 has no effect with optimizer.lr_decay=constant",)),
         (("optimizer.min_lr=1", "optimizer.lr_decay=linear"), ("optimizer.min_lr=1.0 exceeds optimizer.lr=1e-06",)),
         (("model.experts_per_token=9",), ("model.experts_per_token=9 exceeds model.num_experts=8",)),
+        (("model.num_experts=1", "model.experts_per_token=1"), ("model.num_experts=1", "use 2 or more")),
+        (("data.train=a.jsonl",), ("data.eval=null with data.train=a.jsonl", "set data.eval to a file")),
         (("model.experts_per_token=1",), ("model.experts_per_token=1", "use 2 or more")),
         (("model.num_query_groups=3",), ("num_attention_heads=4 must be a multiple of model.num_query_groups=3",)),
         (("model.head_dim=15",), ("model.head_dim=15 must be even",)),
@@ -183,12 +185,17 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
     [
         ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
         ("model.aux_loss_coef=0.01", "the gradient depends on the layout"),
+        (
+            "data.prompt_template={prompt} \\boxed{answer}",
+            "writes the answer into the prompt; for the literal text write {{answer}}",
+        ),
     ],
 )
 def test_what_works_but_is_hardly_meant_is_a_warning(override: str, part: str) -> None:
-    usual = load_config(None, ["train.warm_start_steps=1"])
+    common = ["train.warm_start_steps=1", "data.train=a.jsonl", "data.eval=b.jsonl"]
+    usual = load_config(None, common)
     assert config_warnings(usual, Algorithm.of(usual)) == []
-    config = load_config(None, ["train.warm_start_steps=1", override])
+    config = load_config(None, [*common, override])
     check_config(config, 1)
     (warning,) = config_warnings(config, Algorithm.of(config))
     assert part in warning

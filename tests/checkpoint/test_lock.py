@@ -54,3 +54,13 @@ def test_runs_in_two_directories_and_a_directory_that_is_none(tmp_path: Path) ->
         pass
     with pytest.raises(ConfigError, match="cannot be written"), RunLock(tmp_path / "a" / "run.lock"):
         pass
+
+
+def test_the_lock_is_never_taken_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match="cannot be written"), RunLock(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "kept"

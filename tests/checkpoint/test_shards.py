@@ -7,6 +7,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,11 +129,46 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "1.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"1\.safetensors is truncated: it ends inside w"):
-        ShardFiles([tmp_path / "0.safetensors", path]).read("w", asked, into)
+    with pytest.raises(CheckpointError, match=r"1\.safetensors cannot be read .*bytes where its header says"):
+        ShardFiles([tmp_path / "0.safetensors", path])
     for damaged in (b"", content[:20], b"\x80\x04cposix\nsystem\n" + content):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"1\.safetensors cannot be read"):
             ShardFiles([path])
     with pytest.raises(CheckpointError, match=r"none\.safetensors cannot be read \(FileNotFoundError"):
         ShardFiles([tmp_path / "none.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "F64"},
+        {"data_offsets": [-8, 88]},
+        {"data_offsets": [8, 104]},
+        {"shape": [4, 6]},
+        {"start": -10},
+        {"end": 10**15},
+        {"width": 0},
+        {"place.stride": 0},
+        {"place.index": 2},
+        {"place.dim": 7},
+        {"place.count": "2"},
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_fit_what_it_describes(change: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing is read through it: neither other weights nor, for ever, rectangles without end."""
+    path = tmp_path / "0.safetensors"
+    written(tmp_path, cut(torch.randn(4, 6), slices(0, 1, 1), []))
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    shards = json.loads(header["__metadata__"]["pieces"])
+    [(name, value)] = change.items()
+    owner = header["w"] if name in header["w"] else shards["w"]["place"] if name.startswith("place.") else shards["w"]
+    owner[name.removeprefix("place.")] = value
+    header["__metadata__"]["pieces"] = json.dumps(shards)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(CheckpointError, match=r"0\.safetensors cannot be read"):
+        ShardFiles([path])

@@ -278,3 +278,43 @@ def test_sections_may_be_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (changed.model.vocab_size, changed.data.task, changed.model.num_layers) == (12, {"min_length": 1}, 12)
     with pytest.raises(AttributeError, match="cannot assign to field 'vocab_size'"):
         changed.model.vocab_size = 13
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.dir=???", "run.dir=??? is OmegaConf's mark of a missing value"),
+        ("run.dir=a\0b", "has a NUL character"),
+        (f"run.dir=runs/{'x' * 256}", "has more than 255 bytes"),
+        (f"data.train={'x' * 5000}", "(5,000 characters)"),
+        (f"run.seed={2**63}", "run.seed=9223372036854775808 must be at least 0 and below"),
+        (f"optimizer.lr={'9' * 400}", "too large"),
+        ("optimizer.lr=1e38", "optimizer.lr=1e+38 must be above 0 and below"),
+        ("train.warm_start_lr=1e38", "train.warm_start_lr"),
+        ("parallel.timeout_s=1e300", "parallel.timeout_s=1e+300 must be at least 1"),
+        ("parallel.timeout_s=1e-3", "parallel.timeout_s=0.001 must be at least 1"),
+        ("train.log_prob_store_gib=1e300", "train.log_prob_store_gib"),
+        ("rollout.group_size=1000000000", "rollout.group_size=1000000000 must be"),
+        (f"reward.on_error={'y' * 9999}", "(10,001 characters)"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_absurd_values_are_refused_in_a_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [override])
+    assert message in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_a_path_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "run.yaml").write_text("run: {dir: ~/runs/x}\ndata: {tokenizer: 'characters:~/x'}\n")
+    config = load_config(tmp_path / "run.yaml", ["data.train=~/a.jsonl", "checkpoint.load=~"])
+    paths = (config.run.dir, config.data.train, config.checkpoint.load, config.data.tokenizer)
+    assert paths == ("/home/me/runs/x", "/home/me/a.jsonl", "/home/me", "characters:~/x")
+
+
+@pytest.mark.parametrize("template", ["Compute ${prompt}$.", "{prompt} \\${x}", "a {{prompt}} # b: {prompt}"])
+def test_a_template_is_written_as_it_was_read(template: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"data.prompt_template={template}"])
+    (tmp_path / "out.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "out.yaml").data.prompt_template == config.data.prompt_template == template

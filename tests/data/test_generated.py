@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import re
+from random import Random
 from typing import Any
 
 import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.data.generated import TASKS, Example, Task, eval_examples, find_task, is_held_out, train_example
+from gspo_megatron.data.generated import (
+    TASKS,
+    Example,
+    GeneratedPrompts,
+    Task,
+    eval_examples,
+    find_task,
+    is_held_out,
+    train_example,
+)
+from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.rewards.rules import REWARDS
 
 
@@ -92,8 +103,22 @@ def test_an_unknown_task_is_answered_with_the_nearest() -> None:
         ({"min_length": 9}, "min_length=9 to max_length=8"),
         ({"min_length": 0}, "1 <= min_length"),
         ({"max_length": "7"}, "whole numbers"),
+        ({"max_length": 10**9}, "max_length=1000000000 must be at most 1000"),
     ],
 )
 def test_task_parameters_that_cannot_be(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         find_task("sort_digits", **parameters)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_that_may_be_too_long_are_refused_before_the_run(name: str) -> None:
+    """None that is drawn is longer than the one that is checked, and that length is allowed."""
+    task, tokenizer = find_task(name), CharacterTokenizer()
+    most = len(task.longest(task.max_length))
+    drawn = max(len(task.make(Random(seed), task.max_length).prompt) for seed in range(300))
+    assert drawn == most or (name == "countdown" and drawn <= most)
+    settings: dict[str, Any] = {"seed": 0, "split": "train", "size": None}
+    GeneratedPrompts(task, tokenizer, **settings, max_prompt_tokens=most)
+    with pytest.raises(DataError, match=f"has {most} tokens, the limit is {most - 1}"):
+        GeneratedPrompts(task, tokenizer, **settings, max_prompt_tokens=most - 1)

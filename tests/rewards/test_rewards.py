@@ -13,6 +13,7 @@ from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.rewards.rewards import Rewards, find_reward, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
+from gspo_megatron.rewards.user_code import described
 
 
 def rollout(text: str, answer: str = "", id: int = 0, prompt: str = "what?") -> Rollout:
@@ -299,3 +300,13 @@ def test_what_a_reward_changes_stays_with_it(tmp_path: Path, monkeypatch: pytest
     score_rollouts(Rewards({f"{__name__}:careless": 1.0}, None, "count"), [rollout("a", "a")])
     find_reward("careless_module:f")
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and Path.cwd() == tmp_path
+
+
+def test_what_an_error_says_is_shown_harmlessly() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    assert described(Silent()) == "Silent: its text cannot be had, RuntimeError"
+    assert described(ValueError("\x1b[31mred\x1b[0m\nline")) == "ValueError: \\x1b[31mred\\x1b[0m\nline"
+    assert len(described(ValueError("x" * 10**7))) < 2100

@@ -33,7 +33,6 @@ from check_layout import (
 from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.models.counts import count_parameters
@@ -131,12 +130,6 @@ def test_a_shrunk_model_fits_both_layouts(preset: str, reference: str, layout: s
             # There is more than one of everything, and a choice to make.
             assert m.num_layers > 1 and m.num_attention_heads > m.num_query_groups > 1
             assert 1 < m.experts_per_token < m.num_experts
-
-
-def test_a_shrunk_model_has_no_experts_where_the_large_one_has_none() -> None:
-    large = ["model.num_experts=1", "model.experts_per_token=1"]
-    settings = [*large, *shrunk(load_config(None, large), [LayoutRequest(), LayoutRequest(dp=2)])]
-    check_config(load_config(None, [*settings, *task_instead(), *FIXED]), 2)
 
 
 # ------------------------------------------------------------------------------------------------------- what is equal
