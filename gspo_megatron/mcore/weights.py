@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from gspo_megatron.base.errors import CheckpointError
@@ -17,7 +16,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.parameters import is_vocabulary, named_tensors
-from gspo_megatron.models.names import NameRule, Sliceable, find_rule, to_our_slice, to_theirs
+from gspo_megatron.models.names import NameRule, Sliceable, copy_rows, find_rule, stacked_in, to_our_slice, to_theirs
 from gspo_megatron.models.shape import ModelShape
 
 
@@ -108,9 +107,12 @@ def load_weights(
             rule, names = find_rule(rules, place.name)
             theirs = [read(name) for name in names]
             if is_vocabulary(place.name):
-                mine = _vocabulary_rows(theirs[0], place, len(tensor), shape)
-            else:
-                mine = to_our_slice(rule.op, theirs, shape, dim=place.dim, index=place.index, count=place.count)
+                _copy_vocabulary(theirs[0], place, tensor, shape)
+                continue
+            slicing = {"dim": place.dim, "index": place.index, "count": place.count}
+            if stacked_in(rule.op, theirs, tensor, shape, **slicing):
+                continue
+            mine = to_our_slice(rule.op, theirs, shape, **slicing)
             if mine.shape != tensor.shape:
                 found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(names, theirs, strict=True))
                 raise CheckpointError(
@@ -120,14 +122,14 @@ def load_weights(
             tensor.copy_(mine)
 
 
-def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: ModelShape) -> Tensor:
+def _copy_vocabulary(theirs: Sliceable, place: Place, tensor: Tensor, shape: ModelShape) -> None:
     """This rank's rows, zeros where they pad the vocabulary."""
-    have, wanted = theirs.get_shape()[0], shape.vocab_size or 0
+    have, wanted = theirs.get_shape(), [shape.vocab_size or 0, *tensor.shape[1:]]
     if have != wanted:
-        raise CheckpointError(f"{place.name} has {have} rows in the weights, but model.vocab_size={wanted}")
-    start = place.index * num_rows
-    rows = theirs[min(start, have) : min(start + num_rows, have), :]
-    return F.pad(rows, (0, 0, 0, num_rows - len(rows))) if len(rows) < num_rows else rows
+        raise CheckpointError(f"{place.name} has size {have} in the weights, but this model needs {wanted}")
+    start, end = (min(bound * len(tensor), have[0]) for bound in (place.index, place.index + 1))
+    copy_rows(theirs, (slice(start, end), slice(0, have[1])), tensor[: end - start])
+    tensor[end - start :] = 0
 
 
 def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> dict[Place, Tensor]:
