@@ -10,13 +10,14 @@ model.safetensors.index.json lists. The library checks each header against its f
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,6 +31,13 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 """Added to the name of an FP8 weight: its scales, one for each block of rows and columns."""
+INTEGERS = {
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
+    torch.float16: (torch.int16, np.uint16, 0x7C00),
+    torch.float32: (torch.int32, np.uint32, 0x7F800000),
+    torch.float64: (torch.int64, np.uint64, 0x7FF0000000000000),
+}
+"""Signed and unsigned integers of the size of a number format, and infinity read as one."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of older files that are computed, not read."""
@@ -41,32 +49,39 @@ class StoredTensor:
 
     Attributes:
         dtype: safetensors' name of its number format.
-        part_of: the library's handle, which reads slices.
+        size: of the whole tensor.
+        opened: the library's handle of the file.
         allow_nan: whether NaN and infinity are read like other numbers.
     """
 
     name: str
     file: Path
     dtype: str
-    part_of: Any
+    size: tuple[int, ...]
+    opened: Any
     allow_nan: bool = False
 
     def get_shape(self) -> list[int]:
-        return list(self.part_of.get_shape())
+        return list(self.size)
+
+    @cached_property
+    def _mapped(self) -> Tensor:
+        """The whole tensor. It is mapped, not read: the system reads the pages that are used."""
+        return self.opened.get_tensor(self.name)
 
     def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
         """
         Raises:
             CheckpointError: a number that is not finite.
         """
-        numbers: Tensor = self.part_of[part]
+        numbers = self._mapped[part]
         if self.dtype == FP8:
             numbers = numbers.float()  # torch computes nothing in FP8
         if not self.allow_nan and not all_finite(numbers):
-            bad = numbers[~torch.isfinite(numbers)]
+            bad = numbers[~torch.isfinite(numbers)][0].item()
             raise CheckpointError(
-                f"{self.file}: {self.name} holds {bad[0].item()}, and {len(bad)} values in this rank's part are not "
-                "finite; download the file again, or set model.hf_allow_nan=true to use it as it is"
+                f"{self.file}: {self.name} holds {bad}; download the file again, or set model.hf_allow_nan=true to use "
+                "it as it is"
             )
         return numbers
 
@@ -77,11 +92,10 @@ def all_finite(numbers: Tensor) -> bool:
     Every bit of such a number's exponent is set, so read as an integer it exceeds all finite ones of its sign: positive
     ones as signed integers, negative ones as unsigned. This needs no memory. torch.isfinite needs more than the tensor,
     and in bf16 several times as long as reading it."""
-    bits = 8 * numbers.itemsize
-    integers = numbers.view(getattr(torch, f"int{bits}")).numpy()
-    infinity = torch.tensor(math.inf, dtype=numbers.dtype).view(getattr(torch, f"int{bits}")).item()
-    bounds = {f"int{bits}": infinity, f"uint{bits}": infinity + (1 << bits - 1)}
-    return all(int(integers.view(kind).max(initial=0)) < bound for kind, bound in bounds.items())
+    signed, unsigned, infinity = INTEGERS[numbers.dtype]
+    integers = numbers.view(signed).numpy()
+    bounds = ((integers, infinity), (integers.view(unsigned), infinity + (1 << 8 * numbers.itemsize - 1)))
+    return all(int(each.max(initial=0)) < bound for each, bound in bounds)
 
 
 @dataclass(frozen=True)
@@ -245,8 +259,8 @@ def _tensors_of(file: Path, allow_nan: bool) -> Iterable[StoredTensor]:
     try:
         opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118 -- it is not a mapping
-            part_of = opened.get_slice(name)
-            yield StoredTensor(name, file, part_of.get_dtype(), part_of, allow_nan)
+            part = opened.get_slice(name)
+            yield StoredTensor(name, file, part.get_dtype(), tuple(part.get_shape()), opened, allow_nan)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} cannot be read: it is truncated, or not a safetensors file ({error}); download it again"

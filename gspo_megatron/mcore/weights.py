@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from gspo_megatron.base.errors import CheckpointError
@@ -20,9 +19,11 @@ from gspo_megatron.models.names import (
     HubSize,
     NameRule,
     Sliceable,
+    copy_rows,
     read_ours,
     reading_order,
     sizes_on_hub,
+    stacked_in,
     to_our_slice,
     to_theirs,
 )
@@ -117,9 +118,12 @@ def load_weights(
         for place, tensor in named_tensors(chunk, shape, groups):
             rule, theirs = read_ours(rules, place.name, read)
             if is_vocabulary(place.name):
-                mine = _vocabulary_rows(theirs[0], place, len(tensor), shape)
-            else:
-                mine = to_our_slice(rule.op, theirs, shape, dim=place.dim, index=place.index, count=place.count)
+                _copy_vocabulary(theirs[0], place, tensor, shape)
+                continue
+            slicing = {"dim": place.dim, "index": place.index, "count": place.count}
+            if stacked_in(rule.op, theirs, tensor, shape, **slicing):
+                continue
+            mine = to_our_slice(rule.op, theirs, shape, **slicing)
             if mine.shape != tensor.shape:
                 found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(rule.theirs, theirs, strict=True))
                 raise CheckpointError(
@@ -129,14 +133,14 @@ def load_weights(
             tensor.copy_(mine)
 
 
-def _vocabulary_rows(theirs: Sliceable, place: Place, num_rows: int, shape: ModelShape) -> Tensor:
+def _copy_vocabulary(theirs: Sliceable, place: Place, tensor: Tensor, shape: ModelShape) -> None:
     """This rank's rows, zeros where they pad the vocabulary."""
-    have, wanted = theirs.get_shape()[0], shape.vocab_size or 0
+    have, wanted = theirs.get_shape(), [shape.vocab_size or 0, *tensor.shape[1:]]
     if have != wanted:
-        raise CheckpointError(f"{place.name} has {have} rows in the weights, but model.vocab_size={wanted}")
-    start = place.index * num_rows
-    rows = theirs[min(start, have) : min(start + num_rows, have), :]
-    return F.pad(rows, (0, 0, 0, num_rows - len(rows))) if len(rows) < num_rows else rows
+        raise CheckpointError(f"{place.name} has size {have} in the weights, but this model needs {wanted}")
+    start, end = (min(bound * len(tensor), have[0]) for bound in (place.index, place.index + 1))
+    copy_rows(theirs, (slice(start, end), slice(0, have[1])), tensor[: end - start])
+    tensor[end - start :] = 0
 
 
 def _held(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> dict[Place, Tensor]:

@@ -101,6 +101,8 @@ class InterleavedGateUp:
 
 
 COPY = Copy()
+BLOCK_BYTES = 1 << 20
+"""Read, checked and copied together."""
 
 
 class Sliceable(Protocol):
@@ -182,10 +184,46 @@ def to_our_slice(
 
 
 def _part(x: Sliceable, dim: int, index: int, count: int) -> Tensor:
-    sizes = x.get_shape()
+    return x[_cut(x.get_shape(), dim, index, count)]
+
+
+def _cut(sizes: Sequence[int], dim: int, index: int, count: int) -> tuple[slice, ...]:
     step = sizes[dim] // count
-    cut = slice(index * step, (index + 1) * step) if count > 1 else slice(None)
-    return x[tuple(cut if i == dim else slice(None) for i in range(len(sizes)))]
+    return tuple(
+        slice(index * step, (index + 1) * step) if i == dim else slice(0, size) for i, size in enumerate(sizes)
+    )
+
+
+def stacked_in(
+    op: Op,
+    theirs: Sequence[Sliceable],
+    ours: Tensor,
+    shape: ModelShape,
+    *,
+    dim: int = 0,
+    index: int = 0,
+    count: int = 1,
+) -> bool:
+    """Sets `ours` to what `to_our_slice` would return, where each of theirs is a part of it, without putting them
+    together elsewhere first. Otherwise, or where a size differs, returns False and leaves `ours` alone."""
+    views = op.to_theirs(ours, shape) if isinstance(op, (Copy, GateUp)) else ()
+    cuts = [_cut(x.get_shape(), dim, index, count) for x in theirs]
+    if [list(view.shape) for view in views] != [[part.stop - part.start for part in cut] for cut in cuts]:
+        return False
+    for x, cut, view in zip(theirs, cuts, views, strict=True):
+        copy_rows(x, cut, view)
+    return True
+
+
+def copy_rows(x: Sliceable, part: tuple[slice, ...], into: Tensor) -> None:
+    """Sets `into` to x[part], whose slices have both bounds, in blocks of rows that stay in a processor's cache between
+    what is done to them."""
+    rows, *rest = part
+    step = max(1, BLOCK_BYTES // max(1, into[:1].nbytes))
+    for start in range(rows.start, rows.stop, step):
+        end = min(start + step, rows.stop)
+        block = (slice(start, end), *rest)
+        into[start - rows.start : end - rows.start].copy_(x[block])
 
 
 def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:
