@@ -20,6 +20,7 @@ from gspo_megatron.models.names import (
     NameRule,
     Sliceable,
     copy_rows,
+    find_rule,
     read_ours,
     reading_order,
     sizes_on_hub,
@@ -125,7 +126,9 @@ def load_weights(
                 continue
             mine = to_our_slice(rule.op, theirs, shape, **slicing)
             if mine.shape != tensor.shape:
-                found = ", ".join(f"{name} {x.get_shape()}" for name, x in zip(rule.theirs, theirs, strict=True))
+                found = ", ".join(
+                    f"{name} {x.get_shape()}" for name, x in zip(find_rule(rules, place.name)[1], theirs, strict=True)
+                )
                 raise CheckpointError(
                     f"{found}: this model's {place.name} needs {list(tensor.shape)} on a rank, not {list(mine.shape)}; "
                     "the settings of section model must be those of the weights"

@@ -125,7 +125,7 @@ def test_a_reward_whose_name_has_dots_can_be_set_from_the_command_line() -> None
         ("algorithm.dials.clip.low=.nan", r"algorithm.dials.clip.low=nan must be a finite number"),
         ("optimizer.lr=.inf", r"optimizer.lr=inf must be a finite number"),
         ("rollout.temperature=.nan", r"rollout.temperature=nan must be a finite number"),
-        ("model.preset=qwen3_30b", r"model.preset='qwen3_30b' is not one of .*; did you mean 'qwen3_30b_a3b'\?"),
+        ("model.preset=qwen3_30b_a3", r"model.preset='qwen3_30b_a3' is not one of .*; did you mean 'qwen3_30b_a3b'\?"),
         ("precision.dtype=fp16", r"precision.dtype=fp16 is not offered: float16 needs loss scaling, .*; use bf16"),
         ("precision.dtype=fp8", r"precision.dtype='fp8' is not one of fp32, bf16, fp64"),
         ("precision.fp8=delayed", r"precision.fp8=delayed is not offered: its scales change .*; use blockwise"),

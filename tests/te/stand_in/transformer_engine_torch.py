@@ -137,7 +137,7 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Tensor, Tensor | None, None, None]:
-    """With a bias: added to the product; where `b` is a gradient of it (`grad`), the bias's gradient comes second."""
+    """With a bias: added to the product; where `b` is a gradient of that (`grad`), the bias's gradient comes second."""
     assert quantizer is None and not gelu and comm_overlap is None and alpha == 1.0
     value = _product(a, transa, b, transb)
     bias_grad = None
