@@ -28,6 +28,7 @@ NO_USE = ("gspo_megatron.config.", "gspo_megatron.build.checks", "dataclasses", 
 
 UNREAD = {
     "model.preset": "load_config itself uses it: it names the defaults of its section",
+    "model.hf_allow_nan": "only a run that starts from a folder (tests/checkpoint/test_hugging_face.py)",
     "checkpoint.allow_other_variant": "only a run that continues with another variant (tests/run/test_resume.py)",
     "guards.on_memory": "only a GPU has memory of its own (tests/test_train.py)",
 }
@@ -45,7 +46,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
         0,
         (
             *("train.steps=2", "train.warm_start_steps=8", "checkpoint.save_every=1", "train.eval_every=1"),
-            *("optimizer.lr_decay=linear", "guards.grad_norm_spike=1.0001"),
+            *("optimizer.lr_decay=linear", "guards.grad_norm_spike=1.0001", "train.hf_every=1"),
         ),
     ),
     # Weights so large that the loss of the next update is not finite.
