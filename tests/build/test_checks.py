@@ -214,3 +214,19 @@ def test_a_start_from_random_weights_is_warned_of() -> None:
 def test_a_format_of_newer_gpus_than_an_h100_is_warned_of() -> None:
     config = load_config(None, ["precision.fp8=mxfp8", "precision.dtype=bf16"])
     assert any("compute capability 10.0" in note for note in config_warnings(config, Algorithm.of(config)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        (("model.preset=tiny_gpt_oss",), 1, "model.family=gpt_oss has attention sinks and experts with biases"),
+        (("model.preset=tiny_mixtral", "parallel.cp=2"), 2, "model.sliding_window=8 with parallel.cp=2"),
+    ],
+)
+def test_what_transformer_engines_layers_lack_is_refused(
+    settings: tuple[str, ...], world_size: int, message: str
+) -> None:
+    on_gpus = [*settings, "model.vocab_size=97", "precision.device=cuda", "precision.dtype=bf16"]
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(None, on_gpus), world_size)
+    check_config(load_config(None, [*on_gpus, "precision.transformer_engine=off"]), world_size)
