@@ -249,3 +249,19 @@ def test_a_large_model_that_would_train_the_demo_or_past_its_length(settings: li
     config = load_config(None, settings)
     found = [x for x in config_warnings(config, Algorithm.of(config)) if x.startswith(("data.train", "model.max_seq"))]
     assert len(found) == (subject is not None) and all(subject is not None and subject in x for x in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        (("model.preset=tiny_gpt_oss",), 1, "model.family=gpt_oss has attention sinks and experts with biases"),
+        (("model.preset=tiny_mixtral", "parallel.cp=2"), 2, "model.sliding_window=8 with parallel.cp=2"),
+    ],
+)
+def test_what_transformer_engines_layers_lack_is_refused(
+    settings: tuple[str, ...], world_size: int, message: str
+) -> None:
+    on_gpus = [*settings, "model.vocab_size=97", "precision.device=cuda", "precision.dtype=bf16"]
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(None, on_gpus), world_size)
+    check_config(load_config(None, [*on_gpus, "precision.transformer_engine=off"]), world_size)
