@@ -32,7 +32,7 @@ UNREAD = {
     "checkpoint.allow_other_variant": "only a run that continues with another variant (tests/run/test_resume.py)",
     "guards.on_memory": "only a GPU has memory of its own (tests/test_train.py)",
 }
-"""Settings that no run on a CPU reads, and why."""
+"""Settings that these runs do not read, and why."""
 
 TINY = (
     *("precision.device=cpu", "model.num_layers=1", "model.hidden_size=8", "model.num_experts=2"),
