@@ -80,7 +80,7 @@ def fuzz_jsonl(random: Random) -> None:
     """Files of lines that are whole, cut, joined or bytes, and templates."""
     record: dict[str, Any] = {"prompt": "1+1", "answer": "2"}
     if random.random() < 0.5:
-        odd = (*TEXTS, "\ud800", 3, None, [1], float("nan"), True, {}, 10**400, "1" * 9999)
+        odd: tuple[Any, ...] = (*TEXTS, "\ud800", 3, None, [1], float("nan"), True, {}, 10**400, "1" * 9999)
         record[random.choice(("prompt", "promt", "", "answer"))] = random.choice(odd)
     line = json.dumps(record).encode()
     cut = random.randrange(len(line) + 1)
@@ -110,7 +110,7 @@ def fuzz_header(random: Random) -> None:
         header = json.loads(content[8 : 8 + length])
         shards = json.loads(header["__metadata__"]["pieces"])
         owner = random.choice((header["w"], shards["w"], shards["w"]["place"], header, shards))
-        odd = (-1, 0, 1, 10**15, 10**30, None, "4", [], [0, 1], {}, 1.5, True, "F64", "BF16")
+        odd: tuple[Any, ...] = (-1, 0, 1, 10**15, 10**30, None, "4", [], [0, 1], {}, 1.5, True, "F64", "BF16")
         owner[random.choice((*owner, "other"))] = random.choice(odd)
         if isinstance(header.get("__metadata__"), dict):
             header["__metadata__"]["pieces"] = json.dumps(shards)
