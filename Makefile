@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -116,6 +116,9 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 	done
 
 # What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
+fuzz: .venv/.installed ## Hostile settings, data, checkpoint headers and rewards: 5,000 cases (ARGS="--seed 7")
+	.venv/bin/python tools/fuzz.py $(ARGS)
+
 test-hf: .venv-hf/.installed ## Compare model families with transformers
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \

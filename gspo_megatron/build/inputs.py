@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
@@ -88,6 +89,7 @@ def settle(config: Config, world_size: int) -> Inputs:
         if source.dropped
     ]
     warnings += config_warnings(config, model.algorithm)
+    warnings += check_prompts(config, train, tokenizer, rewards)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
 
 

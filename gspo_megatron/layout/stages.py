@@ -45,7 +45,7 @@ def broken_stages(num_layers: int, pp: int, vpp: int, first: int | None, last: i
     if pp == 1 and (first is not None or last is not None):
         yield f"{_settings(first, last)} splits layers over pipeline stages, but parallel.pp=1 has only one; set null"
         return
-    sizes = stage_layers(num_layers, pp, first, last)
+    sizes = stage_layers(num_layers, pp, first, last) if pp <= num_layers else ()  # not a list of 10^9 stages
     if sum(sizes) == num_layers and min(sizes) > 0 and not any(size % vpp for size in sizes):
         return
     if first is None and last is None:

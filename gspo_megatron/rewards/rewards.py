@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
-from gspo_megatron.base.batches import Rollout
+from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
 from gspo_megatron.rewards.rules import REWARDS, RewardFunction
 from gspo_megatron.rewards.user_code import contained, described
@@ -78,6 +78,22 @@ class Rewards:
                 errors.append(f"reward {name!r} failed: {described(error)}")
         total = sum(weight * terms[name] for name, weight in self._weights.items())
         return Score(total, terms, "; ".join(errors))
+
+    def check_answer(self, prompt: Prompt) -> None:
+        """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
+
+        Raises:
+            DataError: one cannot.
+        """
+        for name, function in self._functions.items():
+            if name in REWARDS:
+                try:
+                    function(prompt=prompt.text, response="", answer=prompt.answer)
+                except ValueError as error:
+                    raise DataError(
+                        f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {name!r} cannot judge it: {error}; use "
+                        "another reward, mend the answer, or set reward.on_error=count"
+                    ) from error
 
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""

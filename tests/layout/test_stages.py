@@ -96,3 +96,8 @@ def test_what_cannot_be_split_is_refused(overrides: tuple[str, ...], complaint: 
     with pytest.raises(ConfigError) as refused:
         check_config(config, 4)
     assert str(refused.value).startswith(complaint), str(refused.value)
+
+
+def test_more_stages_than_layers_are_refused_without_listing_them() -> None:
+    (text,) = broken_stages(4, 10**9 + 7, 1, None, None)
+    assert "model.num_layers=4 is not divisible by pp(1000000007)" in text
