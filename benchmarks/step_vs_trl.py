@@ -30,7 +30,8 @@ from benchmarks.reports import median_ratio
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.build.trainer import open_trainer
-from gspo_megatron.config.sections import Config, ModelConfig
+from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.sections import Config
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.models.families import family_of

@@ -228,8 +228,7 @@ def yaml_of(plan: Plan, settings: Sequence[str], options: argparse.Namespace) ->
         sections.setdefault(section, {})[name] = value
     if trains_demo(settings):
         sections["data"] = {
-            name: f"{getattr(DataConfig(), name)}  # the demo's; set your own"
-            for name in ("train", "eval", "tokenizer")
+            name: f"{getattr(DataConfig(), name)}  # the demo's; set your own" for name in ("train", "tokenizer")
         }
     lines = [
         f"# {options.model} on {ranks.world_size} {options.gpu}, by tools/plan_layout.py. A prediction:",

@@ -24,7 +24,7 @@ from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.checkpoint.reference import transformers_log_probs
 from gspo_megatron.config.hugging_face import folder_settings
 from gspo_megatron.config.loading import SETTINGS, load_config
-from gspo_megatron.config.sections import ModelConfig
+from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.data.responses import Response
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models.counts import count_parameters

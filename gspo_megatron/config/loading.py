@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
 from gspo_megatron.config.declarations import Setting, settings_of
 from gspo_megatron.config.hugging_face import check_agreement, folder_settings
-from gspo_megatron.config.sections import Config, ModelConfig
+from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.sections import Config
 from gspo_megatron.models.presets import PRESETS
 
 SETTINGS = settings_of(Config)

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
-from gspo_megatron.config.sections import Config, ModelConfig
+from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.layout.memory import (
     RESERVED_GIB,

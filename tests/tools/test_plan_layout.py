@@ -47,7 +47,7 @@ def test_what_a_newcomer_would_miss_is_said(tmp_path: Path, capsys: pytest.Captu
     assert "warning: model.max_sequence_length=41024 exceeds the 32,768 tokens" in printed and "RoPE" in printed
     assert "train: task:sort_digits  # the demo's; set your own" in path.read_text()
     assert load_config(str(path), []).precision.fp8 == "mxfp8"
-    assert main([*command, "--write", str(path), "data.train=mine.jsonl"]) == 0
+    assert main([*command, "--write", str(path), "data.train=mine.jsonl", "data.eval=held_out.jsonl"]) == 0
     printed = capsys.readouterr().out
     assert "demo" not in printed and "RoPE" not in printed and "demo" not in path.read_text()
 
