@@ -139,8 +139,8 @@ test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with 
 	PYTHONPATH=tests/te/stand_in:$(OLDER_MEGATRON):$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 	PYTHONPATH=tests/te/stand_in:$(OLDER_TE) $(TEST_TE) tests/te -k smoke $(ARGS)
 
-DRY = PYTHONPATH=tests/te/stand_in .venv-cuda/bin/python -W ignore tools/dry_cuda.py \
-	--output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
+DRY_BUILD = .venv-cuda/bin/python -W ignore tools/dry_cuda.py --output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
+DRY = PYTHONPATH=tests/te/stand_in $(DRY_BUILD)
 # Recipe, its number of GPUs, layers: some ranks at full depth in both formats, and all ranks with these few layers.
 define DRY_RUNS
 	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=none
@@ -152,7 +152,7 @@ dry-cuda: .venv-cuda/.installed ## Build the large recipes rank by rank from fak
 	$(call DRY_RUNS,qwen3_30b_a3b,32,4)
 	$(call DRY_RUNS,qwen3_235b_a22b,128,4)
 	$(call DRY_RUNS,deepseek_v3,512,16)
-	$(DRY) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te parallel.cp=1
+	$(DRY_BUILD) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te parallel.cp=1
 
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check

@@ -42,6 +42,7 @@ from gspo_megatron.layout.layout import AXES
 from gspo_megatron.layout.stages import stage_layers
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
+from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.stages import reduced as reduced_metrics
 from gspo_megatron.run.step_state import StepState
@@ -191,7 +192,8 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     [batch] = step.batches
     scored = trainer.policy.log_probs(batch.micro_batches)
     update = trainer.policy.update(batch, trainer.loss, lr=trainer.config.optimizer.lr)
-    metrics = reduced_metrics([update], trainer.ranks)
+    reduced = reduced_metrics([update], trainer.ranks)
+    metrics = {name: value for name, value in reduced.items() if not name.startswith(OF_THE_MACHINE)}
     # Each context-parallel rank has scored its own part of the sequences.
     metrics["log_probs"] = math.fsum(trainer.ranks.gather([sum(float(part.sum()) for part in scored)]))
     if broken := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:

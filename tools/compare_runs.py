@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second", "mfu", "memory/")
-"""Prefixes of keys: what the machine decides, not the run."""
+from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
 
 Difference = tuple[float, str]
 """(step, what differs there)."""
@@ -40,7 +39,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
-                rows.append({k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED_BY_THE_CLOCK)})
+                rows.append({k: v for k, v in json.loads(line).items() if not k.startswith(OF_THE_MACHINE)})
             except (ValueError, AttributeError) as error:
                 raise UnreadableRun(f"{path}:{number} is not a JSON object: {line[:60]!r}; is it truncated?") from error
     return rows

@@ -28,6 +28,9 @@ class Entry(NamedTuple):
         return re.fullmatch(pattern, key) is not None
 
 
+OF_THE_MACHINE = ("time/", "tokens_per_second", "mfu", "memory/")
+"""Beginnings of the keys that the machine decides, not the run: equal runs differ in them."""
+
 CATALOGUE = (
     Entry("step", "", "The step, from 1. Row 0 is the evaluation before the first step, after the warm start."),
     Entry("policy_version", "train", "Updates completed after the step."),

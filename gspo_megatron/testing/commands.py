@@ -18,13 +18,13 @@ from typing import Any
 
 import gspo_megatron.mcore.sampler
 import gspo_megatron.mcore.saving  # noqa: F401  (both for the forked ranks)
+from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
 from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
 Command = Callable[[Sequence[str]], int]
 """`main` of a command."""
-MEASURED_BY_THE_CLOCK = ("time/", "tokens_per_second", "mfu", "memory/")
 
 
 def torchrun(num_processes: int, arguments: Sequence[str], timeout_s: float = 180) -> tuple[int, str]:
@@ -52,9 +52,7 @@ def _rank(command: Command, arguments: list[str]) -> tuple[int, str]:
 
 def metrics(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The rows of a run, without what the clock measured."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith(MEASURED_BY_THE_CLOCK)} for row in _json_lines(run / file)
-    ]
+    return [{k: v for k, v in row.items() if not k.startswith(OF_THE_MACHINE)} for row in _json_lines(run / file)]
 
 
 def rollouts(run: Path) -> list[list[dict[str, Any]]]:

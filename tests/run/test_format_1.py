@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.testing.commands import MEASURED_BY_THE_CLOCK, forked, metrics
+from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
+from gspo_megatron.testing.commands import forked, metrics
 
 WRITTEN = Path(__file__).parents[1] / "checkpoint" / "format_1"
 
@@ -30,7 +31,7 @@ def test_a_run_continues_from_the_first_format(name: str, num_processes: int, tm
     for row, same in zip(found, expected, strict=True):
         for key in row.keys() & same.keys():  # metrics that came later have no expected value
             assert row[key] == pytest.approx(same[key], rel=1e-3, abs=1e-5), f"step {row['step']}, {key}"
-        assert not [key for key in same.keys() - row.keys() if not key.startswith(MEASURED_BY_THE_CLOCK)]
+        assert not [key for key in same.keys() - row.keys() if not key.startswith(OF_THE_MACHINE)]
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_000004" / "manifest.json").read_text())
     assert manifest["format"] == 2 and manifest["written_by"]
 

@@ -18,13 +18,13 @@ from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.checks import config_warnings
 from gspo_megatron.config.loading import replaced
 from gspo_megatron.data.order import OrderedPrompts
+from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.collective import CollectiveSource
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.trainer import Trainer
-from gspo_megatron.testing.commands import MEASURED_BY_THE_CLOCK
 from gspo_megatron.testing.fakes import (
     TOKENIZER,
     Notebook,
@@ -115,7 +115,7 @@ def warnings_of(trainer: Trainer) -> list[str]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURED_BY_THE_CLOCK)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(OF_THE_MACHINE)} for row in rows]
 
 
 # --- rewards a user may bring, in a module that Python can import: this one ---
