@@ -8,6 +8,7 @@ status: 0 done; 1 inspect or verify found something wrong; 2 files cannot be use
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return QUIT
 
 
+def file_size(text: str) -> float:
+    """A size in GB."""
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise ValueError
+    return size
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="gspo_megatron.convert", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
@@ -53,7 +62,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("out", type=Path, help="the folder to write")
     to_hf.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="number format of the weights")
     to_hf.add_argument("--like", type=Path, help="folder whose config.json and tokenizer it gets; default: the run's")
-    to_hf.add_argument("--max-file-gb", type=float, default=5.0, help="largest safetensors file (default: 5)")
+    to_hf.add_argument("--max-file-gb", type=file_size, default=5.0, help="largest safetensors file (default: 5)")
     look = commands.add_parser("inspect", help="what a folder holds and becomes")
     check = commands.add_parser("verify", help="log-probs of a text, here and by transformers")
     for each in (look, check):

@@ -11,7 +11,7 @@ from datetime import date
 from gspo_megatron.base.errors import ConfigError, shortened
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig
+from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.jsonl import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -43,7 +43,27 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_data(config.data)
     _check_batches(config)
     _check_savings(config, algorithm)
+    _check_folders(config)
     return layout
+
+
+def _check_folders(config: Config) -> None:
+    """Hugging Face folders that a run reads and writes."""
+    t, load = config.train, config.checkpoint.load
+    exports = t.hf_every or t.hf_at_end == "on" or (t.hf_at_end == "auto" and config.model.hf)
+    if config.model.hf_allow_nan and not config.model.hf:
+        raise ConfigError("model.hf_allow_nan=true has no effect without model.hf; remove it")
+    if t.hf_dtype != TrainConfig().hf_dtype and not exports:
+        raise ConfigError(
+            f"train.hf_dtype={t.hf_dtype} has no effect: no folder is written; set train.hf_every or train.hf_at_end=on"
+        )
+    if t.hf_dtype == "fp32" and config.precision.dtype == "bf16":
+        raise ConfigError(
+            "train.hf_dtype=fp32 with precision.dtype=bf16 would write bf16 numbers in twice the space; use bf16, or "
+            "`python -m gspo_megatron.convert to-hf CHECKPOINT OUT --dtype fp32` for the optimizer's float32 weights"
+        )
+    if config.checkpoint.allow_other_variant and load == "none":
+        raise ConfigError("checkpoint.allow_other_variant=true has no effect with checkpoint.load=none; remove it")
 
 
 def _check_model(m: ModelConfig) -> None:

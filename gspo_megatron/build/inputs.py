@@ -109,7 +109,7 @@ def _day_of_run(config: Config) -> str:
     load = config.checkpoint.load
     earlier = None
     if load != "none":
-        folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parents[1]
+        folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parent.parent
         earlier = saved_setting(folder / "config.yaml", "data.chat_date")
     return earlier or datetime.now(timezone.utc).date().isoformat()
 

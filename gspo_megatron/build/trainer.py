@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
-from gspo_megatron.config.loading import replaced, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
 from gspo_megatron.data.token_ids import Tokenizer
@@ -33,7 +32,7 @@ from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
-from gspo_megatron.run.state import RunState
+from gspo_megatron.run.state import RunState, settings_of
 from gspo_megatron.run.trainer import Trainer
 
 
@@ -66,12 +65,11 @@ def open_trainer(
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
         scoring = agreed_scoring(algorithm.scoring, device, console)
-        policy = MegatronPolicy(config, groups, device, use_te, scoring)
+        policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
             policy,
             stops=stops_of(config.rollout.stop, tokenizer),
             pad_id=tokenizer.pad_id,
-            num_ids=tokenizer.vocab_size,
             stop=stop,
             sign_of_life=console.sign_of_life,
         )
@@ -137,9 +135,9 @@ def open_groups(
         compat.check_transformer_engine()
     device.start_processes(config.parallel.timeout_s)
     with RankWatchdog(device.notes(), device.rank, device.world_size, timeout_s=config.parallel.timeout_s) as watchdog:
+        check_same_settings(config)
         groups = Groups(layout, device.torch_device, config.parallel.timeout_s)
         compat.apply_patches(device.on_cpu)
-        check_same_settings(config, groups)
         console.say(f"{groups.layout} on {device.describe()}, Megatron-Core {compat.VERSION}")
         yield groups, use_te, watchdog
         groups.close()
@@ -163,25 +161,25 @@ def agreed_scoring(scoring: Scoring, device: Device, console: Console) -> Scorin
     return scoring._replace(backend=kernels.backend)
 
 
-def check_same_settings(config: Config, ranks: Ranks) -> None:
+def check_same_settings(config: Config) -> None:
     """Each process reads the settings for itself. Only `run.dir` may differ, where a node has its disks elsewhere.
-    Collective.
+    Collective, and called before the groups of a layout are made: with two layouts, that would never end.
 
     Raises:
         ConfigError: a process has others than rank 0, on every rank.
     """
-    mine = to_yaml(replaced(config, {"run.dir": ""})).splitlines()
-    of_first = [mine]
-    dist.broadcast_object_list(of_first, src=0)
-    differing = [line.strip() for line in mine if line not in of_first[0]]
-    if ranks.any_rank(mine != of_first[0]):
-        heard: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(heard, differing)
-        rank = next(rank for rank, lines in enumerate(heard) if lines)
-        raise ConfigError(
-            f"rank {rank} has other settings than rank 0: {', '.join(heard[rank])}; give every process the same file "
-            "and overrides (data.chat_date, where only the day differs)"
-        )
+    if dist.get_world_size() == 1:
+        return
+    mine = {key: value for key, value in settings_of(asdict(config)).items() if key != "run.dir"}
+    heard: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(heard, mine)
+    for rank, theirs in enumerate(heard):
+        differing = [f"{key}={theirs[key]}, not {value}" for key, value in heard[0].items() if theirs[key] != value]
+        if differing:
+            raise ConfigError(
+                f"rank {rank} has other settings than rank 0: {'; '.join(differing[:3])}; give every process the same "
+                "file and overrides (data.chat_date, where only the day differs)"
+            )
 
 
 def check_machine(config: Config, device: Device) -> None:

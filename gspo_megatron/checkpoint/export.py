@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,6 +31,8 @@ from gspo_megatron.checkpoint.names import PARTIAL
 FILE_BYTES = 5_000_000_000
 """Of weights in a file, as on the hub. A larger tensor has one of its own."""
 FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NOT_COPIED = ("quantization_config", "auto_map")
+"""Keys of config.json that do not hold for what is written: other number formats, and code in files of its own."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,7 +67,7 @@ class FolderFiles:
         Raises:
             CheckpointError: a file that cannot be read.
         """
-        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in ("quantization_config",)}
+        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in NOT_COPIED}
         if "num_nextn_predict_layers" in config:
             config["num_nextn_predict_layers"] = 0  # those layers were not read
         generation = folder / "generation_config.json"
@@ -190,6 +193,13 @@ class Export:
         except OSError as error:
             raise self._unwritable(error) from error
         return self.path
+
+    def abandon(self) -> None:
+        """Deletes what was written, for a folder that cannot be completed."""
+        with suppress(OSError):
+            self._close()
+        self._open = None
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _header(self, names: Iterable[str]) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -20,7 +20,7 @@ def folder_settings(folder: str | Path) -> dict[str, Any]:
         ConfigError: config.json is missing or unreadable, is of a family that is not implemented, lacks a size, or uses
             something that is not implemented.
     """
-    file = Path(folder).expanduser() / "config.json"
+    file = Path(folder) / "config.json"
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(hf, dict):

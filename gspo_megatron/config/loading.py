@@ -34,7 +34,7 @@ REFUSED = {
 }
 """Values that users of other trainers know and that cannot work here, and what to use."""
 
-PATHS = ("run.dir", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
+PATHS = ("run.dir", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
 """Settings that may be a path, in which a leading ~ is the home folder."""
 LITERAL = ("data.prompt_template",)
 """Settings in which ${...} is text, not one of OmegaConf's references."""
@@ -147,8 +147,11 @@ def changed_yaml(config: Config) -> str:
 
 
 def saved_setting(path: Path, name: str) -> Any:
-    """The value of `section.key` in a config.yaml of a run; None where there is no such file or value."""
-    return OmegaConf.select(OmegaConf.load(path), name) if path.is_file() else None
+    """The value of `section.key` in a config.yaml of a run; None where there is no such value, or none can be read."""
+    try:
+        return OmegaConf.select(OmegaConf.load(path), name)
+    except Exception:  # the YAML parser's own, of many kinds
+        return None
 
 
 def _typed(*layers: Values) -> Config:

@@ -16,8 +16,8 @@ class WholeExperts(SequentialMLP):
     for bit as Megatron's, whose own cannot be trained with biases. f, the offset and a clamp are the config's.
 
     Where no expert is split over ranks (etp = 1), its tensor-parallel linear layers have nothing to communicate, but
-    their autograd nodes and checks, four pairs per expert, take longer than the matmuls of a small model. Where hooks
-    of these layers wait for an overlapped gather of weights (optimizer.overlap), they are called as Megatron does.
+    their autograd nodes and checks, four pairs per expert, take longer than the matmuls of a small model. Hooks of
+    these layers, which wait for an overlapped gather of weights (optimizer.overlap), are called all the same.
     """
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -26,6 +26,9 @@ class WholeExperts(SequentialMLP):
             return super().forward(hidden_TH, tokens_per_expert_E, probs_T)
         counts, out = tokens_per_expert_E.tolist(), []
         for expert, x, p in zip(self.local_experts, hidden_TH.split(counts), probs_T.split(counts), strict=True):
+            for layer in (expert.linear_fc1, expert.linear_fc2):
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, ())
             # Experts without tokens are included: their weights get a gradient of zeros.
             gate, up = F.linear(x, expert.linear_fc1.weight, expert.linear_fc1.bias).chunk(2, dim=-1)
             weighted = (self._gated(gate, up) * p[:, None]).to(x.dtype)  # probabilities are float32 in bf16

@@ -28,11 +28,12 @@ def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = Fa
     """
     groups, error = policy.groups, None
     read: frozenset[str] = frozenset()
+    # Whatever goes wrong on one rank, no rank may wait for it in vain.
     try:
         folder = HuggingFaceFolder(path, allow_nan=allow_nan)
         policy.load_weights(folder.read, family_of(policy.config.model.shape).rules)
         read = folder.names_read
-    except CheckpointError as caught:
+    except Exception as caught:
         error = caught
     groups.fail_together(f"model.hf={path} cannot be loaded", error)
     folder.check_all_read(frozenset().union(*groups.from_all(read)))
@@ -63,6 +64,8 @@ def save_folder(
                 export.write(name, tensor)
             except CheckpointError as caught:
                 error = caught
+    if error is not None:
+        export.abandon()
     groups.fail_together("the weights cannot be written", error)
     groups.on_main(lambda: export.commit(content, copied))
 

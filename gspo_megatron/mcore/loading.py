@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.contents import check_same_model, files_of, read_about
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.manifest import FORMAT
@@ -64,7 +63,7 @@ class CheckpointReader:
         failure = None
         try:
             read()
-        except CheckpointError as error:
+        except Exception as error:
             failure = error
         self.groups.fail_together(f"{path} could not be loaded", failure)
 

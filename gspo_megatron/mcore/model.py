@@ -112,9 +112,12 @@ def transformer_config(config: Config, device: Device, layers: str) -> Transform
     return transformer
 
 
-def build_model(config: Config, groups: Groups, device: Device, use_te: bool) -> list[PolicyModel]:
+def build_model(
+    config: Config, groups: Groups, device: Device, use_te: bool, *, num_ids: int | None = None
+) -> list[PolicyModel]:
     """This rank's chunks of the model, on its device, with weights that depend on run.seed alone: one chunk, or
-    parallel.vpp of them, in the order in which a token passes through them."""
+    parallel.vpp of them, in the order in which a token passes through them. Only the first `num_ids` ids have a
+    probability, None: all of the vocabulary."""
     if device.on_cpu:
         # No layer draws random numbers on the CPU; Megatron only needs the tracker to exist.
         mcore_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
@@ -137,7 +140,7 @@ def build_model(config: Config, groups: Groups, device: Device, use_te: bool) ->
             share_embeddings_and_output_weights=shape.tie_embeddings,
             pg_collection=groups.collection,
             vp_stage=number,
-            true_vocab_size=shape.vocab_size,
+            true_vocab_size=num_ids or shape.vocab_size,
             rotary=rotary,
         )
         if device.dtype == torch.float64:

@@ -30,13 +30,23 @@ from gspo_megatron.models.names import HubSize, NameRule, Sliceable
 class MegatronModel:
     """The model on any layout, without an optimizer: it is scored, sampled from and exported.
 
-    `scoring`: how trained tokens are scored; `log_probs` uses its temperature and backend.
+    `scoring`: how trained tokens are scored; `log_probs` uses its temperature and backend. `num_ids`: how many ids the
+    tokenizer has, where the vocabulary has more; the others are neither sampled nor part of a softmax. None: all.
     """
 
-    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        device: Device,
+        use_te: bool,
+        scoring: Scoring,
+        *,
+        num_ids: int | None = None,
+    ) -> None:
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
-        self.scoring = scoring
-        self._model = build_model(config, groups, device, use_te)
+        self.scoring, self.num_ids = scoring, num_ids
+        self._model = build_model(config, groups, device, use_te, num_ids=num_ids)
         self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if device.dtype == torch.float64 else torch.float32
@@ -86,8 +96,17 @@ class MegatronModel:
 class MegatronPolicy(MegatronModel):
     """`Policy` of base/protocols.py on Megatron-Core, on any layout."""
 
-    def __init__(self, config: Config, groups: Groups, device: Device, use_te: bool, scoring: Scoring) -> None:
-        super().__init__(config, groups, device, use_te, scoring)
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        device: Device,
+        use_te: bool,
+        scoring: Scoring,
+        *,
+        num_ids: int | None = None,
+    ) -> None:
+        super().__init__(config, groups, device, use_te, scoring, num_ids=num_ids)
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
@@ -109,7 +128,7 @@ class MegatronPolicy(MegatronModel):
 
     def freeze_reference(self) -> None:
         """Copies the current policy, for `log_probs(reference=True)` to score."""
-        self.reference = build_model(self.config, self.groups, self.device, self.use_te)
+        self.reference = build_model(self.config, self.groups, self.device, self.use_te, num_ids=self.num_ids)
         for frozen, chunk in zip(self.reference, self.model, strict=True):
             frozen.load_state_dict(chunk.state_dict())
             frozen.requires_grad_(False).eval()

@@ -74,10 +74,8 @@ NO_MORE = Stops(())
 
 class MegatronSampler:
     """`Sampler` of base/protocols.py. Each of `stop_ids`, and what else `stops` has, ends a response; `pad_id` fills
-    places that attention never reads. Only the first `num_ids` ids are sampled, None: all; a tokenizer may have fewer
-    than the model's vocabulary, whose last rows then only fill it up. `stop` is called at every token; when it returns
-    True on any process, generate raises StopRequested on all. `sign_of_life` is called at every token, with a function
-    that says how far it is."""
+    places that attention never reads. `stop` is called at every token; when it returns True on any process, generate
+    raises StopRequested on all. `sign_of_life` is called at every token, with a function that says how far it is."""
 
     def __init__(
         self,
@@ -86,13 +84,12 @@ class MegatronSampler:
         stop_ids: Sequence[int] = (),
         stops: Stops = NO_MORE,
         pad_id: int,
-        num_ids: int | None = None,
         stop: Callable[[], bool] = lambda: False,
         sign_of_life: Callable[[Callable[[], str]], None] = lambda text: None,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings, self.seed = policy.config.rollout, policy.config.run.seed
-        self.pad_id, self.num_ids, self.stop = pad_id, num_ids, stop
+        self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
         stops = stops._replace(ids=(*stop_ids, *stops.ids))
@@ -202,8 +199,6 @@ class MegatronSampler:
                 group=self.groups.tp if self.groups.layout.tp > 1 else None,
                 vocab_size=head.true_vocab_size,
             )
-            if self.num_ids is not None and self.num_ids < logits.size(1):
-                logits[:, self.num_ids :] = -torch.inf
             token_B, log_prob_B = next_tokens(logits, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])
 

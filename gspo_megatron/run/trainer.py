@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
-from gspo_megatron.base.errors import DataError, GuardError, StopRequested
+from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.console import Console
@@ -122,8 +122,7 @@ class Trainer:
                 every = self.config.checkpoint.save_every
                 if every and step % every == 0:
                     self.save(wait=not self.config.checkpoint.asynchronous)
-                if parts.exports:
-                    parts.exports.after(step)
+                self.export(step)
         except StopRequested:
             self.save(wait=True)
             return False
@@ -136,6 +135,15 @@ class Trainer:
             parts.exports.at_end(self.completed_steps)
         parts.console.summary()
         return True
+
+    def export(self, step: int) -> None:
+        """Writes a Hugging Face folder where one is due. A run that cannot write it is saved before it ends."""
+        if self.parts.exports:
+            try:
+                self.parts.exports.after(step)
+            except CheckpointError:
+                self.save(wait=True)
+                raise
 
     def begin(self) -> None:
         """What precedes the first step: warm start, the frozen reference, row 0."""

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.data.token_ids import Tokenizer
 
+LONGEST = 1000
+"""Bytes of all stop strings together: each takes a row of the vocabulary's length, on the device and on the host."""
+
 
 class Stops(NamedTuple):
     """What ends a response. `token_bytes`, by id, is empty where there are no strings."""
@@ -46,6 +49,8 @@ def stops_of(stop: Sequence[str | int], tokenizer: Tokenizer) -> Stops:
     strings = [item for item in stop if isinstance(item, str)]
     if not strings:
         return Stops((*tokenizer.stop_ids, *ids))
+    if (length := sum(len(text.encode()) for text in strings)) > LONGEST:
+        raise ConfigError(f"rollout.stop has texts of {length:,} bytes together, more than {LONGEST:,}; shorten them")
     token_bytes = tokenizer.token_bytes()
     for text in strings:
         tokens = tokenizer.encode(text)
