@@ -38,6 +38,7 @@ SMALL = (
     "data.task.max_length=6",
     "data.tokenizer=characters:0123456789>",
 )
+FROM_FILES = tuple(setting for setting in SMALL if "data.task" not in setting)
 CLUSTER = (
     "model.preset=qwen3_30b_a3b",
     "precision.device=cuda",
@@ -181,7 +182,10 @@ def test_a_run_that_does_not_fit_ends_before_anything_is_allocated(
         (("precision.device=gpu",), ("ConfigError: precision.device='gpu' is not one of auto, cpu, cuda",)),
         (("data.train=task:sort_digit",), ("DataError: unknown task 'sort_digit'; did you mean 'sort_digits'?",)),
         (("data.task={max_lenth: 3}",), ("has no parameter 'max_lenth'; did you mean 'max_length'?",)),
-        (("data.train=nowhere/train.jsonl",), ("DataError: the file nowhere/train.jsonl does not exist",)),
+        (
+            ("data.train=nowhere/train.jsonl", "data.eval=nowhere/eval.jsonl", "data.task={}"),
+            ("DataError: the file nowhere/train.jsonl does not exist",),
+        ),
         (("data.tokenizer=nowhere.model",), ("DataError: tokenizer 'nowhere.model' is no file or folder",)),
         (("data.tokenizer=characters:0123",), ("DataError: character '4' at position 4 of '0123456789>'",)),
         (
@@ -224,9 +228,9 @@ def test_a_bad_line_of_a_file_is_named(
     path = tmp_path / "prompts.jsonl"
     good = json.dumps({"prompt": "1" * 16, "answer": "1"})
     path.write_text(f"{good}\n\n{line}\n")
-    assert message in refused(capsys, *SMALL, f"data.train={path}")
+    assert message in refused(capsys, *FROM_FILES, f"data.train={path}", f"data.eval={path}")
     path.write_text(f"{good}\n")
-    assert main([*SMALL, f"data.train={path}", "--dry-run"]) == 0
+    assert main([*FROM_FILES, f"data.train={path}", f"data.eval={path}", "--dry-run"]) == 0
 
 
 def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import DTYPES, Device, open_device
-from gspo_megatron.device.gather import this_process
+from gspo_megatron.device.own import this_process
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.run.algorithm import Algorithm
 

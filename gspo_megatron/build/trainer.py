@@ -20,8 +20,8 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
-from gspo_megatron.device.gather import this_process
 from gspo_megatron.device.machine import Needs, problems
+from gspo_megatron.device.own import this_process
 from gspo_megatron.layout.hardware import gpu_named
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs import Scoring, backends

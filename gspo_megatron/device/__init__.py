@@ -19,8 +19,8 @@ import torch
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.device import cpu, cuda, processes
-from gspo_megatron.device.gather import this_process
 from gspo_megatron.device.machine import Needs, problems
+from gspo_megatron.device.own import this_process
 
 TORCHRUN = {
     "world_size": ("WORLD_SIZE", "1"),

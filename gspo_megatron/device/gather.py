@@ -1,6 +1,6 @@
-"""Gathers the facts of facts.py: `this_process` for a run, `gather` for the doctor.
+"""Gathers the facts of facts.py for the doctor.
 
-What may crash, hang or never return the doctor asks in a process of its own, with a time limit.
+What may crash, hang or never return is asked in a process of its own, with a time limit.
 
 python -m gspo_megatron.device.gather torch        what one of those processes runs; prints JSON
 """
@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -22,11 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.device.facts import Facts, Gpu, Kernel, Machine, Package, version_of
+from gspo_megatron.device.facts import Facts, Gpu, Kernel, Package, version_of
+from gspo_megatron.device.own import cuda_of_driver, driver_of_kernel, imported, installed, package_of, torch_and_gpus
 
 ENVIRONMENT = ("CUDA_", "NVTE_", "NCCL_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "MASTER_")
 """Beginnings of the names of environment variables that a run's outcome or speed depends on."""
@@ -40,35 +39,8 @@ PROBES: Mapping[str, tuple[str, ...]] = {
     "host_name": ("gspo_megatron.device.gather", "host_name"),
     "kernel": ("gspo_megatron.log_probs.try_kernels", "cuda", "90"),
 }
-DISTRIBUTIONS = {"transformer_engine.pytorch": "transformer-engine", "megatron.core": "megatron-core"}
-UNKNOWN = "of unknown version"
 UNLIMITED = 1 << 60
 """Bytes; larger limits mean none."""
-
-
-def this_process() -> Machine:
-    """What a run finds in its own process, on its own GPU. Imports Transformer Engine, where it is installed: call it
-    once the environment is set."""
-    import torch
-
-    found = torch_and_gpus()
-    gpus: tuple[Gpu, ...] = ()
-    if found.get("gpus"):
-        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        gpus = (Gpu(name, capability, torch.cuda.mem_get_info()[1] / 2**30),)
-    driver, te = _driver_of_kernel(), Package()
-    if _is_there("transformer_engine"):
-        te = _package("transformer-engine", imported("transformer_engine.pytorch"))
-    return Machine(
-        torch=Package(found["version"]),
-        torch_cuda=version_of(found["cuda"]),
-        gpus=gpus,
-        gpu_error=found.get("gpu_error"),
-        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        driver=driver,
-        driver_cuda=_cuda_of_driver() if driver else (),
-        transformer_engine=te,
-    )
 
 
 def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
@@ -86,19 +58,19 @@ def gather(directory: Path, pins: Path | None, limit_s: float) -> Facts:
     free_gib, directory_error = _disk(directory)
     return Facts(
         python=sys.version_info[:3],
-        torch=_package("torch", torch_says),
+        torch=package_of("torch", torch_says),
         torch_cuda=version_of(torch_says.get("cuda")),
         gpus=tuple(gpus),
         gpu_error=torch_says.get("gpu_error"),
         nccl=tuple(torch_says.get("nccl", ())),
         driver=driver,
-        driver_cuda=_cuda_of_driver() if driver else (),
+        driver_cuda=cuda_of_driver() if driver else (),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        megatron=_package("megatron-core", found["megatron"]),
-        transformer_engine=_package("transformer-engine", found["transformer_engine"]),
+        megatron=package_of("megatron-core", found["megatron"]),
+        transformer_engine=package_of("transformer-engine", found["transformer_engine"]),
         pair_error=found["pair"].get("error"),
-        apex=_package("apex", found["apex"]),
-        triton=Package(_installed("triton") or _installed("pytorch-triton")),
+        apex=package_of("apex", found["apex"]),
+        triton=Package(installed("triton") or installed("pytorch-triton")),
         kernel=_kernel(found["kernel"]),
         environment={k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT) or k in TORCHRUN},
         shared_memory_gib=_shared_memory_gib(),
@@ -172,19 +144,6 @@ def _is_there(probe: str) -> bool:
     return probe in ("kernel", "host_name") or importlib.util.find_spec(probe) is not None
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _package(name: str, answer: Mapping[str, Any]) -> Package:
-    """What is installed under another name, such as a development build, may still import."""
-    version = _installed(name) or answer.get("version")
-    return Package(version, answer.get("error") if version else None)
-
-
 def _kernel(answer: Mapping[str, Any]) -> Kernel:
     known = {"architecture", "ran", "seconds", "largest_error", "error"}
     told = {key: value for key, value in answer.items() if key in known}
@@ -198,15 +157,7 @@ def _driver_and_use() -> tuple[str | None, list[float]]:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
         return rows[0][0], [float(used) / 1024 for _, used in rows]
-    return _driver_of_kernel(), []
-
-
-def _driver_of_kernel() -> str | None:
-    """`580.82.07` of the file that the driver itself writes; None: there is no driver."""
-    with suppress(OSError):
-        if found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text()):
-            return found[0]
-    return None
+    return driver_of_kernel(), []
 
 
 def seen(used_gib: list[float], visible: str | None) -> list[float]:
@@ -217,18 +168,6 @@ def seen(used_gib: list[float], visible: str | None) -> list[float]:
     if not all(number.isdecimal() and int(number) < len(used_gib) for number in numbers):
         return []
     return [used_gib[int(number)] for number in numbers]
-
-
-def _cuda_of_driver() -> tuple[int, ...]:
-    import ctypes
-
-    number = ctypes.c_int()
-    try:
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)):
-            return ()
-    except (OSError, AttributeError):
-        return ()
-    return number.value // 1000, number.value % 1000 // 10
 
 
 def _disk(directory: Path) -> tuple[float, str | None]:
@@ -277,30 +216,11 @@ def _compared(pins: Path | None) -> dict[str, tuple[str, str | None]] | None:
     for requirement in map(Requirement, filter(None, (line.split("#")[0].strip() for line in lines))):
         if requirement.marker is None or requirement.marker.evaluate():
             (pinned,) = requirement.specifier
-            found[requirement.name] = (pinned.version, _installed(requirement.name))
+            found[requirement.name] = (pinned.version, installed(requirement.name))
     return found
 
 
 # --- what the processes run ---
-
-
-def torch_and_gpus() -> dict[str, Any]:
-    import torch
-
-    answer: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
-    if torch.version.cuda is None:
-        return answer
-    try:
-        torch.cuda.init()
-        answer["gpus"] = [
-            (p.name, (p.major, p.minor), p.total_memory / 2**30)
-            for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        ]
-    except Exception as error:
-        answer["gpu_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    with suppress(Exception):
-        answer["nccl"] = torch.cuda.nccl.version()
-    return answer
 
 
 def host_name() -> dict[str, Any]:
@@ -310,23 +230,6 @@ def host_name() -> dict[str, Any]:
     except OSError as error:
         return {"error": str(error)}
     return {}
-
-
-def imported(name: str) -> dict[str, Any]:
-    try:
-        package = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # Not there at all, or there and one of its own parts is missing.
-        if error.name is not None and name.startswith(error.name):
-            known = _installed(DISTRIBUTIONS.get(name, name))
-            return {"version": known, "error": str(error) if known else None}
-        return {"version": UNKNOWN, "error": f"{type(error).__name__}: {error}"}
-    except BaseException as error:
-        lines = str(error).strip().splitlines() or [""]
-        return {"version": UNKNOWN, "error": f"{type(error).__name__}: {lines[0]}"}
-    root = sys.modules[name.split(".")[0]]
-    own = getattr(package, "__version__", None) or getattr(root, "__version__", None)
-    return {"version": str(own or _installed(DISTRIBUTIONS.get(name, name)) or UNKNOWN)}
 
 
 def main(name: str) -> None:

@@ -1,6 +1,6 @@
 """What a machine lacks for a run.
 
-    machine = this_process()  # device/gather.py
+    machine = this_process()  # device/own.py
     for problem in problems(machine, Needs(dtype="bf16", fp8="blockwise")): ...
 
 Every rule is a pure function of the facts, so each refusal is tested without a GPU.

@@ -46,7 +46,7 @@ def opened(directory: str) -> tuple[list[str], str, str]:
         with open_trainer(settle(config, device.world_size), device, console) as trainer:
             assert asked == ["auto"]
             with pytest.raises(ConfigError) as refused:
-                check_same_settings(replaced(config, {"train.steps": 5 + device.rank}), trainer.ranks)
+                check_same_settings(replaced(config, {"train.steps": 5 + device.rank}))
             return console.warnings, trainer.policy.scoring.backend, str(refused.value)
 
 
@@ -55,4 +55,4 @@ def test_the_ranks_of_a_run_agree_on_kernels_and_settings(tmp_path: Path) -> Non
     assert [said for said, *_ in results] == [["Triton cannot run"], []]
     for _, backend, refusal in results:
         assert backend == "torch"
-        assert refusal.startswith("rank 1 has other settings than rank 0: steps: 6; give every process the same file")
+        assert refusal.startswith("rank 1 has other settings than rank 0: train.steps=6, not 5; give every process")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gspo_megatron.device.facts import Facts, Gpu, Machine, Package
-from gspo_megatron.device.gather import UNKNOWN, this_process
 from gspo_megatron.device.machine import BUILT_TOGETHER, OLDEST_DRIVERS, Needs, driver_problem, problems
+from gspo_megatron.device.own import UNKNOWN, this_process
 from gspo_megatron.device.precision import RECIPES
 
 H100 = Machine(

@@ -17,8 +17,8 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
 from gspo_megatron.device.facts import Gpu, Machine, Package, version_of
-from gspo_megatron.device.gather import this_process
 from gspo_megatron.device.machine import Needs, problems
+from gspo_megatron.device.own import this_process
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
