@@ -22,12 +22,13 @@ from gspo_megatron import build
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.build.convert import to_folder
 from gspo_megatron.checkpoint.conversion import CheckpointWeights
+from gspo_megatron.config.loading import load_config
 from gspo_megatron.convert import main
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.testing.commands import forked
 from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.train import main as train
-from tests.support.hugging_face import tokenizer_folder
+from tests.support.hugging_face import model_folder, tokenizer_folder
 from tests.test_score import COMMON, FAMILIES
 
 LAYOUTS = {"qwen3_moe": ("parallel.tp=2", "parallel.ep=2"), "deepseek_v3": ("parallel.pp=2",)}
@@ -111,6 +112,13 @@ def test_an_interrupted_conversion_goes_on(
 
 
 # --- inspect ---
+
+
+@pytest.mark.parametrize("preset", ["tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss"])
+def test_a_good_folder_of_any_family_is_whole(preset: str, tmp_path: Path) -> None:
+    """Also where all experts of a layer are one tensor."""
+    shape = load_config(None, [f"model.preset={preset}", "model.vocab_size=61"]).model.shape
+    assert main(["inspect", str(model_folder(tmp_path, shape))]) == 0
 
 
 def changed(run: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:

@@ -216,7 +216,7 @@ def test_settings_that_cannot_work_end_before_any_process_group(
         ('{"prompt": "", "answer": "12"}', "prompts.jsonl:3: field 'prompt' is empty"),
         (
             json.dumps({"prompt": "1" * 17, "answer": "1"}),
-            "prompts.jsonl:3: the prompt has 17 tokens, the limit is 16; raise data.max_prompt_tokens",
+            "prompts.jsonl:3: the prompt has 17 tokens, the limit is 16 (data.max_prompt_tokens, or what",
         ),
         ('{"prompt": "12?", "answer": "12"}', "prompts.jsonl:3: character '?' at position 2 of '12?'"),
     ],

@@ -76,7 +76,9 @@ def inspect(folder: HuggingFaceFolder, shape: ModelShape, rules: Sequence[NameRu
             stored = [folder.tensors[name] for name in names]
             theirs = tuple(tuple(each.get_shape()) for each in stored)
             try:
-                size = tuple(rule.op.to_ours([torch.empty(s, device="meta") for s in theirs], shape).shape)
+                # Of tensors that stack a layer's experts, the operation is of one of them.
+                one = [s[1:] if rule.stacks_experts else s for s in theirs]
+                size = tuple(rule.op.to_ours([torch.empty(s, device="meta") for s in one], shape).shape)
             except RuntimeError:
                 wrong.append(f"{', '.join(names)} of sizes {theirs} do not make one {rule.ours}")
                 continue

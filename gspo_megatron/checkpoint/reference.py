@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import CheckpointError, ConfigError
 
 
 def transformers_log_probs(folder: Path, tokens: Sequence[int]) -> list[float]:
@@ -17,6 +17,7 @@ def transformers_log_probs(folder: Path, tokens: Sequence[int]) -> list[float]:
 
     Raises:
         ConfigError: transformers is not installed.
+        CheckpointError: it cannot load the folder.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -27,7 +28,11 @@ def transformers_log_probs(folder: Path, tokens: Sequence[int]) -> list[float]:
         ) from error
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500]
+            raise CheckpointError(f"transformers cannot load {folder} ({type(error).__name__}: {reason})") from error
         ids = torch.tensor(tokens)
         log_probs_TV = torch.log_softmax(model(ids[None]).logits[0].float(), dim=-1)
         return log_probs_TV[:-1].gather(1, ids[1:, None])[:, 0].tolist()

@@ -25,14 +25,16 @@ def folder_settings(folder: str | Path) -> dict[str, Any]:
         hf = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(hf, dict):
             raise ValueError("it must hold a JSON object")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"model.hf={folder}: there is no {file}; give the folder of a Hugging Face model, which holds config.json "
             "and safetensors files"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.hf={folder}: {file} cannot be read ({error}); download it again") from error
-    family = lookup(FAMILIES, str(hf.get("model_type")), f"model.hf={folder}: the model_type")
+    if "model_type" not in hf:
+        raise ConfigError(f"model.hf={folder}: {file} names no model_type; known are {', '.join(FAMILIES)}")
+    family = lookup(FAMILIES, str(hf["model_type"]), f"model.hf={folder}: the model_type")
     try:
         shape = family.shape(hf)
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:

@@ -64,7 +64,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         keys = asked.setdefault(section, {})
         keys[key] = value if name is None else {**keys.get(key, {}), name: value}
 
-    config = _typed({"model": _base_model(_typed(asked).model, asked.get("model", {}))}, asked)
+    base = _base_model(_typed(asked).model, asked.get("model", {}))
+    # null stands for the tokenizer's vocabulary, but a folder has its own.
+    own = {key: value for key, value in asked.get("model", {}).items() if value is not None or key not in base}
+    config = _typed({"model": base}, {**asked, "model": own})
     check_values(config)
     return config
 
@@ -79,7 +82,7 @@ def _base_model(model: ModelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
     _check(SETTINGS["model.preset"], model.preset)
     if model.hf is None:
         return PRESETS[model.preset]
-    if model.preset != SETTINGS["model.preset"].default:
+    if "preset" in asked:
         raise ConfigError(
             f"model.hf={model.hf} and model.preset={model.preset} both give the sizes of the model; leave one of them "
             "out"
@@ -128,7 +131,10 @@ def check_values(config: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML, from which `load_config` makes the same Config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    if config.model.hf:
+        del settings["model"]["preset"]  # which would be a second source of sizes
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
 
 
 def changed_yaml(config: Config) -> str:
@@ -221,10 +227,12 @@ def _meant(setting: Setting, value: Any) -> Any:
     """The value that YAML read, as its setting means it.
 
     Raises:
-        ConfigError: the setting is a mapping and the value is not.
+        ConfigError: the setting is a mapping or a list and the value is not.
     """
     if setting.is_mapping and not isinstance(value, Mapping):
         raise ConfigError(f"{setting.key} must be a mapping of names to values, got {value!r}")
+    if setting.is_list and not isinstance(value, list):
+        raise ConfigError(f"{setting.key} must be a list, got {value!r}; write {setting.key}=[{value!r}]")
     if isinstance(value, bool) and setting.choices:
         return "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
     if isinstance(value, str):

@@ -74,8 +74,9 @@ class JsonlPrompts:
                 self.dropped += 1
             else:
                 raise DataError(
-                    f"{place}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens}; raise "
-                    "data.max_prompt_tokens, or leave such prompts out with data.overlong=drop"
+                    f"{place}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens} "
+                    "(data.max_prompt_tokens, or what rollout.max_new_tokens leaves of model.max_sequence_length); "
+                    "raise it, or leave such prompts out with data.overlong=drop"
                 )
         if not self._prompts:
             raise DataError(

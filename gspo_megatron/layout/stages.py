@@ -18,9 +18,9 @@ def stage_layers(num_layers: int, pp: int, first: int | None = None, last: int |
     does not divide evenly is left out."""
     if pp == 1:
         return (num_layers,)
-    if pp == 2:
+    if pp == 2 and (first is not None or last is not None):
         # One of the two says what the other is.
-        first = first if first is not None else num_layers // 2 if last is None else num_layers - last
+        first = first if first is not None else num_layers - (last or 0)
         return first, num_layers - first if last is None else last
     given = [size for size in (first, last) if size is not None]
     others = (num_layers - sum(given)) // (pp - len(given))

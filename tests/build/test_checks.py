@@ -223,6 +223,20 @@ def test_a_format_of_newer_gpus_than_an_h100_is_warned_of() -> None:
     assert any("compute capability 10.0" in note for note in config_warnings(config, Algorithm.of(config)))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.hf_allow_nan=true"], "hf_allow_nan=true has no effect without model.hf"),
+        (["train.hf_dtype=fp32"], "hf_dtype=fp32 has no effect: no folder is written"),
+        (["train.hf_dtype=fp32", "train.hf_at_end=on", "precision.dtype=bf16"], "would write bf16 numbers in twice"),
+        (["checkpoint.allow_other_variant=true"], "has no effect with checkpoint.load=none"),
+    ],
+)
+def test_settings_of_folders_that_would_be_ignored(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(None, overrides), 1)
+
+
 LARGE = ["model.preset=qwen3_30b_a3b", "train.tokens_per_micro_batch=32768"]
 
 

@@ -53,6 +53,7 @@ def test_the_shape_is_that_of_the_folder(folder: Path) -> None:
 def test_a_size_may_repeat_the_folder_and_sequences_may_be_shorter(folder: Path) -> None:
     config = load_config(None, [f"model.hf={folder}", "model.num_layers=3", "model.max_sequence_length=64"])
     assert config.model.num_layers == 3 and config.model.max_sequence_length == 64
+    assert load_config(None, [f"model.hf={folder}", "model.vocab_size=null"]).model.vocab_size == 509
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_a_size_may_repeat_the_folder_and_sequences_may_be_shorter(folder: Path)
         ("model.tie_embeddings=false", "tie_embeddings=False contradicts"),
         ("model.max_sequence_length=256", "has 128; the model was made for that length"),
         ("model.preset=qwen3_30b_a3b", "both give the sizes of the model"),
+        ("model.preset=tiny_moe", "both give the sizes of the model"),
     ],
 )
 def test_what_contradicts_the_folder_is_refused(override: str, message: str, folder: Path) -> None:
@@ -73,7 +75,7 @@ def test_what_contradicts_the_folder_is_refused(override: str, message: str, fol
     ("changed", "message"),
     [
         ({"model_type": "llama"}, "the model_type 'llama' is unknown.*Known: .*qwen3_moe.*deepseek_v3"),
-        ({"model_type": ...}, "the model_type 'None' is unknown"),
+        ({"model_type": ...}, "names no model_type; known are qwen3_moe"),
         ({"hidden_size": ...}, "lacks hidden_size"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],

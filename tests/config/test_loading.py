@@ -110,6 +110,7 @@ def test_a_reward_whose_name_has_dots_can_be_set_from_the_command_line() -> None
         ("seed=1", r"override 'seed=1' is not of the form section.key=value"),
         ("run.seed.x=1", r"run.seed is a single value and has no entry 'x'"),
         ("reward.functions=[a]", r"reward.functions must be a mapping of names to values, got \['a'\]"),
+        ("rollout.stop=</answer>", r"rollout.stop must be a list, got '</answer>'; write rollout.stop=\['</answer>'\]"),
         ("optimizer.lr=[1", r"override 'optimizer.lr=\[1' is not YAML"),
         ("run.seed=one", r"run.seed: Value 'one' of type 'str' could not be converted to Integer"),
         ("run.seed=1.5", r"run.seed: Value '1.5' of type 'float' could not be converted to Integer"),

@@ -29,6 +29,14 @@ def test_the_outer_stages_may_differ(split: tuple[int, int, int | None, int | No
     assert stage_layers(*split) == sizes
 
 
+@pytest.mark.parametrize("num_layers", [3, 5, 7])
+def test_an_odd_number_of_layers_on_two_stages_is_refused(num_layers: int) -> None:
+    """Megatron would stop at it, later and without a word about what works."""
+    [refusal] = broken_stages(num_layers, 2, 1, None, None)
+    assert f"model.num_layers={num_layers} is not divisible by pp(2)" in refusal
+    assert "stages of unequal depth work: parallel.first_stage_layers=" in refusal
+
+
 def test_a_token_passes_through_the_chunks_in_turn() -> None:
     """Megatron's own example: 8 layers, 2 stages of 2 virtual ones; then the same with unequal ranks."""
     assert layers_of_chunks((4, 4), 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]

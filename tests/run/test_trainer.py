@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gspo_megatron.base.batches import IGNORED, Position, RolloutGroup, Sequence, UpdateBatch
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.checks import config_warnings
 from gspo_megatron.config.loading import replaced
@@ -568,6 +568,24 @@ def test_a_reward_that_fails_stops_every_replica_and_names_the_rollout(
         return True
 
     assert replicas.run(fails) == [True] * dp_size
+
+
+class FullDisk:
+    """`Exports` of base/protocols.py that cannot write."""
+
+    def after(self, step: int) -> None:
+        if step == 2:
+            raise CheckpointError("no space left")
+
+    def at_end(self, step: int) -> None:
+        raise AssertionError("the run has ended before")
+
+
+def test_a_folder_that_cannot_be_written_leaves_a_checkpoint() -> None:
+    shelf = Shelf()
+    with pytest.raises(CheckpointError, match="no space left"):
+        trainer_of(config_of("train.steps=3"), checkpoints=shelf, exports=FullDisk()).run()
+    assert shelf.saved[-1][0].steps == 2
 
 
 def test_a_reward_that_fails_is_counted_when_configured() -> None:
