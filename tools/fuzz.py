@@ -59,16 +59,10 @@ def fuzz_config(random: Random) -> None:
     overrides = []
     for _ in range(random.randint(1, 6)):
         setting = SETTINGS[random.choice(list(SETTINGS))]
-        values = [
-            *NUMBERS,
-            *TEXTS,
-            *setting.choices,
-            str(random.randint(1, 64)),
-            repr(random.uniform(-1, 2)),
-            "[1]",
-            "{a: 1}",
-        ]
-        overrides.append(f"{setting.key}{random.choice(('=', '=', '=', '=', '', '.x='))}{random.choice(values)}")
+        likely = [*setting.choices, str(setting.default), str(random.randint(1, 64)), repr(random.uniform(-1, 2))]
+        absurd = [*NUMBERS, *TEXTS, "[1]", "{a: 1}"]
+        value = random.choice(likely if random.random() < 0.7 else absurd)
+        overrides.append(f"{setting.key}{'=' if random.random() < 0.9 else random.choice(('', '.x='))}{value}")
     config = load_config(None, overrides)
     check_config(config, random.choice((1, 2, 8, 64, 1_000_000_007)))
     path = Path(FOLDER.name) / "config.yaml"
