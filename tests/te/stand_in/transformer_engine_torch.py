@@ -112,6 +112,11 @@ def _store(value: Tensor, out: Tensor, accumulate: bool) -> None:
     out.copy_((out.to(value.dtype) if accumulate else 0) + value.view(out.shape))
 
 
+def bgrad_quantize(grad_output: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """A bias's gradient, summed over rows, and the quantised gradient of the output."""
+    return grad_output.flatten(0, -2).sum(0), quantizer(grad_output)
+
+
 def generic_gemm(
     a: Tensor,
     transa: bool,
