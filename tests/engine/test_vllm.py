@@ -74,7 +74,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         orders.append(order | {"prompts": prompts, "options": OPTIONS.get(family, {})})
     (base / "orders.json").write_text(json.dumps(orders))
     # Without what pytest's own imports have set, and with its caches in the folder that pytest removes.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(base / "cache")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "VLLM_CACHE_ROOT": str(base / "cache"),
+    }
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.vllm_answers", str(base / "orders.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240 * time_factor())
     (base / "vllm.log").write_text(done.stdout + done.stderr)
@@ -91,7 +96,12 @@ def test_vllm_has_the_same_log_probs(base: Path, family: str) -> None:
     given, scored = base / f"{family}_in.jsonl", base / f"{family}_out.jsonl"
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = base / family / "hf" / "step_000001"
-    settings = [f"model.hf={folder}", "precision.device=cpu", "precision.dtype=fp32", "train.tokens_per_micro_batch=128"]
+    settings = [
+        f"model.hf={folder}",
+        "precision.device=cpu",
+        "precision.dtype=fp32",
+        "train.tokens_per_micro_batch=128",
+    ]
     (base / "score.yaml").write_text("{}")
     files = ["--config", str(base / "score.yaml"), "--input", str(given), "--output", str(scored)]
     [(status, errors)] = forked(1, [*files, *settings], command=score)
