@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -30,6 +30,8 @@ venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA,
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
 venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
+
+venv-engine: .venv-engine/.installed ## The packages of .venv and vLLM for CPUs, for `make test-engine`, into .venv-engine
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -121,6 +123,9 @@ test-hf: .venv-hf/.installed ## Compare model families with transformers
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
+
+test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
+	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)
 
 fuzz: .venv/.installed ## Hostile settings, data, checkpoint headers and rewards: 5,000 cases (ARGS="--seed 7")
 	.venv/bin/python tools/fuzz.py $(ARGS)
@@ -216,6 +221,9 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-hf/.installed: BASE = .venv
 .venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers
 .venv-hf/.installed: .venv/.installed requirements/trl.txt
+.venv-engine/.installed: BASE = .venv
+.venv-engine/.installed: ADD = $(NO_DEPS) -r requirements/engine.txt
+.venv-engine/.installed: .venv/.installed requirements/engine.txt
 .venv-trl/.installed: BASE = .venv
 .venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl
 .venv-trl/.installed: .venv/.installed requirements/trl.txt
@@ -224,7 +232,7 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 	$(NO_DEPS) --upgrade --target $(@D)/te-2.10 transformer-engine==2.10.0 && \
 	$(NO_DEPS) --upgrade --target $(@D)/megatron -r requirements/megatron.txt
 .venv-te/.installed: .venv-next/.installed requirements/megatron.txt requirements/te.txt
-.venv-next/.installed .venv-te/.installed .venv-hf/.installed .venv-trl/.installed:
+.venv-next/.installed .venv-te/.installed .venv-hf/.installed .venv-engine/.installed .venv-trl/.installed:
 	$(PYTHON) -m venv $(VENV_FLAGS) $(@D)
 	echo "import site; site.addsitedir('$$($(call PACKAGES_OF,$(BASE)))')" > "$$($(call PACKAGES_OF,$(@D)))/base.pth"
 	$(ADD)
