@@ -4,7 +4,7 @@
 #   sbatch --export=SITE=my_site.sh examples/slurm/train.sbatch --config my_run.yaml    # where SBATCH_EXPORT=NONE
 #
 # The batch script reads it on the job's first node, at each start of the job, before anything else is started. All
-# tasks get what it exports. A command that fails ends the job with that command's status, as a crash.
+# tasks get what it exports. A command that fails ends the job with that command's status; it is not requeued.
 
 # The environment. A job that inherits none (SBATCH_EXPORT=NONE) has nothing else.
 # module load cuda/12.8
