@@ -203,8 +203,8 @@ def _check_batches(config: Config) -> None:
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            f"log-probs are of the "
-            "truncated distribution, the trainer's of the full one; use algorithm.old_log_probs=auto"
+            "log-probs are of the truncated distribution, the trainer's of the full one; use "
+            "algorithm.old_log_probs=auto"
         )
 
 
@@ -229,6 +229,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
+        )
+    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+        notes.append(
+            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
+            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
+            "not the one that was sampled; set top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:
