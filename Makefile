@@ -122,6 +122,7 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 test-hf: .venv-hf/.installed ## Compare model families with transformers
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
+		tests/mcore/test_hugging_face.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
 
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gspo_megatron.checkpoint.hugging_face import SCALE, HuggingFaceFolder
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.names import NameRule
 from gspo_megatron.models.shape import ModelShape
@@ -70,10 +70,10 @@ def inspect(folder: HuggingFaceFolder, shape: ModelShape, rules: Sequence[NameRu
     for rule in rules:
         for names in _instances(rule, folder, shape):
             known.update(names)
-            if absent := [name for name in names if name not in folder.tensors]:
+            if absent := [name for name in names if name not in folder.weights]:
                 missing += absent
                 continue
-            stored = [folder.tensors[name] for name in names]
+            stored = [folder.weights[name] for name in names]
             theirs = tuple(tuple(each.get_shape()) for each in stored)
             try:
                 # Of tensors that stack a layer's experts, the operation is of one of them.
@@ -86,10 +86,7 @@ def inspect(folder: HuggingFaceFolder, shape: ModelShape, rules: Sequence[NameRu
             row.count += 1
             row.formats |= {each.dtype for each in stored}
             parameters += 0 if rule.ours.endswith(".expert_bias") else torch.Size(size).numel()
-    for name in folder.tensors:
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in known:
-            known.add(name)
-    rest = sorted(folder.tensors.keys() - known)
+    rest = sorted(folder.weights.keys() - known)
     unread = [name for name in rest if folder.is_skipped(name)]
     extra = [name for name in rest if name not in unread]
     expected = count_parameters(shape).total
@@ -103,7 +100,7 @@ def _instances(rule: NameRule, folder: HuggingFaceFolder, shape: ModelShape) -> 
     alone = False
     for template in rule.theirs:
         pattern = re.compile(INDEX.sub(r"(?P<\1>\\d+)", re.escape(template).replace(r"\{", "{").replace(r"\}", "}")))
-        for name in folder.tensors:
+        for name in folder.weights:
             if match := pattern.fullmatch(name):
                 found = {key: int(value) for key, value in match.groupdict().items()}
                 alone |= not found

@@ -4,7 +4,7 @@ a clamped SwiGLU with biases.
     out_e = W_down ((up + 1) * gate * sigmoid(1.702 gate)) + b_down,   [gate, up] = W_e x + b_e, both clamped
 
 Names and settings: Hugging Face transformers 5.23, models/gpt_oss; https://huggingface.co/openai/gpt-oss-20b. Published
-weights of experts are MXFP4, which is not read yet.
+matrices of experts are MXFP4 (checkpoint/quantised.py).
 """
 
 from __future__ import annotations

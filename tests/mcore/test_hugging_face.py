@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.convert import main as convert
 from gspo_megatron.device import open_device
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
@@ -44,10 +46,12 @@ def open_policy(world_size: int, *overrides: str) -> MegatronPolicy:
     return MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
 
 
-def through(world_size: int, folder: Path, out: Path, overrides: tuple[str, ...]) -> None:
+def through(
+    world_size: int, folder: Path, out: Path, overrides: tuple[str, ...], dtype: torch.dtype = torch.float32
+) -> None:
     policy = open_policy(world_size, f"model.hf={folder}", *overrides)
     load_folder(policy, folder)
-    save_folder(policy, out, torch.float32, FolderFiles.like(folder).content(torch.float32))
+    save_folder(policy, out, dtype, FolderFiles.like(folder).content(dtype))
 
 
 def refusal(world_size: int, folder: Path) -> str:
@@ -107,6 +111,66 @@ def test_every_rank_is_told_what_one_cannot_read(folder: Path, tmp_path: Path) -
     assert "does not have: model.extra" in said(tensors | {"model.extra": torch.ones(1)})
     assert "needs [40, 24] on a rank" in said(tensors | {name: torch.ones(9, 24)})
     assert f"{name} holds inf" in said(tensors | {name: torch.full_like(tensors[name], torch.inf)})
+
+
+MXFP4 = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 61,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def mxfp4_folder(folder: Path) -> Path:
+    """gpt-oss as it is published, by transformers: bf16, and the matrices of experts in MXFP4."""
+    import transformers
+
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**MXFP4)).bfloat16()
+        model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        experts, columns, rows = tensors.pop(name).shape
+        size = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*size, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, size, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    return folder
+
+
+def test_published_gpt_oss_is_what_transformers_reads(tmp_path: Path) -> None:
+    """MXFP4, on two processes that share the experts; written in bf16, bit for bit what transformers multiplies out,
+    and a folder that transformers reads in turn."""
+    transformers = pytest.importorskip("transformers")
+    folder, out = mxfp4_folder(tmp_path / "model"), tmp_path / "out"
+    assert convert(["inspect", str(folder)]) == 0
+    run_distributed(through, 2, 2, folder, out, ("parallel.ep=2", "precision.dtype=bf16"), torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, ours = (
+            transformers.GptOssForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **how)
+            for path, how in (
+                (folder, {"quantization_config": transformers.Mxfp4Config(dequantize=True)}),
+                (out, {}),
+            )
+        )
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    read = load_file(out / "model.safetensors")
+    assert read.keys() == theirs.state_dict().keys() and "model.layers.0.mlp.experts.gate_up_proj" in read
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(read[name], tensor) and torch.equal(ours.state_dict()[name], tensor), name
 
 
 def exported(_: int, run: Path, calls: list[tuple[str, int]], settings: tuple[str, ...]) -> list[str]:
