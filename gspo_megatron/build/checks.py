@@ -12,7 +12,7 @@ from gspo_megatron.base.errors import ConfigError, shortened
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig, TrainConfig
-from gspo_megatron.data.jsonl import fields_of
+from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout

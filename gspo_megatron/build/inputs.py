@@ -11,6 +11,8 @@ from gspo_megatron.build.checks import check_config, config_warnings, prompt_lim
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.cache import Cache
+from gspo_megatron.data.prompts import counted
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
@@ -88,7 +90,7 @@ def settle(config: Config, world_size: int) -> Inputs:
         open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
     )
     warnings = [
-        f"data.{name}: {source.dropped} prompts longer than {prompt_limit(config)} tokens dropped"
+        f"data.{name}: {counted(source.dropped)} rows dropped"
         for name, source in (("train", train), ("eval", evaluation))
         if source.dropped
     ]
@@ -135,4 +137,7 @@ def _data_spec(config: Config, split: str) -> DataSpec:
         chat_arguments=d.chat_arguments,
         chat_date=d.chat_date,
         overlong=d.overlong,
+        duplicates=d.duplicates,
+        bad_rows=d.bad_rows,
+        cache=Cache(Path(config.run.cache)) if config.run.cache else Cache(),
     )

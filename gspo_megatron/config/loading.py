@@ -34,7 +34,7 @@ REFUSED = {
 }
 """Values that users of other trainers know and that cannot work here, and what to use."""
 
-PATHS = ("run.dir", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
+PATHS = ("run.dir", "run.cache", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
 """Settings that may be a path, in which a leading ~ is the home folder."""
 LITERAL = ("data.prompt_template",)
 """Settings in which ${...} is text, not one of OmegaConf's references."""

@@ -23,6 +23,11 @@ class RunConfig:
     seed: int = setting(
         1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0, below=2**63
     )
+    cache: str | None = setting(
+        None,
+        "Folder for what is derived from large data once: tokens, indices of lines, Arrow files and unpacked ones. The "
+        "processes of a node share it, and nodes may. null: ~/.cache/gspo_megatron.",
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,17 @@ class DataConfig:
     overlong: str = setting(
         "error",
         "A longer prompt is an error, or is dropped and counted (drop).",
+        choices=("error", "drop"),
+    )
+    duplicates: str = setting(
+        "keep",
+        "What becomes of a prompt whose text an earlier row of its source has: it is kept and counted, or dropped.",
+        choices=("keep", "drop"),
+    )
+    bad_rows: str = setting(
+        "error",
+        "A row that is not JSON, lacks a field, or has an empty prompt or one that the tokenizer refuses is an error, "
+        "or is dropped and counted.",
         choices=("error", "drop"),
     )
 

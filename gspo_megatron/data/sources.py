@@ -10,17 +10,22 @@ from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.chat import ChatTemplate
+from gspo_megatron.data.examples import RowReader
 from gspo_megatron.data.generated import GeneratedPrompts, find_task
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.jsonl import JsonlRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
+from gspo_megatron.data.rows import Rows
 from gspo_megatron.data.token_ids import Tokenizer
 
 
 class PromptSource(Protocol):
     """Prompts by index: `source[i].id == i` for 0 <= i < size."""
 
-    dropped: int
-    """Prompts left out because they are too long."""
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows left out, by reason."""
 
     @property
     def size(self) -> int | None:
@@ -38,6 +43,7 @@ class DataSpec:
         split: `train` or `eval`.
         size: the number of prompts: exact for the eval split of a task, an upper bound for a file. None: all.
         max_prompt_tokens: longest prompt.
+        cache: where what is derived from large files is kept.
         task and the fields after it: settings of section `data` with the same names, which not every source reads.
     """
 
@@ -55,6 +61,9 @@ class DataSpec:
     chat_arguments: Mapping[str, Any] = field(default_factory=dict)
     chat_date: str | None = None
     overlong: str = "error"
+    duplicates: str = "keep"
+    bad_rows: str = "error"
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def name(self) -> str:
@@ -81,20 +90,28 @@ def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
     return GeneratedPrompts(task, tokenizer, split=spec.split, seed=seed, size=spec.size, max_prompt_tokens=limit)
 
 
-def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    return JsonlPrompts(
-        spec.name,
-        tokenizer,
+def prompts_of(rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> RowPrompts:
+    """The prompts of rows, read and filtered as `spec` says."""
+    reader = RowReader(
         prompt_field=spec.prompt_field,
         answer_field=spec.answer_field,
         solution_field=spec.solution_field,
         prompt_template=spec.prompt_template,
         chat=chat_of(spec, tokenizer),
         messages_field=spec.messages_field,
-        max_prompt_tokens=spec.max_prompt_tokens,
+    )
+    filters = Filters(
+        spec.max_prompt_tokens,
         overlong=spec.overlong,
+        duplicates=spec.duplicates,
+        bad_rows=spec.bad_rows,
         size=spec.size,
     )
+    return RowPrompts(spec.name, rows, reader, tokenizer, filters, spec.cache)
+
+
+def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+    return prompts_of(JsonlRows(spec.name, spec.cache), spec, tokenizer)
 
 
 def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -129,7 +146,8 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 OF_FILES = frozenset(
     {
-        *("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"),
+        *("prompt_field", "answer_field", "solution_field", "prompt_template"),
+        *("overlong", "duplicates", "bad_rows"),
         *("messages_field", "chat", "chat_arguments", "chat_date"),
     }
 )
