@@ -28,8 +28,6 @@ from gspo_megatron.base.errors import DataError
 VERSION = 1
 """Of the entries' contents: another one makes all of them anew."""
 ABOUT = "about.json"
-SMALL = 8 << 20
-"""Bytes: data of fewer is read by every process for itself, and leaves nothing on disk."""
 
 DEFAULT = "~/.cache/gspo_megatron"
 
@@ -38,13 +36,15 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries.
+    """A folder of entries. Data of fewer than `least_bytes` is not worth one: every process reads it for itself, and it
+    leaves nothing on disk.
 
     Raises:
         DataError: it cannot be written, or is full.
     """
 
     folder: Path = field(default_factory=Path(DEFAULT).expanduser)
+    least_bytes: int = 8 << 20
 
     def entry(self, kind: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The folder of an entry. `key` decides its content, and `make` writes that into a new folder."""
@@ -53,8 +53,7 @@ class Cache:
         if path.is_dir():
             return path
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f"{path.name}.lock"):
+            with self.locked(path.name):
                 if not path.is_dir():
                     self._make(path, make)
         except OSError as error:
@@ -63,6 +62,16 @@ class Cache:
                 "another folder"
             ) from error
         return path
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Inside, no other process of this node is inside. Some network file systems have no locks: then work may be
+        done twice."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}.lock").open("a") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
         own = f"{path.name}.{socket.gethostname()}."
@@ -83,15 +92,6 @@ class Cache:
             shutil.rmtree(new, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process of a node at a time. Some network file systems have no locks: then work may be done twice."""
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 class Arrays(NamedTuple):
     """Arrays by name, and what else is known of them, as JSON."""
 
@@ -106,10 +106,15 @@ class ArrayWriter(Protocol):
 
 
 def arrays(
-    cache: Cache | None, kind: str, key: Mapping[str, Any], make: Callable[[ArrayWriter], dict[str, Any]]
+    cache: Cache,
+    kind: str,
+    key: Mapping[str, Any],
+    make: Callable[[ArrayWriter], dict[str, Any]],
+    *,
+    num_bytes: int,
 ) -> Arrays:
-    """The arrays that `make` writes, with what it returns about them: from the cache, or without one in memory."""
-    if cache is None:
+    """The arrays that `make` writes, with what it returns about them: from the cache, or, of small data, in memory."""
+    if num_bytes < cache.least_bytes:
         writer = _InMemory()
         about = make(writer)
         return Arrays({name: np.concatenate(parts) for name, parts in writer.parts.items()}, about)
@@ -152,3 +157,12 @@ class _InFiles:
             path = self.folder / f"{name}.{values.dtype.name}"
             self.files[name] = self.stack.enter_context(path.open("wb"))
         self.files[name].write(values.tobytes())
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

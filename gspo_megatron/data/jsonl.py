@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.base.errors import DataError
-from gspo_megatron.data.cache import SMALL, ArrayWriter, Cache, arrays
+from gspo_megatron.data.cache import ArrayWriter, Cache, arrays
 from gspo_megatron.data.compressed import compression_of, unpacked
 from gspo_megatron.data.rows import Record, RowError, existing_file, state_of
 
@@ -30,15 +30,14 @@ class JsonlRows:
 
     def __init__(self, path: str | Path, cache: Cache) -> None:
         self.path = existing_file(path)
-        self._state = state_of(self.path)
+        state = state_of(self.path)
         kind = compression_of(self.path)
-        plain = unpacked(self.path, kind, self._state, cache) if kind else self.path
+        plain = unpacked(self.path, kind, state, cache) if kind else self.path
         self._file = plain.open("rb")
         self._seen = os.fstat(self._file.fileno())
         self.num_bytes = self._seen.st_size
-        small = self.num_bytes < SMALL
-        self._bytes = self._file.read() if small else None
-        found = arrays(None if small else cache, "lines", self._state, self._index)
+        self._bytes = self._file.read() if self.num_bytes < cache.least_bytes else None
+        found = arrays(cache, "lines", state, self._index, num_bytes=self.num_bytes)
         self._starts, self._about = found.values["starts"], found.about
 
     @property

@@ -69,7 +69,7 @@ class PromptOrder:
         for epoch in range(position // self._size, (position + count - 1) // self._size + 1):
             start = epoch * self._size
             of_epoch = [k - start for k in range(max(position, start), min(position + count, start + self._size))]
-            found += permuted(of_epoch, self._size, key_of(f"order {self._seed} epoch {epoch}")).tolist()
+            found += permuted(of_epoch, self._size, key_of(f"prompts of epoch {epoch}, seed {self._seed}")).tolist()
         return found
 
 

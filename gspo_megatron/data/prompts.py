@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.data.cache import SMALL, Arrays, ArrayWriter, Cache, arrays
+from gspo_megatron.data.cache import ArrayWriter, Cache, arrays
 from gspo_megatron.data.examples import Example, RowReader
 from gspo_megatron.data.rows import RowError, Rows
 from gspo_megatron.data.token_ids import Tokenizer
@@ -113,7 +113,7 @@ class RowPrompts:
             "tokenizer": tokenizer.identity,
             "filters": asdict(filters),
         }
-        found = self._arrays(cache)
+        found = arrays(cache, "prompts", self.identity, self._write, num_bytes=rows.num_bytes)
         self.folder, self.about = found.folder, found.about
         self._row, self._start, self._tokens = (found.values[name] for name in ("rows", "starts", "tokens"))
         self.dropped: Mapping[str, int] = self.about["dropped"]
@@ -140,10 +140,6 @@ class RowPrompts:
     def place(self, index: int) -> str:
         """Where the row of a prompt stands."""
         return self._rows.place(int(self._row[index]))
-
-    def _arrays(self, cache: Cache) -> Arrays:
-        kept = cache if self._rows.num_bytes >= SMALL else None
-        return arrays(kept, "prompts", self.identity, self._write)
 
     def _write(self, writer: ArrayWriter) -> dict[str, Any]:
         """Row numbers, where the tokens of each prompt begin, and the tokens."""

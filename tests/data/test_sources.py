@@ -107,10 +107,11 @@ def test_size_takes_the_first_prompts_of_a_file(gsm8k: Path) -> None:
 def test_missing_and_empty_files(gsm8k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"trian.jsonl does not exist; did you mean 'train.jsonl'\?"):
         load(gsm8k.with_name("trian.jsonl"))
-    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL file"):
+    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL or Parquet file"):
         load(tmp_path / "nowhere" / "x.jsonl")
-    with pytest.raises(DataError, match="is a folder"):
-        load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder without files that end in .parquet, .jsonl"):
+        load(tmp_path / "empty")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(DataError, match=r"fifo is not a regular file\. Expected"):
         load(tmp_path / "fifo")
@@ -168,15 +169,15 @@ def test_order_needs_only_the_position_to_resume() -> None:
     running = PromptOrder(7, seed=0)
     assert [running[k] for k in range(40)] == whole
     assert [running[k] for k in reversed(range(40))] == whole[::-1]
-    assert whole[:7] == [5, 4, 1, 0, 6, 2, 3]
+    assert whole[:7] == [1, 2, 6, 3, 0, 4, 5]
 
 
 def test_all_permutations_are_equally_likely() -> None:
-    """chi^2 over the 24 orders of four prompts, in 4,800 epochs; 23 degrees of freedom exceed 50 once in 1,000."""
-    drawn = PromptOrder(4, seed=0).slice(0, 4 * 4800)
+    """chi^2 over the 24 orders of four prompts, in 2,400 epochs; 23 degrees of freedom exceed 50 once in 1,000."""
+    drawn = PromptOrder(4, seed=0).slice(0, 4 * 2400)
     found = Counter(tuple(drawn[i : i + 4]) for i in range(0, len(drawn), 4))
     assert len(found) == 24
-    assert sum((number - 200) ** 2 / 200 for number in found.values()) < 50
+    assert sum((number - 100) ** 2 / 100 for number in found.values()) < 50
 
 
 def test_an_order_of_a_billion_needs_no_memory() -> None:
