@@ -83,7 +83,7 @@ class Trainer:
         t = self.config.train
         self.learning_rate = LearningRate(self.config.optimizer, t.steps * self.algorithm.updates_per_rollout)
         self.clock, self.pause_s = Clock(), 0.0
-        self.concerns = Concerns()
+        self.concerns = Concerns(self.algorithm)
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
         self.warm_start_loss: float | None = None
