@@ -62,8 +62,8 @@ with warnings.catch_warnings():
 
 MODELS: dict[str, tuple[str, ...]] = {
     "tiny_moe": ("model.preset=tiny_moe",),
-    "24 layers": (
-        "model.num_layers=24",
+    "12 layers": (
+        "model.num_layers=12",
         "model.hidden_size=128",
         "model.num_attention_heads=8",
         "model.num_experts=16",
@@ -155,11 +155,13 @@ def train(config: Config, size: Size) -> dict[str, Any]:
         def likelihood(
             log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
         ) -> LossTerms:
-            return LikelihoodObjective()(log_probs_R, segments_of(micro_batch, packer.ranks), num_tokens=batch.num_tokens)
+            return LikelihoodObjective()(
+                log_probs_R, segments_of(micro_batch, packer.ranks), num_tokens=batch.num_tokens
+            )
 
         loss = float("nan")
         for _ in range(size.updates):
-            texts = [Trained.after_prompt(language.text(LEARNT), 1) for _ in range(16)]
+            texts = [Trained.after_prompt(language.text(LEARNT), 1) for _ in range(8)]
             metrics = policy.update(packer.update_batch(texts), likelihood, lr=config.optimizer.lr)
             loss = float(metrics["loss"].total)
         checkpoints.save(Position(0, 1, 0), PlainState({}), wait=True)
@@ -291,7 +293,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         rows = []
         for row in result["rows"]:
             if row["model"] == model:
-                cells = [f"{row['dtype']}, {row['how']}", *(_short(row["token"][key]) for key in ("max", "rms", "mean"))]
+                cells = [
+                    f"{row['dtype']}, {row['how']}",
+                    *(_short(row["token"][key]) for key in ("max", "rms", "mean")),
+                ]
                 for n in lengths:
                     cells += [_short(row[str(n)]["rms"]), _short(row[str(n)]["max"])]
                 rows.append([*cells, *(f"{row[str(n)]['outside']:.0%}" for n in lengths)])

@@ -17,7 +17,7 @@ NOISY = 1 / 4
 
 
 class Concerns:
-    """Counts steps in a row, up to the last one: without a policy gradient, with a third of the tokens clipped, and with
+    """Counts steps in a row, up to the last one: without a policy gradient, with a third of the tokens clipped, with
     ratios that are noise."""
 
     def __init__(self, algorithm: Algorithm) -> None:
@@ -57,7 +57,9 @@ class Concerns:
                 "algorithm.old_log_probs=rollout takes the old log-probs from the sampler, which rounds differently; "
                 "use auto, which scores with the trainer, or precision.dtype=fp32"
             )
-        return "the same forward gave two results: look for a kernel that does not repeat (precision.deterministic=true)"
+        return (
+            "the same forward gave two results: look for a kernel that does not repeat (precision.deterministic=true)"
+        )
 
 
 def _is_due(steps: int) -> bool:
