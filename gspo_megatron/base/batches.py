@@ -206,6 +206,18 @@ class UpdateBatch:
     num_tokens: int
 
 
+class Taken(NamedTuple):
+    """What a run has used up, each in its own unit: settings that say how much a step takes may change in between."""
+
+    prompts: int
+    """Prompts taken from the order of prompts: the position of the next one."""
+    rollouts: int
+    """The id of the next rollout."""
+
+
+NOTHING = Taken(0, 0)
+
+
 class Position(NamedTuple):
     """How far a run has come. Positions are ordered in time."""
 

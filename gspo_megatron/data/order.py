@@ -73,11 +73,27 @@ class PromptOrder:
         return found
 
 
-class OrderedPrompts:
-    """The prompts of a source in the order of a run."""
+def position_in(size: int | None, position: int, earlier_size: int | None) -> int:
+    """Where a run goes on that has taken `position` prompts of a source of `earlier_size`, in an order that is another
+    now: at the beginning of the next epoch, so that no prompt of this epoch comes twice or is left out."""
+    if size is None:
+        return position
+    return -(-position // earlier_size) * size if earlier_size else 0
 
-    def __init__(self, source: PromptSource, seed: int) -> None:
-        self.source, self.order = source, PromptOrder(source.size, seed)
+
+class OrderedPrompts:
+    """The prompts of a source in the order of a run.
+
+    Attributes:
+        taken: prompts that the run has taken so far: the position of the next one.
+    """
+
+    def __init__(self, source: PromptSource, seed: int, taken: int = 0) -> None:
+        self.source, self.order, self.taken = source, PromptOrder(source.size, seed), taken
+
+    def next(self, count: int) -> list[Prompt]:
+        """The `count` prompts that come next. They count as taken once `taken` is raised."""
+        return self.take(self.taken, count)
 
     def take(self, position: int, count: int) -> list[Prompt]:
         """`count` prompts, starting at `position`."""

@@ -312,6 +312,7 @@ def trainer_of(
         ranks,
         console=console or Notebook(),
         guards=state.guards if state else None,
+        taken=state.taken if state else None,
         **parts,
     )
     newest = config.checkpoint.load == "latest"
