@@ -35,6 +35,7 @@ class Prompt:
         solution: what a supervised warm start learns to write.
         messages: the conversation that `text` was rendered from; empty where the prompt is plain text.
         metadata: what else its row of the data holds, as JSON; rewards get it untouched.
+        source: the name of its source, where a run has several.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Prompt:
     solution: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass

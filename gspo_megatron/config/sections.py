@@ -96,9 +96,16 @@ class PrecisionConfig:
 class DataConfig:
     """Prompts and the tokenizer."""
 
-    train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
-    eval: str | None = setting(
-        None, "Held-out prompts, in the same form as data.train. null: those that the task of data.train holds out."
+    train: Any = setting(
+        "task:sort_digits",
+        "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
+        "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
+        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+    )
+    eval: Any = setting(
+        None,
+        "Held-out prompts, one source in the same form as data.train. null: those that the task of data.train holds "
+        "out.",
     )
     tokenizer: str = setting(
         "auto",

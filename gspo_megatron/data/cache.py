@@ -48,7 +48,7 @@ class Cache:
 
     def entry(self, kind: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The folder of an entry. `key` decides its content, and `make` writes that into a new folder."""
-        digest = hashlib.sha256(json.dumps([VERSION, kind, key], sort_keys=True).encode()).hexdigest()
+        digest = sha256_of([VERSION, kind, key])
         path = self.folder / f"{kind}-{digest[:32]}"
         if path.is_dir():
             return path
@@ -159,8 +159,13 @@ class _InFiles:
         self.files[name].write(values.tobytes())
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+def sha256_of(value: Any) -> str:
+    """Of a value that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Of all its bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -189,6 +189,7 @@ class GeneratedPrompts:
     """
 
     dropped: Mapping[str, int] = MappingProxyType({})
+    digest = ""
 
     def __init__(
         self, task: Task, tokenizer: Tokenizer, *, split: str, seed: int, size: int | None, max_prompt_tokens: int

@@ -1,76 +1,11 @@
-"""The order in which a run takes its prompts, from counters: any position can be read at any time, in any order.
-
-Random numbers are splitmix64's of (seed, purpose, counter), in NumPy integers: the same on every machine and version.
-"""
+"""The order in which a run takes its prompts."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence as Seq
-
-import numpy as np
-from numpy.typing import NDArray
-
 from gspo_megatron.base.batches import Prompt
+from gspo_megatron.data.mixture import Mixture
+from gspo_megatron.data.permutation import PromptOrder
 from gspo_megatron.data.sources import PromptSource
-
-Words = NDArray[np.uint64]
-
-
-def key_of(purpose: str) -> int:
-    """64 bits of a text."""
-    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
-
-
-def random_words(key: int, counters: Words) -> Words:
-    """Random number `counter` of the stream `key` (splitmix64; Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        z = np.uint64(key) + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def permuted(places: Seq[int] | NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """pi(place) for places in [0, size), where pi is a random permutation of [0, size) that `key` names.
-
-    Swap-or-not shuffle (Hoang, Morris, Rogaway 2012, arXiv:1208.1176): round r pairs x with K_r - x mod size, and a
-    random bit of the pair decides whether they swap. It needs no memory, however many prompts there are.
-    """
-    x = np.asarray(places, np.int64)
-    rounds = 6 * max(1, size - 1).bit_length() + 12
-    offsets = random_words(key, np.arange(rounds, dtype=np.uint64)) % np.uint64(size)
-    for r, offset in enumerate(offsets.astype(np.int64)):
-        partner = (offset - x) % size
-        pair = np.maximum(x, partner).astype(np.uint64)
-        swaps = random_words(key ^ key_of(f"round {r}"), pair) >> np.uint64(63)
-        x = np.where(swaps.astype(bool), partner, x)
-    return x
-
-
-class PromptOrder:
-    """Position k of a run -> index of a prompt: k itself in an endless source, else pi_e[k - e * size], e = k // size.
-
-    pi_e is a permutation that depends on (seed, e) only.
-    """
-
-    def __init__(self, size: int | None, seed: int) -> None:
-        self._size, self._seed = size, seed
-
-    def __getitem__(self, position: int) -> int:
-        return self.slice(position, 1)[0]
-
-    def slice(self, position: int, count: int) -> list[int]:
-        """The indices at `count` positions, starting at `position`."""
-        places = range(position, position + count)
-        if self._size is None:
-            return list(places)
-        found: list[int] = []
-        for epoch in range(position // self._size, (position + count - 1) // self._size + 1):
-            start = epoch * self._size
-            of_epoch = [k - start for k in range(max(position, start), min(position + count, start + self._size))]
-            found += permuted(of_epoch, self._size, key_of(f"prompts of epoch {epoch}, seed {self._seed}")).tolist()
-        return found
 
 
 def position_in(size: int | None, position: int, earlier_size: int | None) -> int:
@@ -89,7 +24,8 @@ class OrderedPrompts:
     """
 
     def __init__(self, source: PromptSource, seed: int, taken: int = 0) -> None:
-        self.source, self.order, self.taken = source, PromptOrder(source.size, seed), taken
+        self.source, self.taken = source, taken
+        self.order = source.order(seed) if isinstance(source, Mixture) else PromptOrder(source.size, seed)
 
     def next(self, count: int) -> list[Prompt]:
         """The `count` prompts that come next. They count as taken once `taken` is raised."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.errors import DataError
-from gspo_megatron.data.cache import ABOUT, Cache, digest_of
+from gspo_megatron.data.cache import ABOUT, Cache, sha256_of_file
 from gspo_megatron.data.optional import needed
 from gspo_megatron.data.rows import Record, existing_file, state_of
 
@@ -31,7 +31,7 @@ class ParquetRows:
         state = state_of(self.path)
         self.num_bytes: int = state["bytes"]
         if self.num_bytes < cache.least_bytes:
-            digest = digest_of(self.path)
+            digest = sha256_of_file(self.path)
             self._table = self._arrow.Table.from_batches(self._batches(), self._schema())
         else:
             folder = cache.entry("arrow", state, self._write)
@@ -78,7 +78,7 @@ class ParquetRows:
         with self._arrow.ipc.new_file(str(folder / "rows.arrow"), self._schema()) as out:
             for batch in self._batches():
                 out.write_batch(batch)
-        (folder / ABOUT).write_text(json.dumps({"sha256": digest_of(self.path)}))
+        (folder / ABOUT).write_text(json.dumps({"sha256": sha256_of_file(self.path)}))
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(f"{self.path} cannot be read as Parquet ({error}); copy or write it again")

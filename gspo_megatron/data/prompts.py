@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.data.cache import ArrayWriter, Cache, arrays
+from gspo_megatron.data.cache import ArrayWriter, Cache, arrays, sha256_of
 from gspo_megatron.data.examples import Example, RowReader
 from gspo_megatron.data.rows import RowError, Rows
 from gspo_megatron.data.token_ids import Tokenizer
@@ -96,6 +96,7 @@ class RowPrompts:
 
     Attributes:
         dropped: rows left out, by reason.
+        digest: of the rows.
         duplicates: prompts that stand in several rows and are kept.
 
     Raises:
@@ -113,6 +114,7 @@ class RowPrompts:
             "tokenizer": tokenizer.identity,
             "filters": asdict(filters),
         }
+        self.digest = sha256_of(rows.identity)
         found = arrays(cache, "prompts", self.identity, self._write, num_bytes=rows.num_bytes)
         self.folder, self.about = found.folder, found.about
         self._row, self._start, self._tokens = (found.values[name] for name in ("rows", "starts", "tokens"))

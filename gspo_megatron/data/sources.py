@@ -32,6 +32,10 @@ class PromptSource(Protocol):
         """Rows left out, by reason."""
 
     @property
+    def digest(self) -> str:
+        """Of the content; empty for prompts that are generated."""
+
+    @property
     def size(self) -> int | None:
         """The number of prompts; None for an endless source."""
 

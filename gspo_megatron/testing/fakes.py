@@ -66,6 +66,7 @@ class Prompts:
     """`size` prompts of one to three capital letters; the answer is the last one in lower case."""
 
     dropped: Mapping[str, int] = MappingProxyType({})
+    digest = ""
 
     def __init__(self, size: int = 1000, seed: int = 0) -> None:
         self.size: int | None = size

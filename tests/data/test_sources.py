@@ -110,7 +110,7 @@ def test_missing_and_empty_files(gsm8k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL or Parquet file"):
         load(tmp_path / "nowhere" / "x.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is a folder without files that end in .parquet, .jsonl"):
+    with pytest.raises(DataError, match=r"is a folder without files that end in \.parquet, \.jsonl"):
         load(tmp_path / "empty")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(DataError, match=r"fifo is not a regular file\. Expected"):
@@ -169,7 +169,7 @@ def test_order_needs_only_the_position_to_resume() -> None:
     running = PromptOrder(7, seed=0)
     assert [running[k] for k in range(40)] == whole
     assert [running[k] for k in reversed(range(40))] == whole[::-1]
-    assert whole[:7] == [1, 2, 6, 3, 0, 4, 5]
+    assert whole[:7] == [3, 6, 0, 1, 5, 2, 4]
 
 
 def test_all_permutations_are_equally_likely() -> None:
