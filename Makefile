@@ -29,7 +29,7 @@ venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA,
 
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
-venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
+venv-hf: .venv-hf/.installed ## The packages of .venv, transformers and datasets, for `make test-hf`, into .venv-hf
 
 venv-engine: .venv-engine/.installed ## The packages of .venv and vLLM for CPUs, for `make test-engine`, into .venv-engine
 
@@ -120,7 +120,7 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 
 # What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
 test-hf: .venv-hf/.installed ## Compare model families with transformers
-	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
 		tests/mcore/test_hugging_face.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
@@ -195,7 +195,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[dev,plot]'
+.venv/.installed: PACKAGE = -e '.[data,dev,plot]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers
@@ -220,7 +220,7 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-next/.installed: ADD = $(NO_DEPS) -r requirements/megatron-next.txt
 .venv-next/.installed: .venv/.installed requirements/megatron-next.txt
 .venv-hf/.installed: BASE = .venv
-.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers
+.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt datasets transformers
 .venv-hf/.installed: .venv/.installed requirements/trl.txt
 .venv-engine/.installed: BASE = .venv
 .venv-engine/.installed: ADD = $(NO_DEPS) -r requirements/engine.txt

@@ -31,6 +31,7 @@ setup(
     extras_require={
         # Compiled against the torch of the environment: install with --no-build-isolation, torch first.
         "te": ["transformer-engine[pytorch]"],
+        "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],

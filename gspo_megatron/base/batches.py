@@ -30,14 +30,24 @@ NO_EXPERT = -1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to
-    write."""
+    """One question.
+
+    Attributes:
+        id: its position in the data set.
+        solution: what a supervised warm start learns to write.
+        messages: the conversation that `text` was rendered from; empty where the prompt is plain text.
+        metadata: what else its row of the data holds, as JSON; rewards get it untouched.
+        source: the name of its source, where a run has several.
+    """
 
     id: int
     text: str
     tokens: tuple[int, ...]
     answer: str
     solution: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass
@@ -204,6 +214,18 @@ class UpdateBatch:
     micro_batches: list[MicroBatch]
     num_sequences: int
     num_tokens: int
+
+
+class Taken(NamedTuple):
+    """What a run has used up, each in its own unit: settings that say how much a step takes may change in between."""
+
+    prompts: int
+    """Prompts taken from the order of prompts: the position of the next one."""
+    rollouts: int
+    """The id of the next rollout."""
+
+
+NOTHING = Taken(0, 0)
 
 
 class Position(NamedTuple):

@@ -7,11 +7,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.build.checks import check_config, config_warnings
+from gspo_megatron.build.data import open_prompts, sources_of
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
-from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
+from gspo_megatron.data.prompts import counted
+from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rewards.rewards import Rewards
@@ -78,17 +80,15 @@ def settle(config: Config, world_size: int) -> Inputs:
     model = settle_model(config, world_size)
     config, tokenizer = model.config, model.tokenizer
     if not config.reward.functions:
-        spec = _data_spec(config, "train")
+        spec = sources_of(config, "train")[0].spec
         config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
-    train, evaluation = (
-        open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
-    )
+    train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
     warnings = [
-        f"data.{name}: {source.dropped} prompts longer than {prompt_limit(config)} tokens dropped"
+        f"data.{name}: {counted(source.dropped)} rows dropped"
         for name, source in (("train", train), ("eval", evaluation))
         if source.dropped
     ]
@@ -116,23 +116,3 @@ def _day_of_run(config: Config) -> str:
         folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parent.parent
         earlier = saved_setting(folder / "config.yaml", "data.chat_date")
     return earlier or datetime.now(timezone.utc).date().isoformat()
-
-
-def _data_spec(config: Config, split: str) -> DataSpec:
-    d = config.data
-    return DataSpec(
-        source=d.eval or d.train if split == "eval" else d.train,
-        split=split,
-        size=None if split == "train" else d.eval_size,
-        max_prompt_tokens=prompt_limit(config),
-        task=d.task,
-        prompt_field=d.prompt_field,
-        answer_field=d.answer_field,
-        solution_field=d.solution_field,
-        prompt_template=d.prompt_template,
-        messages_field=d.messages_field,
-        chat=d.chat,
-        chat_arguments=d.chat_arguments,
-        chat_date=d.chat_date,
-        overlong=d.overlong,
-    )

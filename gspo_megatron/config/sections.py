@@ -23,6 +23,11 @@ class RunConfig:
     seed: int = setting(
         1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0, below=2**63
     )
+    cache: str | None = setting(
+        None,
+        "Folder for what is derived from large data once: tokens, indices of lines, Arrow files and unpacked ones. The "
+        "processes of a node share it, and nodes may. null: ~/.cache/gspo_megatron.",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,16 @@ class PrecisionConfig:
 class DataConfig:
     """Prompts and the tokenizer."""
 
-    train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
-    eval: str | None = setting(
-        None, "Held-out prompts, in the same form as data.train. null: those that the task of data.train holds out."
+    train: Any = setting(
+        "task:sort_digits",
+        "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
+        "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
+        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+    )
+    eval: Any = setting(
+        None,
+        "Held-out prompts, one source in the same form as data.train. null: those that the task of data.train holds "
+        "out.",
     )
     tokenizer: str = setting(
         "auto",
@@ -127,6 +139,17 @@ class DataConfig:
     overlong: str = setting(
         "error",
         "A longer prompt is an error, or is dropped and counted (drop).",
+        choices=("error", "drop"),
+    )
+    duplicates: str = setting(
+        "keep",
+        "What becomes of a prompt whose text an earlier row of its source has: it is kept and counted, or dropped.",
+        choices=("keep", "drop"),
+    )
+    bad_rows: str = setting(
+        "error",
+        "A row that is not JSON, lacks a field, or has an empty prompt or one that the tokenizer refuses is an error, "
+        "or is dropped and counted.",
         choices=("error", "drop"),
     )
 

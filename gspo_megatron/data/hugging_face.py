@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -54,6 +55,7 @@ class HuggingFaceTokenizer:
         self._bos = special.get("bos_token", "")
         self.adds_bos = bool(self._bos) and self._model.encode("").ids[:1] == [self._ids.get(self._bos)]
         """Whether the tokenizer itself puts BOS before a text."""
+        self.identity = [hashlib.sha256((self._folder / FILE).read_bytes()).hexdigest(), self._bos]
 
     @property
     def vocab_size(self) -> int:

@@ -6,21 +6,34 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.chat import ChatTemplate
+from gspo_megatron.data.examples import RowReader
+from gspo_megatron.data.files import rows_of_files
 from gspo_megatron.data.generated import GeneratedPrompts, find_task
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.hub import HubRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
+from gspo_megatron.data.rows import Rows
 from gspo_megatron.data.token_ids import Tokenizer
+from gspo_megatron.data.user_rows import NAME, UserRows
 
 
 class PromptSource(Protocol):
     """Prompts by index: `source[i].id == i` for 0 <= i < size."""
 
-    dropped: int
-    """Prompts left out because they are too long."""
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows left out, by reason."""
+
+    @property
+    def digest(self) -> str:
+        """Of the content; empty for prompts that are generated."""
 
     @property
     def size(self) -> int | None:
@@ -34,10 +47,11 @@ class DataSpec:
     """A source of prompts, and how to read it.
 
     Attributes:
-        source: `scheme:name` (`task:sort_digits`) or the path of a file.
+        source: `scheme:name` (`task:sort_digits`), the path of a file, or `module:function`.
         split: `train` or `eval`.
         size: the number of prompts: exact for the eval split of a task, an upper bound for a file. None: all.
         max_prompt_tokens: longest prompt.
+        cache: where what is derived from large files is kept.
         task and the fields after it: settings of section `data` with the same names, which not every source reads.
     """
 
@@ -55,6 +69,9 @@ class DataSpec:
     chat_arguments: Mapping[str, Any] = field(default_factory=dict)
     chat_date: str | None = None
     overlong: str = "error"
+    duplicates: str = "keep"
+    bad_rows: str = "error"
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def name(self) -> str:
@@ -81,20 +98,36 @@ def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
     return GeneratedPrompts(task, tokenizer, split=spec.split, seed=seed, size=spec.size, max_prompt_tokens=limit)
 
 
-def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    return JsonlPrompts(
-        spec.name,
-        tokenizer,
+def prompts_of(rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> RowPrompts:
+    """The prompts of rows, read and filtered as `spec` says."""
+    reader = RowReader(
         prompt_field=spec.prompt_field,
         answer_field=spec.answer_field,
         solution_field=spec.solution_field,
         prompt_template=spec.prompt_template,
         chat=chat_of(spec, tokenizer),
         messages_field=spec.messages_field,
-        max_prompt_tokens=spec.max_prompt_tokens,
+    )
+    filters = Filters(
+        spec.max_prompt_tokens,
         overlong=spec.overlong,
+        duplicates=spec.duplicates,
+        bad_rows=spec.bad_rows,
         size=spec.size,
     )
+    return RowPrompts(spec.name, rows, reader, tokenizer, filters, spec.cache)
+
+
+def _open_files(spec: DataSpec, tokenizer: Tokenizer, seed: int, form: str | None = None) -> PromptSource:
+    return prompts_of(rows_of_files(spec.name, spec.cache, form), spec, tokenizer)
+
+
+def _open_hub(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+    return prompts_of(HubRows(spec.name, spec.split, spec.cache), spec, tokenizer)
+
+
+def _open_function(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+    return prompts_of(UserRows(spec.name, spec.split), spec, tokenizer)
 
 
 def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -127,23 +160,36 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
     return tokenizer.chat_template.with_arguments(spec.chat_arguments, today)
 
 
-OF_FILES = frozenset(
+OF_ROWS = frozenset(
     {
-        *("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"),
+        *("prompt_field", "answer_field", "solution_field", "prompt_template"),
+        *("overlong", "duplicates", "bad_rows"),
         *("messages_field", "chat", "chat_arguments", "chat_date"),
     }
 )
+
+
+def _exact_match(spec: DataSpec) -> str:
+    return "exact_match"
+
+
 SOURCES: dict[str, Source] = {
     "task": Source(_open_task, frozenset({"task"}), lambda spec: find_task(spec.name, **spec.task).reward),
-    "jsonl": Source(_open_jsonl, OF_FILES, lambda spec: "exact_match"),
+    "file": Source(_open_files, OF_ROWS, _exact_match),
+    "jsonl": Source(partial(_open_files, form="jsonl"), OF_ROWS, _exact_match),
+    "parquet": Source(partial(_open_files, form="parquet"), OF_ROWS, _exact_match),
+    "hf": Source(_open_hub, OF_ROWS, _exact_match),
+    "python": Source(_open_function, OF_ROWS, _exact_match),
 }
-"""By scheme. A source without one is the path of a JSONL file."""
+"""By scheme. A source without one is a file, or a function where it is written as `module:function`."""
 
 
 def scheme_of(source: str) -> str:
     """The row of SOURCES that `source` belongs to."""
     scheme, colon, _ = source.partition(":")
-    return scheme if colon and scheme in SOURCES else "jsonl"
+    if colon and scheme in SOURCES:
+        return scheme
+    return "python" if NAME.fullmatch(source) and not Path(source).exists() else "file"
 
 
 def open_source(spec: DataSpec, tokenizer: Tokenizer, *, seed: int) -> PromptSource:

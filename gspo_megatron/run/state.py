@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import COLUMNS, Position
+from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
 from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.run.step_state import StepSnapshot
@@ -39,6 +39,19 @@ class SavedStep:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a run reads, known by its content and not by its name.
+
+    Attributes:
+        digests: of data, tokenizer and reward modules, by the setting that names them.
+        num_prompts: of the training prompts; None where they are endless.
+    """
+
+    digests: Mapping[str, str]
+    num_prompts: int | None
+
+
+@dataclass(frozen=True)
 class RunState:
     """What a checkpoint holds of a run.
 
@@ -46,6 +59,8 @@ class RunState:
         position: how far the run has come.
         began: whether its first step has begun: the reference is frozen, and row 0 is written.
         settings: the settings that it ran with, by `section.key`.
+        taken: what it has used up.
+        contents: of what it reads; None in a checkpoint of an earlier version.
         guards: what the guards remember.
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
         warm_start_loss: of the last update of a warm start.
@@ -55,6 +70,8 @@ class RunState:
     began: bool
     settings: Mapping[str, Any]
     guards: GuardState
+    taken: Taken = NOTHING
+    contents: Contents | None = None
     step: StepSnapshot | SavedStep | None = None
     config_sha256: str = ""
     warm_start_loss: float | None = None
@@ -68,10 +85,21 @@ class RunState:
         began: bool,
         guards: GuardState,
         step: StepSnapshot | None,
+        taken: Taken = NOTHING,
+        contents: Contents | None = None,
         warm_start_loss: float | None = None,
     ) -> RunState:
-        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-        return cls(position, began, settings_of(asdict(config)), guards, step, digest, warm_start_loss)
+        return cls(
+            position,
+            began,
+            settings_of(asdict(config)),
+            guards,
+            taken,
+            contents,
+            step,
+            config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+            warm_start_loss=warm_start_loss,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and text. JSON keeps every bit of a float64."""
@@ -85,6 +113,8 @@ class RunState:
             "config": config,
             "config_sha256": self.config_sha256,
             "guards": asdict(self.guards),
+            "taken": self.taken._asdict(),
+            "contents": None if self.contents is None else asdict(self.contents),
             "warm_start_loss": self.warm_start_loss,
             "step": None if self.step is None else self.step.about,
         }
@@ -99,15 +129,29 @@ class RunState:
         guards, step = about["guards"], about["step"]
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
+        position = Position(*about["position"])
+        settings = {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()}
+        # A checkpoint of an earlier version lacks what is read by `get`.
+        taken, contents = about.get("taken"), about.get("contents")
         return cls(
-            Position(*about["position"]),
+            position,
             about["began"],
-            {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()},
+            settings,
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
+            Taken(**taken) if taken else taken_until(position, settings, inside=step is not None),
+            Contents(**contents) if contents else None,
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
-            about.get("warm_start_loss"),  # a checkpoint of an earlier version has none
+            about.get("warm_start_loss"),
         )
+
+
+def taken_until(position: Position, settings: Mapping[str, Any], *, inside: bool) -> Taken:
+    """What a run of these settings has used up, if they never changed. `inside`: whether it is in the step after
+    position.steps."""
+    steps, prompts = position.steps + inside, settings["rollout.prompts_per_step"]
+    of_warm_start = position.warm_start * settings["train.warm_start_batch"]
+    return Taken(of_warm_start + steps * prompts, (1 + steps) * prompts * settings["rollout.group_size"])
 
 
 def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

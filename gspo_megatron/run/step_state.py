@@ -84,7 +84,21 @@ class StepState:
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
             **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
+            **self._metrics_by_source(right_by_group),
         }
+
+    def _metrics_by_source(self, right_by_group: Seq[Seq[float]]) -> dict[str, float]:
+        """Where sources of prompts have names."""
+        found: dict[str, float] = {}
+        for name in sorted({group.prompt.source for group in self.groups} - {""}):
+            own = [i for i, group in enumerate(self.groups) if group.prompt.source == name]
+            rewards = [rollout.reward for i in own for rollout in self.groups[i].rollouts]
+            found |= {
+                f"reward/mean/{name}": statistics.fmean(rewards),
+                f"accuracy/{name}": statistics.fmean(right for i in own for right in right_by_group[i]),
+                f"prompts/{name}": len(own),
+            }
+        return found
 
     # ---------------------------------------------------------------------------------------------------- its columns
 
@@ -189,7 +203,8 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            asked = Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])})
+            lists: dict[str, Any] = {name: tuple(v) for name, v in prompt.items() if isinstance(v, list)}
+            asked = Prompt(**(prompt | lists))
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)

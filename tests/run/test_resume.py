@@ -15,8 +15,10 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation, changed_settings
-from gspo_megatron.run.state import GuardState, RunState, SavedStep
+from gspo_megatron.run.state import Contents, GuardState, RunState, SavedStep
 from gspo_megatron.testing.fakes import Shelf, config_of, trainer_of
+
+NO_CONTENTS = Contents({}, None)
 
 
 def state_of(config: Config) -> RunState:
@@ -50,7 +52,7 @@ def test_another_variant_is_refused_unless_asked_for() -> None:
 
     def continued(*settings: str, state: RunState = state) -> tuple[str, ...]:
         config = load_config(None, ["checkpoint.load=latest", *settings])
-        return Continuation.of(state, config, Algorithm.of(config), has_reference=False).changed
+        return Continuation.of(state, config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS).changed
 
     with pytest.raises(CheckpointError, match=r"algorithm\.variant: 'grpo', was 'gspo'.*allow_other_variant=true"):
         continued("algorithm.variant=grpo")
@@ -85,7 +87,7 @@ def test_a_setting_is_known_by_the_name_it_had_then() -> None:
 def test_where_a_state_comes_from_decides_what_is_moved_aside(load: str, own: bool, newest: bool, tmp_path) -> None:
     settings = [f"run.dir={tmp_path}", f"checkpoint.load={load.format(run=tmp_path)}"]
     config = load_config(None, settings)
-    found = Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
+    found = Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS)
     assert (found.own, found.is_newest, found.fresh, found.first_step) == (own, newest, not own, 4)
     assert Continuation().fresh and Continuation().first_step == 0
 
@@ -93,8 +95,11 @@ def test_where_a_state_comes_from_decides_what_is_moved_aside(load: str, own: bo
 def test_a_reference_that_was_never_frozen_is_missed() -> None:
     config = load_config(None, ["algorithm.kl_coef=0.1"])
     with pytest.raises(CheckpointError, match=r"no reference policy.*set algorithm.kl_coef=0"):
-        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
-    assert Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True).state is not None
+        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS)
+    assert (
+        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True, contents=NO_CONTENTS).state
+        is not None
+    )
 
 
 def test_the_start_of_a_run_says_what_it_starts_from(tmp_path: Path) -> None:
