@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.mixture import Mixture, Part
+from gspo_megatron.data.prompts import RowPrompts, counted
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source
 from gspo_megatron.data.token_ids import Tokenizer
 
@@ -72,6 +73,20 @@ def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSour
     if len(opened) == 1 and not named[0].name:
         return opened[0]
     return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, opened, strict=True)])
+
+
+def left_out(key: str, prompts: PromptSource) -> Iterator[str]:
+    """What of the data is not trained on, or twice, in words."""
+    if isinstance(prompts, Mixture):
+        for part in prompts.parts:
+            yield from left_out(f"{key}, {part.name}", part.prompts)
+    elif isinstance(prompts, RowPrompts):
+        if prompts.dropped:
+            (first, *_), *_ = prompts.about["places"].values()
+            yield f"{key}: rows left out: {counted(prompts.dropped)}; the first of them: {first}"
+        if prompts.duplicates:
+            again = f"{prompts.duplicates:,} prompts have the text of an earlier one"
+            yield f"{key}: {again}; data.duplicates=drop leaves them out"
 
 
 def shown(sources: Any) -> str:

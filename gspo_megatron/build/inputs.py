@@ -8,11 +8,10 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
-from gspo_megatron.build.data import open_prompts, sources_of
+from gspo_megatron.build.data import left_out, open_prompts, sources_of
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
-from gspo_megatron.data.prompts import counted
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
@@ -87,11 +86,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
-    warnings = [
-        f"data.{name}: {counted(source.dropped)} rows dropped"
-        for name, source in (("train", train), ("eval", evaluation))
-        if source.dropped
-    ]
+    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
