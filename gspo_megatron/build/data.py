@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +70,21 @@ def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSour
         DataError: a source that cannot be used.
     """
     named = sources_of(config, split)
+    if uses_chat(config):  # data.chat_date is that of the sources with a chat template
+        named = [s if _is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
     opened = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
     if len(opened) == 1 and not named[0].name:
         return opened[0]
     return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, opened, strict=True)])
+
+
+def uses_chat(config: Config) -> bool:
+    """Whether a source has prompts that a chat template writes."""
+    return any(_is_chat(source) for split in ("train", "eval") for source in sources_of(config, split))
+
+
+def _is_chat(source: NamedSource) -> bool:
+    return source.spec.chat or source.spec.messages_field is not None
 
 
 def left_out(key: str, prompts: PromptSource) -> Iterator[str]:

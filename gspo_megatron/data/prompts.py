@@ -49,6 +49,11 @@ class Filters:
             if value not in (first, second):
                 raise ConfigError(f"data.{name}={value!r} must be {first!r} or {second!r}")
 
+    def rule(self, reason: str) -> str:
+        """What becomes of a row that is left out for this reason: `error`, `drop` or `keep`."""
+        rules = {"too long": self.overlong, "duplicate": self.duplicates}
+        return rules.get(reason, self.bad_rows)
+
 
 class Read(NamedTuple):
     """What became of a row: its example and tokens, or why it is left out."""
@@ -200,9 +205,7 @@ class RowPrompts:
         Raises:
             RowError: the filters do not let the row be left out.
         """
-        rule = {"too long": self._filters.overlong, "duplicate": self._filters.duplicates}.get(
-            error.reason, self._filters.bad_rows
-        )
+        rule = self._filters.rule(error.reason)
         if rule == "error":
             raise error
         return rule == "drop"
