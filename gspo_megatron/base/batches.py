@@ -8,6 +8,7 @@ Shape suffixes used in the whole package:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -223,6 +224,8 @@ class Taken(NamedTuple):
     """Prompts taken from the order of prompts: the position of the next one."""
     rollouts: int
     """The id of the next rollout."""
+    curriculum: Mapping[str, Any] = {}
+    """What data.curriculum remembers (`Curriculum.state`)."""
 
 
 NOTHING = Taken(0, 0)

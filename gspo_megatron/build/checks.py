@@ -142,6 +142,13 @@ def _check_kernels(config: Config) -> None:
 def _check_data(config: Config) -> None:
     d = config.data
     _check_sources(config)
+    if d.curriculum and all(scheme_of(source.spec.source) == "task" for source in sources_of(config, "train")):
+        raise ConfigError(
+            f"data.curriculum={d.curriculum} has no effect with data.train={shown(d.train)}: a generated task never "
+            "gives a prompt twice; set it to 0"
+        )
+    if not d.curriculum and d.curriculum_retry != DataConfig().curriculum_retry:
+        raise ConfigError(f"data.curriculum_retry={d.curriculum_retry} has no effect with data.curriculum=0; remove it")
     try:
         date.fromisoformat(d.chat_date or "2026-11-26")
     except ValueError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.mixture import Mixture, Part
+from gspo_megatron.data.prompts import RowPrompts, counted
 from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source
 from gspo_megatron.data.token_ids import Tokenizer
 
@@ -68,10 +70,35 @@ def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSour
         DataError: a source that cannot be used.
     """
     named = sources_of(config, split)
+    if uses_chat(config):  # data.chat_date is that of the sources with a chat template
+        named = [s if _is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
     opened = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
     if len(opened) == 1 and not named[0].name:
         return opened[0]
     return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, opened, strict=True)])
+
+
+def uses_chat(config: Config) -> bool:
+    """Whether a source has prompts that a chat template writes."""
+    return any(_is_chat(source) for split in ("train", "eval") for source in sources_of(config, split))
+
+
+def _is_chat(source: NamedSource) -> bool:
+    return source.spec.chat or source.spec.messages_field is not None
+
+
+def left_out(key: str, prompts: PromptSource) -> Iterator[str]:
+    """What of the data is not trained on, or twice, in words."""
+    if isinstance(prompts, Mixture):
+        for part in prompts.parts:
+            yield from left_out(f"{key}, {part.name}", part.prompts)
+    elif isinstance(prompts, RowPrompts):
+        if prompts.dropped:
+            (first, *_), *_ = prompts.about["places"].values()
+            yield f"{key}: rows left out: {counted(prompts.dropped)}; the first of them: {first}"
+        if prompts.duplicates:
+            again = f"{prompts.duplicates:,} prompts have the text of an earlier one"
+            yield f"{key}: {again}; data.duplicates=drop leaves them out"
 
 
 def shown(sources: Any) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
-from gspo_megatron.build.data import open_prompts, sources_of
+from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
-from gspo_megatron.data.prompts import counted
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
@@ -79,22 +78,24 @@ def settle(config: Config, world_size: int) -> Inputs:
     """
     model = settle_model(config, world_size)
     config, tokenizer = model.config, model.tokenizer
-    if not config.reward.functions:
-        spec = sources_of(config, "train")[0].spec
-        config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
+    config = with_rewards(config)
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
-    warnings = [
-        f"data.{name}: {counted(source.dropped)} rows dropped"
-        for name, source in (("train", train), ("eval", evaluation))
-        if source.dropped
-    ]
+    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+
+
+def with_rewards(config: Config) -> Config:
+    """With reward.functions filled in, where the settings name none."""
+    if config.reward.functions:
+        return config
+    spec = sources_of(config, "train")[0].spec
+    return replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
 
 
 def tokenizer_spec(config: Config) -> str:
@@ -104,8 +105,7 @@ def tokenizer_spec(config: Config) -> str:
 
 
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
-    is_chat = config.data.chat or config.data.messages_field is not None
-    return is_chat and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    return uses_chat(config) and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
 
 
 def _day_of_run(config: Config) -> str:

@@ -146,6 +146,15 @@ class DataConfig:
         "What becomes of a prompt whose text an earlier row of its source has: it is kept and counted, or dropped.",
         choices=("keep", "drop"),
     )
+    curriculum: int = setting(
+        0,
+        "Set a prompt aside when its rollouts were all right, or all wrong, in each of its last visits, this many. 0: "
+        "off.",
+        least=0,
+    )
+    curriculum_retry: int = setting(
+        4, "Visit a prompt that was set aside once more after skipping it this many times. 0: never.", least=0
+    )
     bad_rows: str = setting(
         "error",
         "A row that is not JSON, lacks a field, or has an empty prompt or one that the tokenizer refuses is an error, "

@@ -127,7 +127,7 @@ def arrays(
     folder = cache.entry(kind, key, write)
     try:
         about = json.loads((folder / ABOUT).read_text())
-        found = {path.stem: _mapped(path) for path in folder.iterdir() if path.name != ABOUT}
+        found = {path.stem: _mapped(path) for path in folder.iterdir() if path.suffix != ".json"}
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} cannot be read ({error}); delete it, and it is made again") from error
     return Arrays(found, about, folder)

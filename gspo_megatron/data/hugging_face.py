@@ -90,6 +90,10 @@ class HuggingFaceTokenizer:
         """
         return self._model.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)
 
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return self._model.id_to_token(token) or f"<no token {token}>"
+
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`. The space that SentencePiece's text does not begin with counts as one."""
         decoder = json.loads(self._model.to_str())["decoder"] or {"type": None}

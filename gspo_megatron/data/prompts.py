@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.files import written_aside
 from gspo_megatron.data.cache import ArrayWriter, Cache, arrays, sha256_of
 from gspo_megatron.data.examples import Example, RowReader
 from gspo_megatron.data.rows import RowError, Rows
@@ -46,6 +48,11 @@ class Filters:
             value, (first, second) = getattr(self, name), choices.split()
             if value not in (first, second):
                 raise ConfigError(f"data.{name}={value!r} must be {first!r} or {second!r}")
+
+    def rule(self, reason: str) -> str:
+        """What becomes of a row that is left out for this reason: `error`, `drop` or `keep`."""
+        rules = {"too long": self.overlong, "duplicate": self.duplicates}
+        return rules.get(reason, self.bad_rows)
 
 
 class Read(NamedTuple):
@@ -107,7 +114,7 @@ class RowPrompts:
         self, name: str, rows: Rows, reader: RowReader, tokenizer: Tokenizer, filters: Filters, cache: Cache
     ) -> None:
         self.name, self._rows, self._reader = name, rows, reader
-        self._tokenizer, self._filters = tokenizer, filters
+        self._tokenizer, self._filters, self._cache = tokenizer, filters, cache
         self.identity = {
             "rows": rows.identity,
             "reader": reader.identity,
@@ -142,6 +149,18 @@ class RowPrompts:
     def place(self, index: int) -> str:
         """Where the row of a prompt stands."""
         return self._rows.place(int(self._row[index]))
+
+    def remembered(self, key: Any, find: Callable[[], list[str]]) -> list[str]:
+        """What `find` returns; of prompts in the cache it is kept there by `key`, and found once."""
+        if self.folder is None:
+            return find()
+        path = self.folder / f"found-{sha256_of(key)[:32]}.json"
+        with self._cache.locked(self.folder.name):
+            if not path.is_file():
+                with written_aside(path) as file:
+                    json.dump(find(), file)
+        found: list[str] = json.loads(path.read_text())
+        return found
 
     def _write(self, writer: ArrayWriter) -> dict[str, Any]:
         """Row numbers, where the tokens of each prompt begin, and the tokens."""
@@ -186,9 +205,7 @@ class RowPrompts:
         Raises:
             RowError: the filters do not let the row be left out.
         """
-        rule = {"too long": self._filters.overlong, "duplicate": self._filters.duplicates}.get(
-            error.reason, self._filters.bad_rows
-        )
+        rule = self._filters.rule(error.reason)
         if rule == "error":
             raise error
         return rule == "drop"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -86,11 +85,13 @@ class Source(NamedTuple):
         open: (spec, tokenizer, seed of the run) -> its prompts.
         reads: the settings of section `data` that this source reads and others may not.
         reward: (spec) -> the default reward.
+        rows: (spec) -> the rows that its prompts are made of; None for prompts of no rows.
     """
 
     open: Callable[[DataSpec, Tokenizer, int], PromptSource]
     reads: frozenset[str]
     reward: Callable[[DataSpec], str]
+    rows: Callable[[DataSpec], Rows] | None = None
 
 
 def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
@@ -98,9 +99,9 @@ def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
     return GeneratedPrompts(task, tokenizer, split=spec.split, seed=seed, size=spec.size, max_prompt_tokens=limit)
 
 
-def prompts_of(rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> RowPrompts:
-    """The prompts of rows, read and filtered as `spec` says."""
-    reader = RowReader(
+def reader_of(spec: DataSpec, tokenizer: Tokenizer) -> RowReader:
+    """Which fields of the source's rows are what."""
+    return RowReader(
         prompt_field=spec.prompt_field,
         answer_field=spec.answer_field,
         solution_field=spec.solution_field,
@@ -108,26 +109,17 @@ def prompts_of(rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> RowPrompts:
         chat=chat_of(spec, tokenizer),
         messages_field=spec.messages_field,
     )
-    filters = Filters(
+
+
+def filters_of(spec: DataSpec) -> Filters:
+    """Which of them become prompts."""
+    return Filters(
         spec.max_prompt_tokens,
         overlong=spec.overlong,
         duplicates=spec.duplicates,
         bad_rows=spec.bad_rows,
         size=spec.size,
     )
-    return RowPrompts(spec.name, rows, reader, tokenizer, filters, spec.cache)
-
-
-def _open_files(spec: DataSpec, tokenizer: Tokenizer, seed: int, form: str | None = None) -> PromptSource:
-    return prompts_of(rows_of_files(spec.name, spec.cache, form), spec, tokenizer)
-
-
-def _open_hub(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    return prompts_of(HubRows(spec.name, spec.split, spec.cache), spec, tokenizer)
-
-
-def _open_function(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    return prompts_of(UserRows(spec.name, spec.split), spec, tokenizer)
 
 
 def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -169,17 +161,23 @@ OF_ROWS = frozenset(
 )
 
 
-def _exact_match(spec: DataSpec) -> str:
-    return "exact_match"
+def of_rows(rows: Callable[[DataSpec], Rows]) -> Source:
+    """A source of rows with fields."""
+
+    def prompts(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+        reader, filters = reader_of(spec, tokenizer), filters_of(spec)
+        return RowPrompts(spec.name, rows(spec), reader, tokenizer, filters, spec.cache)
+
+    return Source(prompts, OF_ROWS, lambda spec: "exact_match", rows)
 
 
 SOURCES: dict[str, Source] = {
     "task": Source(_open_task, frozenset({"task"}), lambda spec: find_task(spec.name, **spec.task).reward),
-    "file": Source(_open_files, OF_ROWS, _exact_match),
-    "jsonl": Source(partial(_open_files, form="jsonl"), OF_ROWS, _exact_match),
-    "parquet": Source(partial(_open_files, form="parquet"), OF_ROWS, _exact_match),
-    "hf": Source(_open_hub, OF_ROWS, _exact_match),
-    "python": Source(_open_function, OF_ROWS, _exact_match),
+    "file": of_rows(lambda spec: rows_of_files(spec.name, spec.cache)),
+    "jsonl": of_rows(lambda spec: rows_of_files(spec.name, spec.cache, "jsonl")),
+    "parquet": of_rows(lambda spec: rows_of_files(spec.name, spec.cache, "parquet")),
+    "hf": of_rows(lambda spec: HubRows(spec.name, spec.split, spec.cache)),
+    "python": of_rows(lambda spec: UserRows(spec.name, spec.split)),
 }
 """By scheme. A source without one is a file, or a function where it is written as `module:function`."""
 

@@ -50,6 +50,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Without special tokens."""
 
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes a token, a special one, too."""
+
     def token_bytes(self) -> list[bytes]:
         """By id, what a token adds to a text, in UTF-8; nothing for a special token.
 

@@ -70,6 +70,10 @@ class CharacterTokenizer:
         """
         return "".join(self._chars[token] for token in checked_ids(ids, self.vocab_size))
 
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return {self.pad_id: "<pad>", self.eos_id: "<eos>"}.get(token) or self._chars[token]
+
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`."""
         return [char.encode() for char in self._chars]
@@ -133,6 +137,10 @@ class SentencePieceTokenizer:
             DataError: an id outside the vocabulary.
         """
         return self._model.decode(checked_ids(ids, self.vocab_size))
+
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return self._model.id_to_piece(token)
 
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`. The space that a text does not begin with counts as one."""

@@ -53,6 +53,7 @@ CATALOGUE = (
         "One that stands still: its weight is better given to another.",
     ),
     Entry("accuracy/SOURCE", "reward", "accuracy over the rollouts of one source."),
+    Entry("prompts/set_aside", "reward", "Prompts that data.curriculum sets aside after this step, of those visited."),
     Entry("prompts/SOURCE", "", "Prompts of the step that are of one source."),
     Entry("reward/NAME", "reward", "Mean of one reward function, without its weight.", "Constant: it teaches nothing."),
     Entry("accuracy", "reward", "Share of rollouts for which the function of reward.accuracy gives 1 or more."),

@@ -35,7 +35,13 @@ class CollectiveSource:
     @property
     def taken(self) -> Taken:
         """See `RolloutSource.taken`."""
-        return Taken(self.prompts.taken, self.next_id)
+        curriculum = self.prompts.curriculum
+        return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
+
+    @property
+    def set_aside(self) -> int | None:
+        """See `RolloutSource.set_aside`."""
+        return self.prompts.curriculum.set_aside if self.prompts.curriculum else None
 
     def groups(self, step: int) -> list[RolloutGroup]:
         """See `RolloutSource.groups`. Rollouts are numbered through the run; the number seeds a rollout's random
@@ -43,10 +49,11 @@ class CollectiveSource:
         prompts, size = self.prompts.next(self.prompts_per_step), self.group_size
         asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
         rollouts = self._scored(asked, size, greedy=False)
+        groups = [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
         # Not before: a run that is stopped in between samples the same again.
-        self.prompts.taken += len(prompts)
+        self.prompts.pass_on(groups)
         self.next_id += len(asked)
-        return [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        return groups
 
     def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
         """See `RolloutSource.greedy`."""

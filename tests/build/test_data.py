@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gspo_megatron.build.data import sources_of
 from gspo_megatron.build.inputs import settle
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.mixture import Mixture
 
 YAML = """
@@ -104,6 +106,29 @@ def test_what_is_left_out_is_named_by_source(folder: Path) -> None:
     with pytest.raises(DataError, match=r"math\.jsonl:21: the prompt has .* tokens"):
         settle(load_config(folder / "config.yaml"), 1)
     inputs = settle(load_config(folder / "config.yaml", ["data.overlong=drop", "data.bad_rows=drop"]), 1)
-    (train, held_out) = [text for text in inputs.warnings if "rows dropped" in text]
-    assert train == "data.train: 1 too long in math, 1 missing field in math rows dropped"
-    assert held_out == "data.eval: 1 too long, 1 missing field rows dropped"
+    (train, held_out) = [text for text in inputs.warnings if "left out" in text]
+    assert train.startswith("data.train, math: rows left out: 1 too long, 1 missing field; the first of them: ")
+    assert "math.jsonl:21: the prompt has" in train and held_out.startswith("data.eval: rows left out: 1 too long, 1")
+
+
+def test_duplicates_are_named_or_left_out(folder: Path) -> None:
+    path = folder / "math.jsonl"
+    path.write_text(path.read_text() * 2)
+    texts = settle(load_config(folder / "config.yaml"), 1).warnings
+    assert "data.train, math: 20 prompts have the text of an earlier one; data.duplicates=drop leaves them out" in texts
+    texts = settle(load_config(folder / "config.yaml", ["data.duplicates=drop"]), 1).warnings
+    assert any(text.startswith("data.train, math: rows left out: 20 duplicate; the first of them: ") for text in texts)
+
+
+def test_what_was_found_of_large_data_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that a reward cannot read are looked for once, not at every start."""
+    monkeypatch.setattr("gspo_megatron.build.data.Cache", partial(Cache, least_bytes=0))
+    judged: list[int] = []
+    monkeypatch.setattr(
+        "gspo_megatron.rewards.rewards.Rewards.check_answer", lambda _, prompt: judged.append(prompt.id)
+    )
+    given = ["data.train=" + str(folder / "math.jsonl"), "data.eval=task:reverse", "data.prompt_field=question"]
+    given += ["precision.device=cpu", f"run.cache={folder}/cache"]
+    for rewards, expected in (("exact_match", 20), ("exact_match", 20), ("format", 40)):
+        settle(load_config(None, [*given, f"reward.functions.{rewards}=1"]), 1)
+        assert len(judged) == expected
