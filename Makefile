@@ -148,18 +148,21 @@ test-te: .venv-te/.installed ## Compare Transformer Engine's Python layers with 
 
 DRY_BUILD = .venv-cuda/bin/python -W ignore tools/dry_cuda.py --output benchmarks/results/dry_cuda.json --table docs/dry_cuda.md
 DRY = PYTHONPATH=tests/te/stand_in $(DRY_BUILD)
-# Recipe, its number of GPUs, layers: some ranks at full depth in both formats, and all ranks with these few layers.
+# Recipe, its number of GPUs, layers: some ranks at full depth in both formats, and all ranks with these few layers. Of
+# random weights, whatever folder a recipe starts from.
+WITHOUT_FOLDER = model.hf=null model.preset=$(1) data.chat=false
 define DRY_RUNS
-	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=none
-	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=blockwise
-	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) --ranks all --layers $(3)
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=none $(WITHOUT_FOLDER)
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) precision.fp8=blockwise $(WITHOUT_FOLDER)
+	$(DRY) --config examples/$(1)_gspo.yaml --world-size $(2) --ranks all --layers $(3) $(WITHOUT_FOLDER)
 endef
 
 dry-cuda: .venv-cuda/.installed ## Build the large recipes rank by rank from fake tensors, without a GPU; by hand, monthly; half an hour
 	$(call DRY_RUNS,qwen3_30b_a3b,32,4)
 	$(call DRY_RUNS,qwen3_235b_a22b,128,4)
 	$(call DRY_RUNS,deepseek_v3,512,16)
-	$(DRY_BUILD) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te parallel.cp=1
+	$(DRY_BUILD) --config examples/qwen3_30b_a3b_gspo.yaml --world-size 32 --without-te parallel.cp=1 \
+		$(call WITHOUT_FOLDER,qwen3_30b_a3b)
 
 check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff check
