@@ -31,11 +31,11 @@ def config(tmp_path: Path) -> str:
 def test_good_data(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config, "--rows", "1"]) == 0
     said = capsys.readouterr().out
-    assert "train.jsonl: 30 prompts\n-- prompt 1: 20 tokens\n   | Q: What is 0+0?\n   | A: \n" in said
+    assert "train.jsonl: 30 prompts\n-- prompt 1: 19 tokens\n   | Q: What is 0+0?\n   | A: \n" in said
     assert "   pieces:   Q :   W h a t   i s   0 + 0 ? \\n A :  \n   answer:   '0'\n   solution: '0+0=0'\n" in said
     assert "metadata: {'level': 0}" in said
-    assert "        17 to      32         30  " + "#" * 40 in said and "median 22, nine in ten at most 22" in said
-    assert "20 of 30 are longer than rollout.max_new_tokens=8 allows" not in said
+    assert "        17 to      32         30  " + "#" * 40 in said and "median 21, nine in ten at most 21" in said
+    assert "20 of 30 are longer than rollout.max_new_tokens=8 allows" in said
     assert "rewards of 16 written solutions: mean 1; of wrong answers: mean 0" in said
 
 
@@ -76,7 +76,7 @@ def test_a_reward_that_does_not_tell_right_from_wrong(
     (tmp_path / "other.yaml").write_text(Path(config).read_text().replace("last_number", f'"{reward}"'))
     assert main([str(tmp_path / "other.yaml")]) == 1
     said = capsys.readouterr().out
-    assert "the reward does not tell right from wrong" in said and (message in said or reward == "always:one")
+    assert "the reward does not tell right from wrong" in said and (reward == "always:one" or message in said)
 
 
 def test_a_mixture_and_a_task(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
