@@ -29,7 +29,7 @@ venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA,
 
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
-venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
+venv-hf: .venv-hf/.installed ## The packages of .venv, transformers and wandb, for `make test-hf`, into .venv-hf
 
 venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
 
@@ -116,11 +116,13 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 		.venv/bin/python -m pytest $(WORKERS) $$tests $(ARGS); \
 	done
 
-# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
-test-hf: .venv-hf/.installed ## Compare model families with transformers
+# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it, and
+# wandb, which writes its files here.
+test-hf: .venv-hf/.installed ## Compare model families with transformers; metrics in wandb
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
-		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
+		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py \
+		tests/monitor/test_sinks.py $(ARGS)
 
 fuzz: .venv/.installed ## Hostile settings, data, checkpoint headers and rewards: 5,000 cases (ARGS="--seed 7")
 	.venv/bin/python tools/fuzz.py $(ARGS)
@@ -214,8 +216,8 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-next/.installed: ADD = $(NO_DEPS) -r requirements/megatron-next.txt
 .venv-next/.installed: .venv/.installed requirements/megatron-next.txt
 .venv-hf/.installed: BASE = .venv
-.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers
-.venv-hf/.installed: .venv/.installed requirements/trl.txt
+.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers -r requirements/wandb.txt
+.venv-hf/.installed: .venv/.installed requirements/trl.txt requirements/wandb.txt
 .venv-trl/.installed: BASE = .venv
 .venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl
 .venv-trl/.installed: .venv/.installed requirements/trl.txt

@@ -33,6 +33,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },

@@ -189,7 +189,7 @@ def test_pods_that_are_told_to_end_save_and_say_so(
             pod.kill()
     assert "saved in" in logs[0].read_text()
     # Nothing is left of the file in which the processes told their status.
-    assert not [path for path in tmp_path.glob("tmp*/status")]
+    assert not list(tmp_path.glob("tmp*/status"))
 
 
 @pytest.mark.parametrize(("program", "status"), [("exit 3", 1), ("echo 70 > $GSPO_STATUS_FILE; exit 70", 70)])

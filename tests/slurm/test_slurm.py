@@ -165,7 +165,7 @@ after_job() {{ echo "$1 $2" >> told; }}
 
 
 def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, tmp_path: Path) -> None:
-    """It inherits nothing: its site file brings the environment, stages data, asks for logs and is told of both ends."""
+    """It inherits nothing: its site file brings the environment, stages data, asks for logs, is told of both ends."""
     job = Job(tmp_path / "job", max_crashes=1, site=SITE)
     job.wait_for_rows(3)
     job.kill_one_process()
@@ -180,6 +180,6 @@ def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, t
     assert [line.split()[1] for line in (job.directory / "told").read_text().splitlines()] == ["requeued", "ended"]
     # torchrun: logs/LIFE/ID_RANDOM/attempt_0/LOCAL_RANK/stdout.log, on each node.
     logs = [len(list(job.directory.glob(f"logs/{life}/*/attempt_0/0/stdout.log"))) for life in range(2)]
-    assert logs == [2, 2] and "step 3/40" in "".join(
+    assert logs == [2, 2] and "step 2/40" in "".join(
         p.read_text() for p in job.directory.glob("logs/0/*/*/0/stdout.log")
     )
