@@ -29,7 +29,7 @@ venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA,
 
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
-venv-hf: .venv-hf/.installed ## The packages of .venv, transformers and datasets, for `make test-hf`, into .venv-hf
+venv-hf: .venv-hf/.installed ## The packages of .venv, transformers, datasets and wandb, for `make test-hf`, into .venv-hf
 
 venv-engine: .venv-engine/.installed ## The packages of .venv and vLLM for CPUs, for `make test-engine`, into .venv-engine
 
@@ -119,11 +119,12 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 		.venv/bin/python -m pytest $(WORKERS) $$tests $(ARGS); \
 	done
 
-# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
-test-hf: .venv-hf/.installed ## Compare model families with transformers
+# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it, and
+# wandb, which writes its files here.
+test-hf: .venv-hf/.installed ## Compare model families with transformers; metrics in wandb
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
-		tests/mcore/test_hugging_face.py \
+		tests/mcore/test_hugging_face.py tests/monitor/test_sinks.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
 
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
@@ -224,8 +225,8 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-next/.installed: ADD = $(NO_DEPS) -r requirements/megatron-next.txt
 .venv-next/.installed: .venv/.installed requirements/megatron-next.txt
 .venv-hf/.installed: BASE = .venv
-.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt datasets transformers
-.venv-hf/.installed: .venv/.installed requirements/trl.txt
+.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt datasets transformers -r requirements/wandb.txt
+.venv-hf/.installed: .venv/.installed requirements/trl.txt requirements/wandb.txt
 .venv-engine/.installed: BASE = .venv
 .venv-engine/.installed: ADD = $(NO_DEPS) -r requirements/engine.txt
 .venv-engine/.installed: .venv/.installed requirements/engine.txt

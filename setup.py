@@ -34,6 +34,7 @@ setup(
         "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },

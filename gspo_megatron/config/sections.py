@@ -379,6 +379,11 @@ class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
     tensorboard: bool = setting(True, "Write TensorBoard events.")
+    wandb: str | None = setting(
+        None,
+        "Project of Weights & Biases that gets the metrics, by the package wandb. WANDB_MODE=offline keeps them in "
+        "RUN/wandb. null: off.",
+    )
     console_every: int = setting(
         1, "Steps between printed lines. Evaluations and the last step are always printed.", least=1
     )

@@ -1,4 +1,4 @@
-"""Every metric of metrics.jsonl: its formula, what it warns of, and its place in TensorBoard.
+"""Every metric of metrics.jsonl: its formula, what it warns of, and its place in TensorBoard and wandb.
 
 `make docs` writes docs/metrics.md from this table; a test compares it with a run."""
 
@@ -12,7 +12,7 @@ class Entry(NamedTuple):
     """A metric, or several whose keys differ in an upper-case word.
 
     Attributes:
-        board: the group of TensorBoard it is drawn in; empty: not drawn.
+        board: the group it is drawn in; empty: not drawn.
         formula: what it is, over what.
         watch: what it warns of.
     """
@@ -198,7 +198,7 @@ def entry_of(key: str) -> Entry | None:
 
 
 def board_name(key: str) -> str:
-    """The key in TensorBoard: its group, and the key without it."""
+    """The key as it is drawn: its group, and the key without it."""
     entry = entry_of(key)
     group = entry.board if entry else "train"
     return f"{group}/{key.removeprefix(f'{group}/').replace('/', '_')}"

@@ -180,6 +180,6 @@ def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, t
     assert [line.split()[1] for line in (job.directory / "told").read_text().splitlines()] == ["requeued", "ended"]
     # torchrun: logs/LIFE/ID_RANDOM/attempt_0/LOCAL_RANK/stdout.log, on each node.
     logs = [len(list(job.directory.glob(f"logs/{life}/*/attempt_0/0/stdout.log"))) for life in range(2)]
-    assert logs == [2, 2] and "step 3/40" in "".join(
+    assert logs == [2, 2] and "step 2/40" in "".join(
         p.read_text() for p in job.directory.glob("logs/0/*/*/0/stdout.log")
     )
