@@ -80,7 +80,8 @@ def open_trainer(
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
         state = checkpoints.load(c.load, RunState.from_saved)
         if config.model.hf and state is None:
-            load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan)
+            for note in load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan):
+                console.say(f"model.hf: {note}")
         contents = contents_of(inputs)
         continuation = Continuation.of(
             state, config, algorithm, has_reference=policy.reference is not None, contents=contents

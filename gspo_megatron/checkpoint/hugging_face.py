@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class HuggingFaceFolder:
         tensors = {tensor.name: tensor for file in self._files() for tensor in tensors_of(file, allow_nan)}
         self._check_index(tensors)
         self.weights: dict[str, Weight] = dict(quantisation.weights(tensors))
-        self._read: set[str] = set()
 
     def read(self, name: str) -> Sliceable:
         """A weight; one in FP8 or MXFP4 is multiplied by its scales.
@@ -56,40 +55,29 @@ class HuggingFaceFolder:
         if name not in self.weights:
             near = did_you_mean(name, self.weights) or "."
             raise CheckpointError(f"{self.path} has no tensor {name!r}{near} Its config.json asks for it")
-        self._read.add(name)
+        if reason := self.unreadable(name):
+            raise CheckpointError(f"{self.path}: {reason}")
+        return self.weights[name]
+
+    def unreadable(self, name: str) -> str | None:
+        """Why a weight of the folder has a format that is not a weight's; None where it is one."""
         weight = self.weights[name]
-        if isinstance(weight, StoredTensor) and weight.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{weight.file}: {name} has the number format {weight.dtype}; readable are {', '.join(FLOATS)}, {FP8} "
-                f"with {name}{SCALE}, and MXFP4 as NAME{BLOCKS} with NAME{SCALES}"
-            )
-        return weight
+        if not isinstance(weight, StoredTensor) or weight.dtype in FLOATS:
+            return None
+        return (
+            f"{weight.file.name}: {name} has the number format {weight.dtype}; readable are {', '.join(FLOATS)}, {FP8} "
+            f"with {name}{SCALE}, and MXFP4 as NAME{BLOCKS} with NAME{SCALES}"
+        )
 
-    @property
-    def names_read(self) -> frozenset[str]:
-        """What `read` was asked for so far."""
-        return frozenset(self._read)
-
-    def check_all_read(self, read: Iterable[str]) -> None:
-        """`read`: the names that any process asked for.
-
-        Raises:
-            CheckpointError: the folder holds a tensor that no part of the model has.
-        """
-        if extra := sorted(name for name in self.weights.keys() - set(read) if not self.is_skipped(name)):
-            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
-            raise CheckpointError(
-                f"{self.path} holds tensors that a {self.config.get('model_type')} model of its config.json does not "
-                f"have: {', '.join(extra[:3])}{more}; config.json does not describe these files"
-            )
-
-    def is_skipped(self, name: str) -> bool:
-        """Tensors that are not part of the language model: layers after the last one, which predict several tokens at
-        once (config.json counts them), and what is computed."""
+    def left_out(self, name: str) -> str | None:
+        """Why a tensor is not part of the language model; None where it should be: layers after the last one, which
+        predict several tokens at once (config.json counts them), and what is computed."""
         layer, depth = LAYER.match(name), self.config.get("num_hidden_layers", 0)
-        beyond = layer is not None and 0 <= int(layer[1]) - depth < (self.config.get("num_nextn_predict_layers") or 0)
-        tied = self.config.get("tie_word_embeddings", False) and name == "lm_head.weight"
-        return beyond or tied or COMPUTED.fullmatch(name) is not None
+        if layer and 0 <= int(layer[1]) - depth < (self.config.get("num_nextn_predict_layers") or 0):
+            return f"layer {layer[1]} predicts several tokens at once, and is not trained"
+        if self.config.get("tie_word_embeddings", False) and name == "lm_head.weight":
+            return "tied to the embedding"
+        return "computed" if COMPUTED.fullmatch(name) else None
 
     def _files(self) -> list[Path]:
         """

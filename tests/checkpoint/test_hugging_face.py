@@ -42,8 +42,7 @@ def test_slices_are_those_of_the_tensor(writer: Callable[[Path], Path], tmp_path
     assert torch.equal(folder.read("a.weight")[1:3, :], TENSORS["a.weight"][1:3])
     assert torch.equal(folder.read("a.weight")[:, 2:], TENSORS["a.weight"][:, 2:])
     assert folder.read("b.weight")[WHOLE].dtype == torch.bfloat16
-    assert folder.names_read == TENSORS.keys()
-    folder.check_all_read(folder.names_read)
+    assert folder.weights.keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,15 +63,6 @@ def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtyp
     assert not all_finite(numbers) and all_finite(numbers[:, ::2])
     numbers.neg_()
     assert not all_finite(numbers)
-
-
-def test_what_the_model_does_not_have(tmp_path: Path) -> None:
-    extra = {"model.layers.2.x": torch.ones(1), "model.layers.3.x": torch.ones(1), "lm_head.weight": torch.ones(1)}
-    folder = HuggingFaceFolder(write(tmp_path, TENSORS | extra, num_nextn_predict_layers=1))
-    with pytest.raises(CheckpointError, match=r"does not have: lm_head\.weight, model\.layers\.3\.x; config\.json"):
-        folder.check_all_read(TENSORS)
-    folder.config["tie_word_embeddings"] = True
-    folder.check_all_read([*TENSORS, "model.layers.3.x"])
 
 
 def cut(folder: Path) -> None:
