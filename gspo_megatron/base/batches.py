@@ -28,14 +28,22 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to
-    write."""
+    """One question.
+
+    Attributes:
+        id: its position in the data set.
+        solution: what a supervised warm start learns to write.
+        messages: the conversation that `text` was rendered from; empty where the prompt is plain text.
+        metadata: what else its row of the data holds, as JSON; rewards get it untouched.
+    """
 
     id: int
     text: str
     tokens: tuple[int, ...]
     answer: str
     solution: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -180,7 +180,7 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            asked = Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])})
+            asked = Prompt(**{name: tuple(v) if isinstance(v, list) else v for name, v in prompt.items()})
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)
