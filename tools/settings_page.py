@@ -51,7 +51,7 @@ def _row(setting: Setting) -> str:
     if setting.is_mapping:
         type_ = " with ".join(f"{word}s" for word in ("name", TYPES[setting.kinds[1]]))
     elif setting.is_list:
-        type_ = "list of texts and ids"
+        type_ = "list of texts and ids" if setting.kinds == (Any,) else "list of mappings"
     else:
         type_ = " or ".join(TYPES[kind] for kind in setting.kinds)
     default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)

@@ -180,7 +180,8 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            asked = Prompt(**{name: tuple(v) if isinstance(v, list) else v for name, v in prompt.items()})
+            lists = {name: tuple(prompt.get(name, ())) for name in ("tokens", "messages")}
+            asked = Prompt(**{**prompt, **lists})
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)
