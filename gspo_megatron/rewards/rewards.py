@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ class Score(NamedTuple):
     reward: float
     terms: dict[str, float]
     error: str = ""
+    lost: bool = False
 
 
 class Reward(Protocol):
@@ -145,6 +146,7 @@ class Rewards:
     def _note(self, sheet: _Sheet, term: Term, outcome: Outcome) -> None:
         for part, value in outcome.values.items():
             sheet.terms[term.name if part == SCORE else f"{term.name}/{part}"] = value
+        sheet.lost |= outcome.lost
         if outcome.error:
             sheet.errors.append(f"reward {term.name!r} failed: {outcome.error}")
             sheet.terms[term.name] = math.nan if self._stop and not outcome.lost else 0.0
@@ -153,7 +155,7 @@ class Rewards:
     def _total(self, sheet: _Sheet) -> Score:
         terms = {term.name: sheet.terms.get(term.name, 0.0) for term in self.terms}
         total = sum(term.weight * terms[term.name] for term in self.terms)
-        return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors))
+        return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors), sheet.lost)
 
     def check_answer(self, prompt: Prompt) -> None:
         """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
@@ -183,6 +185,7 @@ class _Sheet:
     rollout: Rollout
     terms: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    lost: bool = False
     passed: bool = True
 
     def arguments(self, takes: Seq[str]) -> Arguments:
@@ -195,27 +198,36 @@ def _takes_any_time(term: Term) -> bool:
 
 
 def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
-    """Fills `reward`, `reward_terms` and `reward_error` of the rollouts in place."""
+    """Fills in what the rollouts say of their rewards, in place."""
     for rollout, score in zip(rollouts, reward.score(rollouts), strict=True):
-        rollout.reward, rollout.reward_terms, rollout.reward_error = score
+        rollout.reward, rollout.reward_terms, rollout.reward_error, rollout.reward_lost = score
 
 
-def refuse_unscored(rollouts: Iterable[Rollout]) -> None:
-    """Stops the run when a rollout could not be scored.
+def refuse_unscored(rollouts: Seq[Rollout]) -> None:
+    """Stops the run when a rollout could not be scored, or so many processes hung or ended that the reward cannot work.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
 
     Raises:
-        DataError: a rollout has an error and a reward of NaN.
+        DataError: a rollout has an error and a reward of NaN, or more than MOST_LOST of all are lost.
     """
     failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
-    if not failed:
-        return
-    listed = "\n".join(
+    lost = [rollout for rollout in rollouts if rollout.reward_lost]
+    if failed:
+        raise DataError(
+            f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
+            f"count such a reward as 0. The first of them:\n{listed(failed)}"
+        )
+    if len(lost) > MOST_LOST * len(rollouts):
+        raise DataError(
+            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
+            f"them; fix the reward, or raise reward.timeout_s or reward.memory_gib. The first of them:\n{listed(lost)}"
+        )
+
+
+def listed(rollouts: Seq[Rollout]) -> str:
+    """A line for each of the first few, with its error."""
+    return "\n".join(
         f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
-        for rollout in failed[:LISTED_ERRORS]
-    )
-    raise DataError(
-        f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
-        f"count such a reward as 0. The first of them:\n{listed}"
+        for rollout in rollouts[:LISTED_ERRORS]
     )

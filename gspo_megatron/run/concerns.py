@@ -1,4 +1,4 @@
-"""Warnings of steps that teach the policy little, from their rows of metrics."""
+"""Warnings of steps that teach the policy little or the wrong thing, from their rows of metrics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gspo_megatron.base.batches import RolloutGroup
+from gspo_megatron.rewards.rewards import listed
 
 STEPS_A_WARNING = 20
 """Of steps in a row with the same fault the first is warned of, and every one of this number."""
@@ -14,10 +15,11 @@ CLIPPED = 1 / 3
 
 
 class Concerns:
-    """Counts steps in a row, up to the last one: without a policy gradient, and with a third of the tokens clipped."""
+    """Counts steps in a row, up to the last one: without a policy gradient, with a third of the tokens clipped, with
+    failed rewards."""
 
     def __init__(self) -> None:
-        self.flat_steps = self.clipped_steps = 0
+        self.flat_steps = self.clipped_steps = self.failed_steps = 0
 
     def of(self, row: dict[str, Any], groups: list[RolloutGroup]) -> Iterator[str]:
         """What to warn of after a step."""
@@ -35,6 +37,13 @@ class Concerns:
                 f"step {row['step']}: the clip removes the gradient of {row['clip_fraction']:.0%} of the tokens"
                 f"{_so_far(self.clipped_steps)}: the band is too narrow for these updates; widen algorithm.clip_low "
                 "and algorithm.clip_high, or lower optimizer.lr or algorithm.updates_per_rollout"
+            )
+        failed = [r for g in groups for r in g.rollouts if r.reward_error]
+        self.failed_steps = self.failed_steps + 1 if failed else 0
+        if _is_due(self.failed_steps):
+            yield (
+                f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
+                f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
 
 

@@ -64,6 +64,7 @@ class StepState:
             "reward/mean": statistics.fmean(rewards),
             "reward/std": statistics.pstdev(rewards),
             "reward/errors": sum(bool(r.reward_error) for r in rollouts),
+            "reward/lost": sum(r.reward_lost for r in rollouts),
             "accuracy": statistics.fmean(right),
             "response_length/mean": statistics.fmean(lengths),
             "response_length/p50": half,
@@ -74,7 +75,7 @@ class StepState:
             "groups/all_right_fraction": statistics.fmean(min(g) >= 1 for g in right_by_group),
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
-            **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
+            **_means_of_terms(rollouts),
         }
 
     # ---------------------------------------------------------------------------------------------------- its columns
@@ -216,6 +217,15 @@ def _places_and_values(m: MicroBatch, first_S: Tensor, lengths_S: Tensor, name: 
     segment, position = segment_T[of_sequences_T], positions_T[of_sequences_T]
     inside = position < lengths_S[segment]
     return first_S[segment[inside]] + position[inside], values[of_sequences_T[inside]]
+
+
+def _means_of_terms(rollouts: Seq[Rollout]) -> dict[str, float]:
+    """The mean of each term, and of each part of a term over the rollouts that have it."""
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_terms)
+    return {
+        f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts if name in r.reward_terms)
+        for name in names
+    }
 
 
 KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")
