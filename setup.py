@@ -32,6 +32,9 @@ setup(
         # Compiled against the torch of the environment: install with --no-build-isolation, torch first.
         "te": ["transformer-engine[pytorch]"],
         "hf": ["datasets", "transformers"],
+        # For the rewards of these names.
+        "json": ["jsonschema"],
+        "math": ["math-verify"],
         "plot": ["matplotlib"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
