@@ -43,6 +43,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_data(config.data)
     _check_batches(config)
     _check_savings(config, algorithm)
+    _check_routing_replay(config, algorithm)
     _check_folders(config)
     return layout
 
@@ -205,6 +206,29 @@ def _check_batches(config: Config) -> None:
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             "log-probs are of the truncated distribution, the trainer's of the full one; use "
             "algorithm.old_log_probs=auto"
+        )
+
+
+def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
+    replay = config.algorithm.routing_replay
+    if replay == "none":
+        return
+    if not config.model.shape.num_experts:
+        raise ConfigError(
+            f"algorithm.routing_replay={replay} has no effect: model.family={config.model.family} has no experts; set "
+            "it to none"
+        )
+    if algorithm.old_log_probs != "trainer":
+        raise ConfigError(
+            f"algorithm.routing_replay={replay} records the experts in the pass that scores old log-probs, and there "
+            f"is none with algorithm.old_log_probs={config.algorithm.old_log_probs} and algorithm.updates_per_rollout="
+            f"{config.algorithm.updates_per_rollout}; set old_log_probs=recompute, or routing_replay=none"
+        )
+    if replay == "R2" and algorithm.balances_load:
+        raise ConfigError(
+            f"algorithm.routing_replay=R2 with model.aux_loss_coef={config.model.aux_loss_coef}: the balancing loss "
+            "counts the experts that the router would choose, not those that are used; set aux_loss_coef=0, or "
+            "routing_replay=compare"
         )
 
 

@@ -181,6 +181,20 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.preset=tiny_dense"], "routing_replay=R2 has no effect: model.family=qwen3 has no experts"),
+        (["algorithm.updates_per_rollout=1"], "there is none with algorithm.old_log_probs=auto and .*rollout=1"),
+        (["algorithm.old_log_probs=rollout"], "there is none with algorithm.old_log_probs=rollout"),
+        (["model.aux_loss_coef=0.01"], "R2 with model.aux_loss_coef=0.01: the balancing loss counts"),
+    ],
+)
+def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(None, ["algorithm.routing_replay=R2", *overrides]), 1)
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
