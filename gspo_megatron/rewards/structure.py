@@ -22,7 +22,7 @@ FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
 def json_schema(*, response: str, schema: Mapping[str, Any]) -> dict[str, float]:
-    """1 when the response is JSON that satisfies `schema` (JSON Schema; 2020-12 where it names no version). Of a response
+    """1 when the response is JSON that satisfies `schema` (JSON Schema; 2020-12 where it names none). Of a response
     with fenced blocks, the last one is judged. `is_json`: whether it can be read at all.
 
     Raises:
