@@ -33,6 +33,9 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
+        # For the rewards of these names.
+        "json": ["jsonschema"],
+        "math": ["math-verify"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],

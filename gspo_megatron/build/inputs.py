@@ -99,7 +99,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     config, tokenizer = model.config, model.tokenizer
     config = with_rewards(config)
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
-    rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
@@ -121,6 +121,25 @@ def tokenizer_spec(config: Config) -> str:
     """data.tokenizer, with what `auto` stands for."""
     spec = config.data.tokenizer
     return (config.model.hf or "characters") if spec == "auto" else spec
+
+
+def rewards_of(config: Config) -> Rewards:
+    """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
+
+    Raises:
+        ConfigError: a reward that cannot be used.
+    """
+    r = config.reward
+    return Rewards(
+        r.functions,
+        r.accuracy,
+        r.on_error,
+        terms=r.terms,
+        isolate=r.isolate,
+        timeout_s=r.timeout_s,
+        memory_gib=r.memory_gib,
+        seed=config.run.seed,
+    )
 
 
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
