@@ -110,8 +110,8 @@ def settle(config: Config, world_size: int) -> Inputs:
 
 
 def with_rewards(config: Config) -> Config:
-    """With reward.functions filled in, where the settings name none."""
-    if config.reward.functions:
+    """With reward.functions filled in, where the settings name no reward."""
+    if config.reward.functions or config.reward.terms:
         return config
     spec = sources_of(config, "train")[0].spec
     return replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
