@@ -225,7 +225,13 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
 def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
     """Settings that work but are probably not intended."""
     notes = algorithm.variant.warnings()
-    if config.rollout.group_size == 1:
+    if not algorithm.variant.clip.corrects and algorithm.updates_per_rollout > 1:
+        notes.append(
+            f"algorithm.variant={algorithm.variant.name} has no ratio to correct with, and of the "
+            f"{algorithm.updates_per_rollout} updates of a rollout batch only the first is on-policy; set "
+            "algorithm.updates_per_rollout=1"
+        )
+    if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
@@ -263,8 +269,8 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         )
     if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
         notes.append(
-            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2 or "
-            "k3"
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2, "
+            "k3 or k1+"
         )
     if algorithm.kl_estimator != "k3" and not algorithm.needs_reference:
         notes.append(f"algorithm.kl_estimator={algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")

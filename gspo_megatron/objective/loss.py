@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, lookup
 from gspo_megatron.base.metrics import LossTerms, Metric
-from gspo_megatron.objective.dials import Surrogate
+from gspo_megatron.objective.dials import Surrogate, Tokens
 from gspo_megatron.objective.kl import KL_ESTIMATORS, k3
 from gspo_megatron.objective.segments import Segments
 from gspo_megatron.objective.variants import Variant
@@ -84,11 +84,8 @@ class PolicyObjective:
         variant, dtype = self.variant, torch.promote_types(log_probs_T.dtype, torch.float32)
         log_probs_R, old_log_probs_R = log_probs_T.to(dtype), old_log_probs_T.detach().to(dtype)
 
-        surrogate = variant.clip.surrogate(
-            log_probs_R - old_log_probs_R,
-            segments.spread(advantages_S.detach().to(dtype)),
-            lambda log_ratio_R: variant.level.log_ratio(log_ratio_R, segments),
-        )
+        tokens = Tokens(log_probs_R, old_log_probs_R, segments.spread(advantages_S.detach().to(dtype)))
+        surrogate = variant.clip.surrogate(tokens, lambda log_R: variant.level.log_ratio(log_R, segments))
         terms_R = -surrogate.terms_R
         metrics = self._ratio_metrics(surrogate, segments)
         metrics["kl/old"] = _token_mean(k3(old_log_probs_R, log_probs_R.detach()))
