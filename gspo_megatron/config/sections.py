@@ -184,8 +184,8 @@ class AlgorithmConfig:
     )
     kl_estimator: str = setting(
         "k3",
-        "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, which "
-        "is that of the divergence.",
+        "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
+        "which is that of the divergence.",
         choices=("k1", "k2", "k3", "k1+", "k3+"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
@@ -196,8 +196,8 @@ class AlgorithmConfig:
     )
     advantage: str | None = setting(
         None,
-        "How rewards become advantages: mean_std, mean, leave_one_out or mean_normalised over their group, batch_mean_std "
-        "over the step, mean_batch_std with the mean of the group and the deviation over the step, or none.",
+        "How rewards become advantages: mean_std, mean, leave_one_out or mean_normalised over their group, "
+        "batch_mean_std over the step, mean_batch_std with the group's mean and the step's deviation, or none.",
     )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
