@@ -41,7 +41,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
     _check_data(config.data)
-    _check_batches(config)
+    _check_batches(config, algorithm)
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
@@ -183,7 +183,7 @@ def _check_guards(g: GuardConfig) -> None:
         )
 
 
-def _check_batches(config: Config) -> None:
+def _check_batches(config: Config, algorithm: Algorithm) -> None:
     r, a, m = config.rollout, config.algorithm, config.model
     if r.prompts_per_step % a.updates_per_rollout:
         raise ConfigError(
@@ -200,6 +200,11 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
             f"sequence would not fit in a micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and algorithm.variant.correction.acts:
+        raise ConfigError(
+            f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
+            "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(

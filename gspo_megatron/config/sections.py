@@ -199,6 +199,12 @@ class AlgorithmConfig:
         "How rewards become advantages: mean_std, mean, leave_one_out or mean_normalised over their group, "
         "batch_mean_std over the step, mean_batch_std with the group's mean and the step's deviation, or none.",
     )
+    correction: str | None = setting(
+        None,
+        "Weights for tokens that another than the old policy has drawn, by the ratio of the two: token_tis, "
+        "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
+        "sequence_sum_mis take products in place of geometric means. null: none.",
+    )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
     )

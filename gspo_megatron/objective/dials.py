@@ -121,6 +121,21 @@ class Clip(Dial):
         return 0.2
 
 
+class Correction(Dial):
+    """A weight for every token, where something else than the old policy has drawn it.
+
+    Attributes:
+        acts: weights differ from 1, and the sampler's log-probs are needed.
+    """
+
+    kind = "correction"
+    acts: ClassVar[bool] = True
+
+    @abstractmethod
+    def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
+        """From log_rho = log pi_old - log mu, mu the sampler, to weights. `tokens` has no gradient."""
+
+
 class Aggregate(Dial):
     """From per-token terms to this micro-batch's share of the update's loss."""
 

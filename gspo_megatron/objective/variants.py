@@ -1,7 +1,8 @@
 """One row per algorithm: its dials, and the source of its equation.
 
 A row names one dial of each kind, with the dial's parameters: a level (what has a ratio), a clip (the surrogate), an
-aggregate (which mean over tokens) and a baseline (what a reward is compared with). To add an algorithm:
+aggregate (which mean over tokens) and a baseline (what a reward is compared with). No row has a correction, the sixth
+dial: what samples is not a matter of the algorithm. To add an algorithm:
 1. If existing dials suffice, add a row to VARIANTS below.
 2. A new dial is a frozen dataclass that extends Level, Clip, Aggregate or Baseline (dials.py): `name`, its parameters
    as fields, their ranges in `__post_init__`, and one method, the equation. It goes into a file of its own, or into
@@ -30,7 +31,18 @@ from gspo_megatron.objective.advantage import (
 )
 from gspo_megatron.objective.aggregates import AGGREGATES, ConstantLength, SequenceMean, SequenceSum, TokenMean
 from gspo_megatron.objective.clips import CLIPS, LogClip, PpoClip, SoftGate
-from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Dial, Level, Unit, make_dial, no_such_parameter
+from gspo_megatron.objective.corrections import CORRECTIONS, NO_CORRECTION
+from gspo_megatron.objective.dials import (
+    Aggregate,
+    Baseline,
+    Clip,
+    Correction,
+    Dial,
+    Level,
+    Unit,
+    make_dial,
+    no_such_parameter,
+)
 from gspo_megatron.objective.levels import LEVELS, SequenceMeanLevel, SequenceSumLevel, SequenceTokenLevel, TokenLevel
 from gspo_megatron.objective.weights import BinaryKlMask, CappedWeight, GammaWeight, Reinforce, TotalVariationMask
 
@@ -39,6 +51,7 @@ DIALS: dict[str, Mapping[str, type[Dial]]] = {
     "clip": CLIPS,
     "aggregate": AGGREGATES,
     "baseline": BASELINES,
+    "correction": CORRECTIONS,
 }
 """Kinds of dials, which are fields of Variant, and the dials of each kind by name."""
 
@@ -52,7 +65,7 @@ class Variant:
 
     Attributes:
         name: of the row.
-        level, clip, aggregate, baseline: its dials, each with its parameters.
+        level, clip, aggregate, baseline, correction: its dials, each with its parameters.
         source: the equations it comes from.
         kl_coef: weight of the KL term to a frozen reference; 0 needs no reference.
 
@@ -67,6 +80,7 @@ class Variant:
     baseline: Baseline
     source: str
     kl_coef: float = 0.0
+    correction: Correction = NO_CORRECTION
 
     def __post_init__(self) -> None:
         for kind, dial in self.dials.items():
@@ -204,8 +218,9 @@ def resolve_variant(
 
     Args:
         dials: parameters by `dial.parameter`, of the row's dials or of those that `overrides` chooses.
-        overrides: `kl_coef`; `level`, `clip`, `aggregate`, `baseline`: another dial, by its name or as an object (the
-            name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two of `dials`.
+        overrides: `kl_coef`; `level`, `clip`, `aggregate`, `baseline`, `correction`: another dial, by its name or as an
+            object (the name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two
+            of `dials`.
 
     Raises:
         ConfigError: unknown name, setting, dial or parameter (suggests the closest), a parameter given twice, or a

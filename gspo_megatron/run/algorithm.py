@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.log_probs import Scoring
@@ -55,6 +56,7 @@ class Algorithm:
             clip_high=a.clip_high,
             baseline=a.advantage,
             kl_coef=a.kl_coef,
+            correction=a.correction,
         )
         variant = _following(variant, config)
         by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1
@@ -112,7 +114,7 @@ class Algorithm:
             store_bytes=0 if self.entropy_coef else self.cache_bytes,
             # The one update of a rollout batch finds ratios of 1: the clip holds nothing.
             skip_zero_rows=self.skip_zero_gradient
-            and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler"),
+            and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler" or self.variant.correction.acts),
             backend=self.log_prob_backend,
         )
 
@@ -123,7 +125,7 @@ def _following(variant: Variant, config: Config) -> Variant:
         for parameter, key in dial.follows.items():
             section, _, name = key.partition(".")
             if f"{kind}.{parameter}" not in config.algorithm.dials:
-                followed = make_dial(
+                followed: Any = make_dial(
                     type(dial), dial.parameters() | {parameter: getattr(getattr(config, section), name)}
                 )
                 variant = replace(variant, **{kind: followed})

@@ -23,6 +23,7 @@ LENGTHS = [5, 1, 0, 7, 1, 3, 4, 2, 0]
 # The ratio of each sequence in clip ranges (beyond 1 is outside), and its advantage: all six branches of min().
 RANGES = [3.0, -3.0, 0.1, 3.0, 0.3, -3.0, -0.3, 3.0, 0.2]
 ADVANTAGES = [1.3, -0.9, 1.0, -1.1, 0.7, 0.5, -0.4, 1.0, -1.0]
+OWN_ORACLES = {"baseline": oracles.BASELINES, "correction": oracles.CORRECTIONS}
 EXACT = {"rtol": 1e-12, "atol": 1e-15}
 
 
@@ -57,7 +58,9 @@ def reduced(metrics: list[dict[str, Metric]]) -> dict[str, float]:
         )
         reduction = metrics[0][name].reduction
         result[name] = (
-            sum(totals) / sum(weights) if reduction == "mean" else {"min": min, "max": max}[reduction](totals)
+            sum(totals) / sum(weights)
+            if reduction == "mean"
+            else {"min": min, "max": max, "sum": sum}[reduction](totals)
         )
     return result
 
@@ -72,15 +75,16 @@ def gradients(loss, *inputs):
 def test_every_row_and_every_dial_has_an_oracle():
     for name in ROWS:
         oracles.find(oracles.ORACLES, name)
-    for name in DIALS["baseline"]:
-        oracles.find(oracles.BASELINES, name)
+    for kind, own in OWN_ORACLES.items():
+        for name in DIALS[kind]:
+            oracles.find(own, name)
     for kind, table in DIALS.items():
         used = {row.dials[kind].name: type(row.dials[kind]) for row in VARIANTS.values()}
         for name, dial in used.items():
             assert table.get(name) is dial, (
                 f"{kind} {name!r} of a row is not in the table of its kind: add a line there"
             )
-        unused = table.keys() - used.keys() if kind != "baseline" else set()  # a baseline has an oracle of its own
+        unused = table.keys() - used.keys() if kind not in OWN_ORACLES else set()
         assert not unused, (
             f"{kind} {', '.join(unused)} is in no row, so no oracle covers it: add a row of VARIANTS that has it, and "
             "the row's oracle to ORACLES in tests/support/oracles.py"

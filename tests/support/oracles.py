@@ -272,6 +272,47 @@ BASELINES: dict[str, Callable[[float, Group, list[Group]], float]] = {
 }
 """(reward, all rewards of its group, all groups) -> advantage."""
 
+
+def truncated(power: Callable[[int], float], cap: float):
+    return lambda rhos, t, *_: min(math.prod(rhos) ** power(len(rhos)) if power else rhos[t], cap)
+
+
+def between(power: Callable[[int], float], floor: float, cap: float, weight: Callable[[float], float] = float):
+    def kept(rhos: list[float], t: int, *_: Any) -> float:
+        rho = math.prod(rhos) ** power(len(rhos)) if power else rhos[t]
+        return weight(rho) if floor <= rho <= cap else 0.0
+
+    return kept
+
+
+def off_policy(rhos: list[float], t: int, moved: list[float], advantage: float) -> float:
+    """`moved`: log pi - log pi_old of each token."""
+    gone = -sum(math.log(rho) + x for rho, x in zip(rhos, moved, strict=True)) / len(rhos)
+    return 0.0 if advantage < 0 and gone > 0.05 else 1.0
+
+
+def root(length: int) -> float:
+    return 1 / length
+
+
+def whole(length: int) -> float:
+    return 1.0
+
+
+CORRECTIONS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
+    "none": ({}, lambda *_: 1.0),
+    "token_tis": ({"cap": 1.2}, truncated(None, 1.2)),
+    "sequence_tis": ({"cap": 1.2}, truncated(root, 1.2)),
+    "sequence_sum_tis": ({"cap": 1.2}, truncated(whole, 1.2)),
+    "token_mis": ({"floor": 0.7, "cap": 1.4}, between(None, 0.7, 1.4)),
+    "sequence_mis": ({"floor": 0.9, "cap": 1.2}, between(root, 0.9, 1.2)),
+    "sequence_sum_mis": ({"floor": 0.5, "cap": 2.0}, between(whole, 0.5, 2.0)),
+    "icepop": ({"floor": 0.5, "cap": 5.0}, between(None, 0.5, 5.0)),
+    "geometric_mask": ({"low": 0.9, "high": 1.1}, between(root, 0.9, 1.1, lambda rho: 1.0)),
+    "off_policy_mask": ({"delta": 0.05}, off_policy),
+}
+"""Parameters, and (ratios to the sampler of a response, which token, its log-ratios to old, advantage) -> weight."""
+
 Row = TypeVar("Row")
 
 
