@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -33,7 +33,7 @@ venv-hf: .venv-hf/.installed ## The packages of .venv, transformers, datasets an
 
 venv-engine: .venv-engine/.installed ## The packages of .venv and vLLM for CPUs, for `make test-engine`, into .venv-engine
 
-venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
+venv-trl: .venv-trl/.installed ## The packages of .venv, TRL and verl's source, for `make bench-trl` and `make test-peers`, into .venv-trl
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
@@ -129,6 +129,9 @@ test-hf: .venv-hf/.installed ## Compare model families with transformers; metric
 
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
 	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)
+
+test-peers: .venv-trl/.installed ## Compare the rows of the objective with the loss functions of TRL and verl
+	.venv-trl/bin/python -W ignore -m pytest -n 0 tests/objective/test_against_peers.py $(ARGS)
 
 fuzz: .venv/.installed ## Hostile settings, data, checkpoint headers and rewards: 5,000 cases (ARGS="--seed 7")
 	.venv/bin/python tools/fuzz.py $(ARGS)
@@ -231,7 +234,8 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-engine/.installed: ADD = $(NO_DEPS) -r requirements/engine.txt
 .venv-engine/.installed: .venv/.installed requirements/engine.txt
 .venv-trl/.installed: BASE = .venv
-.venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl
+.venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl && \
+	$(NO_DEPS) -c requirements/trl.txt verl
 .venv-trl/.installed: .venv/.installed requirements/trl.txt
 .venv-te/.installed: BASE = .venv-next
 .venv-te/.installed: ADD = $(NO_DEPS) -r requirements/te.txt && \

@@ -114,7 +114,7 @@ CATALOGUE = (
     Entry(
         "ratio/mean",
         "train",
-        "Mean over live sequences (tokens in gspo_token, grpo, dapo) of the ratio.",
+        "Mean of the ratio, over live sequences in gspo, gspo_sum, luspo, gmpo and vespo, over live tokens otherwise.",
         "Not near 1.",
     ),
     Entry("ratio/min", "train", "Smallest ratio of the step."),
@@ -128,7 +128,7 @@ CATALOGUE = (
     Entry(
         "clip_fraction",
         "train",
-        "Share of live tokens whose gradient the clip removes.",
+        "Share of live tokens whose gradient the clip removes; in cispo, whose weight it bounds.",
         "Above 0.33: the band is too narrow for these updates. 0 for ever: it never acts.",
     ),
     Entry("clip_fraction_low", "train", "Of them, below 1 - clip_low (advantage < 0)."),
