@@ -115,6 +115,27 @@ MODELS: dict[str, Model] = {
         },
         {"yarn": {}, "plain": {"rope_parameters": PLAIN, "tie_word_embeddings": True}},
     ),
+    "qwen3_next": Model(
+        "Qwen3Next",
+        {
+            **GROUPED_QUERY,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "moe_intermediate_size": 14,
+            "shared_expert_intermediate_size": 22,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            # 6 of 10 dimensions
+            "rope_parameters": PLAIN | {"partial_rotary_factor": 0.65},
+        },
+        {
+            "every third": {"full_attention_interval": 3},
+            "tied": {"num_hidden_layers": 4, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+        },
+    ),
     "glm4_moe": Model(
         "Glm4Moe",
         {
