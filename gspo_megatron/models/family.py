@@ -73,6 +73,7 @@ class TokenCount:
         window: tokens that it attends to at most. 0: all earlier ones.
         states: numbers that the sampler keeps of a sequence, however long, sharded over tp, in float32 or wider.
         inputs: the same in the model's number format.
+        gathered: numbers that context parallel gathers of it, sharded over tp, where they are not what is cached.
     """
 
     multiplied: int
@@ -82,6 +83,7 @@ class TokenCount:
     window: int = 0
     states: int = 0
     inputs: int = 0
+    gathered: int = 0
 
     def pairs(self, length: float) -> float:
         """Pairs of a token and one that it attends to, in a sequence of `length`: L (L + 1) / 2 without a window, else

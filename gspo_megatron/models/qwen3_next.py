@@ -175,7 +175,7 @@ def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     if recurrent:
         few = s.linear_value_head_dim + 2 * s.linear_num_value_heads
         multiplied = sizes.token_count(s, recurrent[0], added=added + few).multiplied + 3 * state
-        kinds[True] = TokenCount(multiplied, cached=0, attended=0, states=state, inputs=inputs)
+        kinds[True] = TokenCount(multiplied, cached=0, attended=0, states=state, inputs=inputs, gathered=2 * keys + values)
     return tuple(kinds[is_recurrent(s, i)] for i in range(s.num_layers))
 
 
