@@ -64,6 +64,7 @@ bench: .venv/.installed ## Time a step of the demo, also against plain pre-train
 	.venv/bin/python -W ignore -m benchmarks.checkpoint --output benchmarks/results/bench_checkpoint.json
 	.venv/bin/python -W ignore -m benchmarks.step_state --output benchmarks/results/step_state.json
 	.venv/bin/python -W ignore -m benchmarks.hugging_face --output benchmarks/results/hugging_face.json --markdown docs/models.md
+	.venv/bin/python -W ignore -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
 	.venv/bin/python -m benchmarks.prompts --output benchmarks/results/prompts.json --markdown docs/benchmarks.md
 
 bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 against Megatron-Core and other frameworks; half an hour

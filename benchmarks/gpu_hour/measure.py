@@ -35,6 +35,7 @@ from gspo_megatron.data.packing import pack
 from gspo_megatron.device import DTYPES, Device, open_device
 from gspo_megatron.device.own import this_process
 from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 
 MODEL = (
@@ -267,7 +268,7 @@ def decode(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 
     policy = bench.policy(te=True, fp8=options.fp8)
     # No token ends a response: every row decodes to its limit.
-    sampler = MegatronSampler(policy, stop_ids=[-1], pad_id=0)
+    sampler = MegatronSampler(policy, stops=Stops((-1,)), pad_id=0)
     rows, length = (4, 4) if bench.rehearse else (ROWS, PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(0)
     prompts = [

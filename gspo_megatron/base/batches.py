@@ -24,6 +24,8 @@ IntArray = NDArray[np.int64]
 
 IGNORED = -100
 """Target of a row that predicts nothing (prompt, padding): the row never reaches the vocabulary matmul."""
+NO_EXPERT = -1
+"""In place of an expert where none is known: the router chooses."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Column:
         title: what messages call one value.
         dtype: dtype of the values; None: that of log-probs (`Policy.score_dtype`).
         shape: shape of one token's value; () is a number.
+        of_model: dtype and shape are the model's, as the values have them. Such a column is absent from a micro-batch
+            without sequences, and from guards/*.jsonl.
         every_token: every token of the sequence has a value, not only the trained ones.
         fill: the value in padding, where every token has a value.
         finite: a non-finite value stops the run before it is trained on.
@@ -85,6 +89,7 @@ class Column:
     title: str
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()
+    of_model: bool = False
     every_token: bool = False
     fill: float = 0.0
     finite: bool = True
@@ -95,6 +100,8 @@ COLUMNS: dict[str, Column] = {
     for column in (
         Column("old_log_probs", "old log-prob"),
         Column("ref_log_probs", "reference log-prob"),
+        # [layers, experts of a token]
+        Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
     )
 }
 """Packing, the state of a step, guards and checkpoints loop over this table: new per-token data is one more row."""
@@ -158,9 +165,9 @@ class MicroBatch:
 
     Padding may follow the tokens of each sequence, and all S sequences; the latter forms segments of its own in
     `cu_seqlens`, none longer than the longest sequence. Row t predicts the next token: `targets_T[t]` is its id where
-    it is trained on, IGNORED elsewhere. `rows_R` are the rows that predict a trained token, and `sequence_R` is the
-    sequence (0 to S - 1) of that token. `trained_lengths` holds the number of trained tokens per sequence, `index` the
-    sequences' positions in the list that was packed.
+    it is trained on, IGNORED elsewhere. `inside_T` is False in padding. `rows_R` are the rows that predict a trained
+    token, and `sequence_R` is the sequence (0 to S - 1) of that token. `trained_lengths` holds the number of trained
+    tokens per sequence, `index` the sequences' positions in the list that was packed.
 
     `columns` holds the sequences' columns by name: [R, *shape] in the order of `rows_R`, or [T, *shape] where every
     token has a value. A column that the sequences do not have yet is absent.
@@ -172,6 +179,7 @@ class MicroBatch:
     tokens_T: Tensor
     positions_T: Tensor
     targets_T: Tensor
+    inside_T: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     trained_lengths: list[int]

@@ -23,8 +23,11 @@ Accept = Callable[[float, bool], bool]
 class Scores(Protocol):
     """A model that scores sequences. All ranks call it together."""
 
-    def log_probs(self, micro_batches: Seq[MicroBatch], *, reference: bool = False) -> list[Tensor]:
-        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
+    def log_probs(
+        self, micro_batches: Seq[MicroBatch], *, reference: bool = False, record_experts: bool = False
+    ) -> list[Tensor]:
+        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank. `record_experts` also
+        fills in the column `routed_experts` of the micro-batches."""
 
 
 class Policy(Scores, Protocol):

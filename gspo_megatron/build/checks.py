@@ -43,6 +43,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_data(config.data)
     _check_batches(config)
     _check_savings(config, algorithm)
+    _check_routing_replay(config, algorithm)
     _check_folders(config)
     return layout
 
@@ -203,8 +204,31 @@ def _check_batches(config: Config) -> None:
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            f"log-probs are of the "
-            "truncated distribution, the trainer's of the full one; use algorithm.old_log_probs=auto"
+            "log-probs are of the truncated distribution, the trainer's of the full one; use "
+            "algorithm.old_log_probs=auto"
+        )
+
+
+def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
+    replay = config.algorithm.routing_replay
+    if replay == "none":
+        return
+    if not config.model.shape.num_experts:
+        raise ConfigError(
+            f"algorithm.routing_replay={replay} has no effect: model.family={config.model.family} has no experts; set "
+            "it to none"
+        )
+    if algorithm.old_log_probs != "trainer":
+        raise ConfigError(
+            f"algorithm.routing_replay={replay} records the experts in the pass that scores old log-probs, and there "
+            f"is none with algorithm.old_log_probs={config.algorithm.old_log_probs} and algorithm.updates_per_rollout="
+            f"{config.algorithm.updates_per_rollout}; set old_log_probs=recompute, or routing_replay=none"
+        )
+    if replay == "R2" and algorithm.balances_load:
+        raise ConfigError(
+            f"algorithm.routing_replay=R2 with model.aux_loss_coef={config.model.aux_loss_coef}: the balancing loss "
+            "counts the experts that the router would choose, not those that are used; set aux_loss_coef=0, or "
+            "routing_replay=compare"
         )
 
 
@@ -229,6 +253,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
+        )
+    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+        notes.append(
+            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
+            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
+            "not the one that was sampled; set top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

@@ -56,14 +56,14 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
-        mend = (
+        advice = (
             "use the tokenizer of the model, or enlarge the model's embeddings (transformers: resize_token_embeddings)"
             if config.model.hf
             else f"set model.vocab_size to {tokenizer.vocab_size}, or null to take the tokenizer's"
         )
         raise ConfigError(
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
-            f"model.vocab_size={vocab_size}; {mend}"
+            f"model.vocab_size={vocab_size}; {advice}"
         )
     return ModelInputs(replaced(config, {"model.vocab_size": vocab_size}), layout, algorithm, tokenizer)
 

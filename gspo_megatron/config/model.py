@@ -45,7 +45,10 @@ class ModelConfig:
     qk_norm: bool = setting(False, "glm4_moe: normalise queries and keys, each head on its own.")
     attention_bias: bool = setting(False, "glm4_moe: biases of the projections to queries, keys and values.")
     partial_rotary_factor: float = setting(
-        1.0, "glm4_moe, qwen3_next: the share of a head's dimensions, the first ones, that RoPE rotates.", above=0, most=1
+        1.0,
+        "glm4_moe, qwen3_next: the share of a head's dimensions, the first ones, that RoPE rotates.",
+        above=0,
+        most=1,
     )
     sliding_window: int = setting(
         0, "mixtral, gpt_oss: tokens that a token attends to at most, itself included. 0: all earlier ones.", least=0

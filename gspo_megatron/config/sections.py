@@ -201,6 +201,12 @@ class AlgorithmConfig:
         "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
     )
+    routing_replay: str = setting(
+        "none",
+        "Records the experts that the policy at the start of a step chooses. compare: updates report how many tokens "
+        "go to others (router/changed_fraction). R2: updates use the recorded ones.",
+        choices=("none", "compare", "R2"),
+    )
 
 
 @dataclass(frozen=True)

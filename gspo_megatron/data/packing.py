@@ -165,21 +165,25 @@ def build_micro_batch(
     columns = {}
     for name, column in COLUMNS.items():
         values = [sequence.columns[name] for sequence in packed if name in sequence.columns]
+        if column.of_model and not values:
+            continue
         if len(values) < len(packed):
             assert not values, f"some sequences of a micro-batch have {name}, others do not"
             continue
         counts = lengths if column.every_token else trained_lengths
         assert [len(of_sequence) for of_sequence in values] == counts, f"{name} does not have one value per token"
         dtype = column.dtype or (values[0].dtype if values else torch.float32)
+        shape = tuple(values[0].shape[1:]) if column.of_model else column.shape
         if column.every_token:
-            columns[name] = laid_out(values, column.shape, dtype, column.fill)[held_T]
+            columns[name] = laid_out(values, shape, dtype, column.fill)[held_T]
         else:
-            columns[name] = torch.cat([torch.empty(0, *column.shape, dtype=dtype), *values])[held_R]
+            columns[name] = torch.cat([torch.empty(0, *shape, dtype=dtype), *values])[held_R]
 
     return MicroBatch(
         tokens_T=tokens_T[held_T],
         positions_T=torch.cat([torch.arange(length) for length in segments])[held_T],
         targets_T=targets_T[held_T],
+        inside_T=torch.zeros(size, dtype=torch.bool).index_fill(0, places, True)[held_T],
         cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=max(segments),
         trained_lengths=trained_lengths,

@@ -76,7 +76,9 @@ class GatedDeltaNet(torch.nn.Module):
 
         def project(size: int, name: str) -> torch.nn.Module:
             group = pg_collection.tp
-            return linear(submodules.in_proj, config.hidden_size, size, config, name, gather_output=False, tp_group=group)
+            return linear(
+                submodules.in_proj, config.hidden_size, size, config, name, gather_output=False, tp_group=group
+            )
 
         self.in_proj_qkvz = project(2 * keys + 2 * values, "in_proj_qkvz")
         self.in_proj_ba = project(2 * config.linear_num_value_heads, "in_proj_ba")

@@ -79,7 +79,7 @@ class MegatronExports:
         files: FolderFiles,
         say: Callable[[str], None],
     ) -> None:
-        """`files`: what a folder holds besides weights. `say` is told where each folder is."""
+        """`files`: what a folder holds besides weights. `say` prints where each folder was written."""
         self.policy, self.groups, self.files, self.say = policy, policy.groups, files, say
         self.settings, self.directory = policy.config.train, Path(policy.config.run.dir) / "hf"
         self._trained: int | None = None

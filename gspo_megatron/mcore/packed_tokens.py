@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from gspo_megatron.base.batches import IntArray
 from gspo_megatron.mcore.context_parallel import Part, part_of
 from gspo_megatron.mcore.kv_cache import CachedPrompts, CacheUse, CacheWrite, KVCache
+from gspo_megatron.mcore.routing import Routing
 
 
 @dataclass
@@ -38,10 +39,16 @@ class PackedTokens(PackedSeqParams):
     sin_TD: Tensor | None = None
     through_cache: CacheUse | None = None
     """None: the pack consists of whole sequences."""
+    routing: Routing | None = None
+    """What decides the experts of these tokens. None: the routers."""
 
 
 def packed(
-    positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, context: ProcessGroup | None = None
+    positions_T: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    context: ProcessGroup | None = None,
+    routing: Routing | None = None,
 ) -> PackedTokens:
     """Whole sequences, concatenated; `cu_seqlens` [B + 1] are their boundaries. With `context`, the group of the
     context-parallel ranks, `positions_T` are those of this rank's part."""
@@ -60,6 +67,7 @@ def packed(
         slots_T=row_T * max_seqlen + inside_T,
         grid=(num_rows, max_seqlen),
         part=None if size == 1 or context is None else part_of(cu_seqlens, max_seqlen, num_tokens, context),
+        routing=routing,
     )
 
 

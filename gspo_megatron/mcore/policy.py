@@ -16,13 +16,14 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
 from gspo_megatron.log_probs import Scoring
-from gspo_megatron.mcore import schedule
+from gspo_megatron.mcore import routing, schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
 from gspo_megatron.mcore.router_load import RouterLoad
+from gspo_megatron.mcore.routing import Recorded, Recording, Routing, RoutingDrift
 from gspo_megatron.mcore.weights import load_weights, whole_sizes, whole_weights
 from gspo_megatron.models.names import HubSize, NameRule, Sliceable
 
@@ -56,7 +57,9 @@ class MegatronModel:
         """This rank's parts of the model."""
         return self._model
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
+    ) -> list[Tensor]:
         """See `Policy.log_probs`.
 
         Raises:
@@ -65,9 +68,13 @@ class MegatronModel:
         chunks = self.reference if reference else self.model
         if chunks is None:
             raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
-        micro_batches = [self._here(m) for m in micro_batches]
-        scored = schedule.log_probs(chunks, self.groups, micro_batches, self.scoring)
-        counts = [len(m.sequence_R) for m in micro_batches]
+        here = [self._here(m) for m in micro_batches]
+        recordings = [Recording() for _ in here] if record_experts else []
+        scored = schedule.log_probs(chunks, self.groups, here, self.scoring, recordings)
+        for micro_batch, moved, recording in zip(micro_batches, here, recordings, strict=record_experts):
+            column = recording.column(moved, self.config.model.shape, self.groups)
+            micro_batch.columns["routed_experts"] = column
+        counts = [len(m.sequence_R) for m in here]
         joined = (
             torch.cat(scored)
             if scored
@@ -110,6 +117,9 @@ class MegatronPolicy(MegatronModel):
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
+        self.routing_drift = RoutingDrift(config.model.shape, groups)
+        if config.algorithm.routing_replay != "none":
+            routing.install(self._model)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property
@@ -143,7 +153,9 @@ class MegatronPolicy(MegatronModel):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
-        metrics = merge(schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load))
+        metrics = merge(
+            schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load, self._routing_of)
+        )
         with self.device.optimizer_scope():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
@@ -160,9 +172,18 @@ class MegatronPolicy(MegatronModel):
             "grad_norm": Metric(grad_norm),
             "memory/peak_gib": Metric(peak, reduction="max"),
             **self.router_load.metrics(),
+            **self.routing_drift.metrics(),
         }
         first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # equal on all ranks; counted once
         return metrics | (of_all if first else {})
+
+    def _routing_of(self, micro_batch: MicroBatch) -> Routing | None:
+        """The experts that were recorded for a micro-batch. None: the routers choose, as in a warm start."""
+        recorded = micro_batch.columns.get("routed_experts")
+        if recorded is None:
+            return None
+        replay = self.config.algorithm.routing_replay == "R2"
+        return Recorded(recorded, self.groups, self.routing_drift, replay=replay)
 
     def _step(self, grad_norm: float) -> None:
         """The rest of `self.optimizer.step()`, which in one call would leave no room for a decision after the norm."""

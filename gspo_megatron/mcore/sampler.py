@@ -69,20 +69,16 @@ class ForwardInputs(NamedTuple):
     """[1]: 1 where this process has been asked to stop."""
 
 
-NO_MORE = Stops(())
-
-
 class MegatronSampler:
-    """`Sampler` of base/protocols.py. Each of `stop_ids`, and what else `stops` has, ends a response; `pad_id` fills
-    places that attention never reads. `stop` is called at every token; when it returns True on any process, generate
-    raises StopRequested on all. `sign_of_life` is called at every token, with a function that says how far it is."""
+    """`Sampler` of base/protocols.py. `stops` say what ends a response; `pad_id` fills places that attention never
+    reads. `stop` is called at every token; when it returns True on any process, generate raises StopRequested on all.
+    `sign_of_life` is called at every token, with a function that says how far it is."""
 
     def __init__(
         self,
         policy: MegatronPolicy,
         *,
-        stop_ids: Sequence[int] = (),
-        stops: Stops = NO_MORE,
+        stops: Stops,
         pad_id: int,
         stop: Callable[[], bool] = lambda: False,
         sign_of_life: Callable[[Callable[[], str]], None] = lambda text: None,
@@ -92,7 +88,6 @@ class MegatronSampler:
         self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
-        stops = stops._replace(ids=(*stop_ids, *stops.ids))
         self.stops = StopTable.of(stops, policy.config.model.vocab_size)
         self.after_SV = torch.from_numpy(self.stops.after).to(self.device)
         self.multiple = sampler_token_multiple(policy.config)

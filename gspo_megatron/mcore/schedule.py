@@ -31,6 +31,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import wait_for_weight
 from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 from gspo_megatron.mcore.router_load import RouterLoad
+from gspo_megatron.mcore.routing import Routing
 
 ModelInput = tuple[Tensor, PackedTokens]
 Chunks = Sequence[Any]
@@ -38,11 +39,17 @@ Chunks = Sequence[Any]
 
 
 def train(
-    chunks: Chunks, groups: Groups, batch: UpdateBatch, loss: Loss, scoring: Scoring, load: RouterLoad
+    chunks: Chunks,
+    groups: Groups,
+    batch: UpdateBatch,
+    loss: Loss,
+    scoring: Scoring,
+    load: RouterLoad,
+    routing_of: Callable[[MicroBatch], Routing | None],
 ) -> list[dict[str, Metric]]:
     """Forward and backward of one update; leaves reduced gradients in the buffers, and the tokens of every expert in
-    `load`. Metrics exist on the last stage only, on its device. Nothing here waits for the device, except that
-    scoring.skip_zero_rows reads which rows to skip."""
+    `load`. `routing_of` a micro-batch decides its experts, None: the routers. Metrics exist on the last stage only, on
+    its device. Nothing here waits for the device, except that scoring.skip_zero_rows reads which rows to skip."""
     scale = len(batch.micro_batches) * groups.dp_size
 
     def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
@@ -55,22 +62,29 @@ def train(
     def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(micro_batches)
         with load.counting(micro_batch):
-            hidden = model(*model_input(micro_batch, groups))
+            hidden = model(*model_input(micro_batch, groups, routing_of(micro_batch)))
         return hidden, partial(micro_batch_loss, micro_batch)
 
     return _run(forward_step, chunks, batch.micro_batches, forward_only=False)
 
 
 @torch.no_grad()
-def log_probs(chunks: Chunks, groups: Groups, micro_batches: Sequence[MicroBatch], scoring: Scoring) -> list[Tensor]:
+def log_probs(
+    chunks: Chunks,
+    groups: Groups,
+    micro_batches: Sequence[MicroBatch],
+    scoring: Scoring,
+    routings: Sequence[Routing | None] | None = None,
+) -> list[Tensor]:
     """Log-probs of every micro-batch's response tokens, [R] each, without gradient; an empty list before the last
-    stage."""
+    stage. `routings` decide the experts of each, None: the routers."""
     module = _bare(chunks[-1])
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
         return response_log_probs(module, groups, micro_batch, hidden, scoring.forward_only)[0]
 
-    steps = [(model_input(m, groups), partial(score, m)) for m in micro_batches]
+    routings = routings or [None] * len(micro_batches)
+    steps = [(model_input(m, groups, r), partial(score, m)) for m, r in zip(micro_batches, routings, strict=True)]
     return forward(chunks, steps)
 
 
@@ -90,9 +104,9 @@ def forward(chunks: Chunks, steps: Sequence[tuple[ModelInput, Callable[[Tensor],
     return _run(forward_step, chunks, steps, forward_only=True)
 
 
-def model_input(micro_batch: MicroBatch, groups: Groups) -> ModelInput:
+def model_input(micro_batch: MicroBatch, groups: Groups, routing: Routing | None = None) -> ModelInput:
     m = micro_batch
-    return m.tokens_T, packed(m.positions_T, m.cu_seqlens, m.max_seqlen, groups.cp)
+    return m.tokens_T, packed(m.positions_T, m.cu_seqlens, m.max_seqlen, groups.cp, routing)
 
 
 def response_log_probs(

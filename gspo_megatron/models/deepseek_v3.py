@@ -1,4 +1,4 @@
-"""DeepSeek-V3: multi-head latent attention, dense first layers, then SwiGLU experts beside a shared expert, and a
+"""DeepSeek-V3: multi-head latent attention, dense first layers, then a shared SwiGLU expert and routed ones, and a
 sigmoid router with groups and a bias for each expert that only the choice of experts sees.
 
 arXiv 2412.19437, Section 2.1. Names and settings: Hugging Face transformers 5.23, models/deepseek_v3;
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from math import sqrt
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, LayerCount, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import NameRule
 from gspo_megatron.models.rope import rope_complaints, rope_of
@@ -36,64 +37,56 @@ RULES = (
     *parts.SIGMOID_ROUTER_RULES,
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    **parts.SIGMOID_ROUTER_SIZES,
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (False, False),
-    "norm_topk_prob": (True, True),
-    "rope_interleave": (True, True),
-    # Keys of the files on the hub that transformers does not read.
-    "scoring_func": ("sigmoid", "sigmoid"),
-    "topk_method": ("noaux_tc", "noaux_tc"),
-    "moe_layer_freq": (1, 1),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "DeepseekV3ForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_nope_head_dim": "qk_nope_head_dim",
+        "qk_rope_head_dim": "qk_rope_head_dim",
+        "v_head_dim": "v_head_dim",
+        **config_json.SIGMOID_ROUTER_SIZES,
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (False, False),
+        "norm_topk_prob": (True, True),
+        "rope_interleave": (True, True),
+        # Keys of the files on the hub that transformers does not read.
+        "scoring_func": ("sigmoid", "sigmoid"),
+        "topk_method": ("noaux_tc", "noaux_tc"),
+        "moe_layer_freq": (1, 1),
+    },
+)
 LATENT_NORM_EPSILON = 1e-6
 """Of the norms of the two latents, whatever norm_epsilon is: transformers builds them with its default."""
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
-    """config.json -> the shape. transformers 5 may write `n_routed_experts` as `num_local_experts`.
+    """config.json -> the shape.
 
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    hf = parts.with_num_experts(hf, "n_routed_experts")
-    found = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts", "q_lora_rank": "q_lora_rank"}, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
+    found = CONFIG.read(hf, shared="n_shared_experts", q_lora_rank="q_lora_rank")
     return ModelShape(
-        family=NAME,
         q_lora_rank=found.pop("q_lora_rank") or 0,
         shared_expert_ffn_size=found.pop("shared") * found["expert_ffn_size"],
-        tie_embeddings=hf.get("tie_word_embeddings", False),
         **found,
-        **parts.read_rope(hf, NAME, ("default", "yarn")),
+        **config_json.read_rope(hf, NAME, ("default", "yarn")),
     )
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "num_key_value_heads": s.num_attention_heads,
-        "q_lora_rank": s.q_lora_rank or None,
-        "n_shared_experts": s.shared_expert_ffn_size // s.expert_ffn_size,
-        "num_nextn_predict_layers": 0,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(
+        s,
+        num_key_value_heads=s.num_attention_heads,
+        q_lora_rank=s.q_lora_rank or None,
+        n_shared_experts=s.shared_expert_ffn_size // s.expert_ffn_size,
+        num_nextn_predict_layers=0,
+    )
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:

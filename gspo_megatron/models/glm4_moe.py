@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -27,17 +28,16 @@ RULES = (
     *parts.SIGMOID_ROUTER_RULES,
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    **parts.SIGMOID_ROUTER_SIZES,
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "norm_topk_prob": (True, True),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "Glm4MoeForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        **config_json.SIGMOID_ROUTER_SIZES,
+    },
+    only={"hidden_act": ("silu", "silu"), "norm_topk_prob": (True, True)},
+)
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
@@ -46,38 +46,28 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    hf = parts.with_num_experts(hf, "n_routed_experts")
-    found = parts.read_sizes(hf, _SAME_NUMBER | {"shared": "n_shared_experts"}, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
+    found = CONFIG.read(hf, shared="n_shared_experts")
     return ModelShape(
-        family=NAME,
-        head_dim=parts.read_head_dim(hf),
+        head_dim=config_json.read_head_dim(hf),
         qk_norm=hf.get("use_qk_norm", False),
         attention_bias=hf.get("attention_bias", False),
         shared_expert_ffn_size=found.pop("shared") * found["expert_ffn_size"],
-        tie_embeddings=hf.get("tie_word_embeddings", False),
         **found,
-        **parts.read_rope(hf, NAME, partial=0.5),
+        **config_json.read_rope(hf, NAME, partial=0.5),
     )
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "head_dim": s.head_dim,
-        "use_qk_norm": s.qk_norm,
-        "attention_bias": s.attention_bias,
-        "partial_rotary_factor": s.partial_rotary_factor,
-        "n_shared_experts": s.shared_expert_ffn_size // s.expert_ffn_size,
-        "num_nextn_predict_layers": 0,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(
+        s,
+        head_dim=s.head_dim,
+        use_qk_norm=s.qk_norm,
+        attention_bias=s.attention_bias,
+        partial_rotary_factor=s.partial_rotary_factor,
+        n_shared_experts=s.shared_expert_ffn_size // s.expert_ffn_size,
+        num_nextn_predict_layers=0,
+    )
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:

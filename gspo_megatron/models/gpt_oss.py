@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import InterleavedGateUp, NameRule, Transpose
 from gspo_megatron.models.shape import ModelShape
@@ -41,24 +42,26 @@ RULES = (
     NameRule(f"{_EXPERT}linear_fc2.bias", (f"{_EXPERTS}down_proj_bias",)),
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_ffn_size": "intermediate_size",
-    "sliding_window": "sliding_window",
-}
 ALPHA, LIMIT = 1.702, 7.0
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (True, True),
-    "swiglu_alpha": (ALPHA, ALPHA),
-    "swiglu_limit": (LIMIT, LIMIT),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "GptOssForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "intermediate_size",
+        "sliding_window": "sliding_window",
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (True, True),
+        "swiglu_alpha": (ALPHA, ALPHA),
+        "swiglu_limit": (LIMIT, LIMIT),
+    },
+)
 
 
 def layer_types(num_layers: int) -> list[str]:
@@ -72,29 +75,14 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
-    parts.check_layer_types(hf, layer_types(found["num_layers"]), NAME)
-    return ModelShape(
-        family=NAME,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        **found,
-        **parts.read_rope(hf, NAME, ("default", "yarn"), base=150_000.0),
-    )
+    found = CONFIG.read(hf)
+    config_json.check_layer_types(hf, layer_types(found["num_layers"]), NAME)
+    return ModelShape(**found, **config_json.read_rope(hf, NAME, ("default", "yarn"), base=150_000.0))
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "layer_types": layer_types(s.num_layers),
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(s, layer_types=layer_types(s.num_layers))
 
 
 def gated(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import GateUp, NameRule
 from gspo_megatron.models.shape import ModelShape
@@ -27,19 +28,21 @@ RULES = (
     NameRule(f"{_OUR_EXPERT}linear_fc2.weight", (f"{_THEIR_EXPERT}w2.weight",)),
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_ffn_size": "intermediate_size",
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "router_jitter_noise": (0.0, 0.0),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "MixtralForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "intermediate_size",
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "router_jitter_noise": (0.0, 0.0),
+    },
+)
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
@@ -48,31 +51,18 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
+    found = CONFIG.read(hf)
     return ModelShape(
-        family=NAME,
-        head_dim=parts.read_head_dim(hf),
+        head_dim=config_json.read_head_dim(hf),
         sliding_window=hf.get("sliding_window") or 0,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
         **found,
-        **parts.read_rope(hf, NAME, base=1_000_000.0),
+        **config_json.read_rope(hf, NAME, base=1_000_000.0),
     )
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "head_dim": s.head_dim,
-        "sliding_window": s.sliding_window or None,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(s, head_dim=s.head_dim, sliding_window=s.sliding_window or None)
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -23,18 +24,20 @@ RULES = (
     *parts.feed_forward(f"{parts.OURS}mlp.", f"{parts.THEIRS}mlp."),
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    "dense_ffn_size": "intermediate_size",
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (False, False),
-    "use_sliding_window": (False, False),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "Qwen3ForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "dense_ffn_size": "intermediate_size",
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (False, False),
+        "use_sliding_window": (False, False),
+    },
+)
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
@@ -43,30 +46,18 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
-    parts.check_layer_types(hf, ["full_attention"] * found["num_layers"], NAME)
+    found = CONFIG.read(hf)
+    config_json.check_layer_types(hf, ["full_attention"] * found["num_layers"], NAME)
     return ModelShape(
-        family=NAME,
         head_dim=hf.get("head_dim") or 128,  # what transformers takes where it is missing
-        tie_embeddings=hf.get("tie_word_embeddings", False),
         **found,
-        **parts.read_rope(hf, NAME),
+        **config_json.read_rope(hf, NAME),
     )
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "head_dim": s.head_dim,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(s, head_dim=s.head_dim)
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:

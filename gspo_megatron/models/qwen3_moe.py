@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -17,55 +18,44 @@ USES = parts.GROUPED_QUERY | parts.EXPERTS
 
 RULES = (*parts.BLOCK_RULES, parts.QKV_RULE, *parts.QK_NORM_RULES, *parts.EXPERT_RULES)
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_ffn_size": "moe_intermediate_size",
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (False, False),
-    "use_sliding_window": (False, False),
-    "norm_topk_prob": (True, False),
-    "decoder_sparse_step": (1, 1),
-    "mlp_only_layers": ([], []),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "Qwen3MoeForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "moe_intermediate_size",
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (False, False),
+        "use_sliding_window": (False, False),
+        "norm_topk_prob": (True, False),
+        "decoder_sparse_step": (1, 1),
+        "mlp_only_layers": ([], []),
+    },
+)
 
 
 def shape(hf: Mapping[str, Any]) -> ModelShape:
-    """config.json -> the shape. transformers 5 writes `num_experts` as `num_local_experts`.
+    """config.json -> the shape.
 
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    hf = parts.with_num_experts(hf, "num_experts")
-    found = parts.read_sizes(hf, _SAME_NUMBER, NAME)
-    parts.check_implemented(hf, _ONLY, NAME)
+    found = CONFIG.read(hf)
     return ModelShape(
-        family=NAME,
-        head_dim=parts.read_head_dim(hf),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        head_dim=config_json.read_head_dim(hf),
         **found,
-        **parts.read_rope(hf, NAME),
+        **config_json.read_rope(hf, NAME),
     )
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "head_dim": s.head_dim,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(s, head_dim=s.head_dim)
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:

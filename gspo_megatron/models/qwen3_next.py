@@ -12,23 +12,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gspo_megatron.models import parts, sizes
+from gspo_megatron.models import config_json, parts, sizes
+from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
 from gspo_megatron.models.names import GatedQKV, KeyHeadChannels, NameRule
 from gspo_megatron.models.shape import ModelShape
 
 NAME = "qwen3_next"
-DELTA_NET = frozenset(
-    {
-        "full_attention_interval",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_conv_kernel_dim",
-    }
+LINEAR = frozenset(
+    f"linear_{part}"
+    for part in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 )
-USES = parts.GROUPED_QUERY | parts.EXPERTS | DELTA_NET | {"partial_rotary_factor", "shared_expert_ffn_size"}
+"""Sizes of gated delta nets, which ModelShape, config.json and Megatron call the same."""
+OWN = LINEAR | {"full_attention_interval", "shared_expert_ffn_size"}
+USES = parts.GROUPED_QUERY | parts.EXPERTS | OWN | {"partial_rotary_factor"}
 
 _DELTA, _THEIR_DELTA = f"{parts.OURS}self_attention.", f"{parts.THEIRS}linear_attn."
 
@@ -51,25 +48,27 @@ RULES = (
     NameRule(f"{parts.OURS}mlp.shared_experts.gate_weight", (f"{parts.THEIRS}mlp.shared_expert_gate.weight",)),
 )
 
-_SAME_NUMBER = {
-    # field of ModelShape: key of config.json
-    **parts.SIZES,
-    "num_query_groups": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_ffn_size": "moe_intermediate_size",
-    "shared_expert_ffn_size": "shared_expert_intermediate_size",
-    **{name: name for name in DELTA_NET - {"full_attention_interval"}},
-}
-_ONLY = {
-    # key of config.json: (what is implemented, what transformers takes where the key is missing)
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (False, False),
-    "norm_topk_prob": (True, True),
-    "decoder_sparse_step": (1, 1),
-    "mlp_only_layers": ([], []),
-}
+CONFIG = ConfigKeys(
+    NAME,
+    "Qwen3NextForCausalLM",
+    sizes={
+        **config_json.SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "moe_intermediate_size",
+        "shared_expert_ffn_size": "shared_expert_intermediate_size",
+        **{name: name for name in sorted(LINEAR)},
+    },
+    only={
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (False, False),
+        "norm_topk_prob": (True, True),
+        "decoder_sparse_step": (1, 1),
+        "mlp_only_layers": ([], []),
+    },
+)
 
 
 def is_recurrent(s: ModelShape, layer: int) -> bool:
@@ -96,32 +95,19 @@ def shape(hf: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: a size is missing, or the model uses something that is not implemented.
     """
-    hf = parts.with_num_experts(hf, "num_experts")
-    found, interval = parts.read_sizes(hf, _SAME_NUMBER, NAME), _interval(hf)
-    parts.check_implemented(hf, _ONLY, NAME)
-    parts.check_layer_types(hf, layer_types(found["num_layers"], interval), NAME)
-    return ModelShape(
-        family=NAME,
-        full_attention_interval=interval,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        **found,
-        **parts.read_rope(hf, NAME, partial=0.25),
-    )
+    found, interval = CONFIG.read(hf), _interval(hf)
+    config_json.check_layer_types(hf, layer_types(found["num_layers"], interval), NAME)
+    rope = config_json.read_rope(hf, NAME, partial=0.25)
+    return ModelShape(full_attention_interval=interval, **found, **rope)
 
 
 def hf_config(s: ModelShape) -> dict[str, Any]:
-    """The shape as config.json, with the keys of the files on the hub, which transformers 4 and 5 both read."""
-    assert s.vocab_size is not None, "model.vocab_size must be set before a model is written"
-    return {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "model_type": NAME,
-        **{key: getattr(s, field) for field, key in _SAME_NUMBER.items()},
-        "full_attention_interval": s.full_attention_interval,
-        "partial_rotary_factor": s.partial_rotary_factor,
-        **parts.write_rope(s),
-        "tie_word_embeddings": s.tie_embeddings,
-        **{key: implemented for key, (implemented, _) in _ONLY.items()},
-    }
+    """The shape as config.json."""
+    return CONFIG.write(
+        s,
+        full_attention_interval=s.full_attention_interval,
+        partial_rotary_factor=s.partial_rotary_factor,
+    )
 
 
 def megatron(s: ModelShape) -> dict[str, Any]:
@@ -135,7 +121,7 @@ def megatron(s: ModelShape) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": s.shared_expert_ffn_size,
         "moe_shared_expert_gate": True,
         "linear_attention_freq": [int(is_recurrent(s, i)) for i in range(s.num_layers)],
-        **{name: getattr(s, name) for name in DELTA_NET - {"full_attention_interval"}},
+        **{name: getattr(s, name) for name in LINEAR},
     }
 
 
@@ -149,9 +135,7 @@ def counts(s: ModelShape) -> ParameterCount:
     queries, keys, values, gates z and two numbers a value head; convolution, A and dt; output, and its norm."""
     h, (keys, values) = s.hidden_size, delta_net_widths(s)
     gates = h * s.num_attention_heads * s.head_dim
-    full = sizes.parameter_count(
-        s, sharded=sizes.grouped_query_sizes(s)[0] + gates, replicated=2 * s.head_dim + h * (s.num_experts > 0)
-    )
+    full = sizes.parameter_count(s, sharded=sizes.grouped_query_sizes(s)[0] + gates, replicated=2 * s.head_dim + h)
     projections = h * (2 * keys + 3 * values + 2 * s.linear_num_value_heads)
     small = (2 * keys + values) * s.linear_conv_kernel_dim + 2 * s.linear_num_value_heads
     delta_net = sizes.parameter_count(s, sharded=projections + small, replicated=s.linear_value_head_dim + h)
@@ -175,7 +159,9 @@ def per_token(s: ModelShape) -> tuple[TokenCount, ...]:
     if recurrent:
         few = s.linear_value_head_dim + 2 * s.linear_num_value_heads
         multiplied = sizes.token_count(s, recurrent[0], added=added + few).multiplied + 3 * state
-        kinds[True] = TokenCount(multiplied, cached=0, attended=0, states=state, inputs=inputs, gathered=2 * keys + values)
+        kinds[True] = TokenCount(
+            multiplied, cached=0, attended=0, states=state, inputs=inputs, gathered=2 * keys + values
+        )
     return tuple(kinds[is_recurrent(s, i)] for i in range(s.num_layers))
 
 
@@ -190,7 +176,7 @@ def complaints(s: ModelShape) -> Iterator[str]:
     """Sizes that would not train, or not even build."""
     yield from sizes.router_complaints(s)
     yield from sizes.grouped_query_complaints(s)
-    for name in sorted(DELTA_NET | {"shared_expert_ffn_size"}):
+    for name in sorted(OWN):
         if not getattr(s, name):
             yield f"model.{name} must be set for model.family={NAME}: it is 0"
     if s.linear_num_key_heads and s.linear_num_value_heads % s.linear_num_key_heads:

@@ -148,6 +148,13 @@ CATALOGUE = (
         "-sum(p ln p) / ln(experts), p = n / sum(n), mean over the updates.",
         "1 is even, 0 is one expert.",
     ),
+    Entry(
+        "router/changed_fraction/layer_NN",
+        "router",
+        "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose "
+        "(algorithm.routing_replay).",
+        "The larger, the more a ratio compares two different networks.",
+    ),
     # Speed and memory.
     Entry("tokens_per_second", "time", "tokens / time/step_s."),
     Entry("tokens_per_second_per_gpu", "time", "The same divided by the number of processes."),

@@ -56,7 +56,7 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        """A bar for `total` bytes; yields the function that is told of more of them."""
+        """A progress bar for `total` bytes; yields the function that advances it by a number of bytes."""
         columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=self._out) as bar:
             task = bar.add_task(escape(what), total=total)

@@ -92,7 +92,7 @@ class Rewards:
                 except ValueError as error:
                     raise DataError(
                         f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {name!r} cannot judge it: {error}; use "
-                        "another reward, mend the answer, or set reward.on_error=count"
+                        "another reward, correct the answer, or set reward.on_error=count"
                     ) from error
 
     def accuracy(self, rollout: Rollout) -> float:

@@ -18,6 +18,7 @@ class Algorithm:
         updates_per_rollout: mini-batches that a rollout batch is split into, each used for one update.
         old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
             `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
+        records_experts: the experts that the policy at the start of a step chooses are recorded for the updates.
         balances_load: the router's load-balancing loss is on, so every token has a gradient.
         skip_zero_gradient: leave out what has no gradient, where that is possible.
         temperature: of the distribution that is sampled and scored, softmax(z / temperature).
@@ -30,6 +31,7 @@ class Algorithm:
     entropy_coef: float
     updates_per_rollout: int
     old_log_probs: str
+    records_experts: bool
     balances_load: bool
     skip_zero_gradient: bool
     temperature: float
@@ -59,6 +61,7 @@ class Algorithm:
             entropy_coef=a.entropy_coef,
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
+            records_experts=a.routing_replay != "none",
             balances_load=config.model.aux_loss_coef > 0,
             skip_zero_gradient=config.train.skip_zero_gradient,
             temperature=config.rollout.temperature,

@@ -175,9 +175,10 @@ class Guards:
 
 def rows_of(step: StepState, numbers: Iterable[int]) -> list[dict[str, Any]]:
     """The rollouts behind these sequences of the step, in order, with advantages and columns."""
+    kept = [name for name, column in COLUMNS.items() if not column.of_model]
     return [
         rollout_row(step.rollouts[i], sequence)
-        | {name: sequence.columns[name].tolist() if name in sequence.columns else None for name in COLUMNS}
+        | {name: sequence.columns[name].tolist() if name in sequence.columns else None for name in kept}
         for i, sequence in ((i, step.sequences[i]) for i in sorted(numbers))
     ]
 

@@ -24,6 +24,7 @@ CUTTING = (
     "algorithm.variant",
     "algorithm.kl_coef",
     "algorithm.entropy_coef",
+    "algorithm.routing_replay",
     "model.aux_loss_coef",
     "train.skip_zero_gradient",
 )

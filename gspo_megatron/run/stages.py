@@ -97,13 +97,16 @@ class Packer:
 
 
 def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> None:
-    """Fills in old log-probs, unless the sampler or the update computes them, and reference log-probs in the
-    micro-batches of the updates."""
+    """Fills in old log-probs, unless the sampler or the update computes them, the experts chosen meanwhile, and
+    reference log-probs in the micro-batches of the updates, as the algorithm needs them."""
     micro_batches = [m for b in batches for m in b.micro_batches]
-    scores = {"old_log_probs": False} if algorithm.scores_old else {}
-    scores |= {"ref_log_probs": True} if algorithm.needs_reference else {}
-    for column, of_reference in scores.items():
-        scored = policy.log_probs(micro_batches, reference=of_reference)
+    scores: dict[str, dict[str, bool]] = {}
+    if algorithm.scores_old:
+        scores["old_log_probs"] = {"record_experts": algorithm.records_experts}
+    if algorithm.needs_reference:
+        scores["ref_log_probs"] = {"reference": True}
+    for column, how in scores.items():
+        scored = policy.log_probs(micro_batches, **how)
         for micro_batch, log_probs_R in zip(micro_batches, scored, strict=True):
             micro_batch.columns[column] = log_probs_R
 

@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import COLUMNS, MicroBatch, Prompt, Rollout, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.batches import (
+    COLUMNS,
+    Column,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    Sequence,
+    UpdateBatch,
+)
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.base.metrics import Metric, merge, on_host
 from gspo_megatron.base.protocols import Ranks
@@ -89,7 +98,7 @@ class StepState:
             for m in batch.micro_batches:
                 own = numbers[m.index]
                 for name in m.columns:
-                    found.setdefault(name, []).append(_places_and_values(m, starts_S[own], lengths_S[own], name))
+                    found.setdefault(name, []).append(_places_and_values(m, starts_S[own], name))
         return {
             name: (torch.cat([at for at, _ in parts]), torch.cat([values for _, values in parts]))
             for name, parts in found.items()
@@ -111,7 +120,7 @@ class StepState:
             parts = [share[name] for share in shares if name in share and len(share[name][0])]
             if not parts:
                 continue
-            values_L = torch.full((sum(lengths), *column.shape), column.fill, dtype=parts[0][1].dtype)
+            values_L = torch.full((sum(lengths), *parts[0][1].shape[1:]), column.fill, dtype=parts[0][1].dtype)
             known_L = torch.zeros(sum(lengths), dtype=torch.bool)
             for at, values in parts:
                 values_L[at], known_L[at] = values, True
@@ -200,9 +209,9 @@ class StepSnapshot:
     tensors: dict[str, Tensor]
 
 
-def _places_and_values(m: MicroBatch, first_S: Tensor, lengths_S: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(places of the tokens, their values) of a column of one micro-batch, whose sequences begin at `first_S` and have
-    `lengths_S` tokens. Padding has no place."""
+def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(places of the tokens, their values) of a column of one micro-batch, whose sequences begin at `first_S`. Padding
+    has no place."""
     values, positions_T = m.columns[name].cpu(), m.positions_T.cpu()
     if not COLUMNS[name].every_token:
         # The row of a predicted token stands one before it.
@@ -211,10 +220,8 @@ def _places_and_values(m: MicroBatch, first_S: Tensor, lengths_S: Tensor, name: 
     # Under context parallel this rank has an equal part of every segment.
     num_parts = int(borders[-1]) // len(positions_T)
     segment_T = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff() // num_parts)
-    of_sequences_T = (segment_T < len(lengths_S)).nonzero().flatten()
-    segment, position = segment_T[of_sequences_T], positions_T[of_sequences_T]
-    inside = position < lengths_S[segment]
-    return first_S[segment[inside]] + position[inside], values[of_sequences_T[inside]]
+    inside_T = m.inside_T.cpu()
+    return first_S[segment_T[inside_T]] + positions_T[inside_T], values[inside_T]
 
 
 KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")
@@ -232,10 +239,14 @@ def _place_among_reporters(ranks: Ranks) -> tuple[int, int]:
 
 def _values_of(share: Mapping[str, Tensor], dtype: torch.dtype) -> Values:
     return {
-        name: (share[f"{name}.places"], share[f"{name}.values"].to(column.dtype or dtype))
+        name: (share[f"{name}.places"], _as_here(share[f"{name}.values"], column, dtype))
         for name, column in COLUMNS.items()
         if f"{name}.places" in share
     }
+
+
+def _as_here(values: Tensor, column: Column, dtype: torch.dtype) -> Tensor:
+    return values if column.of_model else values.to(column.dtype or dtype)
 
 
 def _metrics_of(of_reporters: Seq[Seq[Mapping[str, Any]]], ranks: Ranks) -> list[dict[str, Metric]]:

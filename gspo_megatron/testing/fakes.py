@@ -169,7 +169,9 @@ class TablePolicy:
         self.version = 0
         self.reference_VV = self.logits_VV.clone() if with_reference else None
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
+    ) -> list[Tensor]:
         self.calls.append("reference log-probs" if reference else "log-probs")
         table_VV = self.reference_VV if reference else self.logits_VV
         assert table_VV is not None

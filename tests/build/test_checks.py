@@ -181,10 +181,26 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.preset=tiny_dense"], "routing_replay=R2 has no effect: model.family=qwen3 has no experts"),
+        (["algorithm.updates_per_rollout=1"], "there is none with algorithm.old_log_probs=auto and .*rollout=1"),
+        (["algorithm.old_log_probs=rollout"], "there is none with algorithm.old_log_probs=rollout"),
+        (["model.aux_loss_coef=0.01"], "R2 with model.aux_loss_coef=0.01: the balancing loss counts"),
+    ],
+)
+def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(None, ["algorithm.routing_replay=R2", *overrides]), 1)
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
         ("model.aux_loss_coef=0.01", "the gradient depends on the layout"),
+        ("rollout.top_p=0.95", "rollout.top_p=0.95: responses come from the truncated distribution, but ratios"),
+        ("rollout.top_k=20", "rollout.top_k=20, rollout.top_p=1.0: responses come from the truncated distribution"),
         (
             "data.prompt_template={prompt} \\boxed{answer}",
             "writes the answer into the prompt; for the literal text write {{answer}}",

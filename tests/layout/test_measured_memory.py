@@ -27,6 +27,7 @@ from gspo_megatron.mcore.optimizer import shards_of_adam
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.objective import LikelihoodObjective, Segments
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 
@@ -214,7 +215,7 @@ def cache_of_a_rollout(world_size: int, overrides: tuple[str, ...]) -> tuple[int
         made.append(self)
 
     KVCache.__init__ = remember  # type: ignore[method-assign]
-    sampler = MegatronSampler(run.policy, stop_ids=[1], pad_id=0)
+    sampler = MegatronSampler(run.policy, stops=Stops((1,)), pad_id=0)
     prompts = [Prompt(i, "", tuple(range(2, 34)), "") for i in range(6)]
     sampler.generate(prompts, list(range(6)))
     [cache] = made

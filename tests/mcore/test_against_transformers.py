@@ -28,6 +28,7 @@ from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.models.names import NameRule, to_theirs
 from gspo_megatron.objective import PolicyObjective, resolve_variant
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.stages import segments_of
 from gspo_megatron.testing.local_ranks import run_distributed
@@ -165,7 +166,7 @@ def sampled(case: Case, prompts: list[tuple[int, ...]]) -> list[list[tuple[list[
     """Greedy rollouts of this rank, and drawn ones."""
     settings = (*case.settings, "rollout.max_new_tokens=9", "rollout.max_batch=4")
     policy = open_policy(case._replace(settings=settings))
-    sampler = MegatronSampler(policy, stop_ids=[-1], pad_id=0)
+    sampler = MegatronSampler(policy, stops=Stops((-1,)), pad_id=0)
     asked, ids = [Prompt(i, "", tokens, "") for i, tokens in enumerate(prompts)], list(range(len(prompts)))
     mine = slice(policy.groups.dp_rank, None, policy.groups.dp_size)
     drawn = [sampler.generate(asked[mine], ids[mine], greedy=greedy) for greedy in (True, False)]

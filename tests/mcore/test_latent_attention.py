@@ -30,6 +30,7 @@ from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.mcore.saving import MegatronCheckpoints
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.names import InMemory
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.fakes import PlainState, plain
 from gspo_megatron.testing.local_ranks import run_distributed
@@ -220,7 +221,7 @@ def test_a_bias_that_differs_between_ranks_is_found(settings: tuple[str, ...]) -
 def sampled(world_size: int, *settings: str) -> tuple[float, set[tuple[int, ...]]]:
     """(largest difference between a log-prob as it was sampled and as it is scored, sizes of what a layer caches)."""
     policy = open_policy(world_size, "precision.dtype=fp64", *settings)
-    sampler, sizes = MegatronSampler(policy, stop_ids=[1], pad_id=0), set()
+    sampler, sizes = MegatronSampler(policy, stops=Stops((1,)), pad_id=0), set()
     own = KVCache.layer
 
     def layer(cache: KVCache, number: int, like: Any) -> tuple[Tensor, ...]:

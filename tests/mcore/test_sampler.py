@@ -59,7 +59,7 @@ def open_sampler(world_size: int, *overrides: str, dtype: str = "fp64") -> tuple
     groups = Groups(check_config(config, world_size), device.torch_device)
     compat.apply_patches(on_cpu=True)
     policy = MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
-    return policy, MegatronSampler(policy, stop_ids=[EOS], pad_id=PAD)
+    return policy, MegatronSampler(policy, stops=Stops((EOS,)), pad_id=PAD)
 
 
 def generate(
@@ -360,7 +360,7 @@ def test_one_new_token(rollouts: list[Rollout]) -> None:
 def ends_at_once() -> tuple[list[int], list[Rollout]]:
     policy, sampler = open_sampler(1)
     favourite = sampler.generate(PROMPTS[:1], [0], greedy=True)[0].tokens[0]
-    return favourite, MegatronSampler(policy, stop_ids=[favourite], pad_id=PAD).generate(
+    return favourite, MegatronSampler(policy, stops=Stops((favourite,)), pad_id=PAD).generate(
         PROMPTS[:1] * 2, [0, 1], greedy=True
     )
 
@@ -370,12 +370,12 @@ def test_eos_as_the_first_token() -> None:
     assert [(r.tokens, r.truncated) for r in drawn] == [([favourite], False)] * 2
 
 
-STOPS = Stops((), (b"79", b"5>5", b"82", b"00"), CharacterTokenizer("0123456789>").token_bytes())
+STOPS = Stops((EOS,), (b"79", b"5>5", b"82", b"00"), CharacterTokenizer("0123456789>").token_bytes())
 
 
 def with_and_without_stops(world_size: int, axes: tuple[str, ...]) -> tuple[list[Rollout], list[Rollout]]:
     policy, sampler = open_sampler(world_size, *axes, "rollout.max_new_tokens=12", "rollout.max_batch=8", dtype="fp32")
-    ending = MegatronSampler(policy, stop_ids=[EOS], stops=STOPS, pad_id=PAD)
+    ending = MegatronSampler(policy, stops=STOPS, pad_id=PAD)
     rank, size = policy.groups.dp_rank, policy.groups.dp_size
     arguments = (PROMPTS * 12)[rank::size], range(60)[rank::size]
     return sampler.generate(*arguments), ending.generate(*arguments)
@@ -438,7 +438,7 @@ def test_every_forward_has_rows_that_a_number_format_takes(fp8: str, tp: int) ->
     computes in FP8."""
     config = load_config(None, [*SETTINGS, f"precision.fp8={fp8}", "precision.dtype=bf16", f"parallel.tp={tp}"])
     policy = SimpleNamespace(config=config, groups=None, device=SimpleNamespace(torch_device=torch.device("cpu")))
-    sampler = MegatronSampler(policy, stop_ids=[EOS], pad_id=PAD)  # type: ignore[arg-type]
+    sampler = MegatronSampler(policy, stops=Stops((EOS,)), pad_id=PAD)  # type: ignore[arg-type]
     scheduler = DecodeScheduler(
         PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, stops=sampler.stops
     )

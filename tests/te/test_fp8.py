@@ -14,6 +14,7 @@ from gspo_megatron.base.metrics import LossTerms
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.models.families import FAMILIES
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.te import fp8
 from tests.te.bench import (
@@ -80,7 +81,7 @@ def test_differs_from_bf16_by_rounding(family: str, layout: str) -> None:
 
 def sample(policy: MegatronPolicy) -> None:
     prompts = [Prompt(i, "", tuple(range(1, 4 + i)), "") for i in range(4)]
-    rollouts = MegatronSampler(policy, stop_ids=[0], pad_id=0).generate(prompts, [0, 1, 2, 3])
+    rollouts = MegatronSampler(policy, stops=Stops((0,)), pad_id=0).generate(prompts, [0, 1, 2, 3])
     assert all(rollout.tokens for rollout in rollouts)
 
 

@@ -1,0 +1,136 @@
+"""What recording and replaying the routers' choice costs, on one process.
+
+    python -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
+
+One policy and one batch; updates (with a learning rate of 0) and scoring passes with and without, in turns. Times are
+the processor's, since other work would show in those of the clock; ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.reports import machine, median_ratio, table, versions, write_between_marks
+from gspo_megatron.base.batches import Sequence, UpdateBatch
+from gspo_megatron.build.checks import check_config
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.data.packing import pack
+from gspo_megatron.device import open_device
+from gspo_megatron.layout.layout import packing_rules
+
+SETTINGS = (
+    "model.preset=tiny_moe",
+    "model.num_layers=6",
+    "model.hidden_size=128",
+    "model.num_experts=64",
+    "model.experts_per_token=8",
+    "model.expert_ffn_size=64",
+    "model.vocab_size=4096",
+    "model.max_sequence_length=512",
+    "precision.device=cpu",
+    "precision.dtype=fp32",
+    "algorithm.routing_replay=R2",
+)
+
+
+def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
+    """Seconds of every turn by name, and the size of the column."""
+    config = load_config(None, [*SETTINGS, *overrides])
+    device = open_device("cpu", config.precision.dtype)
+    from gspo_megatron.mcore import compat
+    from gspo_megatron.mcore.groups import Groups
+    from gspo_megatron.mcore.policy import MegatronPolicy
+    from gspo_megatron.run.algorithm import Algorithm
+    from gspo_megatron.run.stages import PolicyLoss
+
+    device.start_processes(60.0)
+    groups = Groups(check_config(config, 1), device.torch_device)
+    compat.apply_patches(device.on_cpu)
+    algorithm = Algorithm.of(config)
+    policy = MegatronPolicy(config, groups, device, False, algorithm.scoring)
+    assert config.model.vocab_size is not None
+    draws = torch.Generator().manual_seed(1)
+    sequences = [
+        Sequence.after_prompt(torch.randint(config.model.vocab_size, (256,), generator=draws).tolist(), 64, 1.0)
+        for _ in range(16)
+    ]
+    micro_batches = pack(sequences, pad_id=0, max_tokens=1024, rules=packing_rules(config))
+    for m, log_probs_R in zip(micro_batches, policy.log_probs(micro_batches), strict=True):
+        m.columns["old_log_probs"] = log_probs_R
+    loss = PolicyLoss(algorithm.objective, groups, False)
+    batch = UpdateBatch(micro_batches, len(sequences), sum(s.num_trained for s in sequences))
+    policy.log_probs(micro_batches, record_experts=True)
+    routed = [m.columns["routed_experts"] for m in micro_batches]
+
+    def update(replay: bool) -> None:
+        for m, column in zip(micro_batches, routed, strict=True):
+            m.columns.pop("routed_experts", None)
+            if replay:
+                m.columns["routed_experts"] = column
+        policy.update(batch, loss, lr=0.0)
+
+    works: dict[str, Callable[[], Any]] = {
+        "update": lambda: update(False),
+        "update, R2": lambda: update(True),
+        "scoring": lambda: policy.log_probs(micro_batches),
+        "scoring, recorded": lambda: policy.log_probs(micro_batches, record_experts=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(turns + 1):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            if turn:  # the first one fills caches
+                seconds[name].append(time.process_time() - start)
+    return {
+        "seconds": seconds,
+        "ratios": {
+            "update": median_ratio(seconds["update, R2"], seconds["update"]),
+            "scoring": median_ratio(seconds["scoring, recorded"], seconds["scoring"]),
+        },
+        "bytes_per_token": routed[0][0].numel() * routed[0].element_size(),
+        "settings": [*SETTINGS, *overrides],
+        "machine": machine(device, 1),
+        "versions": versions(["torch", "megatron-core"]),
+        "command": f"python -m benchmarks.routing_replay {' '.join(sys.argv[1:])}",
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table of docs/stability.md."""
+    rows = [
+        [name, f"{statistics.median(found['seconds'][name]):.2f} s", f"{ratio:.3f}"]
+        for name, ratio in found["ratios"].items()
+    ]
+    return (
+        f"`{found['command']}`\n\n6 layers, 64 experts, 8 of a token, {found['bytes_per_token']} bytes a token; "
+        f"{found['machine']}.\n\n{table(['', 'processor time, without', 'with / without'], rows)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args()
+    found = measure(options.turns, options.overrides)
+    print(report(found))
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if options.markdown:
+        write_between_marks(options.markdown, "routing_replay", report(found))
+
+
+if __name__ == "__main__":
+    main()
