@@ -131,7 +131,7 @@ class GatedDeltaNet(torch.nn.Module):
         return Mixed(qkv.flatten(1), log_decay, b.sigmoid()), z.reshape(-1, self.num_value_heads, self.value_dim)
 
     def _mix(self, mixed: Mixed, tokens: PackedTokens) -> Tensor:
-        """[T, Q * Dv] of whole sequences. Under context parallel every rank computes all of them, and keeps its part."""
+        """[T, Q * Dv] of whole sequences. Under context parallel every rank computes all, and keeps its part."""
         part = tokens.part
         if part is None:
             return self._mix_packed(mixed, tokens)[0]
@@ -173,8 +173,8 @@ class GatedDeltaNet(torch.nn.Module):
         def continued(new: slice) -> Tensor:
             rows = slice(use.first_row, use.first_row + new.stop)
             seen = torch.cat([inputs[rows], mixed.inputs[new, :, None]], dim=-1)
-            heads = (x.squeeze(2) for x in self._heads(F.silu(self._convolved(seen))))
-            out, states[rows] = delta_rule_step(*heads, mixed.log_decay[new], mixed.rate[new], states[rows])
+            query, key, value = (x.squeeze(2) for x in self._heads(F.silu(self._convolved(seen))))
+            out, states[rows] = delta_rule_step(query, key, value, mixed.log_decay[new], mixed.rate[new], states[rows])
             inputs[rows] = seen[..., 1:]
             return out.flatten(1)
 

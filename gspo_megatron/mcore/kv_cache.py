@@ -73,7 +73,8 @@ class KVCache:
 
 class CacheUse(NamedTuple):
     """How one forward uses a cache: `write` comes first; then the first B tokens of the pack, the newest of rows
-    `first_row`, `first_row` + 1, ..., each attend to the positions of their row that `seen_BL` marks; `prompts` follow them."""
+    `first_row`, `first_row` + 1, ..., each attend to the positions of their row that `seen_BL` marks; `prompts` follow
+    them."""
 
     cache: KVCache
     write: CacheWrite

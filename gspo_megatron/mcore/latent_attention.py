@@ -61,10 +61,10 @@ class LatentAttention(torch.nn.Module):
 
         def down(module: Any, size: int, name: str) -> torch.nn.Module:
             duplicated = {"parallel_mode": "duplicated", "skip_weight_param_allocation": False}
-            linear = linear(module, hidden, size, config, name, **duplicated)
+            module = linear(module, hidden, size, config, name, **duplicated)
             # 0.16.1 leaves the mark that Transformer Engine sets: the gradient norm would count every rank's copy.
-            linear.weight.tensor_model_parallel = False  # type: ignore[union-attr]
-            return linear
+            module.weight.tensor_model_parallel = False
+            return module
 
         def up(module: Any, size_in: int, size_out: int, name: str) -> torch.nn.Module:
             return linear(module, size_in, size_out, config, name, gather_output=False, tp_group=pg_collection.tp)
