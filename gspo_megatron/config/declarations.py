@@ -71,11 +71,11 @@ class Setting:
 
     @property
     def is_text(self) -> bool:
-        return not (self.is_mapping or self.is_list) and str in self.kinds
+        return not (self.is_mapping or self.is_list) and (str in self.kinds or self.type is Any)
 
     @property
     def allows_none(self) -> bool:
-        return type(None) in self.kinds
+        return type(None) in self.kinds or self.type is Any
 
     @property
     def kinds(self) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
@@ -15,12 +15,12 @@ from gspo_megatron.rewards.rewards import Reward, refuse_unscored
 from gspo_megatron.rollout.group_scores import GroupScores
 
 
-@dataclass(frozen=True)
+@dataclass
 class CollectiveSource:
     """`RolloutSource` over a `Sampler`.
 
     Attributes:
-        first_prompt: the position in `prompts` of the first step's first prompt.
+        next_id: the id of the next rollout.
         vocab_size: number of ids that the embedding has.
     """
 
@@ -29,19 +29,33 @@ class CollectiveSource:
     reward: Reward
     tokenizer: Tokenizer
     prompts: OrderedPrompts
-    first_prompt: int
+    next_id: int
     prompts_per_step: int
     group_size: int
     vocab_size: int
 
+    @property
+    def taken(self) -> Taken:
+        """See `RolloutSource.taken`."""
+        curriculum = self.prompts.curriculum
+        return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
+
+    @property
+    def set_aside(self) -> int | None:
+        """See `RolloutSource.set_aside`."""
+        return self.prompts.curriculum.set_aside if self.prompts.curriculum else None
+
     def groups(self, step: int) -> list[RolloutGroup]:
-        """See `RolloutSource.groups`. Rollout j of prompt i of step s has the id (s * prompts_per_step + i) *
-        group_size + j, which seeds its random numbers."""
-        prompts = self.prompts.take(self.first_prompt + (step - 1) * self.prompts_per_step, self.prompts_per_step)
-        size, first_id = self.group_size, step * self.prompts_per_step * self.group_size
-        asked = [(p, first_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
+        """See `RolloutSource.groups`. Rollouts are numbered through the run; the number seeds a rollout's random
+        numbers."""
+        prompts, size = self.prompts.next(self.prompts_per_step), self.group_size
+        asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
         rollouts = self._scored(asked, size, greedy=False)
-        return [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        groups = [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        # Not before: a run that is stopped in between samples the same again.
+        self.prompts.pass_on(groups)
+        self.next_id += len(asked)
+        return groups
 
     def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
         """See `RolloutSource.greedy`."""

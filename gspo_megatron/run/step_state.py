@@ -85,7 +85,21 @@ class StepState:
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
             **_means_of_terms(rollouts),
+            **self._metrics_by_source(right_by_group),
         }
+
+    def _metrics_by_source(self, right_by_group: Seq[Seq[float]]) -> dict[str, float]:
+        """Where sources of prompts have names."""
+        found: dict[str, float] = {}
+        for name in sorted({group.prompt.source for group in self.groups} - {""}):
+            own = [i for i, group in enumerate(self.groups) if group.prompt.source == name]
+            rewards = [rollout.reward for i in own for rollout in self.groups[i].rollouts]
+            found |= {
+                f"reward/mean/{name}": statistics.fmean(rewards),
+                f"accuracy/{name}": statistics.fmean(right for i in own for right in right_by_group[i]),
+                f"prompts/{name}": len(own),
+            }
+        return found
 
     # ---------------------------------------------------------------------------------------------------- its columns
 
@@ -176,7 +190,22 @@ class StepState:
         still have to be packed. `dtype` is that of log-probs here.
 
         Metrics return to the rank they came from; if the number of reporters has changed, all go to the first.
+
+        Raises:
+            CheckpointError: something is missing, or does not fit the rest.
         """
+        try:
+            return cls._restored(about, shares, ranks, dtype)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the unfinished step of the checkpoint does not fit together ({type(error).__name__}: {error}): its "
+                "files were edited, or are not this program's; continue from an earlier checkpoint"
+            ) from error
+
+    @classmethod
+    def _restored(
+        cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]], ranks: Ranks, dtype: torch.dtype
+    ) -> StepState:
         shares = sorted((s for s in shares if s), key=lambda share: int(share["first_sequence"]))
 
         def joined(name: str) -> Tensor:
@@ -190,8 +219,8 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            lists = {name: tuple(prompt.get(name, ())) for name in ("tokens", "messages")}
-            asked = Prompt(**{**prompt, **lists})
+            lists: dict[str, Any] = {name: tuple(v) for name, v in prompt.items() if isinstance(v, list)}
+            asked = Prompt(**(prompt | lists))
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)

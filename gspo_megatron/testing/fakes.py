@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,7 +64,8 @@ def config_of(*overrides: str) -> Config:
 class Prompts:
     """`size` prompts of one to three capital letters; the answer is the last one in lower case."""
 
-    dropped = 0
+    dropped: Mapping[str, int] = MappingProxyType({})
+    digest = ""
 
     def __init__(self, size: int = 1000, seed: int = 0) -> None:
         self.size: int | None = size
@@ -321,6 +323,7 @@ def trainer_of(
         ranks,
         console=console or Notebook(),
         guards=state.guards if state else None,
+        taken=state.taken if state else None,
         **parts,
     )
     newest = config.checkpoint.load == "latest"
