@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
+
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.data.sources import PromptSource
 
@@ -18,7 +20,7 @@ class PromptOrder:
     def __init__(self, size: int | None, seed: int) -> None:
         self._size, self._seed = size, seed
         self._epoch = -1
-        self._permutation: list[int] = []
+        self._permutation = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> int:
         if self._size is None:
@@ -27,9 +29,10 @@ class PromptOrder:
         if epoch != self._epoch:
             random = Random(f"order {self._seed} epoch {epoch}")
             # Sorting by random() and not shuffle(): only random() is guaranteed to stay the same in later Pythons.
-            self._permutation = sorted(range(self._size), key=lambda _: random.random())
+            draws = np.fromiter((random.random() for _ in range(self._size)), dtype=np.float64, count=self._size)
+            self._permutation = draws.argsort(kind="stable")
             self._epoch = epoch
-        return self._permutation[offset]
+        return int(self._permutation[offset])
 
 
 def position_in(size: int | None, position: int, earlier_size: int | None) -> int:
