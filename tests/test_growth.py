@@ -20,8 +20,8 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sequence
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
-from gspo_megatron.data.order import PromptOrder
 from gspo_megatron.data.packing import plan_micro_batches
+from gspo_megatron.data.permutation import PromptOrder
 from gspo_megatron.layout import planner
 from gspo_megatron.layout.layout import PackingRules, divisors_of
 from gspo_megatron.run.stages import Packer

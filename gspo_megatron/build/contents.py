@@ -9,7 +9,6 @@ from pathlib import Path
 
 from gspo_megatron.base.files import digest_of
 from gspo_megatron.build.inputs import Inputs
-from gspo_megatron.data.sources import scheme_of
 from gspo_megatron.run.state import Contents
 
 OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -17,8 +16,9 @@ OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def contents_of(inputs: Inputs) -> Contents:
-    """Digests of the files that the settings name. What is no file, or cannot be read, has none."""
-    digests = {}
+    """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
+    digests = {"data.train": inputs.train_prompts.digest, "data.eval": inputs.eval_prompts.digest}
+    digests = {name: digest for name, digest in digests.items() if digest}
     for name, files in _files(inputs):
         with suppress(OSError):
             if files:
@@ -27,12 +27,8 @@ def contents_of(inputs: Inputs) -> Contents:
 
 
 def _files(inputs: Inputs) -> Iterator[tuple[str, list[Path]]]:
-    """(setting, files in order): of data.train, data.eval, data.tokenizer and the modules of reward.functions."""
-    data = inputs.config.data
-    for name, source in (("data.train", data.train), ("data.eval", data.eval)):
-        if source is not None:
-            yield name, _files_of(Path(source.removeprefix(f"{scheme_of(source)}:")), ("*",))
-    yield "data.tokenizer", _files_of(Path(data.tokenizer), OF_A_TOKENIZER)
+    """(setting, files in order): of data.tokenizer and the modules of reward.functions."""
+    yield "data.tokenizer", _files_of(Path(inputs.config.data.tokenizer), OF_A_TOKENIZER)
     for name in sorted({name.partition(":")[0] for name in inputs.config.reward.functions if ":" in name}):
         spec = None
         with suppress(Exception):  # importing the packages around a module runs user code

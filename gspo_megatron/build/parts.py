@@ -8,6 +8,7 @@ from pathlib import Path
 from gspo_megatron.base.batches import Taken
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs, ModelInputs
+from gspo_megatron.data.curriculum import Curriculum
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.models.counts import sequence_cost
@@ -52,7 +53,11 @@ def assemble(
     assert vocab_size is not None, "settle sets model.vocab_size"
     # The ids below those of one step are free: checkpoints of earlier versions count from there.
     taken = taken or Taken(0, r.prompts_per_step * r.group_size)
-    prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts)
+    curriculum = None
+    if config.data.curriculum:
+        curriculum = Curriculum(config.data.curriculum, config.data.curriculum_retry, inputs.rewards.accuracy)
+        curriculum.restore(taken.curriculum)
+    prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
     source = CollectiveSource(
         sampler=sampler,
         ranks=ranks,

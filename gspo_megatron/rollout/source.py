@@ -15,6 +15,10 @@ class RolloutSource(Protocol):
     def taken(self) -> Taken:
         """What the groups so far have used up. A checkpoint holds it; the source of a continued run begins there."""
 
+    @property
+    def set_aside(self) -> int | None:
+        """How many prompts are set aside by data.curriculum; None without one."""
+
     def groups(self, step: int) -> list[RolloutGroup]:
         """The rollout groups of a step.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,8 @@ def changed_contents(state: RunState, config: Config, contents: Contents) -> Ite
 def taken_from(state: RunState, config: Config, contents: Contents) -> tuple[Taken, list[str]]:
     """What the run has used up, in the order of prompts that this run has, and what to say about it: another number of
     prompts, or another seed, is another order, which begins with an epoch of its own."""
+    if state.contents and state.contents.digests.get("data.train") != contents.digests.get("data.train"):
+        state = replace(state, taken=state.taken._replace(curriculum={}))  # what it remembers is of other prompts
     now = contents.num_prompts
     then = state.contents.num_prompts if state.contents else now
     same_seed = config.run.seed == state.settings.get("run.seed", config.run.seed)

@@ -305,6 +305,8 @@ class Trainer:
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]
             rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
             self.parts.writer.rollouts(step.number, rows)
+        if (set_aside := self.parts.source.set_aside) is not None:
+            row["prompts/set_aside"] = set_aside
         row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
         row |= self.parts.throughput(step, self.clock.seconds["step"])
         return row | {f"time/{name}_s": seconds for name, seconds in self.clock.seconds.items()}
