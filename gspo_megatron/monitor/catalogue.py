@@ -185,8 +185,8 @@ CATALOGUE = (
         "time",
         "Model FLOPs utilisation: model FLOPs / (time/step_s * processes * peak). Model FLOPs are a forward of every "
         "rollout to sample it, one of each live sequence for each scoring, and three for its update, without padding "
-        "and recomputation; the peak is that of the GPU's data sheet, in FP8 where that is on. null where it is not "
-        "known, as on a CPU.",
+        "and recomputation; the peak is that of the GPU's data sheet in precision.dtype, or in FP8 where that is "
+        "on. null where it is not known, as on a CPU.",
         "It falls with short responses, and where decoding takes most of a step.",
     ),
     Entry(
