@@ -32,6 +32,7 @@ from gspo_megatron.data.examples import RowReader
 from gspo_megatron.data.jsonl import JsonlRows
 from gspo_megatron.data.prompts import Filters, RowPrompts
 from gspo_megatron.data.tokenizers import CharacterTokenizer
+from gspo_megatron.rewards.functions import RewardFunction
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
 
@@ -133,7 +134,7 @@ def fuzz_message(random: Random) -> None:
     )
     answer = random.choice((text, "12", "7,5=12", "", said))
     rewards = Rewards(dict.fromkeys(REWARDS, 1.0), on_error=random.choice(("stop", "count")))
-    rewards._functions["format"] = random.choice((raising, REWARDS["format"]))
+    rewards._here["format"] = RewardFunction.of(random.choice((raising, REWARDS["format"])), {})
     rollout = Rollout(0, Prompt(0, said, (1,), answer), [], [], truncated=False, policy_version=0, text=text)
     score_rollouts(rewards, [rollout])
     refuse_unscored([rollout])

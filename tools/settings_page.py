@@ -53,7 +53,7 @@ def _row(setting: Setting) -> str:
     elif setting.type is Any:
         type_ = "source, or list of sources"
     elif setting.is_list:
-        type_ = "list of texts and ids"
+        type_ = "list of texts and ids" if setting.kinds == (Any,) else "list of mappings"
     else:
         type_ = " or ".join(TYPES[kind] for kind in setting.kinds)
     default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)

@@ -70,6 +70,8 @@ class Rollout:
     reward: float = float("nan")
     reward_terms: dict[str, float] = field(default_factory=dict)
     reward_error: str = ""
+    reward_lost: bool = False
+    """The error came from the process that was to score it, not from the reward function."""
 
 
 @dataclass

@@ -9,13 +9,13 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
+from gspo_megatron.build.rewards import RunRewards, rewards_of
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.rewards.rewards import Rewards
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -38,7 +38,7 @@ class Inputs(ModelInputs):
         warnings: what works but is probably not intended.
     """
 
-    rewards: Rewards
+    rewards: RunRewards
     train_prompts: PromptSource
     eval_prompts: PromptSource
     warnings: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     config, tokenizer = model.config, model.tokenizer
     config = with_rewards(config)
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
-    rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
@@ -92,7 +92,7 @@ def settle(config: Config, world_size: int) -> Inputs:
 
 def with_rewards(config: Config) -> Config:
     """With reward.functions filled in, where the settings name none."""
-    if config.reward.functions:
+    if config.reward.functions or config.reward.terms:
         return config
     spec = sources_of(config, "train")[0].spec
     return replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})

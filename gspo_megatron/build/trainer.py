@@ -113,12 +113,15 @@ def open_trainer(
             stop=stop,
             note=watchdog.note,
         )
+        scoring_ranks = groups.layout.dp * groups.layout.cp
+        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
+            inputs.rewards.close()
             if writer:
                 writer.close()
 

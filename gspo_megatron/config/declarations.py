@@ -112,7 +112,9 @@ class Setting:
         return None
 
     def _complaint_of_list(self, items: list[Any]) -> str | None:
-        """Lists hold texts and token ids."""
+        """Lists hold texts and token ids, or mappings, which whoever reads them checks."""
+        if self.kinds != (Any,):
+            return None
         for item in items:
             if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
                 return f"{self.key}: {item!r} is neither a text nor a token id; write texts in quotes"

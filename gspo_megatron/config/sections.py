@@ -100,7 +100,7 @@ class DataConfig:
         "task:sort_digits",
         "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
         "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
-        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+        "settings of this section for itself, and with reward: NAME, or {NAME: weight}, for its rollouts.",
     )
     eval: Any = setting(
         None,
@@ -189,17 +189,38 @@ class RewardConfig:
 
     functions: dict[str, float] = setting(
         {},
-        "Weights by name: a built-in reward, or package.module:function (prompt=, response=, answer= -> number). "
-        "Empty: the generated task's own reward, or exact_match for a file.",
+        "Weights by name: a built-in reward, or package.module:function. With reward.terms empty, too: the generated "
+        "task's own reward, or exact_match for a file.",
+    )
+    terms: list[dict[str, Any]] = setting(
+        [],
+        "More of them, each {function: NAME}, with name (default: the function), weight (1; of a gate, 0), gate (where "
+        "the value is below 1, all later terms are 0), and the function's own parameters.",
     )
     accuracy: str | None = setting(
         None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
     )
     on_error: str = setting(
         "stop",
-        "When a function raises or returns a non-finite number: stop the run, or count it as reward 0.",
+        "When a function raises or returns what is no number: stop the run, or count it as reward 0.",
         choices=("stop", "count"),
     )
+    isolate: bool = setting(
+        True, "Call functions of your own in processes of their own. false: in the training process, unprotected."
+    )
+    workers: int = setting(
+        0,
+        "Such processes on each rank that scores. 0: the cores of the node divided by the ranks that score on it.",
+        least=0,
+        most=1024,
+    )
+    timeout_s: float = setting(
+        60.0,
+        "How long such a call may take; then the process is replaced, and the rollout's reward is 0.",
+        above=0,
+        most=1e6,
+    )
+    memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,24 @@ CATALOGUE = (
     Entry(
         "reward/errors",
         "reward",
-        "Rollouts whose reward raised or was not finite (reward.on_error=count).",
+        "Rollouts whose reward raised or was not finite (reward.on_error=count), or was lost.",
         "Above 0: a fault in a reward function; rollouts/ has its message.",
     ),
+    Entry(
+        "reward/lost",
+        "reward",
+        "Of them, those whose process hung, ended, printed too much or ran out of memory. Their reward is 0; when "
+        "they are more than half of a step's rollouts, the run stops.",
+        "Growing: see reward.timeout_s and reward.memory_gib.",
+    ),
+    Entry(
+        "reward/NAME",
+        "reward",
+        "Mean of one reward function, without its weight. NAME/PART: of another number that it returns, over the "
+        "rollouts for which it does.",
+        "Constant: it teaches nothing.",
+    ),
+    Entry("accuracy", "reward", "Share of rollouts for which the function of reward.accuracy gives 1 or more."),
     Entry(
         "reward/mean/SOURCE",
         "reward",
@@ -55,8 +70,6 @@ CATALOGUE = (
     Entry("accuracy/SOURCE", "reward", "accuracy over the rollouts of one source."),
     Entry("prompts/set_aside", "reward", "Prompts that data.curriculum sets aside after this step, of those visited."),
     Entry("prompts/SOURCE", "", "Prompts of the step that are of one source."),
-    Entry("reward/NAME", "reward", "Mean of one reward function, without its weight.", "Constant: it teaches nothing."),
-    Entry("accuracy", "reward", "Share of rollouts for which the function of reward.accuracy gives 1 or more."),
     Entry("eval/accuracy", "reward", "The same on the held-out prompts, each answered greedily, where measured."),
     Entry(
         "eval/reward",

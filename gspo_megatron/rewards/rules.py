@@ -94,6 +94,10 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
+IN_WORKERS: frozenset[str] = frozenset()
+"""Of them, those that are called in processes of their own: they may run for hours on a hostile response."""
+
+
 def _marked_number(text: str) -> Decimal | None:
     """The number that fills the rest of the line after the last marker: `72`, `-1,200.50`, `$5.`"""
     _, marker, tail = text.rpartition(MARKER)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.data.token_ids import Tokenizer
-from gspo_megatron.rewards.rewards import Reward, refuse_unscored, score_rollouts
+from gspo_megatron.rewards.rewards import Reward, refuse_unscored
+from gspo_megatron.rollout.group_scores import GroupScores
 
 
 @dataclass
@@ -65,15 +67,20 @@ class CollectiveSource:
         for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
             checked_tokens(prompt, (), self.vocab_size)
         mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
-        rollouts = self.sampler.generate([p for p, _ in mine], [i for _, i in mine], greedy=greedy)
+        generate = partial(self.sampler.generate, [p for p, _ in mine], [i for _, i in mine], greedy=greedy)
         if self.ranks.is_reporter:
-            for rollout in rollouts:
-                # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
-                rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
-            score_rollouts(self.reward, rollouts)
+            with GroupScores(self.reward, self._decode, first_id=asked[0][1], size=together) as scores:
+                rollouts = generate(ended=scores.add)
+                scores.finish()
+        else:
+            rollouts = generate()
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
         refuse_unscored(gathered)
         return gathered
+
+    def _decode(self, rollout: Rollout) -> None:
+        # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
+        rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
 
     def _share(self, stop: int, stride: int) -> range:
         """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and

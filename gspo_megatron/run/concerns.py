@@ -1,4 +1,4 @@
-"""Warnings of steps that teach the policy little, from their rows of metrics."""
+"""Warnings of steps that teach the policy little or the wrong thing, from their rows of metrics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gspo_megatron.base.batches import RolloutGroup
+from gspo_megatron.rewards.rewards import listed
 from gspo_megatron.run.algorithm import Algorithm
 
 STEPS_A_WARNING = 20
@@ -18,11 +19,11 @@ NOISY = 1 / 4
 
 class Concerns:
     """Counts steps in a row, up to the last one: without a policy gradient, with a third of the tokens clipped, with
-    ratios that are noise."""
+    ratios that are noise, with failed rewards."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
-        self.flat_steps = self.clipped_steps = self.noisy_steps = 0
+        self.flat_steps = self.clipped_steps = self.noisy_steps = self.failed_steps = 0
 
     def of(self, row: dict[str, Any], groups: list[RolloutGroup]) -> Iterator[str]:
         """What to warn of after a step."""
@@ -49,6 +50,13 @@ class Concerns:
                 f"step {row['step']}: before its first update, ratios differ from 1 by up to {noise:.1e}, "
                 f"{noise / clip.reach:.2g} times the clip range ({bounds}){_so_far(self.noisy_steps)}: rounding, not "
                 f"what was learned, decides which responses are clipped; {self._mend()} (docs/numerics.md)"
+            )
+        failed = [r for g in groups for r in g.rollouts if r.reward_error]
+        self.failed_steps = self.failed_steps + 1 if failed else 0
+        if _is_due(self.failed_steps):
+            yield (
+                f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
+                f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
 
     def _mend(self) -> str:

@@ -73,6 +73,7 @@ class StepState:
             "reward/mean": statistics.fmean(rewards),
             "reward/std": statistics.pstdev(rewards),
             "reward/errors": sum(bool(r.reward_error) for r in rollouts),
+            "reward/lost": sum(r.reward_lost for r in rollouts),
             "accuracy": statistics.fmean(right),
             "response_length/mean": statistics.fmean(lengths),
             "response_length/p50": half,
@@ -83,7 +84,7 @@ class StepState:
             "groups/all_right_fraction": statistics.fmean(min(g) >= 1 for g in right_by_group),
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
-            **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
+            **_means_of_terms(rollouts),
             **self._metrics_by_source(right_by_group),
         }
 
@@ -203,7 +204,7 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            lists: dict[str, Any] = {name: tuple(v) for name, v in prompt.items() if isinstance(v, list)}
+            lists: dict[str, Any] = {name: tuple(prompt.get(name, ())) for name in ("tokens", "messages")}
             asked = Prompt(**(prompt | lists))
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
@@ -237,6 +238,15 @@ def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tenso
     segment_T = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff() // num_parts)
     inside_T = m.inside_T.cpu()
     return first_S[segment_T[inside_T]] + positions_T[inside_T], values[inside_T]
+
+
+def _means_of_terms(rollouts: Seq[Rollout]) -> dict[str, float]:
+    """The mean of each term, and of each part of a term over the rollouts that have it."""
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_terms)
+    return {
+        f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts if name in r.reward_terms)
+        for name in names
+    }
 
 
 KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")

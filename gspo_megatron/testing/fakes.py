@@ -23,13 +23,13 @@ from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble
+from gspo_megatron.build.rewards import rewards_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
-from gspo_megatron.rewards.rewards import Rewards
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation
@@ -219,7 +219,14 @@ class TableSampler:
         self.ids: list[list[int]] = []
         self.prompts: list[list[int]] = []
 
-    def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[int],
+        *,
+        greedy: bool = False,
+        ended: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
         self.policy.calls.append("sample greedily" if greedy else "sample")
         self.ids.append(list(ids))
         self.prompts.append([p.id for p in prompts])
@@ -235,6 +242,8 @@ class TableSampler:
                 rollout.tokens.append(token)
                 rollout.log_probs.append(log_prob)
                 rollout.truncated = token != TOKENIZER.eos_id
+        for rollout in rollouts:
+            ended(rollout)
         return rollouts
 
 
@@ -304,7 +313,7 @@ def trainer_of(
         Layout(1),
         Algorithm.of(config),
         TOKENIZER,
-        Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error),
+        rewards_of(config),
         train_prompts or Prompts(),
         eval_prompts or Prompts(seed=1),
     )
