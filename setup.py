@@ -33,7 +33,11 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
+        # For the rewards of these names.
+        "json": ["jsonschema"],
+        "math": ["math-verify"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },

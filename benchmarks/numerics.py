@@ -45,6 +45,7 @@ from gspo_megatron.models.counts import count_parameters, sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.objective import LikelihoodObjective
 from gspo_megatron.objective.variants import VARIANTS
+from gspo_megatron.rollout.native.stopping import Stops
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.scoring import Scorer
 from gspo_megatron.run.stages import Packer, segments_of
@@ -179,7 +180,7 @@ def sample(config: Config, prompts: Sequence[Sequence[int]]) -> list[tuple[list[
     with opened(config) as (policy, checkpoints, _):
         checkpoints.load("latest", lambda about, shares: None)
         asked = [Prompt(i, "", tuple(tokens), "") for i, tokens in enumerate(prompts)]
-        rollouts = MegatronSampler(policy, pad_id=0).generate(asked, range(len(asked)))
+        rollouts = MegatronSampler(policy, stops=Stops(()), pad_id=0).generate(asked, range(len(asked)))
         return [(rollout.tokens, rollout.log_probs) for rollout in rollouts]
 
 

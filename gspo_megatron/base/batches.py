@@ -113,6 +113,8 @@ COLUMNS: dict[str, Column] = {
     for column in (
         Column("old_log_probs", "old log-prob"),
         Column("ref_log_probs", "reference log-prob"),
+        # An engine may give no number for a token: a correction takes such a ratio as 1 and counts it.
+        Column("sampler_log_probs", "log-prob of the sampler", finite=False),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
     )

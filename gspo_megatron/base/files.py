@@ -38,6 +38,17 @@ def digest_of(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, or is something else, such as a FIFO, which would be waited for.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path.read_bytes()
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[TextIO]:
     """A text file that gets the name `path`, replacing what had it, when the block ends. If the block raises, `path` is

@@ -42,7 +42,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
     _check_data(config)
-    _check_batches(config)
+    _check_batches(config, algorithm)
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
@@ -203,7 +203,7 @@ def _check_guards(g: GuardConfig) -> None:
         )
 
 
-def _check_batches(config: Config) -> None:
+def _check_batches(config: Config, algorithm: Algorithm) -> None:
     r, a, m = config.rollout, config.algorithm, config.model
     if r.prompts_per_step % a.updates_per_rollout:
         raise ConfigError(
@@ -220,6 +220,11 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
             f"sequence would not fit in a micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and algorithm.variant.correction.acts:
+        raise ConfigError(
+            f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
+            "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
@@ -269,7 +274,13 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
 def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
     """Settings that work but are probably not intended."""
     notes = algorithm.variant.warnings()
-    if config.rollout.group_size == 1:
+    if not algorithm.variant.clip.corrects and algorithm.updates_per_rollout > 1:
+        notes.append(
+            f"algorithm.variant={algorithm.variant.name} has no ratio to correct with, and of the "
+            f"{algorithm.updates_per_rollout} updates of a rollout batch only the first is on-policy; set "
+            "algorithm.updates_per_rollout=1"
+        )
+    if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
@@ -307,6 +318,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
                 f"data.prompt_template={shortened(template)!r} writes the answer into the prompt; for the literal "
                 f"text write {{{{{source.spec.answer_field}}}}}"
             )
+    r, wait = config.reward, config.parallel.timeout_s
+    if r.timeout_s >= wait and any(":" in term for term in (*r.functions, *(str(t.get("function")) for t in r.terms))):
+        notes.append(
+            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks give up on one whose reward "
+            "takes that long before it does; lower the one or raise the other"
+        )
     if algorithm.balances_load:
         notes.append(
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
@@ -314,8 +331,8 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         )
     if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
         notes.append(
-            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2 or "
-            "k3"
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2, "
+            "k3 or k1+"
         )
     if algorithm.kl_estimator != "k3" and not algorithm.needs_reference:
         notes.append(f"algorithm.kl_estimator={algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")

@@ -11,6 +11,10 @@ from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.rewards import RunRewards, rewards_of
 from gspo_megatron.build.suitability import check_prompts
+from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.inspection import check_folder
+from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
@@ -51,6 +55,7 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
         DataError: a tokenizer that cannot be used.
+        CheckpointError: model.hf is not a whole model.
     """
     layout, algorithm = check_config(config, world_size), Algorithm.of(config)
     config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
@@ -66,7 +71,21 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
             f"model.vocab_size={vocab_size}; {advice}"
         )
-    return ModelInputs(replaced(config, {"model.vocab_size": vocab_size}), layout, algorithm, tokenizer)
+    config = replaced(config, {"model.vocab_size": vocab_size})
+    check_weights(config)
+    return ModelInputs(config, layout, algorithm, tokenizer)
+
+
+def check_weights(config: Config) -> None:
+    """Refuses a folder whose files are not a whole model, where a run would start from it: by their headers, before
+    anything is built or written.
+
+    Raises:
+        CheckpointError: what is wrong, by file and tensor.
+    """
+    load, saved = config.checkpoint.load, CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=1)
+    if config.model.hf and (load == "none" or (load == "latest" and saved.is_empty())):
+        check_folder(HuggingFaceFolder(config.model.hf), config.model.shape)
 
 
 def settle(config: Config, world_size: int) -> Inputs:
@@ -91,7 +110,7 @@ def settle(config: Config, world_size: int) -> Inputs:
 
 
 def with_rewards(config: Config) -> Config:
-    """With reward.functions filled in, where the settings name none."""
+    """With reward.functions filled in, where the settings name no reward."""
     if config.reward.functions or config.reward.terms:
         return config
     spec = sources_of(config, "train")[0].spec

@@ -30,6 +30,7 @@ from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.monitor.sinks import check_packages
 from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
@@ -79,7 +80,8 @@ def open_trainer(
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
         state = checkpoints.load(c.load, RunState.from_saved)
         if config.model.hf and state is None:
-            load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan)
+            for note in load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan):
+                console.say(f"model.hf: {note}")
         contents = contents_of(inputs)
         continuation = Continuation.of(
             state, config, algorithm, has_reference=policy.reference is not None, contents=contents
@@ -92,7 +94,8 @@ def open_trainer(
             console.say(message)
         writer = None
         if groups.is_main:
-            writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
+            first_step, fresh = continuation.first_step, continuation.fresh
+            writer = RunWriter.of_run(config, first_step=first_step, fresh=fresh, warn=console.warn)
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
@@ -194,11 +197,12 @@ def check_same_settings(config: Config) -> None:
 
 
 def check_machine(config: Config, device: Device) -> None:
-    """Refuses a run that this process's GPU and its libraries cannot do, before anything else is asked of them.
+    """Refuses a run that this process's GPU and its packages cannot do, before anything else is asked of them.
 
     Raises:
         ConfigError: what is missing, and what to do.
     """
+    check_packages(config)
     wants_transformer_engine(config, device)
 
 

@@ -236,7 +236,10 @@ class AlgorithmConfig:
         "score with.",
     )
     kl_estimator: str = setting(
-        "k3", "Estimator of that divergence, by John Schulman's name for it.", choices=("k1", "k2", "k3")
+        "k3",
+        "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
+        "which is that of the divergence.",
+        choices=("k1", "k2", "k3", "k1+", "k3+"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -244,7 +247,17 @@ class AlgorithmConfig:
         "Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are "
         "shorthand.",
     )
-    advantage: str | None = setting(None, "How a group's rewards become advantages: mean_std or mean.")
+    advantage: str | None = setting(
+        None,
+        "How rewards become advantages: mean_std, mean, leave_one_out or mean_normalised over their group, "
+        "batch_mean_std over the step, mean_batch_std with the group's mean and the step's deviation, or none.",
+    )
+    correction: str | None = setting(
+        None,
+        "Weights for tokens that another than the old policy has drawn, by the ratio of the two: token_tis, "
+        "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
+        "sequence_sum_mis take products in place of geometric means. null: none.",
+    )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
     )
@@ -400,6 +413,11 @@ class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
     tensorboard: bool = setting(True, "Write TensorBoard events.")
+    wandb: str | None = setting(
+        None,
+        "Project of Weights & Biases that gets the metrics, by the package wandb. WANDB_MODE=offline keeps them in "
+        "RUN/wandb. null: off.",
+    )
     console_every: int = setting(
         1, "Steps between printed lines. Evaluations and the last step are always printed.", least=1
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
-from gspo_megatron.rewards.rules import REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
 from gspo_megatron.rewards.user_code import described, plain
 
 if TYPE_CHECKING:
@@ -102,10 +102,11 @@ def find(name: str, parameters: Mapping[str, Any] | None = None) -> RewardFuncti
     Raises:
         ConfigError: an unknown name (suggests the closest), a failing import, or a function that cannot be called.
     """
-    module, colon, attribute = name.partition(":")
+    module, colon, attribute = IN_WORKERS.get(name, name).partition(":")
     if not colon and name not in REWARDS:
+        known = (*REWARDS, *IN_WORKERS)
         raise ConfigError(
-            f"unknown reward {name!r}{did_you_mean(name, REWARDS) or '.'} Known: {', '.join(REWARDS)}, "
+            f"unknown reward {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}, "
             f"and your own as 'module:function', called with what it names of {', '.join(ARGUMENTS)}"
         )
     try:
@@ -119,7 +120,7 @@ def find(name: str, parameters: Mapping[str, Any] | None = None) -> RewardFuncti
             + (
                 "; expected a function such as f(prompt, response, answer) in a module that Python can import from the "
                 "working folder"
-                if colon
+                if ":" in name
                 else ""
             )
         ) from error

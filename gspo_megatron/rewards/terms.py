@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
-from gspo_megatron.rewards.rules import REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] 
     """
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
-        raise ConfigError(f"reward.functions is empty; add one of {', '.join(REWARDS)} or 'module:function'")
+        raise ConfigError(
+            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS))} or 'module:function'"
+        )
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
             raise ConfigError(f"the weight {term.weight} of reward {term.name!r} must be a finite number")
@@ -72,4 +75,9 @@ def _term(given: Mapping[str, Any]) -> Term:
             words = " or ".join(kind.__name__ for kind in kinds)
             raise ConfigError(f"reward.terms: {key}={own[key]!r} in {shown} must be a value of type {words}")
     parameters = {key: value for key, value in given.items() if key not in KINDS}
+    if isinstance(pattern := parameters.get("pattern"), str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"reward.terms: pattern={pattern!r} is no regular expression ({error})") from error
     return Term(**{**own, "weight": float(own["weight"])}, parameters=parameters)

@@ -49,7 +49,14 @@ class Concerns:
             yield (
                 f"step {row['step']}: before its first update, ratios differ from 1 by up to {noise:.1e}, "
                 f"{noise / clip.reach:.2g} times the clip range ({bounds}){_so_far(self.noisy_steps)}: rounding, not "
-                f"what was learned, decides which responses are clipped; {self._mend()} (docs/numerics.md)"
+                f"what was learned, decides which responses are clipped; {self._advice()} (docs/numerics.md)"
+            )
+        failed = [r for g in groups for r in g.rollouts if r.reward_error]
+        self.failed_steps = self.failed_steps + 1 if failed else 0
+        if _is_due(self.failed_steps):
+            yield (
+                f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
+                f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
         failed = [r for g in groups for r in g.rollouts if r.reward_error]
         self.failed_steps = self.failed_steps + 1 if failed else 0
@@ -59,7 +66,7 @@ class Concerns:
                 f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
 
-    def _mend(self) -> str:
+    def _advice(self) -> str:
         if self.algorithm.old_log_probs == "sampler":
             return (
                 "algorithm.old_log_probs=rollout takes the old log-probs from the sampler, which rounds differently; "

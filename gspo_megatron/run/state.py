@@ -16,6 +16,19 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
+from gspo_megatron.checkpoint.fields import (
+    COUNT,
+    COUNTS,
+    FLAG,
+    LIST,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    check_fields,
+    optional,
+)
 from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.run.step_state import StepSnapshot
@@ -36,6 +49,27 @@ class SavedStep:
 
     about: Mapping[str, Any]
     shares: tuple[Mapping[str, Tensor], ...]
+
+
+STATE = {
+    "position": COUNTS,
+    "began": FLAG,
+    "config": OBJECTS,
+    "config_sha256": TEXT,
+    "guards": OBJECT,
+    "step": optional(OBJECT),
+    # Later than format 1.
+    "taken": optional(OBJECT),
+    "contents": optional(OBJECT),
+    "warm_start_loss": optional(NUMBER),
+}
+PARTS = {
+    "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
+    "taken": {"prompts": COUNT, "rollouts": COUNT},
+    "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
+}
+"""The fields of a state in JSON, and of its objects."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +159,17 @@ class RunState:
 
     @classmethod
     def from_saved(cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]]) -> RunState:
-        """From what `to_json` wrote and the `tensors` of every process."""
-        guards, step = about["guards"], about["step"]
+        """From what `to_json` wrote and the `tensors` of every process.
+
+        Raises:
+            CheckpointError: something is missing, or is not what it should be.
+        """
+        where = "run.json, state"
+        check_fields(about, STATE, where)
+        for name, fields in PARTS.items():
+            if about.get(name) is not None:
+                check_fields(about[name], fields, f"{where}, {name}")
+        guards, step = about["guards"], about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
         position = Position(*about["position"])
@@ -138,8 +181,10 @@ class RunState:
             about["began"],
             settings,
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
-            Taken(**taken) if taken else taken_until(position, settings, inside=step is not None),
-            Contents(**contents) if contents else None,
+            Taken(taken["prompts"], taken["rollouts"])
+            if taken
+            else taken_until(position, settings, inside=step is not None),
+            Contents(contents["digests"], contents.get("num_prompts")) if contents else None,
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
             about.get("warm_start_loss"),
@@ -149,6 +194,8 @@ class RunState:
 def taken_until(position: Position, settings: Mapping[str, Any], *, inside: bool) -> Taken:
     """What a run of these settings has used up, if they never changed. `inside`: whether it is in the step after
     position.steps."""
+    names = ("rollout.prompts_per_step", "rollout.group_size", "train.warm_start_batch")
+    check_fields(dict(settings), dict.fromkeys(names, COUNT), "run.json, state, config")
     steps, prompts = position.steps + inside, settings["rollout.prompts_per_step"]
     of_warm_start = position.warm_start * settings["train.warm_start_batch"]
     return Taken(of_warm_start + steps * prompts, (1 + steps) * prompts * settings["rollout.group_size"])

@@ -190,7 +190,22 @@ class StepState:
         still have to be packed. `dtype` is that of log-probs here.
 
         Metrics return to the rank they came from; if the number of reporters has changed, all go to the first.
+
+        Raises:
+            CheckpointError: something is missing, or does not fit the rest.
         """
+        try:
+            return cls._restored(about, shares, ranks, dtype)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the unfinished step of the checkpoint does not fit together ({type(error).__name__}: {error}): its "
+                "files were edited, or are not this program's; continue from an earlier checkpoint"
+            ) from error
+
+    @classmethod
+    def _restored(
+        cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]], ranks: Ranks, dtype: torch.dtype
+    ) -> StepState:
         shares = sorted((s for s in shares if s), key=lambda share: int(share["first_sequence"]))
 
         def joined(name: str) -> Tensor:

@@ -51,7 +51,7 @@ def test_a_gsm8k_file_becomes_prompts_whose_answers_the_rewards_understand(gsm8k
         assert TOKENIZER.decode(prompt.tokens) == prompt.text
         assert prompt.answer == prompt.solution == record["answer"]
         judge = {"prompt": prompt.text, "response": f"It is\n#### {number}", "answer": prompt.answer}
-        assert REWARDS["final_number"](**judge) == REWARDS["format"](**judge) == 1
+        assert REWARDS["final_number"](**judge) == REWARDS["format"](response=judge["response"]) == 1
 
 
 def test_template_fills_any_field_and_leaves_other_braces_alone(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_last_number_needs_an_answer_with_a_number() -> None:
     ],
 )
 def test_format(response: str, reward: float) -> None:
-    assert judge("format", response, "#### 1") == reward
+    assert REWARDS["format"](response=response) == reward
 
 
 @pytest.mark.parametrize(
@@ -301,3 +301,48 @@ def test_what_an_error_says_is_shown_harmlessly() -> None:
     assert described(Silent()) == "Silent: its text cannot be had, RuntimeError"
     assert described(ValueError("\x1b[31mred\x1b[0m\nline")) == "ValueError: \\x1b[31mred\\x1b[0m\nline"
     assert len(described(ValueError("x" * 10**7))) < 2100
+
+
+@pytest.mark.parametrize(("count", "value"), [(0, 0), (6, 0), (7, -0.25), (8, -0.5), (10, -1), (11, -1), (100, -1)])
+def test_length_is_dapos_overlong_punishment(count: int, value: float) -> None:
+    assert REWARDS["length"](tokens=[3] * count, max_tokens=10, buffer=4) == value
+
+
+def test_length_needs_a_buffer_within_the_length() -> None:
+    for buffer in (0, 11):
+        with pytest.raises(ValueError, match="must be from 1 to max_tokens=10"):
+            REWARDS["length"](tokens=[], max_tokens=10, buffer=buffer)
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "value"),
+    [("", 3, 0), ("a b", 3, 0), ("a b c d", 3, 0), ("a b a b a b", 2, -3 / 5), ("no No no", 1, -2 / 3)],
+)
+def test_repetition(text: str, n: int, value: float) -> None:
+    assert REWARDS["repetition"](response=text, n=n) == pytest.approx(value)
+
+
+def test_format_by_a_pattern_is_of_the_whole_response() -> None:
+    def matches(text: str) -> float:
+        return REWARDS["format"](response=text, pattern=r"<a>.*</a>")
+
+    assert [matches(t) for t in ("<a>x\ny</a>", " <a></a>\n", "<a></a> so", "so <a></a>")] == [1, 1, 0, 0]
+
+
+def test_json_schema() -> None:
+    pytest.importorskip("jsonschema")
+    from gspo_megatron.rewards.structure import json_schema
+
+    schema = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
+    texts = {
+        '{"city": "Rome"}': (1, 1),
+        'Here:\n```json\n{"city": 1}\n```\nor\n```\n{"city": "Rome"}\n```': (1, 1),
+        '{"city": 1}': (0, 1),
+        "[" * 10**5: (0, 0),
+        "Rome": (0, 0),
+        "": (0, 0),
+    }
+    for text, (score, is_json) in texts.items():
+        assert json_schema(response=text, schema=schema) == {"score": score, "is_json": is_json}
+    with pytest.raises(ValueError, match="schema: 'strng' is not valid"):
+        json_schema(response="{}", schema={"type": "strng"})

@@ -74,7 +74,7 @@ class Watched(TablePolicy):
 def started(config: Config, ranks: Ranks, policy: TablePolicy, state: RunState | None = None, **parts: Any) -> Trainer:
     """A trainer whose main process writes to config.run.dir."""
     first_step = state.position.steps + 1 if state else 0
-    writer = RunWriter(Path(config.run.dir), tensorboard=False, first_step=first_step) if ranks.is_main else None
+    writer = RunWriter(Path(config.run.dir), first_step=first_step) if ranks.is_main else None
     return trainer_of(config, ranks, policy, writer=writer, state=state, **parts)
 
 

@@ -125,7 +125,7 @@ def test_an_earlier_checkpoint_counts_in_steps() -> None:
     about = json.loads(json.dumps(state.to_json()))
     del about["taken"], about["contents"]
     assert RunState.from_saved(about, []).taken == Taken(15 + 2 * 8, 3 * 8 * 4)
-    inside = about | {"step": {"number": 3}}
+    inside = about | {"step": {"number": 3, "prompts": [], "rollouts": [], "updates": []}}
     assert RunState.from_saved(inside, []).taken == Taken(15 + 3 * 8, 4 * 8 * 4)
 
 
