@@ -58,13 +58,6 @@ class Concerns:
                 f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
                 f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
-        failed = [r for g in groups for r in g.rollouts if r.reward_error]
-        self.failed_steps = self.failed_steps + 1 if failed else 0
-        if _is_due(self.failed_steps):
-            yield (
-                f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
-                f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
-            )
 
     def _advice(self) -> str:
         if self.algorithm.old_log_probs == "sampler":

@@ -219,7 +219,7 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            lists: dict[str, Any] = {name: tuple(prompt.get(name, ())) for name in ("tokens", "messages")}
+            lists: dict[str, Any] = {name: tuple(v) for name, v in prompt.items() if isinstance(v, list)}
             asked = Prompt(**(prompt | lists))
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
