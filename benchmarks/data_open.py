@@ -1,6 +1,6 @@
 """What large data costs a process at its first start and at its second: seconds, private memory, a prompt at random.
 
-    python -m benchmarks.data_open --output benchmarks/results/data_open.json
+    python -m benchmarks.data_open --output benchmarks/results/data_open.json --markdown docs/data.md
 
 `short` is a million prompts of a line each; `long` are prompts and solutions of --gigabytes together, as JSONL and,
 with pyarrow, as Parquet. Tokens are characters, so the time of the first start is that of reading, not of a tokenizer.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import machine, versions
+from benchmarks.reports import machine, table, versions, write_between_marks
 from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.sources import DataSpec, open_source
 from gspo_megatron.data.tokenizers import CharacterTokenizer
@@ -108,19 +108,44 @@ def measure(folder: Path, number: int, gigabytes: float) -> dict[str, Any]:
     }
 
 
+def markdown(result: dict[str, Any]) -> str:
+    head = ("data", "size", "prompts", "first start", "second start", "private memory", "a prompt at random")
+    lines = [
+        (
+            name,
+            f"{found['bytes'] / 1e9:.2f} GB",
+            f"{found['second']['prompts']:,}",
+            f"{found['first']['open_s']:.0f} s",
+            f"{found['second']['open_s'] * 1e3:.0f} ms",
+            f"{found['second']['private_mib']:.1f} MiB",
+            f"{found['second']['prompt_us']:.0f} us",
+        )
+        for name, found in result["sources"].items()
+    ]
+    about = f"`python -m benchmarks.data_open` on {result['machine']}; tokens are characters."
+    return f"{table(head, lines)}\n{about}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=1_000_000, help="of the short ones")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the long ones")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
+    parser.add_argument("--from", dest="known", type=Path, help="a file that --output wrote, instead of measuring")
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.file:
         print(json.dumps(opened(options.file, options.cache)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options.prompts, options.gigabytes)
+    if options.known:
+        result = json.loads(options.known.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(Path(folder), options.prompts, options.gigabytes)
+    if options.markdown:
+        write_between_marks(options.markdown, "data_open", markdown(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
