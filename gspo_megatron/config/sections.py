@@ -100,7 +100,7 @@ class DataConfig:
         "task:sort_digits",
         "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
         "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
-        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+        "settings of this section for itself, and with reward: NAME, or {NAME: weight}, for its rollouts.",
     )
     eval: Any = setting(
         None,
