@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.contents import contents_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
@@ -79,10 +80,16 @@ def open_trainer(
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
         state = checkpoints.load(c.load, RunState.from_saved)
         if config.model.hf and state is None:
-            load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan)
-        continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
+            for note in load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan):
+                console.say(f"model.hf: {note}")
+        contents = contents_of(inputs)
+        continuation = Continuation.of(
+            state, config, algorithm, has_reference=policy.reference is not None, contents=contents
+        )
         for setting in continuation.changed:
             console.warn(f"continuing with a changed setting, {setting}")
+        for warning in continuation.other_contents:
+            console.warn(warning)
         for message in continuation.messages(config):
             console.say(message)
         writer = None
@@ -103,16 +110,21 @@ def open_trainer(
             checkpoints=checkpoints,
             exports=MegatronExports(policy, beside, console.say),
             guards=state.guards if state else None,
+            taken=continuation.taken,
+            contents=contents,
             peak_flops=gpu.peak_flops(fp8=config.precision.fp8 != "none") if gpu else None,
             stop=stop,
             note=watchdog.note,
         )
+        scoring_ranks = groups.layout.dp * groups.layout.cp
+        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
+            inputs.rewards.close()
             if writer:
                 writer.close()
 

@@ -272,8 +272,10 @@ class BadScorer(TablePolicy):
 
 
 class BadSampler(TableSampler):
-    def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
-        rollouts = super().generate(prompts, ids, greedy=greedy)
+    def generate(
+        self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False, **how: Any
+    ) -> list[Rollout]:
+        rollouts = super().generate(prompts, ids, greedy=greedy, **how)
         if not greedy and self.policy.ranks.dp_rank == 0:
             rollouts[3].log_probs[-1] = math.nan
         return rollouts
