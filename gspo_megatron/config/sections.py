@@ -258,6 +258,11 @@ class AlgorithmConfig:
         "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
         "sequence_sum_mis take products in place of geometric means. null: none.",
     )
+    drop_truncated: bool = setting(
+        False,
+        "Leave responses that rollout.max_new_tokens has cut out of the loss and its counts (DAPO's overlong "
+        "filtering); they still count in the baseline of their group.",
+    )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
     )
