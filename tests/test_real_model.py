@@ -1,6 +1,6 @@
 """A model that transformers wrote goes in, is trained with GSPO, and comes out as one that transformers uses: it reads
-the same numbers and answers as many held-out prompts. The families whose folders hold more than weights as Qwen3-MoE has
-them go the same way, up to the numbers."""
+the same numbers and answers as many held-out prompts. DeepSeek-V3 and GLM-4.5, whose folders hold more than those of
+Qwen3-MoE, go the same way, up to the numbers."""
 
 from __future__ import annotations
 
