@@ -70,7 +70,7 @@ def grouped_query_attention(m: ModelShape, f: Format) -> Kept:
     if not has_qk_norms(m):
         norms = 0.0
     if writes_scores(m, f):
-        core += 2 * scores(m, f)  # the weights, and the scores with the sinks
+        core += scores(m, f) * (1.5 if w < 4 else 1)  # the weights in float32, and as narrow as the values
     return {
         "qkv": f.input_width * m.hidden_size + w * (q + 2 * k),
         "query and key norms": norms,
@@ -161,6 +161,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
 def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
     """What a layer at work holds besides, per token as above: the residual stream and its change, and the tokens on
     their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
-    scores are written out, also their gradient."""
+    scores are written out, also their gradient; with sinks, that of the weights and the sinks as well."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    return ((2 + sent) * m.hidden_size * f.width + writes_scores(m, f) * scores(m, f)) / layout.tp
+    gradients = (1 if m.kv_lora_rank else 2) * scores(m, f) if writes_scores(m, f) else 0
+    return ((2 + sent) * m.hidden_size * f.width + gradients) / layout.tp
