@@ -114,7 +114,9 @@ def test_an_interrupted_conversion_goes_on(
 # --- inspect ---
 
 
-@pytest.mark.parametrize("preset", ["tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss"])
+@pytest.mark.parametrize(
+    "preset", ["tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss", "tiny_qwen3_next"]
+)
 def test_a_good_folder_of_any_family_is_whole(preset: str, tmp_path: Path) -> None:
     """Also where all experts of a layer are one tensor."""
     shape = load_config(None, [f"model.preset={preset}", "model.vocab_size=61"]).model.shape

@@ -203,9 +203,10 @@ class HuggingFaceFolder:
 
     def is_skipped(self, name: str) -> bool:
         """Tensors that are not part of the language model: layers after the last one, which predict several tokens at
-        once (config.json counts them), and what is computed."""
+        once (config.json counts them, or they have a name of their own), and what is computed."""
         layer, depth = LAYER.match(name), self.config.get("num_hidden_layers", 0)
         beyond = layer is not None and 0 <= int(layer[1]) - depth < (self.config.get("num_nextn_predict_layers") or 0)
+        beyond = beyond or (self.config.get("model_type") == "qwen3_next" and name.startswith("mtp."))
         tied = self.config.get("tie_word_embeddings", False) and name == "lm_head.weight"
         return beyond or tied or COMPUTED.fullmatch(name) is not None
 

@@ -102,6 +102,14 @@ def test_what_the_model_does_not_have(tmp_path: Path) -> None:
     folder.check_all_read([*TENSORS, "model.layers.3.x"])
 
 
+def test_layers_that_predict_several_tokens_are_left_out_of_qwen3_next(tmp_path: Path) -> None:
+    folder = HuggingFaceFolder(write(tmp_path, TENSORS | {"mtp.layers.0.x": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"does not have: mtp\.layers\.0\.x"):
+        folder.check_all_read(TENSORS)
+    folder.config["model_type"] = "qwen3_next"
+    folder.check_all_read(TENSORS)
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
