@@ -18,7 +18,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.models.shape import ModelShape
 from tests.support.hugging_face import model_folder
 
-PRESETS = ("tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss", "tiny_mla")
+PRESETS = ("tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss", "tiny_mla", "tiny_qwen3_next")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -91,6 +91,14 @@ def test_what_is_left_out_on_purpose(tmp_path: Path) -> None:
         f"left out: {further}: layer {shape.num_layers} predicts several tokens at once, and is not trained",
         "left out: lm_head.weight: tied to the embedding",
     ]
-    folder = change(tmp_path, lambda t: None, num_nextn_predict_layers=0, tie_word_embeddings=False)
+    beyond = change(tmp_path, lambda t: t.update({"mtp.norm.weight": torch.ones(1)}), model_type="qwen3_next")
+    assert beyond.left_out("mtp.norm.weight") == "it predicts several tokens at once, and is not trained"
+    folder = change(
+        tmp_path,
+        lambda t: t.pop("mtp.norm.weight"),
+        num_nextn_predict_layers=0,
+        tie_word_embeddings=False,
+        model_type="qwen3_moe",
+    )
     with pytest.raises(CheckpointError, match=f"does not describe lm_head.weight, {further}; download"):
         check_folder(folder, shape)
