@@ -15,7 +15,7 @@ from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
 from gspo_megatron.build.inputs import settle_model
 from gspo_megatron.build.scoring import open_scorer
 from gspo_megatron.build.trainer import device_of, folder_files
-from gspo_megatron.checkpoint.contents import files_of, read_about
+from gspo_megatron.checkpoint.contents import files_of, read_about, saved_sections
 from gspo_megatron.checkpoint.conversion import CheckpointWeights, ResumableExport, source_of
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FILE_BYTES, FolderFiles
@@ -90,7 +90,7 @@ def to_folder(
         raise ConfigError(f"{out} exists already; name another folder, or remove it")
     checkpoint = find_checkpoint(checkpoint)
     about = read_about(checkpoint)
-    saved = about["state"]["config"]
+    saved = saved_sections(checkpoint, about)
     shape = shape_of(saved["model"])
     files = files_beside(saved, shape, like)
     weights = CheckpointWeights(files_of(checkpoint, about), shape, family_of(shape).rules, DTYPES[dtype])

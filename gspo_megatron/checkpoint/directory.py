@@ -28,7 +28,7 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.base.files import sync
+from gspo_megatron.base.files import read_regular, sync
 from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, verify, write_synced
 from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of, position_of_path, progress
 
@@ -192,7 +192,7 @@ class CheckpointDirectory:
 
     def _pointed_to(self) -> str:
         try:
-            return (self.directory / POINTER).read_text(errors="replace").strip()
+            return read_regular(self.directory / POINTER).decode(errors="replace").strip()
         except OSError:
             return ""
 

@@ -63,6 +63,46 @@ class QKV:
 
 
 @dataclass(frozen=True)
+class GatedQKV:
+    """[q_1 .. q_n, gate_1 .. gate_n, k, v] for each query group, one group after the other <-> each head's [q, gate],
+    all keys, all values. Blocks and n as in QKV."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        groups, d = shape.num_query_groups, shape.head_dim
+        by_group = ours.unflatten(0, (groups, -1, d))
+        n = shape.num_attention_heads // groups
+        query, gate, key, value = by_group.split([n, n, 1, 1], dim=1)
+        queries = torch.stack([query, gate], dim=2)
+        return queries.flatten(0, 3), key.flatten(0, 2), value.flatten(0, 2)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        queries, *others = theirs
+        groups, d = shape.num_query_groups, shape.head_dim
+        query, gate = queries.unflatten(0, (groups, -1, 2, d)).unbind(dim=2)
+        key, value = (x.unflatten(0, (groups, 1, d)) for x in others)
+        return torch.cat([query, gate, key, value], dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class KeyHeadChannels:
+    """[q, k, v_1 .. v_r] for each key head of a gated delta net, one after the other <-> all queries, all keys, all
+    values, stacked by rows in one tensor; r = value heads / key heads. The parts that tensor parallel makes do not
+    commute with it."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        heads, d = shape.linear_num_key_heads, shape.linear_key_head_dim
+        values = shape.linear_num_value_heads // heads * shape.linear_value_head_dim
+        parts = ours.unflatten(0, (heads, -1)).split([d, d, values], dim=1)
+        return (torch.cat([part.flatten(0, 1) for part in parts]),)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        [whole] = theirs
+        heads, keys = shape.linear_num_key_heads, shape.linear_num_key_heads * shape.linear_key_head_dim
+        parts = whole.split([keys, keys, len(whole) - 2 * keys])
+        return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class GateUp:
     """[gate; up], stacked by rows <-> gate, up."""
 
@@ -187,7 +227,10 @@ def to_our_slice(
     op: Op, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
 ) -> Tensor:
     """Slice `index` of `count` along `dim` of our tensor, from the same slice of each of theirs: cutting and `op`
-    commute, since tensor parallel cuts between query groups, and gate and up each into parts."""
+    commute, since tensor parallel cuts between query groups, and gate and up each into parts. Where they do not, from
+    the whole of theirs."""
+    if isinstance(op, KeyHeadChannels):
+        return op.to_ours([_part(x, dim, 0, 1) for x in theirs], shape).chunk(count, dim)[index]
     heads, groups = shape.num_attention_heads // count, shape.num_query_groups // count
     of_slice = replace(shape, num_attention_heads=heads, num_query_groups=groups) if dim == 0 else shape
     return op.to_ours([_part(x, dim, index, count) for x in theirs], of_slice)

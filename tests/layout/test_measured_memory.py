@@ -88,7 +88,13 @@ class Run:
 
     def forward_and_backward(self) -> None:
         schedule.train(
-            self.policy.chunks, self.groups, self.batch, self.loss, self.policy.scoring, self.policy.router_load
+            self.policy.chunks,
+            self.groups,
+            self.batch,
+            self.loss,
+            self.policy.scoring,
+            self.policy.router_load,
+            lambda micro_batch: None,
         )
 
     def planned(self, with_reference: bool = False) -> Memory:
