@@ -35,6 +35,7 @@ from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle, tokenizer_spec
 from gspo_megatron.build.trainer import device_of, open_trainer
+from gspo_megatron.config.hugging_face import folder_settings
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config, DataConfig, RewardConfig
 from gspo_megatron.data.tokenizers import load_tokenizer
@@ -326,6 +327,14 @@ def shrunk(config: Config, layouts: Sequence[LayoutRequest]) -> list[str]:
     return [f"{key}={value}" for key, value in sizes.items()]
 
 
+def without_folder(config: Config) -> list[str]:
+    """Overrides that give the model the sizes of its folder, but not the folder, with which others would not agree."""
+    if config.model.hf is None:
+        return []
+    sizes = folder_settings(config.model.hf)
+    return ["model.hf=null", *(f"model.{name}={'null' if size is None else size}" for name, size in sizes.items())]
+
+
 def task_instead() -> list[str]:
     """Overrides that replace the run's own data, tokenizer and rewards with a task of short prompts."""
     name, sizes = "task:sort_digits", {"min_length": 2, "max_length": 12}
@@ -387,8 +396,12 @@ def check(options: argparse.Namespace) -> list[Row]:
                 layouts[name], num_layers = with_shallow_stages(layout, layouts[name], shape.num_layers)
                 print(f"{name}: stages of unequal depth become {layouts[name]}")
                 smaller.append(f"model.num_layers={num_layers}")
-        print(f"the model has more than {SMALL:,} parameters and is shrunk: {' '.join(smaller)}, on task:sort_digits")
-        settings += [*smaller, *task_instead()]
+        weights = " with random weights" if config.model.hf else ""
+        print(
+            f"the model has more than {SMALL:,} parameters and is shrunk{weights}: {' '.join(smaller)}, on "
+            "task:sort_digits"
+        )
+        settings += [*without_folder(config), *smaller, *task_instead()]
     reports: dict[str, Report] = {}
     for name, layout in layouts.items():
         inputs = settle(load_config(options.config, [*settings, *layout.overrides]), layout.world_size)

@@ -1,6 +1,6 @@
 """Builds the policy of a large run for any of its ranks, with a CUDA build of torch and without a GPU.
 
-    python tools/dry_cuda.py --config examples/qwen3_30b_a3b_gspo.yaml --ranks 0,15          (`make dry-cuda`: all)
+    python tools/dry_cuda.py --config examples/qwen3_235b_a22b_gspo.yaml --ranks 0,15        (`make dry-cuda`: all)
     python tools/dry_cuda.py --config run.yaml --world-size 128 --ranks all --layers 8 precision.fp8=blockwise
 
 Each rank's model, gradient buffers, optimizer and reference are built as in a run, from fake tensors over a fake

@@ -28,7 +28,7 @@ def folder_settings(folder: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"model.hf={folder}: there is no {file}; give the folder of a Hugging Face model, which holds config.json "
-            "and safetensors files"
+            "and safetensors files (to plan a run without it: model.hf=null model.preset=NAME)"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.hf={folder}: {file} cannot be read ({error}); download it again") from error

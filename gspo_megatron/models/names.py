@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -185,12 +185,15 @@ class RowOf:
 class NameRule:
     """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. Where only ours
     has {expert}, theirs is a stack of all experts of a layer, and `op` is of one of them. `float32`: the tensor has
-    that format on the hub, whatever the others have."""
+    that format on the hub, whatever the others have. `size`: of our whole tensor. `present`: whether a model has it, in
+    the layer of this number."""
 
     ours: str
     theirs: tuple[str, ...]
     op: Op = COPY
     float32: bool = False
+    size: Callable[[ModelShape], tuple[int, ...]] = field(kw_only=True)
+    present: Callable[[ModelShape, int], bool] = field(default=lambda shape, layer: True, kw_only=True)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

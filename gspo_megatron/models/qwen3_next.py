@@ -1,5 +1,5 @@
 """Qwen3-Next: gated delta-net layers and, every few layers, gated full attention with a partial RoPE; norms that
-multiply by 1 + weight; softmax-top-k experts beside a shared one that has a gate.
+multiply by 1 + weight; softmax-top-k experts, and a shared one with a gate.
 
 arXiv 2412.06464 (gated delta networks), Section 3. Names and settings: Hugging Face transformers 5.23,
 models/qwen3_next; https://huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct. Its multi-token prediction layers are not
@@ -8,14 +8,14 @@ implemented; transformers ignores them, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from gspo_megatron.models import config_json, parts, sizes
 from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
-from gspo_megatron.models.names import GatedQKV, KeyHeadChannels, NameRule
+from gspo_megatron.models.names import COPY, GatedQKV, KeyHeadChannels, NameRule, Op
 from gspo_megatron.models.shape import ModelShape
 
 NAME = "qwen3_next"
@@ -31,23 +31,61 @@ USES = parts.GROUPED_QUERY | parts.EXPERTS | OWN | {"partial_rotary_factor"}
 
 _DELTA, _THEIR_DELTA = f"{parts.OURS}self_attention.", f"{parts.THEIRS}linear_attn."
 
+
+def is_recurrent(s: ModelShape, layer: int) -> bool:
+    """Whether layer `layer`, from 0, is a gated delta net: all but the last of every full_attention_interval layers."""
+    return bool((layer + 1) % s.full_attention_interval)
+
+
+def is_full(s: ModelShape, layer: int) -> bool:
+    return not is_recurrent(s, layer)
+
+
+def delta_net_widths(s: ModelShape) -> tuple[int, int]:
+    """(width of all keys, or queries; width of all values) of a gated delta net."""
+    return s.linear_num_key_heads * s.linear_key_head_dim, s.linear_num_value_heads * s.linear_value_head_dim
+
+
+def _delta_rule(
+    ours: str, size: Callable[[ModelShape, int, int], tuple[int, ...]], theirs: str = "", op: Op = COPY
+) -> NameRule:
+    """`size`: of (shape, width of all keys, width of all values)."""
+    names = f"{_DELTA}{ours}", (f"{_THEIR_DELTA}{theirs or ours}",)
+    return NameRule(*names, op, size=lambda s: size(s, *delta_net_widths(s)), present=is_recurrent)
+
+
 RULES = (
-    *parts.BLOCK_RULES,
+    *(replace(rule, present=is_full) if "linear_proj" in rule.ours else rule for rule in parts.BLOCK_RULES),
     NameRule(
         f"{parts.OURS}self_attention.linear_qkv.weight",
         tuple(f"{parts.THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
         GatedQKV(),
+        size=lambda s: (2 * (s.num_attention_heads + s.num_query_groups) * s.head_dim, s.hidden_size),
+        present=is_full,
     ),
-    *parts.QK_NORM_RULES,
-    *(
-        NameRule(f"{_DELTA}{name}", (f"{_THEIR_DELTA}{name}",))
-        for name in ("in_proj_qkvz.weight", "in_proj_ba.weight", "dt_bias", "A_log", "out_proj.weight")
+    *(replace(rule, present=is_full) for rule in parts.QK_NORM_RULES),
+    _delta_rule("in_proj_qkvz.weight", lambda s, keys, values: (2 * (keys + values), s.hidden_size)),
+    _delta_rule("in_proj_ba.weight", lambda s, keys, values: (2 * s.linear_num_value_heads, s.hidden_size)),
+    _delta_rule("dt_bias", lambda s, keys, values: (s.linear_num_value_heads,)),
+    _delta_rule("A_log", lambda s, keys, values: (s.linear_num_value_heads,)),
+    _delta_rule("out_proj.weight", lambda s, keys, values: (s.hidden_size, values)),
+    _delta_rule(
+        "conv1d.weight", lambda s, keys, values: (2 * keys + values, 1, s.linear_conv_kernel_dim), op=KeyHeadChannels()
     ),
-    NameRule(f"{_DELTA}conv1d.weight", (f"{_THEIR_DELTA}conv1d.weight",), KeyHeadChannels()),
-    NameRule(f"{_DELTA}out_norm.weight", (f"{_THEIR_DELTA}norm.weight",)),
+    _delta_rule("out_norm.weight", lambda s, keys, values: (s.linear_value_head_dim,), "norm.weight"),
     *parts.EXPERT_RULES,
-    *parts.feed_forward(f"{parts.OURS}mlp.shared_experts.", f"{parts.THEIRS}mlp.shared_expert."),
-    NameRule(f"{parts.OURS}mlp.shared_experts.gate_weight", (f"{parts.THEIRS}mlp.shared_expert_gate.weight",)),
+    *parts.feed_forward(
+        f"{parts.OURS}mlp.shared_experts.",
+        f"{parts.THEIRS}mlp.shared_expert.",
+        lambda s: s.shared_expert_ffn_size,
+        parts.has_experts,
+    ),
+    NameRule(
+        f"{parts.OURS}mlp.shared_experts.gate_weight",
+        (f"{parts.THEIRS}mlp.shared_expert_gate.weight",),
+        size=lambda s: (1, s.hidden_size),
+        present=parts.has_experts,
+    ),
 )
 
 CONFIG = ConfigKeys(
@@ -71,11 +109,6 @@ CONFIG = ConfigKeys(
         "mlp_only_layers": ([], []),
     },
 )
-
-
-def is_recurrent(s: ModelShape, layer: int) -> bool:
-    """Whether layer `layer`, from 0, is a gated delta net: all but the last of every full_attention_interval layers."""
-    return bool((layer + 1) % s.full_attention_interval)
 
 
 def layer_types(num_layers: int, interval: int) -> list[str]:
@@ -125,11 +158,6 @@ def megatron(s: ModelShape) -> dict[str, Any]:
         "linear_attention_freq": [int(is_recurrent(s, i)) for i in range(s.num_layers)],
         **{name: getattr(s, name) for name in LINEAR},
     }
-
-
-def delta_net_widths(s: ModelShape) -> tuple[int, int]:
-    """(width of all keys, or queries; width of all values) of a gated delta net."""
-    return s.linear_num_key_heads * s.linear_key_head_dim, s.linear_num_value_heads * s.linear_value_head_dim
 
 
 def counts(s: ModelShape) -> ParameterCount:

@@ -21,6 +21,7 @@ from gspo_megatron.models.family import TokenCount
 from gspo_megatron.models.names import InMemory, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
+from gspo_megatron.models.tensors import hub_tensors
 from tests.support.families import HUB_SIZES, OUR_SIZES
 
 SIZE = st.integers(1, 1 << 20)
@@ -160,7 +161,13 @@ def test_presets_fit_together(preset: str) -> None:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
-    "preset", [*(preset for preset in PRESETS if preset.startswith("tiny_")), "tiny_mla model.q_lora_rank=0"]
+    "preset",
+    [
+        *(preset for preset in PRESETS if preset.startswith("tiny_")),
+        "tiny_mla model.q_lora_rank=0",
+        *(f"tiny_glm model.qk_norm={on} model.attention_bias={not on}" for on in (True, False)),
+        "tiny_glm model.num_dense_layers=0 model.dense_ffn_size=0",
+    ],
 )
 def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
     settings = [f"model.preset={preset.split()[0]}", *preset.split()[1:], f"model.tie_embeddings={tie}"]
@@ -177,6 +184,7 @@ def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
         rule, parts = read_ours(family.rules, name, lambda their: InMemory(theirs[their]))
         back[name] = to_our_slice(rule.op, parts, shape)
     assert {name: tuple(part.shape) for name, part in theirs.items()} == HUB_SIZES[shape.family](shape)
+    assert hub_tensors(family.rules, shape) == HUB_SIZES[shape.family](shape)
     assert all(torch.equal(back[name], whole) for name, whole in ours.items())
     parameters = sum(p.numel() for name, p in theirs.items() if "e_score_correction_bias" not in name)
     assert family.counts(shape).total == parameters

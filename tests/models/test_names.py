@@ -146,10 +146,15 @@ def test_gate_is_above_up() -> None:
     assert torch.equal(gate, counted(4, 3)[:2]) and torch.equal(up, counted(4, 3)[2:])
 
 
+def size_of_none(shape: ModelShape) -> tuple[int, ...]:
+    raise AssertionError("names alone are asked for")
+
+
+GATE_UP = ("x.{layer}.{expert}.gate", "x.{layer}.{expert}.up")
 RULES = (
-    NameRule("a.{layer}.b.{expert}.w", ("x.{layer}.{expert}.gate", "x.{layer}.{expert}.up"), GateUp()),
-    NameRule("a.{layer}.b.w", ("x.{layer}.w",)),
-    NameRule("a.{layer}.b.0.w", ("second",)),
+    NameRule("a.{layer}.b.{expert}.w", GATE_UP, GateUp(), size=size_of_none),
+    NameRule("a.{layer}.b.w", ("x.{layer}.w",), size=size_of_none),
+    NameRule("a.{layer}.b.0.w", ("second",), size=size_of_none),
 )
 
 

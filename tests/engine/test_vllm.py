@@ -1,0 +1,108 @@
+"""vLLM loads the folders that a run writes, as they are: it has the same log-probs, through its cache too, and renders
+the same conversation. vLLM shares no code with this package, nor with transformers' models.
+
+In float32 on the CPU, with folders in bf16, as they are written by default. Sizes are small, but what vLLM's kernels
+for CPUs ask for: heads of 32, experts of a multiple of 32, DeepSeek-V3's latent of 512 and rotary key of 64.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.score import main as score
+from gspo_megatron.testing.commands import forked
+from gspo_megatron.testing.time_limits import time_factor
+from gspo_megatron.train import main as train
+from tests.support.hugging_face import tokenizer_folder
+from tests.support.vllm_answers import CONVERSATION, NUM_NEW
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: make test-engine", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+SIZES = ("model.hidden_size=64", "model.num_layers=3", "model.num_attention_heads=4")
+GROUPED_QUERY = (*SIZES, "model.head_dim=32", "model.num_query_groups=2")
+EXPERTS = ("model.num_experts=8", "model.experts_per_token=3", "model.expert_ffn_size=32")
+LATENT = ("model.kv_lora_rank=512", "model.qk_rope_head_dim=64", "model.qk_nope_head_dim=32", "model.v_head_dim=32")
+SHARED = ("model.expert_ffn_size=32", "model.shared_expert_ffn_size=32")
+EP, TP = ("parallel.ep=2",), ("parallel.tp=2",)
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "qwen3_moe": ("model.preset=tiny_moe", *GROUPED_QUERY, *EXPERTS, *EP),
+    "qwen3": ("model.preset=tiny_dense", *GROUPED_QUERY, *TP),
+    "mixtral": ("model.preset=tiny_mixtral", *GROUPED_QUERY, *EXPERTS, *EP),
+    "glm4_moe": ("model.preset=tiny_glm", *GROUPED_QUERY, *SHARED, *TP),
+    # vLLM's gpt-oss has norms with 1e-5, whatever config.json says.
+    "gpt_oss": ("model.preset=tiny_gpt_oss", "model.norm_epsilon=1e-5", *GROUPED_QUERY, *EXPERTS, *EP),
+    "deepseek_v3": ("model.preset=tiny_mla", *SIZES, *LATENT, *SHARED, *EP),
+}
+OPTIONS = {"deepseek_v3": {"attention_backend": "CPU_MLA"}}
+"""The backend that vLLM takes by itself on a processor with AMX has no float32."""
+COMMON = (
+    *("precision.device=cpu", "precision.dtype=fp32", "model.init_std=0.2", "model.max_sequence_length=64"),
+    *("model.vocab_size=387", "data.train=task:sort_digits", "data.task={min_length: 2, max_length: 3}"),
+    *("data.eval_size=2", "rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_new_tokens=4"),
+    *("algorithm.updates_per_rollout=1", "optimizer.lr=1e-3", "train.steps=1", "train.hf_at_end=on"),
+    "logging.tensorboard=false",
+)
+LENGTHS = (1, 2, 7, 8, 9, 17, 40, 64 - NUM_NEW)
+"""Around the window of 8 that mixtral and gpt_oss have, up to the longest."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every family on two processes, and what vLLM answered from the folder that each wrote."""
+    base = tmp_path_factory.mktemp("engine")
+    tokenizer = tokenizer_folder(base / "tokenizer")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(387, (length,), generator=generator).tolist() for length in LENGTHS]
+    orders: list[dict[str, Any]] = []
+    for family, settings in FAMILIES.items():
+        arguments = [*settings, *COMMON, f"data.tokenizer={tokenizer}", f"run.dir={base / family}"]
+        for status, errors in forked(2, arguments, command=train):
+            assert status == 0, errors
+        order = {"folder": str(base / family / "hf" / "step_000001"), "output": str(base / f"{family}.jsonl")}
+        orders.append(order | {"prompts": prompts, "options": OPTIONS.get(family, {})})
+    (base / "orders.json").write_text(json.dumps(orders))
+    # Its caches are in the folder that pytest removes.
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(base / "cache")}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.vllm_answers", str(base / "orders.json")]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=240 * time_factor())
+    (base / "vllm.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_has_the_same_log_probs(base: Path, family: str) -> None:
+    answers = base / f"{family}.jsonl"
+    assert answers.exists(), answers.with_suffix(".error").read_text() + (base / "vllm.log").read_text()
+    *lines, rendered = (json.loads(line) for line in answers.read_text().splitlines())
+    assert [len(line["tokens"]) for line in lines] == [length + NUM_NEW for length in LENGTHS]
+    given, scored = base / f"{family}_in.jsonl", base / f"{family}_out.jsonl"
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = base / family / "hf" / "step_000001"
+    settings = [
+        f"model.hf={folder}",
+        "precision.device=cpu",
+        "precision.dtype=fp32",
+        "train.tokens_per_micro_batch=128",
+    ]
+    (base / "score.yaml").write_text("{}")
+    files = ["--config", str(base / "score.yaml"), "--input", str(given), "--output", str(scored)]
+    [(status, errors)] = forked(1, [*files, *settings], command=score)
+    assert status == 0, errors
+    for line in map(json.loads, scored.read_text().splitlines()):
+        torch.testing.assert_close(torch.tensor(line["vllm"]), torch.tensor(line["log_probs"]), rtol=0, atol=1e-4)
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.chat_template is not None
+    assert rendered["rendered"] == tokenizer.encode(tokenizer.chat_template.render(CONVERSATION))

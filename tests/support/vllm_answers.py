@@ -1,0 +1,72 @@
+"""What vLLM answers from a model's folder, and the log-prob of every token, in lines that `gspo_megatron.score` reads.
+
+    python -m tests.support.vllm_answers ORDERS.json
+
+ORDERS.json is a list of {"folder", "prompts", "output", "options"}: prompts are lists of token ids, options go to vLLM.
+A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and a
+log-prob for each token but the first. The last line is {"rendered": [...]}: CONVERSATION as vLLM's chat endpoint would
+tokenise it. vLLM is imported once, and each folder has a process of its own, since a process holds one engine; where it
+fails, output.error has the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+NUM_NEW = 9
+CONVERSATION = [{"role": "user", "content": "What is 12 plus 30?"}]
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The cores are shared with other tests.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def answer(order: dict[str, Any]) -> None:
+    from vllm import LLM, SamplingParams
+
+    limits = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    model = LLM(order["folder"], dtype="float32", enforce_eager=True, **limits, **order["options"])
+    asked = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    prompts = [{"prompt_token_ids": tokens} for tokens in order["prompts"]]
+    lines: list[dict[str, Any]] = []
+    for output in model.generate(prompts, asked, use_tqdm=False):
+        [drawn] = output.outputs
+        tokens = [*output.prompt_token_ids, *drawn.token_ids]
+        found = [*output.prompt_logprobs[1:], *drawn.logprobs]
+        log_probs = [by_token[token].logprob for token, by_token in zip(tokens[1:], found, strict=True)]
+        lines.append({"tokens": tokens, "prompt_length": 1, "vllm": log_probs})
+    [chat] = model.chat([CONVERSATION], SamplingParams(max_tokens=1), use_tqdm=False)
+    lines.append({"rendered": list(chat.prompt_token_ids)})
+    Path(order["output"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def attempt(order: dict[str, Any]) -> None:
+    try:
+        answer(order)
+    except Exception:
+        Path(order["output"]).with_suffix(".error").write_text(traceback.format_exc())
+
+
+def main(path: str) -> None:
+    import vllm  # noqa: F401  (for the forks)
+
+    for order in json.loads(Path(path).read_text()):
+        process = multiprocessing.get_context("fork").Process(target=attempt, args=(order,))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    os.environ |= ENVIRONMENT
+    main(sys.argv[1])
