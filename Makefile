@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -29,11 +29,11 @@ venv-te: .venv-te/.installed ## Transformer Engine's Python layers without CUDA,
 
 venv-cuda: .venv-cuda/.installed ## A CUDA build of torch (5.7 GB) and Transformer Engine's Python layers, for `make dry-cuda`, into .venv-cuda
 
-venv-hf: .venv-hf/.installed ## The packages of .venv and transformers, for `make test-hf`, into .venv-hf
+venv-hf: .venv-hf/.installed ## The packages of .venv, transformers, datasets and wandb, for `make test-hf`, into .venv-hf
 
 venv-engine: .venv-engine/.installed ## The packages of .venv and vLLM for CPUs, for `make test-engine`, into .venv-engine
 
-venv-trl: .venv-trl/.installed ## The packages of .venv and TRL, for `make bench-trl`, into .venv-trl
+venv-trl: .venv-trl/.installed ## The packages of .venv, TRL and verl's source, for `make bench-trl` and `make test-peers`, into .venv-trl
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
@@ -66,6 +66,7 @@ bench: .venv/.installed ## Time a step of the demo, also against plain pre-train
 	.venv/bin/python -W ignore -m benchmarks.checkpoint --output benchmarks/results/bench_checkpoint.json
 	.venv/bin/python -W ignore -m benchmarks.step_state --output benchmarks/results/step_state.json
 	.venv/bin/python -W ignore -m benchmarks.hugging_face --output benchmarks/results/hugging_face.json --markdown docs/models.md
+	.venv/bin/python -W ignore -m benchmarks.numerics --output benchmarks/results/numerics.json --markdown docs/numerics.md
 	.venv/bin/python -W ignore -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
 	.venv/bin/python -m benchmarks.prompts --output benchmarks/results/prompts.json --markdown docs/benchmarks.md
 
@@ -118,17 +119,21 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 		.venv/bin/python -m pytest $(WORKERS) $$tests $(ARGS); \
 	done
 
-# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it.
-# With the next Megatron-Core, every variant of every family on tp 2.
-test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families with transformers
-	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py \
+# What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it, and
+# wandb, which writes its files here. With the next Megatron-Core, every variant of every family on tp 2.
+test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families with transformers; metrics in wandb
+	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
+		tests/mcore/test_hugging_face.py tests/monitor/test_sinks.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
 	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
 		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
 	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)
+
+test-peers: .venv-trl/.installed ## Compare the rows of the objective with the loss functions of TRL and verl
+	.venv-trl/bin/python -W ignore -m pytest -n 0 tests/objective/test_against_peers.py $(ARGS)
 
 fuzz: .venv/.installed ## Hostile settings, data, checkpoint headers and rewards: 5,000 cases (ARGS="--seed 7")
 	.venv/bin/python tools/fuzz.py $(ARGS)
@@ -200,7 +205,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[dev,plot]'
+.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers
@@ -225,13 +230,14 @@ NO_DEPS = $(@D)/bin/pip install --no-deps --ignore-requires-python
 .venv-next/.installed: ADD = $(NO_DEPS) -r requirements/megatron-next.txt
 .venv-next/.installed: .venv/.installed requirements/megatron-next.txt
 .venv-hf/.installed: BASE = .venv
-.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt transformers
-.venv-hf/.installed: .venv/.installed requirements/trl.txt
+.venv-hf/.installed: ADD = $(PIP) -c requirements/trl.txt datasets transformers -r requirements/wandb.txt
+.venv-hf/.installed: .venv/.installed requirements/trl.txt requirements/wandb.txt
 .venv-engine/.installed: BASE = .venv
 .venv-engine/.installed: ADD = $(NO_DEPS) -r requirements/engine.txt
 .venv-engine/.installed: .venv/.installed requirements/engine.txt
 .venv-trl/.installed: BASE = .venv
-.venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl
+.venv-trl/.installed: ADD = $(PIP) -c requirements/trl.txt accelerate datasets transformers trl && \
+	$(NO_DEPS) -c requirements/trl.txt verl
 .venv-trl/.installed: .venv/.installed requirements/trl.txt
 .venv-te/.installed: BASE = .venv-next
 .venv-te/.installed: ADD = $(NO_DEPS) -r requirements/te.txt && \

@@ -31,8 +31,13 @@ setup(
     extras_require={
         # Compiled against the torch of the environment: install with --no-build-isolation, torch first.
         "te": ["transformer-engine[pytorch]"],
+        "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
+        # For the rewards of these names.
+        "json": ["jsonschema"],
+        "math": ["math-verify"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },

@@ -41,11 +41,14 @@ from benchmarks.reports import machine, median_ratio, table, versions, write_bet
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.inspection import check_folder
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.models.families import family_of
+from gspo_megatron.models.names import Sliceable
 from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.tensors import hub_tensors
 from gspo_megatron.testing.local_ranks import run_distributed
 
 SETTINGS = (
@@ -109,30 +112,12 @@ def write_random(folder: Path, shape: ModelShape) -> None:
     """A folder in bf16, of the names and sizes of the family's rules."""
     family = family_of(shape)
     generator = torch.Generator().manual_seed(1)
-    tensors = sizes_on_the_hub(shape)
+    tensors = hub_tensors(family.rules, shape)
     export = Export(folder, file_bytes=FILE_BYTES)
     export.begin({name: Stored(size, torch.bfloat16) for name, size in tensors.items()})
     for name, size in tensors.items():
         export.write(name, torch.randn(size, generator=generator, dtype=torch.bfloat16) * 0.02)
     export.commit(FolderFiles.of(family.hf_config(shape), (1,), 0).content(torch.bfloat16))
-
-
-def sizes_on_the_hub(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of a Qwen3-MoE model."""
-    h, d, f, vocab = shape.hidden_size, shape.head_dim, shape.expert_ffn_size, shape.vocab_size or 0
-    queries, keys = shape.num_attention_heads * d, shape.num_query_groups * d
-    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, h), "model.norm.weight": (h,)}
-    for layer in (f"model.layers.{i}." for i in range(shape.num_layers)):
-        of_layer = {
-            **{"input_layernorm": (h,), "post_attention_layernorm": (h,), "mlp.gate": (shape.num_experts, h)},
-            **{"self_attn.q_proj": (queries, h), "self_attn.k_proj": (keys, h), "self_attn.v_proj": (keys, h)},
-            **{"self_attn.o_proj": (h, queries), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)},
-        }
-        for expert in range(shape.num_experts):
-            matrices = {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
-            of_layer |= {f"mlp.experts.{expert}.{name}": size for name, size in matrices.items()}
-        sizes |= {f"{layer}{name}.weight": size for name, size in of_layer.items()}
-    return sizes | {"lm_head.weight": (vocab, h)}
 
 
 def of_rank(settings: list[str], folder: Path, turns: int) -> dict[str, Any]:
@@ -153,10 +138,17 @@ def of_rank(settings: list[str], folder: Path, turns: int) -> dict[str, Any]:
     written = {name: Stored(size.shape, torch.bfloat16) for name, size in sizes.items()}
     target, plain = folder.with_name("exported"), folder.with_name("plain")
 
-    def load() -> frozenset[str]:
+    def load() -> set[str]:
         opened = HuggingFaceFolder(folder)
-        load_weights(chunks, shape, groups, rules, opened.read)
-        return opened.names_read
+        check_folder(opened, shape)
+        names: set[str] = set()
+
+        def read(name: str) -> Sliceable:
+            names.add(name)
+            return opened.read(name)
+
+        load_weights(chunks, shape, groups, rules, read)
+        return names
 
     def export() -> None:
         writer = Export(target, file_bytes=FILE_BYTES)
@@ -190,7 +182,7 @@ def of_rank(settings: list[str], folder: Path, turns: int) -> dict[str, Any]:
     return {"seconds": seconds, "growth": growth, "largest": largest, "total": total}
 
 
-def copy_tensors(folder: Path, names: frozenset[str], into: torch.Tensor) -> None:
+def copy_tensors(folder: Path, names: set[str], into: torch.Tensor) -> None:
     """Reads whole tensors and copies them, one after the other, into the bytes of `into`."""
     end = 0
     for file in sorted(folder.glob("*.safetensors")):

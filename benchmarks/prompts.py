@@ -4,7 +4,7 @@
 
 Conversations of a system prompt and one to three questions, cut from this repository's Python files, about 200 tokens
 each, are written as JSONL. A byte-level BPE tokenizer is trained on the same files. `file` is what the start of a run
-does: `JsonlPrompts` reads, renders and encodes every line. Every process of a run reads all prompts, so it is measured
+does: `RowPrompts` reads, renders and encodes every line. Every process of a run reads all prompts, so it is measured
 on one process, and on two at once.
 """
 
@@ -28,8 +28,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.reports import machine, median_ratio, table, versions, write_between_marks
+from gspo_megatron.data.cache import Cache
+from gspo_megatron.data.examples import RowReader
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.jsonl import JsonlRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
 from gspo_megatron.device import open_device
 
 ROOT = Path(__file__).parents[1]
@@ -125,8 +128,10 @@ def read_file(folder: Path, file: Path) -> int:
     tokenizer = HuggingFaceTokenizer(folder)
     template = tokenizer.chat_template
     assert template is not None
-    prompts = JsonlPrompts(file, tokenizer, chat=template, messages_field="messages", max_prompt_tokens=100_000)
-    return sum(len(prompts[i].tokens) for i in range(prompts.size))
+    reader = RowReader(chat=template, messages_field="messages")
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        cache = Cache(Path(new))
+        return RowPrompts("bench", JsonlRows(file, cache), reader, tokenizer, Filters(100_000), cache).num_tokens
 
 
 def timed_file(folder: Path, file: Path) -> Time:

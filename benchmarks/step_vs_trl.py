@@ -36,7 +36,7 @@ from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import open_device
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
-from gspo_megatron.rewards.rewards import find_reward
+from gspo_megatron.rewards.functions import find
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.trainer import Trainer
 
@@ -186,7 +186,7 @@ def run_trl(connection: Connection, config: Config, steps: int, exchange: Path, 
         prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any
     ) -> list[float]:
         tokens.append(sum(map(len, completion_ids)) + sum(len(tokenizer.encode(prompt)) for prompt in prompts))
-        functions = {find_reward(name): weight for name, weight in config.reward.functions.items()}
+        functions = {find(name).call: weight for name, weight in config.reward.functions.items()}
         return [
             sum(weight * function(prompt=p, response=c, answer=a) for function, weight in functions.items())
             for p, c, a in zip(prompts, completions, answer, strict=True)

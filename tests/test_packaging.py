@@ -73,7 +73,9 @@ def test_every_package_is_installed_with_its_code(metadata):
 def test_pins_answer_setup(metadata, python):
     pins = {**read_pins("pins.txt", python), **read_pins("torch.txt", python), **read_pins("megatron.txt", python)}
     extras = metadata["extras_require"]
-    for requirement in map(Requirement, [*metadata["install_requires"], *extras["dev"], *extras["plot"]]):
+    for requirement in map(
+        Requirement, [*metadata["install_requires"], *extras["dev"], *extras["data"], *extras["plot"]]
+    ):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
@@ -130,65 +132,16 @@ def test_make_can_take_the_torch_that_is_there():
     assert "pip install torch" not in commands and "requirements/torch.txt" not in commands
 
 
-@pytest.mark.parametrize("script", [".ci/run", "examples/slurm/train.sbatch"])
+SCRIPTS = (".ci/run", "examples/launch.sh", "examples/slurm/train.sbatch", "examples/slurm/site.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_bash(script):
     run("bash", "-n", script)
 
 
 def test_ci_can_be_started():
     assert (ROOT / ".ci/run").stat().st_mode & stat.S_IXUSR
-
-
-FAKE_SRUN = """#!/bin/bash
-printf '%s\\n' "OMP_NUM_THREADS=$OMP_NUM_THREADS" "$@"
-"""
-
-
-def start_slurm_script(folder: Path, *arguments: str, **environment: str) -> list[str]:
-    """What examples/slurm/train.sbatch hands to srun, one word a line, in a job of two nodes with 16 cores each."""
-    (folder / "srun").write_text(FAKE_SRUN)
-    (folder / "srun").chmod(0o755)
-    job = {"SLURM_JOB_NAME": "gspo", "SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "16"}
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    said = run("bash", "examples/slurm/train.sbatch", *arguments, **{"PATH": path, **job, **environment})
-    *words, verdict = said.splitlines()
-    assert verdict == "gspo-1234567: exit status 0, not requeued"
-    return words
-
-
-def option(words: list[str], name: str) -> str:
-    return words[words.index(name) + 1]
-
-
-def test_slurm_script_passes_arguments_and_gpus_on(tmp_path):
-    words = start_slurm_script(tmp_path, "--config", "a b.yaml", "train.steps=3", SLURM_GPUS_ON_NODE="8")
-    assert (option(words, "--nnodes"), option(words, "--nproc_per_node")) == ("2", "8")
-    assert option(words, "--rdzv_endpoint") == f"{os.uname().nodename}:24567"
-    assert words[0] == "OMP_NUM_THREADS=2"
-    # The user's overrides come last, so that they win.
-    program = ["-m", "gspo_megatron.train", "checkpoint.load=latest", "--config", "a b.yaml", "train.steps=3"]
-    assert words[-len(program) :] == program
-
-
-def test_slurm_script_without_gpus_uses_the_cores(tmp_path):
-    words = start_slurm_script(tmp_path, "--config", "c.yaml")
-    assert option(words, "--nproc_per_node") == "16"
-    assert words[0] == "OMP_NUM_THREADS=1"
-
-
-def test_slurm_script_runs_in_a_container_where_one_is_named(tmp_path):
-    bare = start_slurm_script(tmp_path, "--config", "c.yaml")
-    assert not any(word.startswith("--container") for word in bare)
-    words = start_slurm_script(tmp_path, "--config", "c.yaml", CONTAINER="/images/gspo megatron.sqsh")
-    inside = [word for word in words if word.startswith("--container")]
-    mounts = [f"--container-mounts={ROOT}:{ROOT}", f"--container-workdir={ROOT}"]
-    assert inside == ["--container-image=/images/gspo megatron.sqsh", *mounts]
-    assert [word for word in words if word not in inside] == bare
-
-
-def test_slurm_script_gives_a_requeued_job_a_rendezvous_of_its_own(tmp_path):
-    lives = [start_slurm_script(tmp_path), start_slurm_script(tmp_path, SLURM_RESTART_COUNT="1")]
-    assert len({option(words, "--rdzv_id") for words in lives}) == 2
 
 
 DOCKERFILES = ("Dockerfile", "docker/Dockerfile.cpu")

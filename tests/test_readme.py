@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import check_layout
 import plan_layout
 import pytest
 import train_tokenizer
@@ -37,7 +38,7 @@ def test_the_example_of_data_and_reward_is_in_the_folder() -> None:
     assert block("yaml") == (ROOT / "examples" / "own_data.yaml").read_text()
     head = (ROOT / "examples" / "own_data.yaml").read_text().replace("\n#   ", "\n").replace("\\\n#", "\\\n")
     for start in ("python tools/train_tokenizer.py", "PYTHONPATH=examples/own_data"):
-        (printed,) = commands(start)
+        printed = commands(start)[0]
         assert printed in [
             shlex.split(line) for line in head.replace("\\\n", " ").splitlines() if line.startswith(start)
         ]
@@ -50,7 +51,7 @@ def test_the_commands_for_your_own_data_run_as_printed(tmp_path: Path, monkeypat
         (tmp_path / name).symlink_to(ROOT / name)
     (_, _, *arguments), (_, _, _, _, _, _, *training) = (
         *commands("python tools/train_tokenizer.py"),
-        *commands("PYTHONPATH=examples/own_data"),
+        commands("PYTHONPATH=examples/own_data")[0],
     )
     train_tokenizer.main(arguments)
     assert training == ["--config", "examples/own_data.yaml"]
@@ -81,6 +82,33 @@ def test_the_commands_that_plan_run_as_printed(tmp_path: Path, monkeypatch: pyte
     assert train(dry_run) == 0
     ((_, _, *plan),) = commands("python tools/plan_layout.py")
     assert plan_layout.main(plan) == 0 and (tmp_path / "run.yaml").exists()
+
+
+def test_the_commands_for_clusters_can_start_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU can tell: their settings are planned for their number of processes, on H100s."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    ((_, _, *plan),) = commands("python tools/plan_layout.py")
+    assert plan_layout.main(plan) == 0
+    # What the first example trains its tokenizer to, in the commands before.
+    (tmp_path / "runs/own_data").mkdir(parents=True)
+    text = [str(ROOT / "examples/own_data/train.jsonl"), "--fields", "question", "solution", "--vocab-size", "300"]
+    train_tokenizer.main([*text, "--output", "runs/own_data/tokenizer.model"])
+    monkeypatch.syspath_prepend(str(tmp_path / "examples" / "own_data"))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    small, batch, launch = (
+        *[words for words in commands("PYTHONPATH=examples/own_data") if "8" in words],
+        *commands("sbatch"),
+        *commands("bash examples/launch.sh"),
+    )
+    nodes = launch[launch.index("--nnodes") + 1]
+    assert batch[batch.index("--nodes") + 1] == nodes == "4" and batch[3] == "examples/slurm/train.sbatch"
+    for words, count in ((small, 8), (["gspo_megatron.train", *batch[4:]], 32), (launch, 32)):
+        arguments = words[words.index("gspo_megatron.train") + 1 :]
+        assert train([*arguments, "--dry-run", "--world-size", str(count), "--gpu-memory", "79.6"]) == 0
+    ((_, _, *check),) = commands("python tools/check_layout.py")
+    assert check_layout.main(check) == 0
+    sys.modules.pop("my_rewards", None)
 
 
 def test_every_link_leads_somewhere() -> None:

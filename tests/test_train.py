@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build import trainer as build_trainer
@@ -22,6 +23,7 @@ from gspo_megatron.device.facts import Gpu, Machine, Package
 from gspo_megatron.models.counts import count_parameters
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
+from tests.support.hugging_face import model_folder
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "examples" / "cpu_tiny_moe.yaml")
@@ -70,6 +72,23 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 # --- as a process ---
+
+
+def test_a_folder_that_is_not_a_whole_model_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = load_config(None, ["model.preset=tiny_moe", "model.vocab_size=128"]).model.shape
+    folder = model_folder(tmp_path / "model", shape)
+    command = [f"model.hf={folder}", "data.tokenizer=characters", f"run.dir={tmp_path / 'run'}", "precision.device=cpu"]
+    assert main([*command, "--dry-run"]) == 0
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    save_file({**tensors, name: torch.zeros(3, 7)}, folder / "model.safetensors")
+    capsys.readouterr()
+    for more in (["--dry-run"], []):
+        assert main([*command, *more]) == 2
+        assert f"model.safetensors: {name} has size [3, 7], not [" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:

@@ -27,8 +27,12 @@ from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.checkpoint.shards import Shard, ShardFiles, write_shards
 from gspo_megatron.config.loading import SETTINGS, load_config, to_yaml
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.cache import Cache
+from gspo_megatron.data.examples import RowReader
+from gspo_megatron.data.jsonl import JsonlRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
 from gspo_megatron.data.tokenizers import CharacterTokenizer
+from gspo_megatron.rewards.functions import RewardFunction
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
 
@@ -86,7 +90,9 @@ def fuzz_jsonl(random: Random) -> None:
     template = random.choice(
         ("{prompt}", "{prompt}", "{prompt}", "{prompt} {answer}", "{{prompt}}", "{", "{x} {{x}}", "a", "{prompt}" * 99)
     )
-    JsonlPrompts(path, CharacterTokenizer(), prompt_template=template, max_prompt_tokens=random.choice((0, 10**6)))
+    filters = Filters(random.choice((0, 10**6)), bad_rows=random.choice(("error", "drop")))
+    cache = Cache(Path(FOLDER.name) / "cache")
+    RowPrompts("x", JsonlRows(path, cache), RowReader(prompt_template=template), CharacterTokenizer(), filters, cache)
 
 
 def fuzz_header(random: Random) -> None:
@@ -127,8 +133,8 @@ def fuzz_message(random: Random) -> None:
         random.choice(("#### ", "\\boxed{", "}", "12", "1,200", ".5", "-", "+", "\n", "x")) for _ in range(9)
     )
     answer = random.choice((text, "12", "7,5=12", "", said))
-    rewards = Rewards(dict.fromkeys(REWARDS, 1.0), on_error=random.choice(("stop", "count")))
-    rewards._functions["format"] = random.choice((raising, REWARDS["format"]))
+    rewards = Rewards({name: 1.0 for name in REWARDS if name != "length"}, on_error=random.choice(("stop", "count")))
+    rewards._here["format"] = RewardFunction.of(random.choice((raising, REWARDS["format"])), {})
     rollout = Rollout(0, Prompt(0, said, (1,), answer), [], [], truncated=False, policy_version=0, text=text)
     score_rollouts(rewards, [rollout])
     refuse_unscored([rollout])

@@ -22,10 +22,16 @@ on: with `train.skip_zero_gradient`, those whose advantage is not 0, unless a KL
 Rewards, lengths and accuracy are over all rollouts. Numbers are over all processes, and do not depend on the layout,
 except time and memory.
 
-`NAME` is a reward function, `NN` a layer, from 01. With `logging.tensorboard`, a metric is drawn under the name in the
-last column; TensorBoard folds what stands before the slash. `python tools/plot_run.py RUN` draws a run without it.
+`NAME` is a reward function, `NN` a layer, from 01. With `logging.tensorboard` or `logging.wandb`, a metric is drawn
+under the name in the last column, grouped by what stands before the slash. `python tools/plot_run.py RUN` draws a run
+without them.
 
-| Key | What it is | What it warns of | TensorBoard |
+`logging.wandb=PROJECT` needs the package (`pip install -e '.[wandb]'`) and an account (`wandb login`).
+`WANDB_MODE=offline` keeps the run in `RUN/wandb`, for `wandb sync`. So does a run that finds no network or no account,
+after 30 s at most, with a warning. A run that continues is the same run there, by its id in `RUN/wandb_id`;
+metrics of steps that it repeats may stay as they were first, while `metrics.jsonl` has the newer ones.
+
+| Key | What it is | What it warns of | Drawn as |
 |---|---|---|---|
 """
 

@@ -30,7 +30,7 @@ PANELS = {
     "truncated": ("truncated", ("truncated_fraction",)),
 }
 """By the name that --panels takes: title, and the metrics in it (none: the terms of the reward)."""
-NOT_TERMS = {"reward/mean", "reward/std", "reward/errors"}
+NOT_TERMS = {"reward/mean", "reward/std", "reward/errors", "reward/lost"}
 COLUMNS, WINDOW, LONG = 3, 10, 40
 
 

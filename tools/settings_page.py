@@ -50,8 +50,10 @@ def _section(name: str, section: type, settings: dict[str, Setting]) -> str:
 def _row(setting: Setting) -> str:
     if setting.is_mapping:
         type_ = " with ".join(f"{word}s" for word in ("name", TYPES[setting.kinds[1]]))
+    elif setting.type is Any:
+        type_ = "source, or list of sources"
     elif setting.is_list:
-        type_ = "list of texts and ids"
+        type_ = "list of texts and ids" if setting.kinds == (Any,) else "list of mappings"
     else:
         type_ = " or ".join(TYPES[kind] for kind in setting.kinds)
     default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)

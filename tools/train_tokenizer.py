@@ -19,7 +19,8 @@ from pathlib import Path
 import sentencepiece
 
 from gspo_megatron.base.errors import DataError
-from gspo_megatron.data.jsonl import read_records, text_field
+from gspo_megatron.data.jsonl import read_records
+from gspo_megatron.data.rows import text_field
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 
 

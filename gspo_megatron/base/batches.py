@@ -8,6 +8,7 @@ Shape suffixes used in the whole package:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,14 +31,24 @@ NO_EXPERT = -1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `id` is its position in the data set; `solution` is what a supervised warm start learns to
-    write."""
+    """One question.
+
+    Attributes:
+        id: its position in the data set.
+        solution: what a supervised warm start learns to write.
+        messages: the conversation that `text` was rendered from; empty where the prompt is plain text.
+        metadata: what else its row of the data holds, as JSON; rewards get it untouched.
+        source: the name of its source, where a run has several.
+    """
 
     id: int
     text: str
     tokens: tuple[int, ...]
     answer: str
     solution: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass
@@ -59,6 +70,8 @@ class Rollout:
     reward: float = float("nan")
     reward_terms: dict[str, float] = field(default_factory=dict)
     reward_error: str = ""
+    reward_lost: bool = False
+    """The error came from the process that was to score it, not from the reward function."""
 
 
 @dataclass
@@ -100,6 +113,8 @@ COLUMNS: dict[str, Column] = {
     for column in (
         Column("old_log_probs", "old log-prob"),
         Column("ref_log_probs", "reference log-prob"),
+        # An engine may give no number for a token: a correction takes such a ratio as 1 and counts it.
+        Column("sampler_log_probs", "log-prob of the sampler", finite=False),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
     )
@@ -204,6 +219,20 @@ class UpdateBatch:
     micro_batches: list[MicroBatch]
     num_sequences: int
     num_tokens: int
+
+
+class Taken(NamedTuple):
+    """What a run has used up, each in its own unit: settings that say how much a step takes may change in between."""
+
+    prompts: int
+    """Prompts taken from the order of prompts: the position of the next one."""
+    rollouts: int
+    """The id of the next rollout."""
+    curriculum: Mapping[str, Any] = {}
+    """What data.curriculum remembers (`Curriculum.state`)."""
+
+
+NOTHING = Taken(0, 0)
 
 
 class Position(NamedTuple):

@@ -58,8 +58,16 @@ class Policy(Scores, Protocol):
 class Sampler(Protocol):
     """Samples responses. All ranks call it together, each with its own data-parallel share of the rollouts."""
 
-    def generate(self, prompts: Seq[Prompt], ids: Seq[int], *, greedy: bool = False) -> list[Rollout]:
-        """One rollout for each (prompt, rollout id), in order."""
+    def generate(
+        self,
+        prompts: Seq[Prompt],
+        ids: Seq[int],
+        *,
+        greedy: bool = False,
+        ended: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
+        """One rollout for each (prompt, rollout id), in order. `ended` is called with each as soon as it has ended,
+        on every rank of the model that samples it."""
 
 
 class Ranks(Protocol):

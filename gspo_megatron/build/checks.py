@@ -9,10 +9,11 @@ from __future__ import annotations
 from datetime import date
 
 from gspo_megatron.base.errors import ConfigError, shortened
+from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig, TrainConfig
-from gspo_megatron.data.jsonl import fields_of
+from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout
@@ -40,8 +41,8 @@ def check_config(config: Config, world_size: int) -> Layout:
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
-    _check_data(config.data)
-    _check_batches(config)
+    _check_data(config)
+    _check_batches(config, algorithm)
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
@@ -138,27 +139,46 @@ def _check_kernels(config: Config) -> None:
         )
 
 
-def _check_data(d: DataConfig) -> None:
-    """A setting that only some sources read must be read by one that is used, and a file has no held-out prompts."""
-    if d.eval is None and scheme_of(d.train) != "task":
+def _check_data(config: Config) -> None:
+    d = config.data
+    _check_sources(config)
+    if d.curriculum and all(scheme_of(source.spec.source) == "task" for source in sources_of(config, "train")):
         raise ConfigError(
-            f"data.eval=null with data.train={d.train}: only a generated task has held-out prompts of its own; set "
-            "data.eval to a file of prompts that training does not see"
+            f"data.curriculum={d.curriculum} has no effect with data.train={shown(d.train)}: a generated task never "
+            "gives a prompt twice; set it to 0"
         )
-    schemes = {scheme_of(source) for source in (d.train, d.eval or d.train)}
-    read = frozenset[str]().union(*(SOURCES[scheme].reads for scheme in schemes))
-    of_any = frozenset[str]().union(*(source.reads for source in SOURCES.values()))
-    for key in sorted(of_any - read):
-        if getattr(d, key) != getattr(DataConfig(), key):
-            readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
-            raise ConfigError(
-                f"data.{key}={getattr(d, key)!r} has no effect: data.train={d.train} and "
-                f"data.eval={d.eval or d.train} do not read it, only sources of kind {readers} do; remove it"
-            )
+    if not d.curriculum and d.curriculum_retry != DataConfig().curriculum_retry:
+        raise ConfigError(f"data.curriculum_retry={d.curriculum_retry} has no effect with data.curriculum=0; remove it")
     try:
         date.fromisoformat(d.chat_date or "2026-11-26")
     except ValueError as error:
         raise ConfigError(f"data.chat_date={d.chat_date} is not a day ({error}); write it as 2026-11-26") from error
+
+
+def _check_sources(config: Config) -> None:
+    """A setting that only some sources read must be read by one that is used, and a file has no held-out prompts."""
+    d = config.data
+    train = sources_of(config, "train")
+    if d.eval is None and (len(train) > 1 or scheme_of(train[0].spec.source) != "task"):
+        raise ConfigError(
+            f"data.eval=null with data.train={shown(d.train)}: only a generated task has held-out prompts of its own; "
+            "set data.eval to a file of prompts that training does not see"
+        )
+    used = [*train, *sources_of(config, "eval")]
+    for key in SETTINGS:
+        readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
+        read_by = [source for source in used if key in SOURCES[scheme_of(source.spec.source)].reads]
+        for source in used:
+            if key in source.own and source not in read_by:
+                raise ConfigError(
+                    f"{key} of the source {source.spec.source} has no effect: only sources of kind {readers} read it; "
+                    "remove it"
+                )
+        if getattr(d, key) != getattr(DataConfig(), key) and all(key in source.own for source in read_by):
+            raise ConfigError(
+                f"data.{key}={getattr(d, key)!r} has no effect: data.train={shown(d.train)} and "
+                f"data.eval={shown(d.eval or d.train)} do not read it, only sources of kind {readers} do; remove it"
+            )
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:
@@ -183,7 +203,7 @@ def _check_guards(g: GuardConfig) -> None:
         )
 
 
-def _check_batches(config: Config) -> None:
+def _check_batches(config: Config, algorithm: Algorithm) -> None:
     r, a, m = config.rollout, config.algorithm, config.model
     if r.prompts_per_step % a.updates_per_rollout:
         raise ConfigError(
@@ -200,6 +220,11 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             f"model.max_sequence_length={m.max_sequence_length} exceeds train.tokens_per_micro_batch={longest}: a long "
             f"sequence would not fit in a micro-batch; raise train.tokens_per_micro_batch to {m.max_sequence_length}"
+        )
+    if a.old_log_probs == "rollout" and algorithm.variant.correction.acts:
+        raise ConfigError(
+            f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
+            "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
     if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
         raise ConfigError(
@@ -249,7 +274,13 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
 def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
     """Settings that work but are probably not intended."""
     notes = algorithm.variant.warnings()
-    if config.rollout.group_size == 1:
+    if not algorithm.variant.clip.corrects and algorithm.updates_per_rollout > 1:
+        notes.append(
+            f"algorithm.variant={algorithm.variant.name} has no ratio to correct with, and of the "
+            f"{algorithm.updates_per_rollout} updates of a rollout batch only the first is on-policy; set "
+            "algorithm.updates_per_rollout=1"
+        )
+    if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
@@ -280,11 +311,18 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"precision.fp8={config.precision.fp8} needs GPUs of compute capability {needed[0]}.{needed[1]} or newer; "
             "an H100 has 9.0"
         )
-    d = config.data
-    if scheme_of(d.train) != "task" and {d.answer_field, d.solution_field} & set(fields_of(d.prompt_template)):
+    for source in sources_of(config, "train"):
+        template, fields = source.spec.prompt_template, (source.spec.answer_field, source.spec.solution_field)
+        if set(fields) & set(fields_of(template)) and scheme_of(source.spec.source) != "task":
+            notes.append(
+                f"data.prompt_template={shortened(template)!r} writes the answer into the prompt; for the literal "
+                f"text write {{{{{source.spec.answer_field}}}}}"
+            )
+    r, wait = config.reward, config.parallel.timeout_s
+    if r.timeout_s >= wait and any(":" in term for term in (*r.functions, *(str(t.get("function")) for t in r.terms))):
         notes.append(
-            f"data.prompt_template={shortened(d.prompt_template)!r} writes the answer into the prompt; for the literal "
-            f"text write {{{{{d.answer_field}}}}}"
+            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks give up on one whose reward "
+            "takes that long before it does; lower the one or raise the other"
         )
     if algorithm.balances_load:
         notes.append(
@@ -293,15 +331,9 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         )
     if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
         notes.append(
-            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2 or "
-            "k3"
+            "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2, "
+            "k3 or k1+"
         )
     if algorithm.kl_estimator != "k3" and not algorithm.needs_reference:
         notes.append(f"algorithm.kl_estimator={algorithm.kl_estimator} has no effect while algorithm.kl_coef is 0")
     return notes
-
-
-def prompt_limit(config: Config) -> int:
-    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
-    room = config.model.max_sequence_length - config.rollout.max_new_tokens
-    return min(room, config.data.max_prompt_tokens or room)

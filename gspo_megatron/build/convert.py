@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
 from gspo_megatron.build.inputs import settle_model
 from gspo_megatron.build.scoring import open_scorer
 from gspo_megatron.build.trainer import device_of, folder_files
-from gspo_megatron.checkpoint.contents import files_of, read_about
+from gspo_megatron.checkpoint.contents import files_of, read_about, saved_sections
 from gspo_megatron.checkpoint.conversion import CheckpointWeights, ResumableExport, source_of
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FILE_BYTES, FolderFiles
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
-from gspo_megatron.checkpoint.inspection import Inspection, inspect
+from gspo_megatron.checkpoint.inspection import Row, inspect
 from gspo_megatron.checkpoint.manifest import verify
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.checkpoint.reference import transformers_log_probs
@@ -45,20 +47,23 @@ TEXT = (
 # ---------------------------------------------------------------------------------------------------------- to-hf
 
 
-def find_checkpoint(path: Path, console: Console) -> Path:
-    """A checkpoint, verified: `path` itself, or the newest intact one where it is a run or its checkpoints.
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, verified: `path` itself, or the newest one where it is a run or its checkpoints.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged. An older one is only taken by its own name.
     """
     for directory in (path / CHECKPOINTS, path):
-        newest, problems = CheckpointDirectory(directory, keep=1).newest_intact()
+        newest, damaged = CheckpointDirectory(directory, keep=1).newest()
+        if newest and damaged:
+            raise CheckpointError(
+                f"newer checkpoints are damaged: {'; '.join(damaged)}; the newest intact one is older, name it if you "
+                f"want that: convert to-hf {newest} OUT"
+            )
         if newest:
-            for problem in problems:
-                console.warn(problem)
             return newest
-        if directory.name == CHECKPOINTS and problems:
-            raise CheckpointError(f"{directory} has no intact checkpoint: {'; '.join(problems)}; name another run")
+        if directory.name == CHECKPOINTS and damaged:
+            raise CheckpointError(f"{directory} has no intact checkpoint: {'; '.join(damaged)}; name another run")
     verify(path)
     return path
 
@@ -83,9 +88,9 @@ def to_folder(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; name another folder, or remove it")
-    checkpoint = find_checkpoint(checkpoint, console)
+    checkpoint = find_checkpoint(checkpoint)
     about = read_about(checkpoint)
-    saved = about["state"]["config"]
+    saved = saved_sections(checkpoint, about)
     shape = shape_of(saved["model"])
     files = files_beside(saved, shape, like)
     weights = CheckpointWeights(files_of(checkpoint, about), shape, family_of(shape).rules, DTYPES[dtype])
@@ -97,7 +102,8 @@ def to_folder(
     with console.progress(total, f"{checkpoint.name} -> {out}") as advance:
         weights.write(export, advance)
     export.commit(files.content(DTYPES[dtype]), files.copied)
-    console.say(f"{out}: {count_parameters(shape).total:,} parameters in {dtype}, {total / (1 << 30):.2f} GiB")
+    parameters = count_parameters(shape).total
+    console.say(f"{out}: {checkpoint.name}, {parameters:,} parameters in {dtype}, {total / (1 << 30):.2f} GiB")
 
 
 def shape_of(saved: dict[str, Any]) -> ModelShape:
@@ -136,34 +142,45 @@ def inspect_folder(path: Path, console: Console) -> bool:
     """
     settings = folder_settings(path)
     shape = ModelShape(**settings)
-    folder = HuggingFaceFolder(path)
-    found = inspect(folder, shape, family_of(shape).rules)
+    found = inspect(HuggingFaceFolder(path), shape)
     active = count_parameters(shape).active(shape.experts_per_token)
     sizes = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "family")
-    console.say(f"family {shape.family}: {sizes}")
-    console.say(f"parameters: {found.expected:,}, of which a token passes through {active:,}")
-    console.print(table_of(found))
-    for what, names in {
-        "missing": found.missing,
-        "extra": found.extra,
-        "does not fit": found.wrong,
-        "left out": found.unread,
-    }.items():
-        if names:
-            console.say(f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
-    if not found.whole:
+    say = partial(say_wrapped, console)
+    say(f"family {shape.family}: {sizes}")
+    say(f"parameters: {found.expected:,}, of which a token passes through {active:,}")
+    for row in found.rows:
+        for line in lines_of(row):
+            console.say(line)
+    for line in (*found.notes, *found.problems):
+        say(line)
+    if found.whole:
+        console.say("this is a whole model")
+    else:
         console.say(f"not a whole model: {found.parameters:,} of {found.expected:,} parameters can be used")
     return found.whole
 
 
-def table_of(found: Inspection) -> Table:
-    table = Table(title="Tensors", title_justify="left")
-    for column in ("in the folder", "size", "format", "here", "size", "number"):
-        table.add_column(column, overflow="fold")
-    for row in found.rows:
-        cells = [", ".join(row.rule.theirs), "\n".join(map(str, map(list, row.theirs))), ", ".join(sorted(row.formats))]
-        table.add_row(*cells, f"{row.rule.ours} ({type(row.rule.op).__name__})", str(list(row.ours)), f"{row.count:,}")
-    return table
+WIDTH = 80
+"""Columns of a terminal that everything of `inspect` fits in. A name is never broken, so it can be copied."""
+
+
+def say_wrapped(console: Console, text: str) -> None:
+    for line in wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
+        console.say(line)
+
+
+def lines_of(row: Row) -> Iterator[str]:
+    """What of the folder becomes what here."""
+    formats = ", ".join(row.formats)
+    for name, size in zip(row.rule.theirs, row.theirs, strict=True):
+        about = f"{list(size)} {formats}"
+        if len(name) + len(about) < WIDTH:
+            yield f"{name} {about}"
+        else:
+            yield from (name, f"  {about}")
+    operation = type(row.rule.op).__name__
+    yield f" -> {row.rule.ours}"
+    yield f"    by {operation}, {row.found:,} of {row.expected:,}"
 
 
 # --------------------------------------------------------------------------------------------------------- verify

@@ -7,11 +7,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.build.checks import check_config, config_warnings
+from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.suitability import check_prompts
+from gspo_megatron.checkpoint.directory import CheckpointDirectory
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.inspection import check_folder
+from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
-from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source, scheme_of
+from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rewards.rewards import Rewards
@@ -50,6 +55,7 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
         DataError: a tokenizer that cannot be used.
+        CheckpointError: model.hf is not a whole model.
     """
     layout, algorithm = check_config(config, world_size), Algorithm.of(config)
     config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
@@ -65,7 +71,21 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
             f"model.vocab_size={vocab_size}; {advice}"
         )
-    return ModelInputs(replaced(config, {"model.vocab_size": vocab_size}), layout, algorithm, tokenizer)
+    config = replaced(config, {"model.vocab_size": vocab_size})
+    check_weights(config)
+    return ModelInputs(config, layout, algorithm, tokenizer)
+
+
+def check_weights(config: Config) -> None:
+    """Refuses a folder whose files are not a whole model, where a run would start from it: by their headers, before
+    anything is built or written.
+
+    Raises:
+        CheckpointError: what is wrong, by file and tensor.
+    """
+    load, saved = config.checkpoint.load, CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=1)
+    if config.model.hf and (load == "none" or (load == "latest" and saved.is_empty())):
+        check_folder(HuggingFaceFolder(config.model.hf), config.model.shape)
 
 
 def settle(config: Config, world_size: int) -> Inputs:
@@ -77,24 +97,24 @@ def settle(config: Config, world_size: int) -> Inputs:
     """
     model = settle_model(config, world_size)
     config, tokenizer = model.config, model.tokenizer
-    if not config.reward.functions:
-        spec = _data_spec(config, "train")
-        config = replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
+    config = with_rewards(config)
     stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
-    rewards = Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error)
+    rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
-    train, evaluation = (
-        open_source(_data_spec(config, split), tokenizer, seed=config.run.seed) for split in ("train", "eval")
-    )
-    warnings = [
-        f"data.{name}: {source.dropped} prompts longer than {prompt_limit(config)} tokens dropped"
-        for name, source in (("train", train), ("eval", evaluation))
-        if source.dropped
-    ]
+    train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
+    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+
+
+def with_rewards(config: Config) -> Config:
+    """With reward.functions filled in, where the settings name no reward."""
+    if config.reward.functions or config.reward.terms:
+        return config
+    spec = sources_of(config, "train")[0].spec
+    return replaced(config, {"reward.functions": {SOURCES[scheme_of(spec.source)].reward(spec): 1.0}})
 
 
 def tokenizer_spec(config: Config) -> str:
@@ -103,9 +123,27 @@ def tokenizer_spec(config: Config) -> str:
     return (config.model.hf or "characters") if spec == "auto" else spec
 
 
+def rewards_of(config: Config) -> Rewards:
+    """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
+
+    Raises:
+        ConfigError: a reward that cannot be used.
+    """
+    r = config.reward
+    return Rewards(
+        r.functions,
+        r.accuracy,
+        r.on_error,
+        terms=r.terms,
+        isolate=r.isolate,
+        timeout_s=r.timeout_s,
+        memory_gib=r.memory_gib,
+        seed=config.run.seed,
+    )
+
+
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
-    is_chat = config.data.chat or config.data.messages_field is not None
-    return is_chat and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    return uses_chat(config) and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
 
 
 def _day_of_run(config: Config) -> str:
@@ -116,23 +154,3 @@ def _day_of_run(config: Config) -> str:
         folder = Path(config.run.dir) if load == "latest" else Path(load).resolve().parent.parent
         earlier = saved_setting(folder / "config.yaml", "data.chat_date")
     return earlier or datetime.now(timezone.utc).date().isoformat()
-
-
-def _data_spec(config: Config, split: str) -> DataSpec:
-    d = config.data
-    return DataSpec(
-        source=d.eval or d.train if split == "eval" else d.train,
-        split=split,
-        size=None if split == "train" else d.eval_size,
-        max_prompt_tokens=prompt_limit(config),
-        task=d.task,
-        prompt_field=d.prompt_field,
-        answer_field=d.answer_field,
-        solution_field=d.solution_field,
-        prompt_template=d.prompt_template,
-        messages_field=d.messages_field,
-        chat=d.chat,
-        chat_arguments=d.chat_arguments,
-        chat_date=d.chat_date,
-        overlong=d.overlong,
-    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from gspo_megatron.base.batches import Taken
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.inputs import Inputs, ModelInputs
+from gspo_megatron.data.curriculum import Curriculum
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.models.counts import sequence_cost
@@ -17,7 +19,7 @@ from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards
 from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer
-from gspo_megatron.run.state import GuardState
+from gspo_megatron.run.state import Contents, GuardState
 from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.trainer import Parts
 from gspo_megatron.run.warm_start import WarmStart
@@ -38,23 +40,31 @@ def assemble(
     checkpoints: Checkpoints | None = None,
     exports: Exports | None = None,
     guards: GuardState | None = None,
+    taken: Taken | None = None,
+    contents: Contents | None = None,
     peak_flops: float | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `peak_flops`: of one GPU,
-    where it is known."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `taken`: what the run has
+    used up, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
-    r, t, vocab_size = config.rollout, config.train, config.model.vocab_size
+    r, vocab_size = config.rollout, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
-    prompts = OrderedPrompts(inputs.train_prompts, config.run.seed)
+    # The ids below those of one step are free: checkpoints of earlier versions count from there.
+    taken = taken or Taken(0, r.prompts_per_step * r.group_size)
+    curriculum = None
+    if config.data.curriculum:
+        curriculum = Curriculum(config.data.curriculum, config.data.curriculum_retry, inputs.rewards.accuracy)
+        curriculum.restore(taken.curriculum)
+    prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
     source = CollectiveSource(
         sampler=sampler,
         ranks=ranks,
         reward=inputs.rewards,
         tokenizer=inputs.tokenizer,
         prompts=prompts,
-        first_prompt=t.warm_start_steps * t.warm_start_batch,
+        next_id=taken.rollouts,
         prompts_per_step=r.prompts_per_step,
         group_size=r.group_size,
         vocab_size=vocab_size,
@@ -73,6 +83,7 @@ def assemble(
         evaluation=Evaluation(source, inputs.eval_prompts, config.data.eval_size, inputs.rewards.accuracy),
         accuracy=inputs.rewards.accuracy,
         guards=watch,
+        contents=contents or Contents({}, inputs.train_prompts.size),
         console=console,
         writer=writer,
         checkpoints=checkpoints,

@@ -55,7 +55,8 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)
         path: Path | str | None = CheckpointReader(model, directory, console.warn).load_weights(config.checkpoint.load)
         if path is None and config.checkpoint.load == "none" and (path := config.model.hf):
-            load_folder(model, path, allow_nan=config.model.hf_allow_nan)
+            for note in load_folder(model, path, allow_nan=config.model.hf_allow_nan):
+                console.say(f"model.hf: {note}")
         if path is None:
             raise CheckpointError(
                 f"checkpoint.load={config.checkpoint.load}: nothing was saved in {directory.directory}"

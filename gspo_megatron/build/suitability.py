@@ -3,41 +3,61 @@ step that draws them."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import DataError, shortened
+from gspo_megatron.build.data import shown
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.mixture import Mixture
+from gspo_megatron.data.prompts import RowPrompts
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from gspo_megatron.rewards.rewards import Rewards
 
+VERSION = 1
+"""Of these checks: another one does them again on data in the cache."""
 READ_BACK = 1000
 """Prompts of which the text is compared with what the tokenizer makes of it."""
 
 
 def check_prompts(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: Rewards) -> list[str]:
-    """Warnings about the training prompts. Generated tasks, which are endless, suit their rewards and alphabet.
+    """Warnings about the training prompts. Generated tasks, which are endless, suit their rewards and alphabet. Of data
+    in the cache, what was found is kept there.
 
     Raises:
         DataError: a solution that the warm start could not write, or an answer that a reward cannot read.
     """
-    if prompts.size is None:
-        return []
-    every = [prompts[i] for i in range(prompts.size)]
-    for prompt in every:
-        if config.train.warm_start_steps:
+    if isinstance(prompts, Mixture):
+        return [text for part in prompts.parts for text in check_prompts(config, part.prompts, tokenizer, rewards)]
+    find = partial(_found, config, prompts, tokenizer, rewards)
+    if not isinstance(prompts, RowPrompts):
+        return find() if prompts.size is not None else []
+    r = config.reward
+    return prompts.remembered([VERSION, bool(config.train.warm_start_steps), r.on_error, r.functions], find)
+
+
+def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: Rewards) -> list[str]:
+    assert prompts.size is not None
+    with_solutions, with_answers = bool(config.train.warm_start_steps), config.reward.on_error == "stop"
+    some: list[Prompt] = []
+    for index in range(prompts.size if with_solutions or with_answers else min(prompts.size, READ_BACK)):
+        prompt = prompts[index]
+        if with_solutions:
             _check_solution(prompt, tokenizer)
-        if config.reward.on_error == "stop":
+        if with_answers:
             rewards.check_answer(prompt)
+        if index < READ_BACK:
+            some.append(prompt)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return []
-    some = every[:READ_BACK]
     changed = [p for p in some if tokenizer.decode(p.tokens) != p.text]
     if not changed:
         return []
     first = changed[0]
     return [
         f"the tokenizer {config.data.tokenizer} changes {len(changed)} of the first {len(some)} prompts of "
-        f"{config.data.train}, the first: {shortened(first.text, 60)!r} becomes "
+        f"{shown(config.data.train)}, the first: {shortened(first.text, 60)!r} becomes "
         f"{shortened(tokenizer.decode(first.tokens), 60)!r}; it normalises text or lacks characters, and the model "
         "sees what it makes of them; tools/train_tokenizer.py trains one that keeps all"
     ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from gspo_megatron.build.data import shown
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.mixture import Mixture
 from gspo_megatron.models.counts import count_parameters
 
 
@@ -20,10 +22,20 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     held_out = min(c.data.eval_size, inputs.eval_prompts.size or c.data.eval_size)
     size = inputs.train_prompts.size
     number = "endless" if size is None else f"{size:,}"
-    yield f"prompts: {number} from {c.data.train}; held out {held_out:,} from {c.data.eval or c.data.train}"
+    held_out_from = shown(c.data.eval or c.data.train)
+    yield f"prompts: {number} from {shown(c.data.train)}; held out {held_out:,} from {held_out_from}"
+    if isinstance(inputs.train_prompts, Mixture):
+        yield from _describe_sources(inputs.train_prompts)
     warm = f"{c.train.warm_start_steps} warm-start updates, then " if c.train.warm_start_steps else ""
     rollouts = f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} rollouts"
     yield f"{warm}{c.train.steps} steps of {rollouts}, {c.algorithm.updates_per_rollout} updates each"
+
+
+def _describe_sources(mixture: Mixture) -> Iterator[str]:
+    total = sum(part.weight for part in mixture.parts)
+    for part in mixture.parts:
+        number = "endless" if part.prompts.size is None else f"{part.prompts.size:,} prompts"
+        yield f"  {part.name}: {number}, {part.weight / total:.1%} of those taken"
 
 
 def describe_end(config: Config) -> Iterator[str]:

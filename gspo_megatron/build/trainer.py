@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.contents import contents_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
@@ -29,6 +30,7 @@ from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.monitor.sinks import check_packages
 from gspo_megatron.monitor.watchdog import RankWatchdog
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
@@ -78,15 +80,22 @@ def open_trainer(
         checkpoints = MegatronCheckpoints(policy, directory, console.warn)
         state = checkpoints.load(c.load, RunState.from_saved)
         if config.model.hf and state is None:
-            load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan)
-        continuation = Continuation.of(state, config, algorithm, has_reference=policy.reference is not None)
+            for note in load_folder(policy, config.model.hf, allow_nan=config.model.hf_allow_nan):
+                console.say(f"model.hf: {note}")
+        contents = contents_of(inputs)
+        continuation = Continuation.of(
+            state, config, algorithm, has_reference=policy.reference is not None, contents=contents
+        )
         for setting in continuation.changed:
             console.warn(f"continuing with a changed setting, {setting}")
+        for warning in continuation.other_contents:
+            console.warn(warning)
         for message in continuation.messages(config):
             console.say(message)
         writer = None
         if groups.is_main:
-            writer = RunWriter.of_run(config, first_step=continuation.first_step, fresh=continuation.fresh)
+            first_step, fresh = continuation.first_step, continuation.fresh
+            writer = RunWriter.of_run(config, first_step=first_step, fresh=fresh, warn=console.warn)
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
@@ -101,16 +110,21 @@ def open_trainer(
             checkpoints=checkpoints,
             exports=MegatronExports(policy, beside, console.say),
             guards=state.guards if state else None,
+            taken=continuation.taken,
+            contents=contents,
             peak_flops=gpu.peak_flops(fp8=config.precision.fp8 != "none") if gpu else None,
             stop=stop,
             note=watchdog.note,
         )
+        scoring_ranks = groups.layout.dp * groups.layout.cp
+        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
+            inputs.rewards.close()
             if writer:
                 writer.close()
 
@@ -183,11 +197,12 @@ def check_same_settings(config: Config) -> None:
 
 
 def check_machine(config: Config, device: Device) -> None:
-    """Refuses a run that this process's GPU and its libraries cannot do, before anything else is asked of them.
+    """Refuses a run that this process's GPU and its packages cannot do, before anything else is asked of them.
 
     Raises:
         ConfigError: what is missing, and what to do.
     """
+    check_packages(config)
     wants_transformer_engine(config, device)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.base.files import sync
+from gspo_megatron.base.files import read_regular, sync
 from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, verify, write_synced
 from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of, position_of_path, progress
 
@@ -119,20 +119,28 @@ class CheckpointDirectory:
             ) from error
         return final
 
-    def newest_intact(self) -> tuple[Path | None, list[str]]:
-        """The newest intact checkpoint, and what is wrong with newer ones and with `latest`.
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint, intact or not."""
+        return not self._all()
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest intact checkpoint, and what is wrong with newer ones.
 
         One without a readable manifest could be the newest, so it counts as newer. Nothing is changed or deleted.
         """
-        newest, problems = None, []
+        problems: list[str] = []
         for path in reversed(self._all()):
             try:
                 verify(path)
             except CheckpointError as error:
                 problems.append(str(error))
             else:
-                newest = path
-                break
+                return path, problems
+        return None, problems
+
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
+        """`newest`, and what is wrong with `latest`, too."""
+        newest, problems = self.newest()
         found, expected = self._pointed_to(), newest.name if newest else ""
         if found != expected:
             named = f"names {found!r}" if found else "is missing or empty"
@@ -184,7 +192,7 @@ class CheckpointDirectory:
 
     def _pointed_to(self) -> str:
         try:
-            return (self.directory / POINTER).read_text(errors="replace").strip()
+            return read_regular(self.directory / POINTER).decode(errors="replace").strip()
         except OSError:
             return ""
 

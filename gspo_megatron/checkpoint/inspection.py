@@ -1,38 +1,41 @@
-"""What the tensors of a Hugging Face folder become, and which are missing or of no use. Only headers are read."""
+"""What the weights of a Hugging Face folder become, and which are missing, of no use or of another size. Only headers
+are read, so a folder of any size is looked at before anything is built."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from gspo_megatron.checkpoint.hugging_face import SCALE, HuggingFaceFolder
+from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.models.families import family_of
 from gspo_megatron.models.names import NameRule
 from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.tensors import names_on_hub, sizes_of
 
-INDEX = re.compile(r"\{(\w+)\}")
+SHOWN = 3
+"""Names of a kind that a message lists."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """The tensors that a rule makes of those of the folder, with these sizes.
+    """The tensors of a rule.
 
     Attributes:
-        rule: which.
-        ours, theirs: sizes.
-        count: how many of ours.
+        theirs: sizes in the folder, in the order of the rule's names.
+        expected, found: how many of each name the model has, and how many are in the folder and fit.
         formats: number formats in the folder.
     """
 
     rule: NameRule
-    ours: tuple[int, ...]
     theirs: tuple[tuple[int, ...], ...]
-    count: int = 0
-    formats: set[str] = field(default_factory=set)
+    expected: int
+    found: int
+    formats: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Inspection:
     """
     Attributes:
         rows: what becomes what.
-        parameters: in the folder, the experts' bias not counted.
+        parameters: of the folder that fit, the experts' bias not counted.
         expected: of a model of config.json.
-        missing: names that other layers or experts of the folder have, or of which only a part is there.
+        missing: names that the model has and the folder lacks.
         extra: names that no part of the model has.
-        unread: names that are left out on purpose: further prediction layers, what is computed.
-        wrong: what does not fit together.
+        wrong: messages, each with file and name, about sizes and number formats.
+        left_out: by reason, names that are not read on purpose.
     """
 
     rows: list[Row]
@@ -53,69 +56,91 @@ class Inspection:
     expected: int
     missing: list[str]
     extra: list[str]
-    unread: list[str]
     wrong: list[str]
+    left_out: dict[str, list[str]]
 
     @property
     def whole(self) -> bool:
-        return not (self.missing or self.extra or self.wrong) and self.parameters == self.expected
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps the folder from being a model of its config.json."""
+        lacks = [f"there is no {listed(self.missing)}, which config.json asks for"] if self.missing else []
+        holds = [f"config.json does not describe {listed(self.extra)}"] if self.extra else []
+        return [*lacks, *holds, *self.wrong]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left out, and why."""
+        return [f"left out: {listed(names)}: {reason}" for reason, names in self.left_out.items()]
 
 
-def inspect(folder: HuggingFaceFolder, shape: ModelShape, rules: Sequence[NameRule]) -> Inspection:
-    rows: dict[tuple[NameRule, object], Row] = {}
+def listed(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def inspect(folder: HuggingFaceFolder, shape: ModelShape) -> Inspection:
+    """`shape`: of config.json."""
+    rows: list[Row] = []
     missing: list[str] = []
     wrong: list[str] = []
     known: set[str] = set()
     parameters = 0
-    for rule in rules:
-        for names in _instances(rule, folder, shape):
+    for rule in family_of(shape).rules:
+        every = list(names_on_hub(rule, shape))
+        if not every:
+            continue
+        sizes, found, formats = sizes_of(rule, shape), 0, set()
+        for names in every:
             known.update(names)
-            if absent := [name for name in names if name not in folder.tensors]:
-                missing += absent
-                continue
-            stored = [folder.tensors[name] for name in names]
-            theirs = tuple(tuple(each.get_shape()) for each in stored)
-            try:
-                # Of tensors that stack a layer's experts, the operation is of one of them.
-                one = [s[1:] if rule.stacks_experts else s for s in theirs]
-                size = tuple(rule.op.to_ours([torch.empty(s, device="meta") for s in one], shape).shape)
-            except RuntimeError:
-                wrong.append(f"{', '.join(names)} of sizes {theirs} do not make one {rule.ours}")
-                continue
-            row = rows.setdefault((rule, theirs), Row(rule, size, theirs))
-            row.count += 1
-            row.formats |= {each.dtype for each in stored}
-            parameters += 0 if rule.ours.endswith(".expert_bias") else torch.Size(size).numel()
-    for name in folder.tensors:
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in known:
-            known.add(name)
-    rest = sorted(folder.tensors.keys() - known)
-    unread = [name for name in rest if folder.is_skipped(name)]
-    extra = [name for name in rest if name not in unread]
-    expected = count_parameters(shape).total
-    return Inspection(list(rows.values()), parameters, expected, sorted(missing), extra, unread, wrong)
+            missing += [name for name in names if name not in folder.weights]
+            there = [(name, size) for name, size in zip(names, sizes, strict=True) if name in folder.weights]
+            complaints = [each for name, size in there for each in _wrong(folder, name, size)]
+            wrong += complaints
+            formats |= {folder.weights[name].dtype for name, _ in there}
+            if len(there) == len(names) and not complaints:
+                found += 1
+                counts = 0 if rule.ours.endswith(".expert_bias") else 1
+                parameters += counts * sum(torch.Size(size).numel() for size in sizes)
+        rows.append(Row(rule, sizes, len(every), found, tuple(sorted(formats))))
+    extra: list[str] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    for name in folder.weights.keys() - known:
+        reason = folder.left_out(name)
+        (left_out[reason] if reason else extra).append(name)
+    return Inspection(
+        rows,
+        parameters,
+        count_parameters(shape).total,
+        missing,
+        sorted(extra),
+        wrong,
+        {reason: sorted(names) for reason, names in sorted(left_out.items())},
+    )
 
 
-def _instances(rule: NameRule, folder: HuggingFaceFolder, shape: ModelShape) -> Iterator[tuple[str, ...]]:
-    """Their names for each layer and expert to which the rule applies: those with a tensor in the folder, all experts
-    of such a layer, and all layers of its kind (with experts, or without)."""
-    layers: dict[int, set[int]] = defaultdict(set)
-    alone = False
-    for template in rule.theirs:
-        pattern = re.compile(INDEX.sub(r"(?P<\1>\\d+)", re.escape(template).replace(r"\{", "{").replace(r"\}", "}")))
-        for name in folder.tensors:
-            if match := pattern.fullmatch(name):
-                found = {key: int(value) for key, value in match.groupdict().items()}
-                alone |= not found
-                if found.get("layer", shape.num_layers) < shape.num_layers:
-                    layers[found["layer"]].add(found.get("expert", 0))
-    if alone:
-        yield rule.theirs
-    counted = count_parameters(shape).layers
-    kinds = {counted[layer].num_experts for layer in layers}
-    for layer, count in enumerate(counted):
-        # What a layer without experts has as well belongs to all layers.
-        if layers and count.num_experts in kinds:
-            experts = range(count.num_experts) if "{expert}" in rule.ours else range(1)
-            for expert in experts:
-                yield tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
+def _wrong(folder: HuggingFaceFolder, name: str, size: Sequence[int]) -> Iterator[str]:
+    weight = folder.weights[name]
+    if weight.get_shape() != list(size):
+        yield f"{weight.stored[0].file.name}: {name} has size {weight.get_shape()}, not {list(size)} as in config.json"
+    if unreadable := folder.unreadable(name):
+        yield unreadable
+
+
+def check_folder(folder: HuggingFaceFolder, shape: ModelShape) -> Inspection:
+    """What `inspect` finds in a folder that is whole.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    found = inspect(folder, shape)
+    if problems := found.problems:
+        more = f"; and {len(problems) - SHOWN:,} more like that" if len(problems) > SHOWN else ""
+        raise CheckpointError(
+            f"{folder.path} is not a whole {shape.family} model: {'; '.join(problems[:SHOWN])}{more}; download it "
+            f"again, or see all of it: python -m gspo_megatron.convert inspect {folder.path}"
+        )
+    return found

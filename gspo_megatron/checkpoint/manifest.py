@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo_megatron import __version__
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.base.files import sync
+from gspo_megatron.base.files import read_regular, sync
 from gspo_megatron.checkpoint.names import position_of
 
 MANIFEST = "manifest.json"
@@ -43,8 +43,15 @@ def verify(path: Path) -> None:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Size of everything under `path` by relative name, except directories and the manifest."""
-    found = {p.relative_to(path).as_posix(): p.lstat().st_size for p in path.rglob("*") if not p.is_dir()}
+    """Size of everything under `path` by relative name, except directories and the manifest.
+
+    Raises:
+        OSError: something there is neither a file nor a directory.
+    """
+    files = [p for p in path.rglob("*") if not p.is_dir()]
+    if others := [p.name for p in files if p.exists() and not p.is_file()]:
+        raise OSError(f"{others[0]} is not a regular file")
+    found = {p.relative_to(path).as_posix(): p.lstat().st_size for p in files}
     return {name: found[name] for name in sorted(found) if name != MANIFEST}
 
 
@@ -73,7 +80,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint: the directory does not exist")
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_regular(path / MANIFEST)
         manifest = json.loads(text)
         del manifest["sha256"]
         whole = _render(manifest) == text

@@ -174,9 +174,11 @@ class ShardFiles:
         format and on the device of `into`; padding becomes 0.
 
         Raises:
-            CheckpointError: `key` is missing, incomplete, or of another shape.
+            CheckpointError: `key` is missing, incomplete, there twice, or of another shape.
         """
         into.zero_()
+        # One bit would do; a byte an element is little beside the elements.
+        found = torch.zeros(len(into), dtype=torch.bool)
         missing = 0
         for wanted in shard.rectangles():
             missing += wanted.num_rows * wanted.num_columns
@@ -186,6 +188,10 @@ class ShardFiles:
                     assert here is not None
                     source = stored.elements(part.first, part.span)
                     here.within(into[here.first :]).copy_(part.within(source))
+                    known = here.within(found[here.first :])
+                    if known.any():
+                        raise CheckpointError(f"{key} is in the files twice, in part, also in {stored.path}")
+                    known.fill_(True)
                     missing -= part.num_rows * part.num_columns
         if missing:
             raise CheckpointError(f"{key} is incomplete in the files")

@@ -71,11 +71,11 @@ class Setting:
 
     @property
     def is_text(self) -> bool:
-        return not (self.is_mapping or self.is_list) and str in self.kinds
+        return not (self.is_mapping or self.is_list) and (str in self.kinds or self.type is Any)
 
     @property
     def allows_none(self) -> bool:
-        return type(None) in self.kinds
+        return type(None) in self.kinds or self.type is Any
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -112,7 +112,9 @@ class Setting:
         return None
 
     def _complaint_of_list(self, items: list[Any]) -> str | None:
-        """Lists hold texts and token ids."""
+        """Lists hold texts and token ids, or mappings, which whoever reads them checks."""
+        if self.kinds != (Any,):
+            return None
         for item in items:
             if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
                 return f"{self.key}: {item!r} is neither a text nor a token id; write texts in quotes"

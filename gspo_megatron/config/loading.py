@@ -34,8 +34,10 @@ REFUSED = {
 }
 """Values that users of other trainers know and that cannot work here, and what to use."""
 
-PATHS = ("run.dir", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
+PATHS = ("run.dir", "run.cache", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
 """Settings that may be a path, in which a leading ~ is the home folder."""
+PATH_IN = {"source": "data.train", "prompt_template": "data.prompt_template"}
+"""Names of a source's own settings that are read like these."""
 LITERAL = ("data.prompt_template",)
 """Settings in which ${...} is text, not one of OmegaConf's references."""
 LONGEST_NAME = 255
@@ -213,7 +215,8 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
     setting = _declared(section, key)
     if name is not None and not setting.is_mapping:
         raise ConfigError(f"override {override!r}: {section}.{key} is a single value and has no entry {name!r}")
-    if setting.is_text and text != "null" and text[:1] not in ("", "'", '"'):
+    structured = setting.type is Any and text[:1] in ("[", "{")
+    if setting.is_text and not structured and text != "null" and text[:1] not in ("", "'", '"'):
         # Text is taken literally, even where YAML would read something else into it: off, 5, {prompt}, a b #c.
         return section, key, name, text if name is not None else _meant(setting, text)
     try:
@@ -237,6 +240,11 @@ def _meant(setting: Setting, value: Any) -> Any:
         return "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
     if isinstance(value, str):
         return _meant_text(setting.key, value)
+    if setting.type is Any and isinstance(value, list):
+        return [_meant(setting, item) for item in value]
+    if setting.type is Any and isinstance(value, Mapping):
+        texts = {name: _meant_text(PATH_IN.get(str(name), ""), v) for name, v in value.items() if isinstance(v, str)}
+        return {**value, **texts}
     return value
 
 

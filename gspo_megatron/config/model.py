@@ -45,7 +45,10 @@ class ModelConfig:
     qk_norm: bool = setting(False, "glm4_moe: normalise queries and keys, each head on its own.")
     attention_bias: bool = setting(False, "glm4_moe: biases of the projections to queries, keys and values.")
     partial_rotary_factor: float = setting(
-        1.0, "glm4_moe: the share of a head's dimensions, the first ones, that RoPE rotates.", above=0, most=1
+        1.0,
+        "glm4_moe, qwen3_next: the share of a head's dimensions, the first ones, that RoPE rotates.",
+        above=0,
+        most=1,
     )
     sliding_window: int = setting(
         0, "mixtral, gpt_oss: tokens that a token attends to at most, itself included. 0: all earlier ones.", least=0
@@ -63,7 +66,7 @@ class ModelConfig:
     experts_per_token: int = setting(2, "All but qwen3: experts that the router chooses per token.", least=1)
     expert_ffn_size: int = setting(128, "All but qwen3: inner width of an expert.", least=1)
     shared_expert_ffn_size: int = setting(
-        0, "deepseek_v3: inner width of the expert that every token passes through.", least=0
+        0, "deepseek_v3, glm4_moe, qwen3_next: inner width of the expert that every token passes through.", least=0
     )
     num_dense_layers: int = setting(0, "deepseek_v3: first layers that have no experts but one network.", least=0)
     dense_ffn_size: int = setting(
@@ -75,6 +78,16 @@ class ModelConfig:
     )
     routed_scaling_factor: float = setting(
         1.0, "deepseek_v3: factor on the weights of a token's experts, which sum to 1.", above=0
+    )
+    full_attention_interval: int = setting(
+        0, "qwen3_next: every so many layers there is one of attention; the others have a gated delta net.", least=0
+    )
+    linear_num_key_heads: int = setting(0, "qwen3_next: query and key heads of a gated delta net.", least=0)
+    linear_num_value_heads: int = setting(0, "qwen3_next: its value heads, a multiple of its key heads.", least=0)
+    linear_key_head_dim: int = setting(0, "qwen3_next: width of its queries and keys.", least=0)
+    linear_value_head_dim: int = setting(0, "qwen3_next: width of its values.", least=0)
+    linear_conv_kernel_dim: int = setting(
+        0, "qwen3_next: tokens that its convolution sees, the newest included.", least=0
     )
     vocab_size: int | None = setting(None, "Rows of the vocabulary matrices. null: the tokenizer's size.", least=1)
     max_sequence_length: int = setting(256, "Prompt and response tokens together.", least=2)

@@ -23,6 +23,11 @@ class RunConfig:
     seed: int = setting(
         1, "Seed of the weights, generated prompts, the order of prompts and the sampler.", least=0, below=2**63
     )
+    cache: str | None = setting(
+        None,
+        "Folder for what is derived from large data once: tokens, indices of lines, Arrow files and unpacked ones. The "
+        "processes of a node share it, and nodes may. null: ~/.cache/gspo_megatron.",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,16 @@ class PrecisionConfig:
 class DataConfig:
     """Prompts and the tokenizer."""
 
-    train: str = setting("task:sort_digits", "Training prompts: task:NAME (generated), or the path of a JSONL file.")
-    eval: str | None = setting(
-        None, "Held-out prompts, in the same form as data.train. null: those that the task of data.train holds out."
+    train: Any = setting(
+        "task:sort_digits",
+        "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
+        "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
+        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+    )
+    eval: Any = setting(
+        None,
+        "Held-out prompts, one source in the same form as data.train. null: those that the task of data.train holds "
+        "out.",
     )
     tokenizer: str = setting(
         "auto",
@@ -129,6 +141,26 @@ class DataConfig:
         "A longer prompt is an error, or is dropped and counted (drop).",
         choices=("error", "drop"),
     )
+    duplicates: str = setting(
+        "keep",
+        "What becomes of a prompt whose text an earlier row of its source has: it is kept and counted, or dropped.",
+        choices=("keep", "drop"),
+    )
+    curriculum: int = setting(
+        0,
+        "Set a prompt aside when its rollouts were all right, or all wrong, in each of its last visits, this many. 0: "
+        "off.",
+        least=0,
+    )
+    curriculum_retry: int = setting(
+        4, "Visit a prompt that was set aside once more after skipping it this many times. 0: never.", least=0
+    )
+    bad_rows: str = setting(
+        "error",
+        "A row that is not JSON, lacks a field, or has an empty prompt or one that the tokenizer refuses is an error, "
+        "or is dropped and counted.",
+        choices=("error", "drop"),
+    )
 
 
 @dataclass(frozen=True)
@@ -157,17 +189,38 @@ class RewardConfig:
 
     functions: dict[str, float] = setting(
         {},
-        "Weights by name: a built-in reward, or package.module:function (prompt=, response=, answer= -> number). "
-        "Empty: the generated task's own reward, or exact_match for a file.",
+        "Weights by name: a built-in reward, or package.module:function. With reward.terms empty, too: the generated "
+        "task's own reward, or exact_match for a file.",
+    )
+    terms: list[dict[str, Any]] = setting(
+        [],
+        "More of them, each {function: NAME}, with name (default: the function), weight (1; of a gate, 0), gate (where "
+        "the value is below 1, all later terms are 0), and the function's own parameters.",
     )
     accuracy: str | None = setting(
         None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
     )
     on_error: str = setting(
         "stop",
-        "When a function raises or returns a non-finite number: stop the run, or count it as reward 0.",
+        "When a function raises or returns what is no number: stop the run, or count it as reward 0.",
         choices=("stop", "count"),
     )
+    isolate: bool = setting(
+        True, "Call functions of your own in processes of their own. false: in the training process, unprotected."
+    )
+    workers: int = setting(
+        0,
+        "Such processes on each rank that scores. 0: the cores of the node divided by the ranks that score on it.",
+        least=0,
+        most=1024,
+    )
+    timeout_s: float = setting(
+        60.0,
+        "How long such a call may take; then the process is replaced, and the rollout's reward is 0.",
+        above=0,
+        most=1e6,
+    )
+    memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
 
 
 @dataclass(frozen=True)
@@ -183,7 +236,10 @@ class AlgorithmConfig:
         "score with.",
     )
     kl_estimator: str = setting(
-        "k3", "Estimator of that divergence, by John Schulman's name for it.", choices=("k1", "k2", "k3")
+        "k3",
+        "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
+        "which is that of the divergence.",
+        choices=("k1", "k2", "k3", "k1+", "k3+"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -191,7 +247,17 @@ class AlgorithmConfig:
         "Parameters of the variant's dials by `dial.parameter`, such as {clip.low: 3e-4}; clip_low and clip_high are "
         "shorthand.",
     )
-    advantage: str | None = setting(None, "How a group's rewards become advantages: mean_std or mean.")
+    advantage: str | None = setting(
+        None,
+        "How rewards become advantages: mean_std, mean, leave_one_out or mean_normalised over their group, "
+        "batch_mean_std over the step, mean_batch_std with the group's mean and the step's deviation, or none.",
+    )
+    correction: str | None = setting(
+        None,
+        "Weights for tokens that another than the old policy has drawn, by the ratio of the two: token_tis, "
+        "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
+        "sequence_sum_mis take products in place of geometric means. null: none.",
+    )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1
     )
@@ -347,6 +413,11 @@ class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
     tensorboard: bool = setting(True, "Write TensorBoard events.")
+    wandb: str | None = setting(
+        None,
+        "Project of Weights & Biases that gets the metrics, by the package wandb. WANDB_MODE=offline keeps them in "
+        "RUN/wandb. null: off.",
+    )
     console_every: int = setting(
         1, "Steps between printed lines. Evaluations and the last step are always printed.", least=1
     )

@@ -72,6 +72,9 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": midnight.strftime}
         self.tells_day = "strftime_now" in source
+        day = str(midnight) if self.tells_day else None
+        self.identity = [source, self._special, self.arguments, day]
+        """What decides its texts, as JSON."""
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:

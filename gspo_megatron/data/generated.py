@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gspo_megatron.base.batches import Prompt
@@ -187,7 +188,8 @@ class GeneratedPrompts:
         ConfigError: another split, or "eval" without a size.
     """
 
-    dropped = 0
+    dropped: Mapping[str, int] = MappingProxyType({})
+    digest = ""
 
     def __init__(
         self, task: Task, tokenizer: Tokenizer, *, split: str, seed: int, size: int | None, max_prompt_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -54,6 +55,7 @@ class HuggingFaceTokenizer:
         self._bos = special.get("bos_token", "")
         self.adds_bos = bool(self._bos) and self._model.encode("").ids[:1] == [self._ids.get(self._bos)]
         """Whether the tokenizer itself puts BOS before a text."""
+        self.identity = [hashlib.sha256((self._folder / FILE).read_bytes()).hexdigest(), self._bos]
 
     @property
     def vocab_size(self) -> int:
@@ -87,6 +89,10 @@ class HuggingFaceTokenizer:
             DataError: an id outside the vocabulary.
         """
         return self._model.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return self._model.id_to_token(token) or f"<no token {token}>"
 
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`. The space that SentencePiece's text does not begin with counts as one."""

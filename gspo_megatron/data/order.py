@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from random import Random
+from collections.abc import Sequence as Seq
 
-from gspo_megatron.base.batches import Prompt
+from gspo_megatron.base.batches import Prompt, RolloutGroup
+from gspo_megatron.data.curriculum import Curriculum
+from gspo_megatron.data.mixture import Mixture
+from gspo_megatron.data.permutation import PromptOrder
 from gspo_megatron.data.sources import PromptSource
 
+LONGEST_SEARCH = 10_000
+"""Prompts of a mixture that are skipped, before what was set aside is taken after all; of one source, two epochs."""
 
-class PromptOrder:
-    """Position k of a run -> index of a prompt: k itself in an endless source, else pi_e[k - e * size], e = k // size.
 
-    pi_e is a permutation that depends on (seed, e) only. Any position can be read at any time, so a resumed run needs
-    only the number k, whatever its layout.
-    """
-
-    def __init__(self, size: int | None, seed: int) -> None:
-        self._size, self._seed = size, seed
-        self._epoch = -1
-        self._permutation: list[int] = []
-
-    def __getitem__(self, position: int) -> int:
-        if self._size is None:
-            return position
-        epoch, offset = divmod(position, self._size)
-        if epoch != self._epoch:
-            random = Random(f"order {self._seed} epoch {epoch}")
-            # Sorting by random() and not shuffle(): only random() is guaranteed to stay the same in later Pythons.
-            self._permutation = sorted(range(self._size), key=lambda _: random.random())
-            self._epoch = epoch
-        return self._permutation[offset]
+def position_in(size: int | None, position: int, earlier_size: int | None) -> int:
+    """Where a run goes on that has taken `position` prompts of a source of `earlier_size`, in an order that is another
+    now: at the beginning of the next epoch, so that no prompt of this epoch comes twice or is left out."""
+    if size is None:
+        return position
+    return -(-position // earlier_size) * size if earlier_size else 0
 
 
 class OrderedPrompts:
-    """The prompts of a source in the order of a run."""
+    """The prompts of a source in the order of a run.
 
-    def __init__(self, source: PromptSource, seed: int) -> None:
-        self.source, self.order = source, PromptOrder(source.size, seed)
+    Attributes:
+        taken: prompts that the run has taken or skipped so far: the position of the next one.
+        curriculum: which prompts are skipped.
+    """
+
+    def __init__(self, source: PromptSource, seed: int, taken: int = 0, curriculum: Curriculum | None = None) -> None:
+        self.source, self.taken, self.curriculum = source, taken, curriculum
+        self.order = source.order(seed) if isinstance(source, Mixture) else PromptOrder(source.size, seed)
+        self._skipped: list[int] = []
+
+    def next(self, count: int) -> list[Prompt]:
+        """The `count` prompts that come next. They count as taken once `taken` is raised, or `pass_on` is called."""
+        chosen, self._skipped, position = list[int](), [], self.taken
+        while self.curriculum and len(chosen) < count:
+            if len(self._skipped) >= (2 * self.source.size if self.source.size else LONGEST_SEARCH):
+                break  # there is nothing else: what was set aside is taken after all
+            for index in self.order.slice(position, count):
+                wanted = self.curriculum.wants(index)
+                (chosen if wanted else self._skipped).append(index)
+                position += 1
+                if len(chosen) == count:
+                    break
+        chosen += self.order.slice(position, count - len(chosen)) if len(chosen) < count else []
+        return [self.source[index] for index in chosen]
+
+    def pass_on(self, groups: Seq[RolloutGroup]) -> None:
+        """The prompts of the last `next` are taken, and these are their rollouts."""
+        self.taken += len(groups) + len(self._skipped)
+        if self.curriculum:
+            self.curriculum.observe(groups, self._skipped)
 
     def take(self, position: int, count: int) -> list[Prompt]:
         """`count` prompts, starting at `position`."""
-        return [self.source[self.order[position + i]] for i in range(count)]
+        return [self.source[index] for index in self.order.slice(position, count)]

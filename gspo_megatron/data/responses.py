@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gspo_megatron.base.errors import DataError
-from gspo_megatron.data.jsonl import read_records, text_field
+from gspo_megatron.data.jsonl import read_records
+from gspo_megatron.data.rows import text_field
 from gspo_megatron.data.token_ids import Tokenizer
 
 FORMS = '{"tokens": [...], "prompt_length": k} or {"prompt": "...", "response": "..."}'

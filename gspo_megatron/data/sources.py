@@ -6,21 +6,33 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.chat import ChatTemplate
+from gspo_megatron.data.examples import RowReader
+from gspo_megatron.data.files import rows_of_files
 from gspo_megatron.data.generated import GeneratedPrompts, find_task
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.hub import HubRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
+from gspo_megatron.data.rows import Rows
 from gspo_megatron.data.token_ids import Tokenizer
+from gspo_megatron.data.user_rows import NAME, UserRows
 
 
 class PromptSource(Protocol):
     """Prompts by index: `source[i].id == i` for 0 <= i < size."""
 
-    dropped: int
-    """Prompts left out because they are too long."""
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows left out, by reason."""
+
+    @property
+    def digest(self) -> str:
+        """Of the content; empty for prompts that are generated."""
 
     @property
     def size(self) -> int | None:
@@ -34,10 +46,11 @@ class DataSpec:
     """A source of prompts, and how to read it.
 
     Attributes:
-        source: `scheme:name` (`task:sort_digits`) or the path of a file.
+        source: `scheme:name` (`task:sort_digits`), the path of a file, or `module:function`.
         split: `train` or `eval`.
         size: the number of prompts: exact for the eval split of a task, an upper bound for a file. None: all.
         max_prompt_tokens: longest prompt.
+        cache: where what is derived from large files is kept.
         task and the fields after it: settings of section `data` with the same names, which not every source reads.
     """
 
@@ -55,6 +68,9 @@ class DataSpec:
     chat_arguments: Mapping[str, Any] = field(default_factory=dict)
     chat_date: str | None = None
     overlong: str = "error"
+    duplicates: str = "keep"
+    bad_rows: str = "error"
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def name(self) -> str:
@@ -69,11 +85,13 @@ class Source(NamedTuple):
         open: (spec, tokenizer, seed of the run) -> its prompts.
         reads: the settings of section `data` that this source reads and others may not.
         reward: (spec) -> the default reward.
+        rows: (spec) -> the rows that its prompts are made of; None for prompts of no rows.
     """
 
     open: Callable[[DataSpec, Tokenizer, int], PromptSource]
     reads: frozenset[str]
     reward: Callable[[DataSpec], str]
+    rows: Callable[[DataSpec], Rows] | None = None
 
 
 def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
@@ -81,18 +99,25 @@ def _open_task(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
     return GeneratedPrompts(task, tokenizer, split=spec.split, seed=seed, size=spec.size, max_prompt_tokens=limit)
 
 
-def _open_jsonl(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    return JsonlPrompts(
-        spec.name,
-        tokenizer,
+def reader_of(spec: DataSpec, tokenizer: Tokenizer) -> RowReader:
+    """Which fields of the source's rows are what."""
+    return RowReader(
         prompt_field=spec.prompt_field,
         answer_field=spec.answer_field,
         solution_field=spec.solution_field,
         prompt_template=spec.prompt_template,
         chat=chat_of(spec, tokenizer),
         messages_field=spec.messages_field,
-        max_prompt_tokens=spec.max_prompt_tokens,
+    )
+
+
+def filters_of(spec: DataSpec) -> Filters:
+    """Which of them become prompts."""
+    return Filters(
+        spec.max_prompt_tokens,
         overlong=spec.overlong,
+        duplicates=spec.duplicates,
+        bad_rows=spec.bad_rows,
         size=spec.size,
     )
 
@@ -127,23 +152,42 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
     return tokenizer.chat_template.with_arguments(spec.chat_arguments, today)
 
 
-OF_FILES = frozenset(
+OF_ROWS = frozenset(
     {
-        *("prompt_field", "answer_field", "solution_field", "prompt_template", "overlong"),
+        *("prompt_field", "answer_field", "solution_field", "prompt_template"),
+        *("overlong", "duplicates", "bad_rows"),
         *("messages_field", "chat", "chat_arguments", "chat_date"),
     }
 )
+
+
+def of_rows(rows: Callable[[DataSpec], Rows]) -> Source:
+    """A source of rows with fields."""
+
+    def prompts(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> PromptSource:
+        reader, filters = reader_of(spec, tokenizer), filters_of(spec)
+        return RowPrompts(spec.name, rows(spec), reader, tokenizer, filters, spec.cache)
+
+    return Source(prompts, OF_ROWS, lambda spec: "exact_match", rows)
+
+
 SOURCES: dict[str, Source] = {
     "task": Source(_open_task, frozenset({"task"}), lambda spec: find_task(spec.name, **spec.task).reward),
-    "jsonl": Source(_open_jsonl, OF_FILES, lambda spec: "exact_match"),
+    "file": of_rows(lambda spec: rows_of_files(spec.name, spec.cache)),
+    "jsonl": of_rows(lambda spec: rows_of_files(spec.name, spec.cache, "jsonl")),
+    "parquet": of_rows(lambda spec: rows_of_files(spec.name, spec.cache, "parquet")),
+    "hf": of_rows(lambda spec: HubRows(spec.name, spec.split, spec.cache)),
+    "python": of_rows(lambda spec: UserRows(spec.name, spec.split)),
 }
-"""By scheme. A source without one is the path of a JSONL file."""
+"""By scheme. A source without one is a file, or a function where it is written as `module:function`."""
 
 
 def scheme_of(source: str) -> str:
     """The row of SOURCES that `source` belongs to."""
     scheme, colon, _ = source.partition(":")
-    return scheme if colon and scheme in SOURCES else "jsonl"
+    if colon and scheme in SOURCES:
+        return scheme
+    return "python" if NAME.fullmatch(source) and not Path(source).exists() else "file"
 
 
 def open_source(spec: DataSpec, tokenizer: Tokenizer, *, seed: int) -> PromptSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.data.chat import ChatTemplate
@@ -16,8 +16,12 @@ class Tokenizer(Protocol):
         eos_id: ends a solution that a warm start learns to write.
         stop_ids: any of these ends a response; EOS is one of them.
         bos_id: begins a text, for a tokenizer that has such a token.
+        identity: what names its tokens and how it encodes, as JSON: equal for equal tokenizers.
         chat_template: how conversations become text, for a tokenizer that has one.
     """
+
+    @property
+    def identity(self) -> Any: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -45,6 +49,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Without special tokens."""
+
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes a token, a special one, too."""
 
     def token_bytes(self) -> list[bytes]:
         """By id, what a token adds to a text, in UTF-8; nothing for a special token.

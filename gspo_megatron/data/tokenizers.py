@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class CharacterTokenizer:
         if not alphabet or repeated:
             found = f"repeats {''.join(repeated)!r}" if repeated else "is empty"
             raise DataError(f"the tokenizer's alphabet {found}; list every character exactly once")
+        self.identity = alphabet
         self._chars = ["", "", *alphabet]
         self._ids = {char: token for token, char in enumerate(alphabet, start=2)}
 
@@ -68,6 +70,10 @@ class CharacterTokenizer:
         """
         return "".join(self._chars[token] for token in checked_ids(ids, self.vocab_size))
 
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return {self.pad_id: "<pad>", self.eos_id: "<eos>"}.get(token) or self._chars[token]
+
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`."""
         return [char.encode() for char in self._chars]
@@ -87,6 +93,7 @@ class SentencePieceTokenizer:
             raise DataError(f"no SentencePiece model at {path}; tools/train_tokenizer.py trains one")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.identity = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except RuntimeError as error:
             raise DataError(f"{path} is not a SentencePiece model ({error}); train it again") from error
         missing = [name for name, token in (("pad", self.pad_id), ("eos", self.eos_id)) if token < 0]
@@ -130,6 +137,10 @@ class SentencePieceTokenizer:
             DataError: an id outside the vocabulary.
         """
         return self._model.decode(checked_ids(ids, self.vocab_size))
+
+    def piece(self, token: int) -> str:
+        """See `Tokenizer.piece`."""
+        return self._model.id_to_piece(token)
 
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`. The space that a text does not begin with counts as one."""

@@ -98,6 +98,10 @@ class Device:
         if not self.on_cpu:
             torch.cuda.synchronize()
 
+    def cores_for_each(self, count: int) -> int:
+        """Cores that each of `count` processes of the run, spread over its nodes, has for itself; at least 1."""
+        return max(1, len(os.sched_getaffinity(0)) // -(-count // self.nodes))
+
     def memory_gib(self) -> float:
         """Memory in use in GiB: allocated on the device, or resident in this process on the CPU."""
         return cpu.resident_gib() if self.on_cpu else torch.cuda.memory_allocated() / 2**30

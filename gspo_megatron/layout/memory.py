@@ -226,11 +226,16 @@ def rollouts_at_once(config: Config, layout: Layout) -> int:
 
 
 def cache_bytes(config: Config, layout: Layout, stage: int, *, rows: int, positions: int) -> float:
-    """Keys and values, or latents, of `rows` rollouts of `positions` tokens in all layers of the stage."""
-    m = config.model.shape
-    kinds = kinds_of_stage(m, layout, stage)
+    """Keys and values, or latents, of `rows` rollouts of `positions` tokens in all layers of the stage, and states."""
+    kinds, width = kinds_of_stage(config.model.shape, layout, stage), BYTES[config.precision.dtype]
     cached = sum(number * (x.cached // layout.tp + x.cached_whole) for _, x, number in kinds)
-    return rows * positions * cached * BYTES[config.precision.dtype]
+    states = sum(number * state_bytes(x, width) // layout.tp for _, x, number in kinds)
+    return rows * (positions * cached * width + states)
+
+
+def state_bytes(x: TokenCount, width: int) -> int:
+    """What the sampler keeps of a sequence in one layer, however long it is; `width` bytes a number of the model."""
+    return max(width, 4) * x.states + width * x.inputs
 
 
 def rollout_sizes(config: Config, layout: Layout, stage: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from gspo_megatron.layout.memory import (
     rollouts_at_once,
     saved_bytes,
     stage_parameters,
+    state_bytes,
 )
 from gspo_megatron.models.family import LayerCount, TokenCount
 
@@ -152,7 +153,7 @@ class StepTime:
             ep = 2 * self.exchange(tokens / ranks.tp * m.experts_per_token * m.hidden_size * w)
         if ranks.cp > 1:
             _, speed = self.cluster.bandwidth(ranks.cp, ranks.tp)
-            keys = (cost.cached // ranks.tp + cost.cached_whole) * w
+            keys = ((cost.cached + cost.gathered) // ranks.tp + cost.cached_whole) * w
             cp = tokens * keys * (ranks.cp - 1) / speed + self.cluster.latency(ranks.cp, ranks.tp)
         return tp, 1.5 * tp, ep, cp
 
@@ -287,6 +288,7 @@ class StepTime:
             width = 1 if self.is_fp8 else f.width
             weights = (n.sharded / ranks.tp + n.replicated + touched * n.expert / ranks.etp) * width
             cache = rows * context * (cost.cached // ranks.tp + cost.cached_whole) * f.width
+            cache += rows * 2 * state_bytes(cost, f.width) / ranks.tp  # read and written
             products = self._seconds(2 * rows * cost.multiplied / ranks.tp, e.dense, fp8=self.is_fp8)
             tp, _, ep, _ = self._communication(n, cost, rows)
             launches = 0.0 if self.work.engine else e.kernels * e.launch_s

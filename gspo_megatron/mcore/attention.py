@@ -187,8 +187,8 @@ def _attend_fast(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None,
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, attend: Attend) -> Tensor:
     """Attention on a [B, L] grid. The padding of a row follows its tokens, where the causal mask hides it."""
-    query, key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
-    return _collect(attend(query, key, value, None), tokens.slots_T)
+    query, key, value = (spread(x, tokens.slots_T, tokens.grid) for x in (query, key, value))
+    return collect(attend(query, key, value, None), tokens.slots_T)
 
 
 def attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, part: Part, attend: Attend) -> Tensor:
@@ -196,13 +196,13 @@ def attend_part(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens,
     arXiv 2407.21783, Section 3.3.2; grouped queries keep them small), and each chunk of queries attends to the keys up
     to its end."""
     both = whole(torch.cat([key, value], dim=-1), part).split([key.size(-1), value.size(-1)], dim=-1)
-    key, value = (_spread(x, tokens.slots_T, tokens.grid) for x in both)
+    key, value = (spread(x, tokens.slots_T, tokens.grid) for x in both)
     out = query.new_zeros(query.size(0), query.size(1) * value.size(-1))
     for chunk in part.chunks:
         num_queries, num_keys = chunk.seen.shape[-2:]
-        queries = _spread(query[chunk.tokens], chunk.slots, (tokens.grid[0], num_queries))
+        queries = spread(query[chunk.tokens], chunk.slots, (tokens.grid[0], num_queries))
         rows = attend(queries, key[:, :, :num_keys], value[:, :, :num_keys], chunk.seen)
-        out = out.index_copy(0, chunk.tokens, _collect(rows, chunk.slots))
+        out = out.index_copy(0, chunk.tokens, collect(rows, chunk.slots))
     return out
 
 
@@ -234,13 +234,13 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, use: CacheUse, atte
     return attend(query[:, :, None], keys[rows, :, :length], values[rows, :, :length], seen).flatten(1)
 
 
-def _spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
+def spread(x_THD: Tensor, slots_T: Tensor, grid: tuple[int, int]) -> Tensor:
     """[T, H, D] -> [B, H, L, D], zeros where there is no token."""
     num_rows, length = grid
     spread = x_THD.new_zeros(num_rows * length, *x_THD.shape[1:]).index_copy(0, slots_T, x_THD)
     return spread.view(num_rows, length, *x_THD.shape[1:]).transpose(1, 2)
 
 
-def _collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
+def collect(x_BHLD: Tensor, slots_T: Tensor) -> Tensor:
     """[B, H, L, D] -> [T, H * D]."""
     return x_BHLD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, slots_T)

@@ -91,5 +91,14 @@ def whole(x: Tensor, part: Part) -> Tensor:
     return gather_from_sequence_parallel_region(x, group=part.group).index_select(0, part.order_T)
 
 
+def own(x: Tensor, part: Part) -> Tensor:
+    """The inverse: [T, ...] in the order of the pack -> this rank's [Tc, ...]."""
+    num_tokens = len(part.order_T) // part.group.size()
+    place_T = torch.empty_like(part.order_T)
+    place_T[part.order_T] = torch.arange(len(part.order_T), device=part.order_T.device)
+    start = part.group.rank() * num_tokens
+    return x.index_select(0, place_T[start : start + num_tokens])
+
+
 def _divmod(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a // b, a % b

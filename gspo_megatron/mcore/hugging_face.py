@@ -11,6 +11,7 @@ import torch
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
+from gspo_megatron.checkpoint.inspection import check_folder
 from gspo_megatron.mcore.groups import MAIN
 from gspo_megatron.mcore.policy import MegatronModel, MegatronPolicy
 from gspo_megatron.models.families import family_of
@@ -19,24 +20,24 @@ EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of train.hf_dtype."""
 
 
-def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = False) -> None:
-    """Sets the policy's weights; every rank reads the slices that it holds.
+def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = False) -> list[str]:
+    """Sets the policy's weights; every rank reads the slices that it holds. Returns what of the folder is left out.
 
     Raises:
-        CheckpointError: on all ranks, when one finds a file or a tensor that cannot be used, or when the folder holds
-            more than the model.
+        CheckpointError: on all ranks, when one finds a file or a tensor that cannot be used, or when the folder is not
+            a model of its config.json.
     """
-    groups, error = policy.groups, None
-    read: frozenset[str] = frozenset()
+    shape, error = policy.config.model.shape, None
+    notes: list[str] = []
     # Whatever goes wrong on one rank, no rank may wait for it in vain.
     try:
         folder = HuggingFaceFolder(path, allow_nan=allow_nan)
-        policy.load_weights(folder.read, family_of(policy.config.model.shape).rules)
-        read = folder.names_read
+        notes = check_folder(folder, shape).notes
+        policy.load_weights(folder.read, family_of(shape).rules)
     except Exception as caught:
         error = caught
-    groups.fail_together(f"model.hf={path} cannot be loaded", error)
-    folder.check_all_read(frozenset().union(*groups.from_all(read)))
+    policy.groups.fail_together(f"model.hf={path} cannot be loaded", error)
+    return notes
 
 
 def save_folder(

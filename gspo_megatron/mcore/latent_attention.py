@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from gspo_megatron.mcore.attention import attend, attend_cached, attend_packed, attend_rows, rotate
@@ -61,13 +61,13 @@ class LatentAttention(torch.nn.Module):
 
         def down(module: Any, size: int, name: str) -> torch.nn.Module:
             duplicated = {"parallel_mode": "duplicated", "skip_weight_param_allocation": False}
-            linear = _linear(module, hidden, size, config, name, **duplicated)
+            module = linear(module, hidden, size, config, name, **duplicated)
             # 0.16.1 leaves the mark that Transformer Engine sets: the gradient norm would count every rank's copy.
-            linear.weight.tensor_model_parallel = False  # type: ignore[union-attr]
-            return linear
+            module.weight.tensor_model_parallel = False
+            return module
 
         def up(module: Any, size_in: int, size_out: int, name: str) -> torch.nn.Module:
-            return _linear(module, size_in, size_out, config, name, gather_output=False, tp_group=pg_collection.tp)
+            return linear(module, size_in, size_out, config, name, gather_output=False, tp_group=pg_collection.tp)
 
         if config.q_lora_rank is None:
             self.linear_q_proj = up(submodules.linear_q_proj, hidden, heads * self.qk_dim, "q_proj")
@@ -96,7 +96,7 @@ class LatentAttention(torch.nn.Module):
             cp_comm_type=kwargs.get("cp_comm_type"),
             pg_collection=pg_collection,
         )
-        self.linear_proj = _linear(
+        self.linear_proj = linear(
             submodules.linear_proj,
             heads * config.v_head_dim,
             hidden,
@@ -210,9 +210,10 @@ def use_latent_attention(attention: ModuleSpec, *, norm: type, down: type | None
     parts.core_attention.params["rotates"] = False
 
 
-def _linear(
-    module: Any, size_in: int, size_out: int, config: MLATransformerConfig, name: str, **kwargs: Any
+def linear(
+    module: Any, size_in: int, size_out: int, config: TransformerConfig, name: str, **kwargs: Any
 ) -> torch.nn.Module:
+    """A linear layer without bias of a layer's spec."""
     settings = {"init_method": config.init_method, "skip_bias_add": False, **kwargs}
     return build_module(
         module, size_in, size_out, config=config, bias=False, is_expert=False, tp_comm_buffer_name=name, **settings

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.attention import PackedAttention
 from gspo_megatron.mcore.experts import WholeExperts
+from gspo_megatron.mcore.gated_delta_net import GatedSelfAttention, use_gated_delta_net
 from gspo_megatron.mcore.latent_attention import ReplicatedLinear, use_latent_attention
 
 
@@ -26,22 +30,45 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.normalized_shape, 1 + self.weight.to(precise), self.eps).to(x.dtype)
+
+
 def local_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None) -> Any:
     """Megatron's local block spec with this package's attention core, norm and experts."""
     block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, pp_rank=pp_rank, vp_stage=chunk)
+    norm = ZeroCentredRMSNorm if transformer.layernorm_zero_centered_gamma else RMSNorm
     for layer in distinct_layers(block):
         attention = layer.submodules.self_attention
         attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params={"fused": None})
         if transformer.multi_latent_attention:
-            use_latent_attention(attention, norm=RMSNorm, down=ReplicatedLinear)
+            use_latent_attention(attention, norm=norm, down=ReplicatedLinear)
         elif transformer.qk_layernorm:
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+        if transformer.attention_output_gate:
+            attention.module = GatedSelfAttention
         compat.set_experts(layer.submodules.mlp, WholeExperts)
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         # Megatron's map renames this norm as if the layer were dense; the Transformer Engine spec does not.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    block.layer_norm = RMSNorm
+    if transformer.linear_attention_freq is not None:
+        mix_in_gated_delta_nets(block, transformer, get_transformer_layer_offset(transformer, chunk, pp_rank))
+    block.layer_norm = norm
     return block
+
+
+def mix_in_gated_delta_nets(block: Any, transformer: TransformerConfig, first: int) -> None:
+    """Puts gated delta nets in place of attention in the layers that linear_attention_freq marks; `first` is the number
+    of the first layer in the whole model, from 0."""
+    marks = transformer.linear_attention_freq[first : first + len(block.layer_specs)]
+    for i, marked in enumerate(marks):
+        if marked:
+            block.layer_specs[i] = copy.deepcopy(block.layer_specs[i])
+            use_gated_delta_net(block.layer_specs[i].submodules.self_attention, norm=RMSNorm)
 
 
 def te_layers(transformer: TransformerConfig, pp_rank: int, chunk: int | None) -> Any:

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from gspo_megatron.base.batches import IntArray
 from gspo_megatron.mcore.context_parallel import Part, part_of
-from gspo_megatron.mcore.kv_cache import CacheUse, CacheWrite, KVCache
+from gspo_megatron.mcore.kv_cache import CachedPrompts, CacheUse, CacheWrite, KVCache
 from gspo_megatron.mcore.routing import Routing
 
 
@@ -87,6 +87,7 @@ class CachedTokens(NamedTuple):
     prompt_slots_P: Tensor
     prompt_grid: tuple[int, int]
     write: CacheWrite
+    prompts: CachedPrompts
     first_row: int
     num_continued: int
     longest: int
@@ -101,7 +102,7 @@ class CachedTokens(NamedTuple):
             positions_T=self.positions_T,
             slots_T=self.prompt_slots_P,
             grid=self.prompt_grid,
-            through_cache=CacheUse(cache, self.write, self.first_row, seen_BL),
+            through_cache=CacheUse(cache, self.write, self.first_row, seen_BL, self.prompts),
         )
 
 
@@ -126,6 +127,11 @@ def cached_tokens(
         prompt_slots_P=_joined([continued[:0], *(i * longest_prompt + x for i, x in enumerate(positions))]),
         prompt_grid=(len(prompts), longest_prompt),
         write=CacheWrite(_joined(token_W), _joined(row_W), _joined(position_W)),
+        prompts=CachedPrompts(
+            torch.tensor([prompt.length for prompt in prompts], dtype=torch.long),
+            torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt.rows], dtype=torch.long),
+            torch.tensor([row for prompt in prompts for row in prompt.rows], dtype=torch.long),
+        ),
         first_row=first_row,
         num_continued=len(continued),
         longest=int(positions_B.max(initial=-1)) + 1,

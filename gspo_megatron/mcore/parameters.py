@@ -29,6 +29,12 @@ SLICED: dict[str, tuple[int, int]] = {
     "linear_fc1.bias": (0, 2),
     "linear_fc2.weight": (1, 1),
     "softmax_offset": (0, 1),
+    "in_proj_qkvz.weight": (0, 1),
+    "in_proj_ba.weight": (0, 1),
+    "conv1d.weight": (0, 1),
+    "A_log": (0, 1),
+    "dt_bias": (0, 1),
+    "out_proj.weight": (1, 1),
 }
 
 
@@ -79,19 +85,27 @@ def _placed(
         yield Place(name) if how is None else Place(name, *how, group.rank(), group.size()), tensor
 
 
+def _constant(name: str, norms_from_0: bool) -> float:
+    """Norms multiply by 1; biases and sinks of attention are 0. A gated delta net has A = dt = 1: its decay
+    exp(-e softplus(1)) is 0.03, as fast as a decay is on average where A is drawn from U(0, 16)."""
+    if name.endswith((".A_log", ".dt_bias", ".out_norm.weight")):
+        return 1.0
+    return 0.0 if name.endswith(("bias", "softmax_offset")) or norms_from_0 else 1.0
+
+
 @torch.no_grad()
 def initialize_weights(model: Any, shape: ModelShape, groups: Groups, *, std: float, seed: int) -> None:
-    """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; norms 1,
-    biases and sinks of attention 0.
+    """Matrices ~ N(0, std^2), with std divided by sqrt(2 * num_layers) where a layer adds to the residual; vectors as
+    `_constant` has them.
 
     Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its slice, so every layout
     starts from the same weights.
     """
     for place, parameter in named_tensors(model, shape, groups):
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if place.name.endswith(("bias", "softmax_offset")) else 1.0)
+            parameter.fill_(_constant(place.name, model.config.layernorm_zero_centered_gamma))
             continue
-        adds_to_residual = re.search(r"linear_(proj|fc2)\.weight", place.name)
+        adds_to_residual = re.search(r"(linear_(proj|fc2)|out_proj)\.weight", place.name)
         own_std = std / math.sqrt(2 * shape.num_layers) if adds_to_residual else std
         size = list(parameter.shape)
         size[place.dim] *= place.count

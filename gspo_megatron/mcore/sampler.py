@@ -96,7 +96,14 @@ class MegatronSampler:
         self.num_micro_batches, self.same_tokens = rules.count_multiple, rules.same_tokens
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[int],
+        *,
+        greedy: bool = False,
+        ended: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
         """See `Sampler.generate`. Ranks may pass different numbers of prompts, or none.
 
         Raises:
@@ -113,26 +120,30 @@ class MegatronSampler:
             stops=self.stops,
         )
         cache = KVCache(scheduler.num_rows, scheduler.num_positions)
+        rollouts: dict[int, Rollout] = {}
         for chunk in self.policy.chunks:
             chunk.eval()
         try:
             *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
-                *num_tokens, stop = self._forward(cache, scheduler, num_tokens, decoding)
+                just_ended, (*num_tokens, stop) = self._forward(cache, scheduler, num_tokens, decoding)
+                for index in just_ended:
+                    rollouts[index] = scheduler.rollout(index, self.policy.version)
+                    ended(rollouts[index])
                 self.sign_of_life(scheduler.progress)
         finally:
             for chunk in self.policy.chunks:
                 chunk.train()
         if stop:
             raise StopRequested
-        return scheduler.rollouts(self.policy.version)
+        return [rollouts[index] for index in range(len(prompts))]
 
     def _forward(
         self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding
-    ) -> list[int]:
+    ) -> tuple[list[int], list[int]]:
         """Draws a token for every rollout that continues or is admitted. `num_tokens` are the tokens of each
-        micro-batch on the rank with the most. Returns those of the next forward, followed by 1 if any rank is to stop,
-        else 0."""
+        micro-batch on the rank with the most. Returns which rollouts have ended, and the tokens of the next forward,
+        followed by 1 if any rank is to stop, else 0."""
         row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
         rollout_index = np.concatenate([micro_batch.rollout_index for micro_batch in micro_batches])
         may_continue = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
@@ -155,8 +166,8 @@ class MegatronSampler:
         agreed = self._agree_on_next(inputs, drawn_2B[0])
         received = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
         tokens, log_probs, next_counts = np.split(received, [len(rollout_index), 2 * len(rollout_index)])
-        scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
-        return next_counts.astype(np.int64).tolist()
+        ended = scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
+        return ended.tolist(), next_counts.astype(np.int64).tolist()
 
     def _feed(self, scheduler: DecodeScheduler, micro_batch: DecodeMicroBatch, num_tokens: int) -> Feed:
         """The newest tokens of the rollouts that continue, the prompts of those that are admitted, and padding."""

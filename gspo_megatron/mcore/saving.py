@@ -207,11 +207,11 @@ class MegatronCheckpoints(CheckpointReader):
         def read() -> None:
             of_state.extend(read_tensors(file) for file in sorted(path.glob("step_*.safetensors")))
             self._read(files_of(path, about))
+            set_step_count(self.policy.optimizer, about["adam_step"])
+            if len(about["random"]) == dist.get_world_size():
+                self.policy.device.set_random_state(about["random"][dist.get_rank()])
 
         self._read_together(path, read)
-        set_step_count(self.policy.optimizer, about["adam_step"])
-        if len(about["random"]) == dist.get_world_size():
-            self.policy.device.set_random_state(about["random"][dist.get_rank()])
         self.policy.version = about["policy_version"]
         return read_state(about["state"], of_state)
 

@@ -20,7 +20,6 @@ from gspo_megatron.models.names import (
     NameRule,
     Sliceable,
     copy_rows,
-    find_rule,
     read_ours,
     reading_order,
     sizes_on_hub,
@@ -29,6 +28,7 @@ from gspo_megatron.models.names import (
     to_theirs,
 )
 from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.models.tensors import sizes_of
 
 
 class Source(NamedTuple):
@@ -118,31 +118,32 @@ def load_weights(
     for chunk in chunks:
         for place, tensor in named_tensors(chunk, shape, groups):
             rule, theirs = read_ours(rules, place.name, read)
+            _check_sizes(rule, place.name, theirs, shape)
             if is_vocabulary(place.name):
-                _copy_vocabulary(theirs[0], place, tensor, shape)
+                _copy_vocabulary(theirs[0], place, tensor)
                 continue
             slicing = {"dim": place.dim, "index": place.index, "count": place.count}
-            if stacked_in(rule.op, theirs, tensor, shape, **slicing):
-                continue
-            mine = to_our_slice(rule.op, theirs, shape, **slicing)
-            if mine.shape != tensor.shape:
-                found = ", ".join(
-                    f"{name} {x.get_shape()}" for name, x in zip(find_rule(rules, place.name)[1], theirs, strict=True)
-                )
-                raise CheckpointError(
-                    f"{found}: this model's {place.name} needs {list(tensor.shape)} on a rank, not {list(mine.shape)}; "
-                    "the settings of section model must be those of the weights"
-                )
-            tensor.copy_(mine)
+            if not stacked_in(rule.op, theirs, tensor, shape, **slicing):
+                tensor.copy_(to_our_slice(rule.op, theirs, shape, **slicing))
 
 
-def _copy_vocabulary(theirs: Sliceable, place: Place, tensor: Tensor, shape: ModelShape) -> None:
+def _check_sizes(rule: NameRule, ours: str, theirs: Sequence[Sliceable], shape: ModelShape) -> None:
+    names = rule.their_names(ours)
+    assert names is not None, "the rule was found by this name"
+    for name, x, size in zip(names, theirs, sizes_of(rule, shape), strict=True):
+        wanted = list(size[1:] if rule.stacks_experts else size)
+        if x.get_shape() != wanted:
+            raise CheckpointError(
+                f"{name} has size {x.get_shape()}, but a model of these settings has {wanted}; the settings of section "
+                "model must be those of the weights"
+            )
+
+
+def _copy_vocabulary(theirs: Sliceable, place: Place, tensor: Tensor) -> None:
     """This rank's rows, zeros where they pad the vocabulary."""
-    have, wanted = theirs.get_shape(), [shape.vocab_size or 0, *tensor.shape[1:]]
-    if have != wanted:
-        raise CheckpointError(f"{place.name} has size {have} in the weights, but this model needs {wanted}")
-    start, end = (min(bound * len(tensor), have[0]) for bound in (place.index, place.index + 1))
-    copy_rows(theirs, (slice(start, end), slice(0, have[1])), tensor[: end - start])
+    rows, columns = theirs.get_shape()
+    start, end = (min(bound * len(tensor), rows) for bound in (place.index, place.index + 1))
+    copy_rows(theirs, (slice(start, end), slice(0, columns)), tensor[: end - start])
     tensor[end - start :] = 0
 
 

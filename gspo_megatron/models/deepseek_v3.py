@@ -8,7 +8,7 @@ ignores them, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import sqrt
 from typing import Any
 
@@ -25,15 +25,36 @@ USES = LATENT | parts.EXPERTS | parts.SIGMOID_ROUTER | parts.DENSE_AND_SHARED | 
 
 _OUR_ATTENTION, _THEIR_ATTENTION = f"{parts.OURS}self_attention.", f"{parts.THEIRS}self_attn."
 
+
+def _projection(ours: str, theirs: str, size: Callable[[ModelShape], tuple[int, ...]], **how: Any) -> NameRule:
+    return NameRule(f"{_OUR_ATTENTION}{ours}.weight", (f"{_THEIR_ATTENTION}{theirs}.weight",), size=size, **how)
+
+
+def _queries(s: ModelShape) -> int:
+    return s.num_attention_heads * (s.qk_nope_head_dim + s.qk_rope_head_dim)
+
+
+_LATENT_QUERIES = {"present": lambda s, _: s.q_lora_rank > 0}
+
 RULES = (
     *parts.BLOCK_RULES,
-    NameRule(f"{_OUR_ATTENTION}linear_q_proj.weight", (f"{_THEIR_ATTENTION}q_proj.weight",)),
-    NameRule(f"{_OUR_ATTENTION}linear_q_down_proj.weight", (f"{_THEIR_ATTENTION}q_a_proj.weight",)),
-    NameRule(f"{_OUR_ATTENTION}q_layernorm.weight", (f"{_THEIR_ATTENTION}q_a_layernorm.weight",)),
-    NameRule(f"{_OUR_ATTENTION}linear_q_up_proj.weight", (f"{_THEIR_ATTENTION}q_b_proj.weight",)),
-    NameRule(f"{_OUR_ATTENTION}linear_kv_down_proj.weight", (f"{_THEIR_ATTENTION}kv_a_proj_with_mqa.weight",)),
-    NameRule(f"{_OUR_ATTENTION}kv_layernorm.weight", (f"{_THEIR_ATTENTION}kv_a_layernorm.weight",)),
-    NameRule(f"{_OUR_ATTENTION}linear_kv_up_proj.weight", (f"{_THEIR_ATTENTION}kv_b_proj.weight",)),
+    _projection(
+        "linear_q_proj", "q_proj", lambda s: (_queries(s), s.hidden_size), present=lambda s, _: not s.q_lora_rank
+    ),
+    _projection("linear_q_down_proj", "q_a_proj", lambda s: (s.q_lora_rank, s.hidden_size), **_LATENT_QUERIES),
+    _projection("q_layernorm", "q_a_layernorm", lambda s: (s.q_lora_rank,), **_LATENT_QUERIES),
+    _projection("linear_q_up_proj", "q_b_proj", lambda s: (_queries(s), s.q_lora_rank), **_LATENT_QUERIES),
+    _projection(
+        "linear_kv_down_proj",
+        "kv_a_proj_with_mqa",
+        lambda s: (s.kv_lora_rank + s.qk_rope_head_dim, s.hidden_size),
+    ),
+    _projection("kv_layernorm", "kv_a_layernorm", lambda s: (s.kv_lora_rank,)),
+    _projection(
+        "linear_kv_up_proj",
+        "kv_b_proj",
+        lambda s: (s.num_attention_heads * (s.qk_nope_head_dim + s.v_head_dim), s.kv_lora_rank),
+    ),
     *parts.SIGMOID_ROUTER_RULES,
 )
 

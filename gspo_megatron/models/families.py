@@ -9,10 +9,11 @@ from gspo_megatron.models.gpt_oss import GPT_OSS
 from gspo_megatron.models.mixtral import MIXTRAL
 from gspo_megatron.models.qwen3 import QWEN3
 from gspo_megatron.models.qwen3_moe import QWEN3_MOE
+from gspo_megatron.models.qwen3_next import QWEN3_NEXT
 from gspo_megatron.models.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (QWEN3_MOE, QWEN3, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS)
+    family.name: family for family in (QWEN3_MOE, QWEN3, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS, QWEN3_NEXT)
 }
 
 

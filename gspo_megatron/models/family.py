@@ -22,12 +22,14 @@ class LayerCount:
         replicated: norms, the router and the like: unsharded on every rank of the stage.
         expert: one expert, over etp.
         num_experts: experts of the layer, over ep; 0 in a dense layer.
+        recurrent: a gated delta net in place of attention.
     """
 
     sharded: int
     replicated: int
     expert: int = 0
     num_experts: int = 0
+    recurrent: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class TokenCount:
         attended: multiply-adds for each token that it attends to.
         cached_whole: numbers in the sampler's cache that every tp rank holds: latents.
         window: tokens that it attends to at most. 0: all earlier ones.
+        states: numbers that the sampler keeps of a sequence, however long, sharded over tp, in float32 or wider.
+        inputs: the same in the model's number format.
+        gathered: numbers that context parallel gathers of it, sharded over tp, where they are not what is cached.
     """
 
     multiplied: int
@@ -76,6 +81,9 @@ class TokenCount:
     attended: int
     cached_whole: int = 0
     window: int = 0
+    states: int = 0
+    inputs: int = 0
+    gathered: int = 0
 
     def pairs(self, length: float) -> float:
         """Pairs of a token and one that it attends to, in a sequence of `length`: L (L + 1) / 2 without a window, else

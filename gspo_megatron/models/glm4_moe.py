@@ -9,6 +9,7 @@ ignores them, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gspo_megatron.models import config_json, parts, sizes
@@ -23,8 +24,8 @@ USES = parts.GROUPED_QUERY | ATTENTION | parts.EXPERTS | parts.SIGMOID_ROUTER | 
 RULES = (
     *parts.BLOCK_RULES,
     parts.QKV_RULE,
-    parts.QKV_BIAS_RULE,
-    *parts.QK_NORM_RULES,
+    replace(parts.QKV_BIAS_RULE, present=lambda s, _: s.attention_bias),
+    *(replace(rule, present=lambda s, _: s.qk_norm) for rule in parts.QK_NORM_RULES),
     *parts.SIGMOID_ROUTER_RULES,
 )
 

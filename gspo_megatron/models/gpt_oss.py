@@ -4,7 +4,7 @@ a clamped SwiGLU with biases.
     out_e = W_down ((up + 1) * gate * sigmoid(1.702 gate)) + b_down,   [gate, up] = W_e x + b_e, both clamped
 
 Names and settings: Hugging Face transformers 5.23, models/gpt_oss; https://huggingface.co/openai/gpt-oss-20b. Published
-weights of experts are MXFP4, which is not read yet.
+matrices of experts are MXFP4 (checkpoint/quantised.py).
 """
 
 from __future__ import annotations
@@ -28,18 +28,37 @@ USES = parts.GROUPED_QUERY | parts.EXPERTS | parts.YARN | {"sliding_window"}
 _ATTENTION, _THEIR_ATTENTION = f"{parts.OURS}self_attention.", f"{parts.THEIRS}self_attn."
 _EXPERT, _EXPERTS = f"{parts.OURS}mlp.experts.local_experts.{{expert}}.", f"{parts.THEIRS}mlp.experts."
 
+
+def _gate_up_rows(s: ModelShape) -> tuple[int, ...]:
+    return (2 * s.expert_ffn_size,)
+
+
 RULES = (
     *parts.BLOCK_RULES,
     parts.QKV_RULE,
     parts.QKV_BIAS_RULE,
-    NameRule(f"{_ATTENTION}linear_proj.bias", (f"{_THEIR_ATTENTION}o_proj.bias",)),
-    NameRule(f"{_ATTENTION}core_attention.softmax_offset", (f"{_THEIR_ATTENTION}sinks",)),
-    NameRule(f"{parts.OURS}mlp.router.weight", (f"{parts.THEIRS}mlp.router.weight",)),
-    NameRule(f"{parts.OURS}mlp.router.bias", (f"{parts.THEIRS}mlp.router.bias",)),
-    NameRule(f"{_EXPERT}linear_fc1.weight", (f"{_EXPERTS}gate_up_proj",), InterleavedGateUp()),
-    NameRule(f"{_EXPERT}linear_fc1.bias", (f"{_EXPERTS}gate_up_proj_bias",), InterleavedGateUp()),
-    NameRule(f"{_EXPERT}linear_fc2.weight", (f"{_EXPERTS}down_proj",), Transpose()),
-    NameRule(f"{_EXPERT}linear_fc2.bias", (f"{_EXPERTS}down_proj_bias",)),
+    NameRule(f"{_ATTENTION}linear_proj.bias", (f"{_THEIR_ATTENTION}o_proj.bias",), size=parts.hidden),
+    NameRule(
+        f"{_ATTENTION}core_attention.softmax_offset",
+        (f"{_THEIR_ATTENTION}sinks",),
+        size=lambda s: (s.num_attention_heads,),
+    ),
+    NameRule(f"{parts.OURS}mlp.router.weight", (f"{parts.THEIRS}mlp.router.weight",), size=parts.router),
+    NameRule(f"{parts.OURS}mlp.router.bias", (f"{parts.THEIRS}mlp.router.bias",), size=parts.experts),
+    NameRule(
+        f"{_EXPERT}linear_fc1.weight",
+        (f"{_EXPERTS}gate_up_proj",),
+        InterleavedGateUp(),
+        size=lambda s: (*_gate_up_rows(s), s.hidden_size),
+    ),
+    NameRule(f"{_EXPERT}linear_fc1.bias", (f"{_EXPERTS}gate_up_proj_bias",), InterleavedGateUp(), size=_gate_up_rows),
+    NameRule(
+        f"{_EXPERT}linear_fc2.weight",
+        (f"{_EXPERTS}down_proj",),
+        Transpose(),
+        size=lambda s: (s.hidden_size, s.expert_ffn_size),
+    ),
+    NameRule(f"{_EXPERT}linear_fc2.bias", (f"{_EXPERTS}down_proj_bias",), size=parts.hidden),
 )
 
 ALPHA, LIMIT = 1.702, 7.0

@@ -11,21 +11,25 @@ from typing import Any
 from gspo_megatron.models import config_json, parts, sizes
 from gspo_megatron.models.config_json import ConfigKeys
 from gspo_megatron.models.family import Family, ParameterCount, Share, TokenCount
-from gspo_megatron.models.names import GateUp, NameRule
+from gspo_megatron.models.names import NameRule
 from gspo_megatron.models.shape import ModelShape
 
 NAME = "mixtral"
 USES = parts.GROUPED_QUERY | parts.EXPERTS | {"sliding_window"}
 
 _OURS, _THEIRS = f"{parts.OURS}mlp.", f"{parts.THEIRS}block_sparse_moe."
-_OUR_EXPERT, _THEIR_EXPERT = _OURS + "experts.local_experts.{expert}.", _THEIRS + "experts.{expert}."
 
 RULES = (
     *parts.BLOCK_RULES,
     parts.QKV_RULE,
-    NameRule(f"{_OURS}router.weight", (f"{_THEIRS}gate.weight",)),
-    NameRule(f"{_OUR_EXPERT}linear_fc1.weight", (f"{_THEIR_EXPERT}w1.weight", f"{_THEIR_EXPERT}w3.weight"), GateUp()),
-    NameRule(f"{_OUR_EXPERT}linear_fc2.weight", (f"{_THEIR_EXPERT}w2.weight",)),
+    NameRule(f"{_OURS}router.weight", (f"{_THEIRS}gate.weight",), size=parts.router),
+    *parts.feed_forward(
+        _OURS + "experts.local_experts.{expert}.",
+        _THEIRS + "experts.{expert}.",
+        lambda s: s.expert_ffn_size,
+        parts.has_experts,
+        names=("w1", "w3", "w2"),
+    ),
 )
 
 CONFIG = ConfigKeys(

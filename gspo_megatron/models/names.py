@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -61,6 +61,46 @@ class QKV:
     def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
         by_group = [part.unflatten(0, (shape.num_query_groups, -1)) for part in theirs]
         return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GatedQKV:
+    """[q_1 .. q_n, gate_1 .. gate_n, k, v] for each query group, one group after the other <-> each head's [q, gate],
+    all keys, all values. Blocks and n as in QKV."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        groups, d = shape.num_query_groups, shape.head_dim
+        by_group = ours.unflatten(0, (groups, -1, d))
+        n = shape.num_attention_heads // groups
+        query, gate, key, value = by_group.split([n, n, 1, 1], dim=1)
+        queries = torch.stack([query, gate], dim=2)
+        return queries.flatten(0, 3), key.flatten(0, 2), value.flatten(0, 2)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        queries, *others = theirs
+        groups, d = shape.num_query_groups, shape.head_dim
+        query, gate = queries.unflatten(0, (groups, -1, 2, d)).unbind(dim=2)
+        key, value = (x.unflatten(0, (groups, 1, d)) for x in others)
+        return torch.cat([query, gate, key, value], dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class KeyHeadChannels:
+    """[q, k, v_1 .. v_r] for each key head of a gated delta net, one after the other <-> all queries, all keys, all
+    values, stacked by rows in one tensor; r = value heads / key heads. The parts that tensor parallel makes do not
+    commute with it."""
+
+    def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        heads, d = shape.linear_num_key_heads, shape.linear_key_head_dim
+        values = shape.linear_num_value_heads // heads * shape.linear_value_head_dim
+        parts = ours.unflatten(0, (heads, -1)).split([d, d, values], dim=1)
+        return (torch.cat([part.flatten(0, 1) for part in parts]),)
+
+    def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        [whole] = theirs
+        heads, keys = shape.linear_num_key_heads, shape.linear_num_key_heads * shape.linear_key_head_dim
+        parts = whole.split([keys, keys, len(whole) - 2 * keys])
+        return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -145,12 +185,15 @@ class RowOf:
 class NameRule:
     """`ours` and `theirs` are names in which {layer} and {expert} stand for indices in the whole model. Where only ours
     has {expert}, theirs is a stack of all experts of a layer, and `op` is of one of them. `float32`: the tensor has
-    that format on the hub, whatever the others have."""
+    that format on the hub, whatever the others have. `size`: of our whole tensor. `present`: whether a model has it, in
+    the layer of this number."""
 
     ours: str
     theirs: tuple[str, ...]
     op: Op = COPY
     float32: bool = False
+    size: Callable[[ModelShape], tuple[int, ...]] = field(kw_only=True)
+    present: Callable[[ModelShape, int], bool] = field(default=lambda shape, layer: True, kw_only=True)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -177,7 +220,10 @@ def to_our_slice(
     op: Op, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
 ) -> Tensor:
     """Slice `index` of `count` along `dim` of our tensor, from the same slice of each of theirs: cutting and `op`
-    commute, since tensor parallel cuts between query groups, and gate and up each into parts."""
+    commute, since tensor parallel cuts between query groups, and gate and up each into parts. Where they do not, from
+    the whole of theirs."""
+    if isinstance(op, KeyHeadChannels):
+        return op.to_ours([_part(x, dim, 0, 1) for x in theirs], shape).chunk(count, dim)[index]
     heads, groups = shape.num_attention_heads // count, shape.num_query_groups // count
     of_slice = replace(shape, num_attention_heads=heads, num_query_groups=groups) if dim == 0 else shape
     return op.to_ours([_part(x, dim, index, count) for x in theirs], of_slice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,47 +24,122 @@ YARN = frozenset(name for name in OPTIONAL if name.startswith("rope_"))
 OURS, THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def feed_forward(ours: str, theirs: str) -> tuple[NameRule, ...]:
-    """A SwiGLU network: gate, up and down."""
+def vocabulary(s: ModelShape) -> tuple[int, ...]:
+    """Size of the embedding, and of the head."""
+    return s.vocab_size or 0, s.hidden_size
+
+
+def hidden(s: ModelShape) -> tuple[int, ...]:
+    """Size of a norm, or of the bias of what is added to the hidden states."""
+    return (s.hidden_size,)
+
+
+def qkv_rows(s: ModelShape) -> tuple[int, ...]:
+    """Size of the bias of the projections to queries, keys and values."""
+    return ((s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim,)
+
+
+def router(s: ModelShape) -> tuple[int, ...]:
+    """Size of the matrix that scores experts."""
+    return s.num_experts, s.hidden_size
+
+
+def experts(s: ModelShape) -> tuple[int, ...]:
+    """Size of a bias of the router."""
+    return (s.num_experts,)
+
+
+def has_experts(s: ModelShape, layer: int) -> bool:
+    return s.num_experts > 0 and layer >= s.num_dense_layers
+
+
+def is_dense(s: ModelShape, layer: int) -> bool:
+    return not has_experts(s, layer)
+
+
+def feed_forward(
+    ours: str,
+    theirs: str,
+    width: Callable[[ModelShape], int] = lambda s: s.dense_ffn_size,
+    present: Callable[[ModelShape, int], bool] = is_dense,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[NameRule, ...]:
+    """A SwiGLU network: gate, up and down; by default that of a layer without experts."""
+    gate, up, down = (f"{theirs}{name}.weight" for name in names)
+
+    def gate_up_size(s: ModelShape) -> tuple[int, ...]:
+        return 2 * width(s), s.hidden_size
+
+    def down_size(s: ModelShape) -> tuple[int, ...]:
+        return s.hidden_size, width(s)
+
     return (
-        NameRule(f"{ours}linear_fc1.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"), GateUp()),
-        NameRule(f"{ours}linear_fc2.weight", (f"{theirs}down_proj.weight",)),
+        NameRule(f"{ours}linear_fc1.weight", (gate, up), GateUp(), size=gate_up_size, present=present),
+        NameRule(f"{ours}linear_fc2.weight", (down,), size=down_size, present=present),
     )
 
 
 BLOCK_RULES = (
-    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    NameRule(f"{OURS}input_layernorm.weight", (f"{THEIRS}input_layernorm.weight",)),
-    NameRule(f"{OURS}self_attention.linear_proj.weight", (f"{THEIRS}self_attn.o_proj.weight",)),
-    NameRule(f"{OURS}pre_mlp_layernorm.weight", (f"{THEIRS}post_attention_layernorm.weight",)),
-    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), size=vocabulary),
+    NameRule(f"{OURS}input_layernorm.weight", (f"{THEIRS}input_layernorm.weight",), size=hidden),
+    NameRule(
+        f"{OURS}self_attention.linear_proj.weight",
+        (f"{THEIRS}self_attn.o_proj.weight",),
+        size=lambda s: (s.hidden_size, s.num_attention_heads * (s.v_head_dim or s.head_dim)),
+    ),
+    NameRule(f"{OURS}pre_mlp_layernorm.weight", (f"{THEIRS}post_attention_layernorm.weight",), size=hidden),
+    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), size=hidden),
     # Where embedding and head are tied, neither side has it.
-    NameRule("output_layer.weight", ("lm_head.weight",)),
+    NameRule("output_layer.weight", ("lm_head.weight",), size=vocabulary, present=lambda s, _: not s.tie_embeddings),
 )
 """All but the projections of attention and the feed-forward networks."""
 
 QKV_RULE = NameRule(
-    f"{OURS}self_attention.linear_qkv.weight", tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"), QKV()
+    f"{OURS}self_attention.linear_qkv.weight",
+    tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
+    QKV(),
+    size=lambda s: (*qkv_rows(s), s.hidden_size),
 )
 QKV_BIAS_RULE = NameRule(
-    f"{OURS}self_attention.linear_qkv.bias", tuple(f"{THEIRS}self_attn.{part}_proj.bias" for part in "qkv"), QKV()
+    f"{OURS}self_attention.linear_qkv.bias",
+    tuple(f"{THEIRS}self_attn.{part}_proj.bias" for part in "qkv"),
+    QKV(),
+    size=qkv_rows,
 )
 QK_NORM_RULES = tuple(
-    NameRule(f"{OURS}self_attention.{part}_layernorm.weight", (f"{THEIRS}self_attn.{part}_norm.weight",))
+    NameRule(
+        f"{OURS}self_attention.{part}_layernorm.weight",
+        (f"{THEIRS}self_attn.{part}_norm.weight",),
+        size=lambda s: (s.head_dim,),
+    )
     for part in "qk"
 )
 
 EXPERT_RULES = (
-    NameRule(f"{OURS}mlp.router.weight", (f"{THEIRS}mlp.gate.weight",)),
-    *feed_forward(f"{OURS}mlp.experts.local_experts.{{expert}}.", f"{THEIRS}mlp.experts.{{expert}}."),
+    NameRule(f"{OURS}mlp.router.weight", (f"{THEIRS}mlp.gate.weight",), size=router, present=has_experts),
+    *feed_forward(
+        f"{OURS}mlp.experts.local_experts.{{expert}}.",
+        f"{THEIRS}mlp.experts.{{expert}}.",
+        lambda s: s.expert_ffn_size,
+        has_experts,
+    ),
 )
 """A router without bias and its experts."""
 
 SIGMOID_ROUTER_RULES = (
     *feed_forward(f"{OURS}mlp.", f"{THEIRS}mlp."),
-    *feed_forward(f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_experts."),
+    *feed_forward(
+        f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_experts.", lambda s: s.shared_expert_ffn_size, has_experts
+    ),
     *EXPERT_RULES,
-    NameRule(f"{OURS}mlp.router.expert_bias", (f"{THEIRS}mlp.gate.e_score_correction_bias",), float32=True),
+    NameRule(
+        f"{OURS}mlp.router.expert_bias",
+        (f"{THEIRS}mlp.gate.e_score_correction_bias",),
+        float32=True,
+        size=experts,
+        present=has_experts,
+    ),
 )
 """Dense first layers; then a shared expert, routed experts, and a router bias that only the choice of experts sees."""
 

@@ -34,6 +34,10 @@ class ModelShape:
         num_dense_layers: the first layers, which have a feed-forward network of width dense_ffn_size for experts.
         router_groups: equal groups of adjacent experts, of which the router first chooses router_groups_per_token.
         routed_scaling_factor: the weights of a token's experts, which sum to 1, are multiplied by it.
+        full_attention_interval: every so many layers there is one of attention; the others have a gated delta net.
+        linear_num_key_heads, linear_key_head_dim: of a gated delta net: its query and key heads, and their width.
+        linear_num_value_heads, linear_value_head_dim: its value heads, adjacent ones of a key head, and their width.
+        linear_conv_kernel_dim: tokens that its convolution sees, the newest included.
         rope_scaling: none, or yarn with the other rope_ fields (see models/rope.py).
     """
 
@@ -66,6 +70,12 @@ class ModelShape:
     router_groups: int = 1
     router_groups_per_token: int = 1
     routed_scaling_factor: float = 1.0
+    full_attention_interval: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
     rope_scaling: str = "none"
     rope_scaling_factor: float = 1.0
     rope_original_length: int = 0

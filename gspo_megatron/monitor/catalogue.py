@@ -1,4 +1,4 @@
-"""Every metric of metrics.jsonl: its formula, what it warns of, and its place in TensorBoard.
+"""Every metric of metrics.jsonl: its formula, what it warns of, and its place in TensorBoard and wandb.
 
 `make docs` writes docs/metrics.md from this table; a test compares it with a run."""
 
@@ -12,7 +12,7 @@ class Entry(NamedTuple):
     """A metric, or several whose keys differ in an upper-case word.
 
     Attributes:
-        board: the group of TensorBoard it is drawn in; empty: not drawn.
+        board: the group it is drawn in; empty: not drawn.
         formula: what it is, over what.
         watch: what it warns of.
     """
@@ -43,10 +43,32 @@ CATALOGUE = (
     Entry(
         "reward/errors",
         "reward",
-        "Rollouts whose reward raised or was not finite (reward.on_error=count).",
+        "Rollouts whose reward raised or was not finite (reward.on_error=count), or was lost.",
         "Above 0: a fault in a reward function; rollouts/ has its message.",
     ),
-    Entry("reward/NAME", "reward", "Mean of one reward function, without its weight.", "Constant: it teaches nothing."),
+    Entry(
+        "reward/lost",
+        "reward",
+        "Of them, those whose process hung, ended, printed too much or ran out of memory. Their reward is 0; when "
+        "they are more than half of a step's rollouts, the run stops.",
+        "Growing: see reward.timeout_s and reward.memory_gib.",
+    ),
+    Entry(
+        "reward/mean/SOURCE",
+        "reward",
+        "reward/mean over the rollouts of one source of data.train, where sources have names.",
+        "One that stands still: its weight is better given to another.",
+    ),
+    Entry("accuracy/SOURCE", "reward", "accuracy over the rollouts of one source."),
+    Entry("prompts/set_aside", "reward", "Prompts that data.curriculum sets aside after this step, of those visited."),
+    Entry("prompts/SOURCE", "", "Prompts of the step that are of one source."),
+    Entry(
+        "reward/NAME",
+        "reward",
+        "Mean of one reward function, without its weight. NAME/PART: of another number that it returns, over the "
+        "rollouts for which it does.",
+        "Constant: it teaches nothing.",
+    ),
     Entry("accuracy", "reward", "Share of rollouts for which the function of reward.accuracy gives 1 or more."),
     Entry("eval/accuracy", "reward", "The same on the held-out prompts, each answered greedily, where measured."),
     Entry(
@@ -92,7 +114,7 @@ CATALOGUE = (
     Entry(
         "ratio/mean",
         "train",
-        "Mean over live sequences (tokens in gspo_token, grpo, dapo) of the ratio.",
+        "Mean of the ratio, over live sequences in gspo, gspo_sum, luspo, gmpo and vespo, over live tokens otherwise.",
         "Not near 1.",
     ),
     Entry("ratio/min", "train", "Smallest ratio of the step."),
@@ -106,7 +128,7 @@ CATALOGUE = (
     Entry(
         "clip_fraction",
         "train",
-        "Share of live tokens whose gradient the clip removes.",
+        "Share of live tokens whose gradient the clip removes; in cispo, whose weight it bounds.",
         "Above 0.33: the band is too narrow for these updates. 0 for ever: it never acts.",
     ),
     Entry("clip_fraction_low", "train", "Of them, below 1 - clip_low (advantage < 0)."),
@@ -189,7 +211,7 @@ def entry_of(key: str) -> Entry | None:
 
 
 def board_name(key: str) -> str:
-    """The key in TensorBoard: its group, and the key without it."""
+    """The key as it is drawn: its group, and the key without it."""
     entry = entry_of(key)
     group = entry.board if entry else "train"
     return f"{group}/{key.removeprefix(f'{group}/').replace('/', '_')}"

@@ -1,24 +1,27 @@
-"""The run directory: metrics.jsonl, rollouts/, guards/ and TensorBoard files."""
+"""The run directory: metrics.jsonl, rollouts/ and guards/."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config.loading import to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.catalogue import board_name
+from gspo_megatron.monitor.sinks import Sink, open_sinks
 
 
 class RunWriter:
-    """The run directory's metrics.jsonl, rollouts/ and TensorBoard files. Only the main process has one."""
+    """The run directory's metrics.jsonl and rollouts/, and the sinks of its metrics. Only the main process has one."""
 
     @classmethod
-    def of_run(cls, config: Config, *, first_step: int, fresh: bool) -> RunWriter:
+    def of_run(
+        cls, config: Config, *, first_step: int, fresh: bool, warn: Callable[[str], None] = lambda text: None
+    ) -> RunWriter:
         """Opens config.run.dir and writes the resolved config.yaml into it. Rows of `first_step` and later, from a run
         that got further, are moved aside; with `fresh`, so is everything that an earlier run left."""
         run_dir = Path(config.run.dir)
@@ -30,11 +33,12 @@ class RunWriter:
             for old in (run_dir / name for name in ("rollouts", "guards", "checkpoints", "hf")):
                 if old.exists() and any(old.iterdir()):
                     moved.append(f"its {old.name}/ is now {_move_aside(old).name}/")
-        writer = cls(run_dir, tensorboard=config.logging.tensorboard, first_step=first_step)
+        writer = cls(run_dir, first_step=first_step)
         writer.moved = [*moved, *writer.moved]
+        writer.sinks = open_sinks(config, first_step=first_step, fresh=fresh, warn=warn)
         return writer
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
+    def __init__(self, run_dir: Path, *, first_step: int) -> None:
         """Rows of `first_step` and later are moved to metrics.replaced.jsonl."""
         self.run_dir = run_dir
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -42,11 +46,7 @@ class RunWriter:
         self.moved: list[str] = []
         """What an earlier run left and where it is now, for the user."""
         self._move_rows_aside(first_step)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes half a second, which a run without it saves
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.sinks: Sequence[Sink] = ()
 
     def _move_rows_aside(self, first_step: int) -> None:
         if not self._path.exists():
@@ -74,11 +74,11 @@ class RunWriter:
             # The checkpoint of this step will survive a power cut; so must its row.
             file.flush()
             os.fsync(file.fileno())
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(board_name(name), value, row["step"])
-            self._board.flush()
+        numbers = {
+            board_name(name): value for name, value in row.items() if name != "step" and isinstance(value, (int, float))
+        }
+        for sink in self.sinks:
+            sink.write(row["step"], numbers)
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """rollouts/step_000001.jsonl, one object per rollout."""
@@ -90,8 +90,8 @@ class RunWriter:
         _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

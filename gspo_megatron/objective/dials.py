@@ -1,9 +1,9 @@
 """Dials: frozen objects that own their equation and their parameters. One base class for each kind.
 
-    loss = -aggregate(clip(level(log pi(y_t) - log pi_old(y_t)), baseline(rewards)))
+    loss = -aggregate(correction * clip(level(log pi(y_t) - log pi_old(y_t)), baseline(rewards)))
 
-Level, clip and aggregate work on one number per response token, [R]: a sequence-level quantity is repeated over the
-tokens of its sequence. So a micro-batch, or a context-parallel rank, that holds some of the tokens computes its share
+All but the baseline work on one number per response token, [R]: a sequence-level quantity is repeated over the tokens
+of its sequence. So a micro-batch, or a context-parallel rank, that holds some of the tokens computes its share
 of the loss with the same code; an empty response has no tokens and contributes nothing; and KL and entropy terms fit
 every algorithm.
 
@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -31,16 +32,18 @@ class Dial(ABC):
     """The dataclass fields, all numbers, are the dial's parameters; `__post_init__` rejects values out of range.
 
     Attributes:
-        kind: the field of Variant that it goes into; set by the four base classes below.
+        kind: the field of Variant that it goes into; set by the five base classes below.
         name: its name in settings, and its key in the table of its kind.
         units: the units of the levels that it can be combined with.
         unit_reason: completes "has one ratio per sequence, and this dial ..." where `units` leaves one out.
+        follows: the setting that a run takes a parameter from, unless it is given.
     """
 
     kind: ClassVar[str]
     name: ClassVar[str]
     units: ClassVar[tuple[Unit, ...]] = ("sequence", "token")
     unit_reason: ClassVar[str] = ""
+    follows: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
@@ -73,9 +76,21 @@ class Level(Dial):
         """log pi(y_t) - log pi_old(y_t) of every token -> the log-ratio that every token sees, [R]."""
 
 
+class Tokens(NamedTuple):
+    """What is known of each response token. Only `log_probs_R` has a gradient."""
+
+    log_probs_R: Tensor
+    old_log_probs_R: Tensor
+    advantages_R: Tensor
+
+    @property
+    def log_ratio_R(self) -> Tensor:
+        return self.log_probs_R - self.old_log_probs_R
+
+
 class Surrogate(NamedTuple):
-    """Each token's term of the objective (to be maximised), its ratio, and whether the lower or the upper bound removes
-    its gradient (bool; False in a rule without that bound)."""
+    """Each token's term of the objective (to be maximised), its ratio, and whether the lower or the upper bound acts:
+    it removes the gradient, or caps its weight (bool; False in a rule without that bound)."""
 
     terms_R: Tensor
     ratio_R: Tensor
@@ -84,18 +99,41 @@ class Surrogate(NamedTuple):
 
 
 class Clip(Dial):
-    """Each token's surrogate, and whether a bound is active."""
+    """Each token's surrogate, and whether a bound is active.
+
+    Attributes:
+        weighs_tokens: the term is log pi(y_t) times a number without gradient. A token then has a gradient of its own
+            at every level, and may be averaged over tokens.
+        corrects: the surrogate depends on the old policy. One that does not is right for the first update only.
+    """
 
     kind = "clip"
+    weighs_tokens: ClassVar[bool] = False
+    corrects: ClassVar[bool] = True
 
     @abstractmethod
-    def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
+    def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
         """`level` is a function, so that a rule can bound either its input or its output."""
 
     @property
     def reach(self) -> float:
         """A distance of the ratio from 1 at which this rule acts. Tools draw their batches around it."""
         return 0.2
+
+
+class Correction(Dial):
+    """A weight for every token, where something else than the old policy has drawn it.
+
+    Attributes:
+        acts: weights differ from 1, and the sampler's log-probs are needed.
+    """
+
+    kind = "correction"
+    acts: ClassVar[bool] = True
+
+    @abstractmethod
+    def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
+        """From log_rho = log pi_old - log mu, mu the sampler, to weights. `tokens` has no gradient."""
 
 
 class Aggregate(Dial):
@@ -132,13 +170,20 @@ class Groups:
 
 
 class Baseline(Dial):
-    """What a reward is compared with."""
+    """What a reward is compared with.
+
+    Attributes:
+        scope: whose rewards it is compared with, those of its group or of the whole batch. Where they are all equal,
+            advantages are 0. In a scope "none" a reward stands for itself.
+    """
 
     kind = "baseline"
+    scope: ClassVar[Literal["group", "batch", "none"]] = "group"
 
     @abstractmethod
     def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:
-        """[S] float64 -> [S]. Where all rewards of a group are equal, the result is ignored and may be NaN."""
+        """[S] float64 -> [S]. In the scope "batch" all sequences are one group. Where all rewards of a group are equal,
+        the result is ignored, except in the scope "none", and may be NaN."""
 
 
 AnyDial = TypeVar("AnyDial", bound=Dial)

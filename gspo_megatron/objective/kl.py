@@ -5,9 +5,13 @@ R  response tokens of all sequences
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gspo_megatron.objective.ratios import capped
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
 def k1(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
@@ -38,4 +42,19 @@ def k3(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
     return capped(log_ratio_R).expm1() - log_ratio_R
 
 
-KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+def k1_plus(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    """The value of k1, the gradient of k2: as a loss it pulls towards ref, as KL(pi || ref) does."""
+    return _with_gradient_of_k2(k1, log_probs_R, ref_log_probs_R)
+
+
+def k3_plus(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    """The value of k3, the gradient of k2."""
+    return _with_gradient_of_k2(k3, log_probs_R, ref_log_probs_R)
+
+
+def _with_gradient_of_k2(estimator: Estimator, log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
+    pull_R = k2(log_probs_R, ref_log_probs_R)
+    return estimator(log_probs_R.detach(), ref_log_probs_R) + (pull_R - pull_R.detach())
+
+
+KL_ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "k1+": k1_plus, "k3+": k3_plus}

@@ -13,22 +13,24 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, lookup
 from gspo_megatron.base.metrics import LossTerms, Metric
-from gspo_megatron.objective.dials import Surrogate
+from gspo_megatron.objective.corrections import gap_metrics, gap_to_sampler
+from gspo_megatron.objective.dials import Surrogate, Tokens
 from gspo_megatron.objective.kl import KL_ESTIMATORS, k3
 from gspo_megatron.objective.segments import Segments
 from gspo_megatron.objective.variants import Variant
 
 
 class PolicyObjective:
-    """loss = aggregate(-clip(level(log_probs - old_log_probs)) + kl_coef * KL - entropy_coef * entropy)
+    """loss = aggregate(-correction * clip(level(log_probs - old_log_probs)) + kl_coef * KL - entropy_coef * entropy)
 
-    The variant supplies level, clip and aggregate. KL and entropy are per-token terms, combined by the same aggregate.
+    The variant supplies level, clip, aggregate and correction. KL and entropy are per-token terms, combined by the same
+    aggregate.
 
     Metrics, to be merged over micro-batches and ranks: ratio/mean, ratio/min, ratio/max, over sequences or tokens
     depending on the level (min and max of an empty batch are inf and -inf). As means over response tokens:
-    clip_fraction (the clip removed the gradient) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of
-    KL(old || policy), whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), and entropy, where
-    given.
+    clip_fraction (a bound of the clip acts) and its parts clip_fraction_low and _high; kl/old, the k3 estimate of
+    KL(old || policy), whose tokens come from old; kl/ref, the chosen estimate of KL(policy || ref), entropy, and
+    sampler/*, the distance between the old policy and the sampler, where given.
 
     Args:
         variant: a row, from `resolve_variant`.
@@ -56,6 +58,8 @@ class PolicyObjective:
         advantages_S: Tensor,
         segments: Segments,
         *,
+        token_advantages_T: Tensor | None = None,
+        sampler_log_probs_T: Tensor | None = None,
         ref_log_probs_T: Tensor | None = None,
         entropy_T: Tensor | None = None,
         num_sequences: int | None = None,
@@ -70,27 +74,35 @@ class PolicyObjective:
         Args:
             log_probs_T, old_log_probs_T: under the policy, and under the old one.
             advantages_S: one per sequence, including empty responses (whose advantage is ignored).
+            token_advantages_T: an advantage for each token in place of advantages_S    (2507.18071 Eq. 14, gspo_token).
+            sampler_log_probs_T: of what drew the tokens; required by a correction, otherwise only measured.
             ref_log_probs_T, entropy_T: required where kl_coef or entropy_coef is not 0; otherwise only measured.
             num_sequences, num_tokens: non-empty responses and response tokens of the whole update over all ranks;
                 by default of this batch.
 
         Raises:
-            ConfigError: a term has a weight other than 0, and its input is missing.
+            ConfigError: a term has a weight other than 0, or a correction acts, and its input is missing; or advantages
+                of tokens for one ratio per sequence.
         """
         # Different shapes may broadcast, to numbers that look right.
-        packed = [x_T for x_T in (log_probs_T, old_log_probs_T, ref_log_probs_T, entropy_T) if x_T is not None]
+        others = (token_advantages_T, sampler_log_probs_T, ref_log_probs_T, entropy_T)
+        packed = [x_T for x_T in (log_probs_T, old_log_probs_T, *others) if x_T is not None]
         assert all(x_T.shape == segments.index_R.shape for x_T in packed), [x_T.shape for x_T in packed]
         assert advantages_S.shape == segments.lengths_S.shape, advantages_S.shape
         variant, dtype = self.variant, torch.promote_types(log_probs_T.dtype, torch.float32)
         log_probs_R, old_log_probs_R = log_probs_T.to(dtype), old_log_probs_T.detach().to(dtype)
 
-        surrogate = variant.clip.surrogate(
-            log_probs_R - old_log_probs_R,
-            segments.spread(advantages_S.detach().to(dtype)),
-            lambda log_ratio_R: variant.level.log_ratio(log_ratio_R, segments),
-        )
-        terms_R = -surrogate.terms_R
-        metrics = self._ratio_metrics(surrogate, segments)
+        advantages_R = segments.spread(advantages_S) if token_advantages_T is None else token_advantages_T
+        if token_advantages_T is not None and variant.unit == "sequence":
+            raise ConfigError(
+                f"level={variant.level.name!r} has one ratio per sequence, and so one advantage; for advantages of "
+                "tokens use level='sequence_token' (the row gspo_token)"
+            )
+        tokens = Tokens(log_probs_R, old_log_probs_R, advantages_R.detach().to(dtype))
+        surrogate = variant.clip.surrogate(tokens, lambda log_R: variant.level.log_ratio(log_R, segments))
+        weight_R, of_sampler = self._correction(tokens, segments, sampler_log_probs_T)
+        terms_R = -surrogate.terms_R if weight_R is None else -weight_R * surrogate.terms_R
+        metrics = self._ratio_metrics(surrogate, segments) | of_sampler
         metrics["kl/old"] = _token_mean(k3(old_log_probs_R, log_probs_R.detach()))
         kl_R = None if ref_log_probs_T is None else self.kl(log_probs_R, ref_log_probs_T.detach().to(dtype))
         for name, coef, values_R in (("kl/ref", variant.kl_coef, kl_R), ("entropy", -self.entropy_coef, entropy_T)):
@@ -106,6 +118,29 @@ class PolicyObjective:
         num_tokens = max(segments.num_tokens if num_tokens is None else num_tokens, 1)
         loss = variant.aggregate.share(terms_R, segments, num_sequences, num_tokens)
         return LossTerms(loss.to(dtype), metrics)
+
+    def _correction(
+        self, tokens: Tokens, segments: Segments, sampler_log_probs_R: Tensor | None
+    ) -> tuple[Tensor | None, dict[str, Metric]]:
+        """The weight of each token, None for 1, and what is known of the distance to the sampler."""
+        correction = self.variant.correction
+        if sampler_log_probs_R is None:
+            if correction.acts:
+                raise ConfigError(
+                    f"correction={correction.name!r} weighs tokens by the sampler's log-probs: pass "
+                    "sampler_log_probs_T, or set it to 'none'"
+                )
+            return None, {}
+        frozen = tokens._replace(log_probs_R=tokens.log_probs_R.detach())
+        gap_R, known_R = gap_to_sampler(
+            tokens.old_log_probs_R, sampler_log_probs_R.detach().to(tokens.old_log_probs_R.dtype)
+        )
+        metrics = gap_metrics(gap_R, known_R)
+        if not correction.acts:
+            return None, metrics
+        weight_R = correction.weights(gap_R, frozen, segments)
+        metrics |= {"sampler/weight": _token_mean(weight_R), "sampler/left_out_fraction": _token_mean(weight_R == 0)}
+        return weight_R, metrics
 
     def _ratio_metrics(self, surrogate: Surrogate, segments: Segments) -> dict[str, Metric]:
         ratio_R = surrogate.ratio_R.detach()

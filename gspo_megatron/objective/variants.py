@@ -1,7 +1,8 @@
 """One row per algorithm: its dials, and the source of its equation.
 
 A row names one dial of each kind, with the dial's parameters: a level (what has a ratio), a clip (the surrogate), an
-aggregate (which mean over tokens) and a baseline (what a reward is compared with). To add an algorithm:
+aggregate (which mean over tokens) and a baseline (what a reward is compared with). No row has a correction, the sixth
+dial: what samples is not a matter of the algorithm. To add an algorithm:
 1. If existing dials suffice, add a row to VARIANTS below.
 2. A new dial is a frozen dataclass that extends Level, Clip, Aggregate or Baseline (dials.py): `name`, its parameters
    as fields, their ranges in `__post_init__`, and one method, the equation. It goes into a file of its own, or into
@@ -19,17 +20,38 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup
-from gspo_megatron.objective.advantage import BASELINES, GroupMean, GroupMeanStd
-from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMean
-from gspo_megatron.objective.clips import CLIPS, PpoClip
-from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Dial, Level, make_dial, no_such_parameter
+from gspo_megatron.objective.advantage import (
+    BASELINES,
+    BatchMeanStd,
+    GroupMean,
+    GroupMeanBatchStd,
+    GroupMeanStd,
+    LeaveOneOut,
+    MeanNormalised,
+)
+from gspo_megatron.objective.aggregates import AGGREGATES, ConstantLength, SequenceMean, SequenceSum, TokenMean
+from gspo_megatron.objective.clips import CLIPS, LogClip, PpoClip, SoftGate
+from gspo_megatron.objective.corrections import CORRECTIONS, NO_CORRECTION
+from gspo_megatron.objective.dials import (
+    Aggregate,
+    Baseline,
+    Clip,
+    Correction,
+    Dial,
+    Level,
+    Unit,
+    make_dial,
+    no_such_parameter,
+)
 from gspo_megatron.objective.levels import LEVELS, SequenceMeanLevel, SequenceSumLevel, SequenceTokenLevel, TokenLevel
+from gspo_megatron.objective.weights import BinaryKlMask, CappedWeight, GammaWeight, Reinforce, TotalVariationMask
 
 DIALS: dict[str, Mapping[str, type[Dial]]] = {
     "level": LEVELS,
     "clip": CLIPS,
     "aggregate": AGGREGATES,
     "baseline": BASELINES,
+    "correction": CORRECTIONS,
 }
 """Kinds of dials, which are fields of Variant, and the dials of each kind by name."""
 
@@ -42,8 +64,9 @@ class Variant:
     """An algorithm, validated on construction.
 
     Attributes:
-        name, source: its name, and the equations it comes from.
-        level, clip, aggregate, baseline: its dials, each with its parameters.
+        name: of the row.
+        level, clip, aggregate, baseline, correction: its dials, each with its parameters.
+        source: the equations it comes from.
         kl_coef: weight of the KL term to a frozen reference; 0 needs no reference.
 
     Raises:
@@ -55,8 +78,9 @@ class Variant:
     clip: Clip
     aggregate: Aggregate
     baseline: Baseline
-    kl_coef: float
     source: str
+    kl_coef: float = 0.0
+    correction: Correction = NO_CORRECTION
 
     def __post_init__(self) -> None:
         for kind, dial in self.dials.items():
@@ -66,13 +90,18 @@ class Variant:
         if not 0 <= self.kl_coef < math.inf:  # written so that NaN fails
             raise ConfigError(f"kl_coef={self.kl_coef}: a penalty has a finite weight; set it to 0 or more")
         for kind, dial in self.dials.items():
-            if self.level.unit not in dial.units:
+            if self.unit not in dial.units:
                 others = _either(name for name, other in DIALS[kind].items() if self.level.unit in other.units)
                 levels = _either(name for name, level in LEVELS.items() if level.unit in dial.units)
                 raise ConfigError(
                     f"level={self.level.name!r} has one ratio per {self.level.unit}, and {kind}={dial.name!r} "
                     f"{dial.unit_reason}; set {kind}={others}, or level={levels}"
                 )
+
+    @property
+    def unit(self) -> Unit:
+        """What has its own gradient: one per sequence is not to be summed over the tokens by accident."""
+        return "token" if self.clip.weighs_tokens else self.level.unit
 
     @property
     def dials(self) -> dict[str, Dial]:
@@ -116,53 +145,62 @@ def _either(names: Iterable[str]) -> str:
 VARIANTS = {
     row.name: row
     for row in (
+        # Clip range of section 5.1.
         Variant(
-            name="gspo",
-            level=SequenceMeanLevel(),
-            clip=PpoClip(low=3e-4, high=4e-4),
-            aggregate=SequenceMean(),
-            baseline=GroupMeanStd(),
-            kl_coef=0.0,
-            source="arXiv:2507.18071 Eq. 5-7, clip range of section 5.1",
+            "gspo", SequenceMeanLevel(), PpoClip(3e-4, 4e-4), SequenceMean(), GroupMeanStd(), "arXiv:2507.18071 Eq. 5-7"
         ),
         Variant(
-            name="gspo_token",
-            level=SequenceTokenLevel(),
-            clip=PpoClip(low=3e-4, high=4e-4),
-            aggregate=SequenceMean(),
-            baseline=GroupMeanStd(),
-            kl_coef=0.0,
-            source="arXiv:2507.18071 Eq. 13-14",
+            "gspo_token",
+            SequenceTokenLevel(),
+            PpoClip(3e-4, 4e-4),
+            SequenceMean(),
+            GroupMeanStd(),
+            "arXiv:2507.18071 Eq. 13-14",
         ),
         # The ratio of whole responses, without the 1 / |y| of Eq. 7.
         Variant(
-            name="gspo_sum",
-            level=SequenceSumLevel(),
-            clip=PpoClip(low=0.2, high=0.2),
-            aggregate=SequenceMean(),
-            baseline=GroupMean(),
+            "gspo_sum",
+            SequenceSumLevel(),
+            PpoClip(0.2, 0.2),
+            SequenceMean(),
+            GroupMean(),
+            "the tutorial chapter on GSPO, sections 4.1 and 4.2",
             kl_coef=0.01,
-            source="the tutorial chapter on GSPO, sections 4.1 and 4.2",
         ),
+        # GSPO times |y|. Clip range of section 5.1.
+        Variant("luspo", SequenceMeanLevel(), PpoClip(2e-3, 2.5e-3), SequenceSum(), GroupMeanStd(), "arXiv:2602.05261"),
+        # Tokens are clipped before their mean.
+        Variant("gmpo", SequenceMeanLevel(), LogClip(0.4, 0.4), SequenceMean(), GroupMeanStd(), "arXiv:2507.20673"),
+        Variant("vespo", SequenceSumLevel(), GammaWeight(), TokenMean(), GroupMeanStd(), "arXiv:2602.10693"),
         # DeepSeekMath itself uses a KL weight of 0.04. Here it is 0: this row is what GSPO is compared with, the GSPO
         # paper writes both without KL, and a comparison should not cost one side a second model in memory.
         Variant(
-            name="grpo",
-            level=TokenLevel(),
-            clip=PpoClip(low=0.2, high=0.2),
-            aggregate=SequenceMean(),
-            baseline=GroupMeanStd(),
-            kl_coef=0.0,
-            source="arXiv:2402.03300 Eq. 3 without its KL term = arXiv:2507.18071 Eq. 2-3",
+            "grpo",
+            TokenLevel(),
+            PpoClip(0.2, 0.2),
+            SequenceMean(),
+            GroupMeanStd(),
+            "arXiv:2402.03300 Eq. 3 without its KL term = arXiv:2507.18071 Eq. 2-3",
         ),
+        Variant("dapo", TokenLevel(), PpoClip(0.2, 0.28), TokenMean(), GroupMeanStd(), "arXiv:2503.14476 Eq. 8"),
+        # Neither std nor |y| in a denominator. 3000 is the longest response of the paper.
+        Variant("dr_grpo", TokenLevel(), PpoClip(0.2, 0.2), ConstantLength(3000), GroupMean(), "arXiv:2503.20783"),
+        # The cap of 5 is that of ScaleRL (2510.13786).
+        Variant("cispo", TokenLevel(), CappedWeight(1.0, 4.0), TokenMean(), GroupMeanStd(), "arXiv:2506.13585 Eq. 4-5"),
+        Variant("sapo", TokenLevel(), SoftGate(), SequenceMean(), GroupMeanStd(), "arXiv:2511.20347"),
+        # old_log_probs=rollout compares with the sampler, as the paper does.
+        Variant("dppo_tv", TokenLevel(), TotalVariationMask(), TokenMean(), GroupMeanStd(), "arXiv:2602.04879"),
+        Variant("dppo_kl", TokenLevel(), BinaryKlMask(), TokenMean(), GroupMeanStd(), "arXiv:2602.04879"),
+        Variant("maxrl", TokenLevel(), PpoClip(0.2, 0.2), SequenceMean(), MeanNormalised(), "arXiv:2602.02710"),
+        Variant("rloo", TokenLevel(), Reinforce(), SequenceSum(), LeaveOneOut(), "arXiv:2402.14740"),
+        Variant("reinforce_pp", TokenLevel(), PpoClip(0.2, 0.2), SequenceMean(), BatchMeanStd(), "arXiv:2501.03262"),
         Variant(
-            name="dapo",
-            level=TokenLevel(),
-            clip=PpoClip(low=0.2, high=0.28),
-            aggregate=TokenMean(),
-            baseline=GroupMeanStd(),
-            kl_coef=0.0,
-            source="arXiv:2503.14476 Eq. 8",
+            "reinforce_pp_baseline",
+            TokenLevel(),
+            PpoClip(0.2, 0.2),
+            SequenceMean(),
+            GroupMeanBatchStd(),
+            "arXiv:2501.03262",
         ),
     )
 }
@@ -180,8 +218,9 @@ def resolve_variant(
 
     Args:
         dials: parameters by `dial.parameter`, of the row's dials or of those that `overrides` chooses.
-        overrides: `kl_coef`; `level`, `clip`, `aggregate`, `baseline`: another dial, by its name or as an object (the
-            name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two of `dials`.
+        overrides: `kl_coef`; `level`, `clip`, `aggregate`, `baseline`, `correction`: another dial, by its name or as an
+            object (the name of the row's own dial keeps its parameters); `clip_low`, `clip_high`: shorthand for two
+            of `dials`.
 
     Raises:
         ConfigError: unknown name, setting, dial or parameter (suggests the closest), a parameter given twice, or a

@@ -1,21 +1,25 @@
-"""Rewards: functions of the decoded text of a response, and their weighted sum."""
+"""Rewards: functions of a response, gates, and the weighted sum."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from numbers import Real
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
-from gspo_megatron.rewards.rules import REWARDS, RewardFunction
-from gspo_megatron.rewards.user_code import contained, described
+from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.rewards.functions import ARGUMENTS, SCORE, Arguments, Caller, Outcome, find
+from gspo_megatron.rewards.rules import IN_WORKERS
+from gspo_megatron.rewards.terms import Term, terms_of
+from gspo_megatron.rewards.user_code import contained
+from gspo_megatron.rewards.workers import WorkerPool
 
 LISTED_ERRORS = 3
+MOST_LOST = 0.5
+"""A step of which a larger share of rollouts is lost has a reward that does not work."""
 
 
 class Score(NamedTuple):
@@ -24,60 +28,134 @@ class Score(NamedTuple):
     reward: float
     terms: dict[str, float]
     error: str = ""
+    lost: bool = False
 
 
 class Reward(Protocol):
-    """Scores a batch of rollouts, whose text has been decoded."""
+    """Scores rollouts, whose text has been decoded."""
+
+    groups_at_once: int
+    """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread that
+    samples."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
-        """One score for each rollout, in order. A reward of NaN means that a rollout could not be scored, and `error`
-        says why: the run then stops."""
+        """One score for each rollout of a group, in order. A reward of NaN means that a rollout could not be scored,
+        and `error` says why: the run then stops."""
 
 
 class Rewards:
-    """reward = sum_f weight_f * f(prompt, response, answer), over the functions f of a run.
+    """reward = sum_t weight_t * f_t, over the terms t of a run; 0 for every term after a gate that a response fails.
 
-    `functions` maps names of REWARDS, or a user's `module:function`, to weights; weight 0 only measures. `accuracy` is
-    the function that decides whether a response is correct (default: the first one). A function that raises, or returns
-    anything but a finite number, is noted in the score's `error`; its value is then 0 with on_error="count", and NaN
-    with "stop", so that `refuse_unscored` stops the run.
+    A function of f_t(prompt, response, answer, ...) is one of REWARDS, or a user's `module:function`. Rules are called
+    in this process, a user's functions, and rules that can take any time, in processes of their own (`workers.py`);
+    `isolate=False` calls a user's functions here, too. `accuracy` is the term that decides whether a response is
+    correct (default: the first that is no gate).
+
+    A function that raises, or returns anything but finite numbers, is noted in the score's `error`; its value is then 0
+    with on_error="count", and NaN with "stop", so that `refuse_unscored` stops the run. Where a process hung or ended,
+    the value is 0 either way.
 
     Raises:
         ConfigError: an unknown name, a function that cannot be imported or called, or a weight that is not finite.
     """
 
-    def __init__(self, functions: Mapping[str, float], accuracy: str | None = None, on_error: str = "stop") -> None:
+    def __init__(
+        self,
+        functions: Mapping[str, float],
+        accuracy: str | None = None,
+        on_error: str = "stop",
+        *,
+        terms: Seq[Mapping[str, Any]] = (),
+        isolate: bool = True,
+        workers: int = 1,
+        timeout_s: float = 60.0,
+        memory_gib: float = 4.0,
+        seed: int = 0,
+    ) -> None:
         if on_error not in ("stop", "count"):
             raise ConfigError(f"reward.on_error={on_error!r} must be 'stop' or 'count'")
-        if not functions:
-            raise ConfigError(f"reward.functions is empty; add one of {', '.join(REWARDS)} or 'module:function'")
-        self._functions = {name: find_reward(name) for name in functions}
-        self._weights = dict(functions)
-        for name, weight in functions.items():
-            if not math.isfinite(weight):
-                raise ConfigError(f"the weight {weight} of reward {name!r} must be a finite number")
-        self._accuracy = accuracy if accuracy is not None else next(iter(functions))
-        if self._accuracy not in functions:
+        self.terms = terms_of(functions, terms)
+        self._accuracy = accuracy or next((t.name for t in self.terms if not t.gate), self.terms[0].name)
+        if self._accuracy not in [term.name for term in self.terms]:
             raise ConfigError(
-                f"reward.accuracy={accuracy!r} is not one of the rewards {', '.join(functions)}; name one of them, or "
-                "add it with weight 0"
+                f"reward.accuracy={accuracy!r} is not one of the rewards {', '.join(t.name for t in self.terms)}; name "
+                "one of them, or add it with weight 0"
             )
         self._stop = on_error == "stop"
+        self._pooled = [t for t in self.terms if (isolate if t.is_users else _takes_any_time(t))]
+        with contained():
+            self._here = {t.name: find(t.function, t.parameters) for t in self.terms if t not in self._pooled}
+        self._call = Caller((Exception, SystemExit))  # sys.exit in a reward must not end the run as done
+        self._pool = WorkerPool(
+            {term.name: (term.function, term.parameters) for term in self._pooled},
+            timeout_s=timeout_s,
+            memory_gib=memory_gib,
+            seed=seed,
+        )
+        self._called = self._pool.functions if self._pooled else {}  # which imports them
+        self.use_workers(workers)
+
+    def use_workers(self, count: int) -> None:
+        """Calls functions in up to `count` processes, where any needs one."""
+        self._pool.grow(count)
+        self.groups_at_once = count if self._pooled else 0
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.close()
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`. The terms are raw values, before weights."""
-        return [self._score(rollout) for rollout in rollouts]
+        sheets = [_Sheet(rollout) for rollout in rollouts]
+        stage: list[Term] = []
+        for term in self.terms:
+            stage.append(term)
+            if term.gate or term is self.terms[-1]:
+                self._fill([sheet for sheet in sheets if sheet.passed], stage)
+                stage = []
+        return [self._total(sheet) for sheet in sheets]
 
-    def _score(self, rollout: Rollout) -> Score:
-        terms, errors = {}, []
-        for name, function in self._functions.items():
-            try:
-                terms[name] = _call(function, rollout)
-            except (Exception, SystemExit) as error:  # sys.exit in a reward must not end the run as done
-                terms[name] = math.nan if self._stop else 0.0
-                errors.append(f"reward {name!r} failed: {described(error)}")
-        total = sum(weight * terms[name] for name, weight in self._weights.items())
-        return Score(total, terms, "; ".join(errors))
+    def _fill(self, sheets: Seq[_Sheet], stage: Seq[Term]) -> None:
+        """Scores the terms up to a gate. Those in other processes are begun first."""
+        pooled = {term.name: self._begun(term, sheets) for term in stage if term in self._pooled}
+        for term in stage:
+            outcomes = self._ended(pooled[term.name]) if term.name in pooled else self._scored_here(term, sheets)
+            for sheet, outcome in zip(sheets, outcomes, strict=True):
+                self._note(sheet, term, outcome)
+
+    def _begun(self, term: Term, sheets: Seq[_Sheet]) -> list[Future[list[Outcome]]]:
+        called = self._called[term.name]
+        calls = [sheets] if called.batch or called.is_async else [[sheet] for sheet in sheets]
+        return [
+            self._pool.submit(term.name, [s.arguments(called.takes) for s in call], [s.rollout.id for s in call])
+            for call in calls
+            if call
+        ]
+
+    def _ended(self, calls: Seq[Future[list[Outcome]]]) -> list[Outcome]:
+        return [outcome for call in calls for outcome in call.result()]
+
+    def _scored_here(self, term: Term, sheets: Seq[_Sheet]) -> list[Outcome]:
+        function = self._here[term.name]
+        items = [sheet.arguments(function.takes) for sheet in sheets]
+        if not term.is_users or not sheets:
+            return self._call(function, items) if items else []
+        with contained():
+            return self._call(function, items)
+
+    def _note(self, sheet: _Sheet, term: Term, outcome: Outcome) -> None:
+        for part, value in outcome.values.items():
+            sheet.terms[term.name if part == SCORE else f"{term.name}/{part}"] = value
+        sheet.lost |= outcome.lost
+        if outcome.error:
+            sheet.errors.append(f"reward {term.name!r} failed: {outcome.error}")
+            sheet.terms[term.name] = math.nan if self._stop and not outcome.lost else 0.0
+        sheet.passed = not term.gate or sheet.terms[term.name] >= 1
+
+    def _total(self, sheet: _Sheet) -> Score:
+        terms = {term.name: sheet.terms.get(term.name, 0.0) for term in self.terms}
+        total = sum(term.weight * terms[term.name] for term in self.terms)
+        return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors), sheet.lost)
 
     def check_answer(self, prompt: Prompt) -> None:
         """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
@@ -85,78 +163,71 @@ class Rewards:
         Raises:
             DataError: one cannot.
         """
-        for name, function in self._functions.items():
-            if name in REWARDS:
-                try:
-                    function(prompt=prompt.text, response="", answer=prompt.answer)
-                except ValueError as error:
+        asked = Rollout(0, prompt, [], [], False, 0)
+        for term in self.terms:
+            if not term.is_users and term.name in self._here:
+                (outcome,) = self._scored_here(term, [_Sheet(asked)])
+                if outcome.error:
                     raise DataError(
-                        f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {name!r} cannot judge it: {error}; use "
-                        "another reward, correct the answer, or set reward.on_error=count"
-                    ) from error
+                        f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {term.name!r} cannot judge it: "
+                        f"{outcome.error}; use another reward, correct the answer, or set reward.on_error=count"
+                    )
 
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""
         return float(rollout.reward_terms[self._accuracy] >= 1)
 
 
+@dataclass
+class _Sheet:
+    """What is known of a rollout's score. `passed`: every gate so far."""
+
+    rollout: Rollout
+    terms: dict[str, float] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    lost: bool = False
+    passed: bool = True
+
+    def arguments(self, takes: Seq[str]) -> Arguments:
+        return {name: ARGUMENTS[name](self.rollout) for name in takes}
+
+
+def _takes_any_time(term: Term) -> bool:
+    """A rule that may run for hours on a hostile response: it is called where it can be ended."""
+    return term.function in IN_WORKERS or "pattern" in term.parameters
+
+
 def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
-    """Fills `reward`, `reward_terms` and `reward_error` of the rollouts in place."""
-    with contained():
-        scores = reward.score(rollouts)
-    for rollout, score in zip(rollouts, scores, strict=True):
-        rollout.reward, rollout.reward_terms, rollout.reward_error = score
+    """Fills in what the rollouts say of their rewards, in place."""
+    for rollout, score in zip(rollouts, reward.score(rollouts), strict=True):
+        rollout.reward, rollout.reward_terms, rollout.reward_error, rollout.reward_lost = score
 
 
-def refuse_unscored(rollouts: Iterable[Rollout]) -> None:
-    """Stops the run when a rollout could not be scored.
+def refuse_unscored(rollouts: Seq[Rollout]) -> None:
+    """Stops the run when a rollout could not be scored, or so many processes hung or ended that the reward cannot work.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
 
     Raises:
-        DataError: a rollout has an error and a reward of NaN.
+        DataError: a rollout has an error and a reward of NaN, or more than MOST_LOST of all are lost.
     """
     failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
-    if not failed:
-        return
-    listed = "\n".join(
-        f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
-        for rollout in failed[:LISTED_ERRORS]
-    )
-    raise DataError(
-        f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
-        f"count such a reward as 0. The first of them:\n{listed}"
-    )
-
-
-def find_reward(name: str) -> RewardFunction:
-    """The reward that `name` stands for: one of REWARDS, or `module:function`.
-
-    Raises:
-        ConfigError: an unknown name (suggests the closest), a failing import, or a function with other arguments.
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"unknown reward {name!r}{did_you_mean(name, REWARDS) or '.'} Known: {', '.join(REWARDS)}, "
-            "and your own as 'module:function', called with prompt=, response=, answer="
+    lost = [rollout for rollout in rollouts if rollout.reward_lost]
+    if failed:
+        raise DataError(
+            f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
+            f"count such a reward as 0. The first of them:\n{listed(failed)}"
         )
-    try:
-        with contained():
-            function = getattr(importlib.import_module(module), attribute)
-        inspect.signature(function).bind(prompt="", response="", answer="")
-    except (Exception, SystemExit) as error:  # a script without a __main__ guard exits when it is imported
-        raise ConfigError(
-            f"reward {name!r} cannot be used ({described(error)}); expected a function "
-            "f(prompt, response, answer) in a module that Python can import from the working folder"
-        ) from error
-    return function
+    if len(lost) > MOST_LOST * len(rollouts):
+        raise DataError(
+            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
+            f"them; fix the reward, or raise reward.timeout_s or reward.memory_gib. The first of them:\n{listed(lost)}"
+        )
 
 
-def _call(function: RewardFunction, rollout: Rollout) -> float:
-    value: Any = function(prompt=rollout.prompt.text, response=rollout.text, answer=rollout.prompt.answer)
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"it returned {str(value)[:60]!r} ({type(value).__name__}); expected a finite number")
-    return float(value)
+def listed(rollouts: Seq[Rollout]) -> str:
+    """A line for each of the first few, with its error."""
+    return "\n".join(
+        f"  rollout {rollout.id}, prompt {rollout.prompt.id} {rollout.prompt.text[:60]!r}: {rollout.reward_error}"
+        for rollout in rollouts[:LISTED_ERRORS]
+    )

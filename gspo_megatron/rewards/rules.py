@@ -1,13 +1,14 @@
-"""Rewards by rule: functions of the decoded text of a response."""
+"""Rewards by rule: functions of a response, mostly of its decoded text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from decimal import Decimal
 
 RewardFunction = Callable[..., float]
-"""Called as f(prompt=, response=, answer=), all text; returns a finite number."""
+"""Called with those of prompt=, response=, answer=, ... that it names (`functions.ARGUMENTS`); returns a number."""
 
 
 NUMBER = re.compile(r"([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
@@ -49,20 +50,51 @@ def last_number(*, prompt: str, response: str, answer: str) -> float:
 def boxed(*, prompt: str, response: str, answer: str) -> float:
     r"""1 when the response's last `\boxed{...}` holds the answer: the same number, or the same text but for white
     space. The answer may be boxed itself."""
-    found, expected = _boxed(response), _boxed(answer) or answer
+    found, expected = boxed_content(response), boxed_content(answer) or answer
     if found is None:
         return 0.0
     numbers = [NUMBER.fullmatch(text.strip()) for text in (found, expected)]
     if numbers[0] and numbers[1]:
-        return float(_decimal(numbers[0]) == _decimal(numbers[1]))
+        return float(decimal_of(numbers[0]) == decimal_of(numbers[1]))
     return float("".join(found.split()) == "".join(expected.split()))
 
 
-def answer_format(*, prompt: str, response: str, answer: str) -> float:
-    """1 when the response's last line is `#### number`, and its only `####`."""
+def answer_format(*, response: str, pattern: str | None = None) -> float:
+    """1 when the whole response matches the regular expression `pattern`, in which . stands for line breaks, too, white
+    space at its ends aside. Without a pattern: when its last line is `#### number`, and its only `####`."""
+    if pattern is not None:
+        return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
     last_line = response.strip().rpartition("\n")[2]
     well_formed = last_line.startswith(MARKER) and _marked_number(last_line) is not None
     return float(well_formed and response.count(MARKER) == 1)
+
+
+def length(*, tokens: Seq[int], max_tokens: int, buffer: int) -> float:
+    """0 for a response of up to max_tokens - buffer tokens, from there on falling linearly to -1 at max_tokens:
+
+        0                                        |y| <= max_tokens - buffer
+        ((max_tokens - buffer) - |y|) / buffer   |y| <= max_tokens
+        -1                                       beyond                  (DAPO's overlong punishment, 2503.14476 Eq. 13)
+
+    Raises:
+        ValueError: not 0 < buffer <= max_tokens.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"buffer={buffer} must be from 1 to max_tokens={max_tokens}")
+    return max(-1.0, min(0.0, (max_tokens - buffer - len(tokens)) / buffer))
+
+
+def repetition(*, response: str, n: int = 3) -> float:
+    """(different n-grams of words) / (all of them) - 1: 0 where none comes twice, near -1 for one over and over.
+
+    Raises:
+        ValueError: n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
+    words = response.lower().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
 def countdown(*, prompt: str, response: str, answer: str) -> float:
@@ -90,24 +122,33 @@ REWARDS: dict[str, RewardFunction] = {
     "last_number": last_number,
     "boxed": boxed,
     "format": answer_format,
+    "length": length,
+    "repetition": repetition,
     "countdown": countdown,
 }
+
+
+IN_WORKERS = {
+    "math": "gspo_megatron.rewards.math:math",
+    "json_schema": "gspo_megatron.rewards.structure:json_schema",
+}
+"""Rules that may run for hours on a hostile response, or need other packages: called in processes of their own."""
 
 
 def _marked_number(text: str) -> Decimal | None:
     """The number that fills the rest of the line after the last marker: `72`, `-1,200.50`, `$5.`"""
     _, marker, tail = text.rpartition(MARKER)
     number = NUMBER.fullmatch(tail.partition("\n")[0].strip())
-    return _decimal(number) if marker and number else None
+    return decimal_of(number) if marker and number else None
 
 
 def _last_number(text: str) -> Decimal | None:
     """The sign of `5-3` is a minus between two numbers."""
     numbers = list(SIGNED_ALONE.finditer(text))
-    return _decimal(numbers[-1]) if numbers else None
+    return decimal_of(numbers[-1]) if numbers else None
 
 
-def _boxed(text: str) -> str | None:
+def boxed_content(text: str) -> str | None:
     r"""What the last `\boxed{...}` holds, with braces inside it balanced; None without one that is closed."""
     _, marker, tail = text.rpartition(r"\boxed{")
     depth = 1
@@ -118,5 +159,6 @@ def _boxed(text: str) -> str | None:
     return None
 
 
-def _decimal(number: re.Match[str]) -> Decimal:
+def decimal_of(number: re.Match[str]) -> Decimal:
+    """The value of a match of NUMBER."""
     return Decimal(number[1] + number[2].replace(",", ""))

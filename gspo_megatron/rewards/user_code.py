@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from gspo_megatron.base.errors import shortened
 
 
@@ -19,6 +17,8 @@ def contained() -> Iterator[None]:
     nothing; code that runs programs changes the folder, and relative paths of the run would lead elsewhere. Random
     number generators are left alone: their state belongs to the run and is saved with it.
     """
+    import torch  # not above: the processes that judge rewards import this file, and start in milliseconds without it
+
     grad_mode, dtype, folder = torch.is_grad_enabled(), torch.get_default_dtype(), os.getcwd()
     try:
         yield
@@ -32,7 +32,11 @@ def described(error: BaseException) -> str:
     """A user's error in one message: its own text may raise, be megabytes long, or steer the terminal."""
     try:
         text = str(error)
-    except Exception as second:
+    except BaseException as second:
         text = f"its text cannot be had, {type(second).__name__}"
-    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, 2000))
-    return f"{type(error).__name__}: {plain}"
+    return f"{type(error).__name__}: {plain(text)}"
+
+
+def plain(text: str, most: int = 2000) -> str:
+    """Text of a user's code, short and without characters that steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, most))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.log_probs import Scoring
 from gspo_megatron.objective import PolicyObjective, Variant, resolve_variant
+from gspo_megatron.objective.dials import make_dial
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Algorithm:
             clip_high=a.clip_high,
             baseline=a.advantage,
             kl_coef=a.kl_coef,
+            correction=a.correction,
         )
+        variant = _following(variant, config)
         by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1
         return cls(
             variant=variant,
@@ -70,10 +75,12 @@ class Algorithm:
         )
 
     def __str__(self) -> str:
-        """`gspo: level sequence_mean, clip ppo (low 0.0003, high 0.0004), ..., no KL term`: with every parameter."""
+        """`gspo: level sequence_mean, clip ppo (low 0.0003, high 0.0004), ..., no KL term`: with every parameter but
+        infinite ones, which have no effect."""
         dials = []
         for kind, dial in self.variant.dials.items():
-            parameters = ", ".join(f"{name} {value:g}" for name, value in dial.parameters().items())
+            given = {name: value for name, value in dial.parameters().items() if math.isfinite(value)}
+            parameters = ", ".join(f"{name} {value:g}" for name, value in given.items())
             dials.append(f"{kind} {dial.name}" + (f" ({parameters})" if parameters else ""))
         kl = f"KL {self.kl_estimator} to the reference with weight {self.variant.kl_coef:g}"
         return f"{self.variant.name}: {', '.join(dials)}, {kl if self.needs_reference else 'no KL term'}"
@@ -107,6 +114,19 @@ class Algorithm:
             store_bytes=0 if self.entropy_coef else self.cache_bytes,
             # The one update of a rollout batch finds ratios of 1: the clip holds nothing.
             skip_zero_rows=self.skip_zero_gradient
-            and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler"),
+            and (self.updates_per_rollout > 1 or self.old_log_probs == "sampler" or self.variant.correction.acts),
             backend=self.log_prob_backend,
         )
+
+
+def _following(variant: Variant, config: Config) -> Variant:
+    """The variant with the parameters that follow other settings, such as a longest response, unless dials has them."""
+    for kind, dial in variant.dials.items():
+        for parameter, key in dial.follows.items():
+            section, _, name = key.partition(".")
+            if f"{kind}.{parameter}" not in config.algorithm.dials:
+                followed: Any = make_dial(
+                    type(dial), dial.parameters() | {parameter: getattr(getattr(config, section), name)}
+                )
+                variant = replace(variant, **{kind: followed})
+    return variant

@@ -53,6 +53,8 @@ class Guards:
         state: GuardState | None = None,
     ) -> None:
         self.settings, self.ranks, self.writer, self.warn = config.guards, ranks, writer, warn
+        # A correction takes the ratio of a token without a number as 1, and counts it.
+        self.sampler_must_be_finite = (config.algorithm.correction or "none") == "none"
         self.folder = Path(config.run.dir) / "guards"
         state = state or GuardState()
         self.grad_norms, self.skipped_in_a_row = list(state.grad_norms), state.skipped_in_a_row
@@ -118,7 +120,8 @@ class Guards:
         Raises:
             GuardError: a value that must be finite is not.
         """
-        of_sampler = (log_prob for rollout in step.rollouts for log_prob in rollout.log_probs)
+        drawn = step.rollouts if self.sampler_must_be_finite else []
+        of_sampler = (log_prob for rollout in drawn for log_prob in rollout.log_probs)
         micro_batches = [m for batch in step.batches for m in batch.micro_batches]
         values = [v for m in micro_batches for name, v in m.columns.items() if COLUMNS[name].finite]
         finite = all(map(math.isfinite, of_sampler)) and all(bool(v.isfinite().all()) for v in values)
@@ -126,16 +129,19 @@ class Guards:
             return
         step.collect_columns(self.ranks)
         pairs = zip(step.rollouts, step.sequences, strict=True)
-        offenders = [i for i, (rollout, sequence) in enumerate(pairs) if not_finite(rollout, sequence)]
+        offenders = [i for i, (rollout, sequence) in enumerate(pairs) if self._not_finite(rollout, sequence)]
         first = "a value is not finite on a rank that does not report its columns"
         if offenders:
-            first = not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
+            first = self._not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
         path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, offenders))
         raise GuardError(
             f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have a value that is not "
             f"finite: {path}. The weights, or the forward pass that scored or sampled, are broken: continue from an "
             "earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
         )
+
+    def _not_finite(self, rollout: Rollout, sequence: Sequence) -> str:
+        return not_finite(rollout, sequence, of_sampler=self.sampler_must_be_finite)
 
     def check_ratio_noise(self, step: int, noise: float) -> None:
         """Checks max |ratio - 1| of a step's first update.
@@ -183,10 +189,10 @@ def rows_of(step: StepState, numbers: Iterable[int]) -> list[dict[str, Any]]:
     ]
 
 
-def not_finite(rollout: Rollout, sequence: Sequence) -> str:
+def not_finite(rollout: Rollout, sequence: Sequence, *, of_sampler: bool = True) -> str:
     """The first value of a rollout that must be finite and is not, in words; empty if there is none."""
     of_columns = ((COLUMNS[name], values) for name, values in sequence.columns.items())
-    checked = [("sampler's log-prob", torch.tensor(rollout.log_probs), False)]
+    checked = [("sampler's log-prob", torch.tensor(rollout.log_probs), False)] if of_sampler else []
     checked += [(column.title, values, column.every_token) for column, values in of_columns if column.finite]
     for title, values, every_token in checked:
         bad = (~values.isfinite()).nonzero()

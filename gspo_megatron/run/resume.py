@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.base.batches import Position
+from gspo_megatron.base.batches import Position, Taken
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
+from gspo_megatron.data.order import position_in
+from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.run.algorithm import Algorithm
-from gspo_megatron.run.state import RunState, settings_of
+from gspo_megatron.run.state import Contents, RunState, settings_of
 
 FREE_SECTIONS = ("run", "parallel", "checkpoint", "logging")
 """Sections of settings that do not decide the rest of a run, and may change when it continues."""
@@ -27,8 +29,13 @@ CUTTING = (
     "algorithm.routing_replay",
     "model.aux_loss_coef",
     "train.skip_zero_gradient",
+    "rollout.temperature",
+    *(f"model.{field.name}" for field in fields(ModelShape)),
 )
-"""Settings that decide how a step's rollouts are split into updates, and which of them take part."""
+"""Settings that decide how a step's rollouts are split into updates and which of them take part, and those that the old
+log-probs of an unfinished step were computed with."""
+OF_THE_WARM_START = ("train.warm_start_steps", "train.warm_start_batch", "train.warm_start_lr")
+"""Settings without effect once the first step has begun."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,29 @@ class Continuation:
         own: whether `state` is from this run's own directory. Otherwise what an earlier run left there is moved aside.
         is_newest: whether `state` is the newest there. Any other is saved again, so that it becomes the newest.
         changed: settings that differ from the saved ones, as `optimizer.lr: 0.001, was 0.003`.
+        taken: what the run has used up; None for a new run.
+        other_contents: what to warn of: data, a tokenizer or a reward that has changed under the same name.
     """
 
     state: RunState | None = None
     own: bool = False
     is_newest: bool = False
     changed: tuple[str, ...] = ()
+    taken: Taken | None = None
+    other_contents: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, state: RunState | None, config: Config, algorithm: Algorithm, *, has_reference: bool) -> Continuation:
-        """From the state that checkpoint.load named; `has_reference`: whether a reference policy was loaded with it.
+    def of(
+        cls,
+        state: RunState | None,
+        config: Config,
+        algorithm: Algorithm,
+        *,
+        has_reference: bool,
+        contents: Contents,
+    ) -> Continuation:
+        """From the state that checkpoint.load named; `has_reference`: whether a reference policy was loaded with it;
+        `contents`: of what this run reads.
 
         Raises:
             CheckpointError: the settings need something that the checkpoint lacks, would split its unfinished step
@@ -72,7 +92,15 @@ class Continuation:
                 f"checkpoint.load={load}: its run has another objective ({other}); restore it, start a run of its own "
                 "with checkpoint.load=none, or set checkpoint.allow_other_variant=true to go on with this one"
             )
-        return cls(state, own=load == "latest" or in_own_directory, is_newest=load == "latest", changed=changed)
+        taken, news = taken_from(state, config, contents)
+        return cls(
+            state,
+            own=load == "latest" or in_own_directory,
+            is_newest=load == "latest",
+            changed=changed,
+            taken=taken,
+            other_contents=(*changed_contents(state, config, contents), *news),
+        )
 
     @property
     def first_step(self) -> int:
@@ -110,7 +138,7 @@ def changed_settings(state: RunState, config: Config) -> list[str]:
     """
     now: Mapping[str, Any] = settings_of(asdict(config))
     changed = {
-        name: f"{name}: {value!r}, was {state.settings[name]!r}"
+        name: f"{name}: {value!r}, was {state.settings[name]!r}{_without_effect(name, state)}"
         for name, value in now.items()
         if name in state.settings
         and state.settings[name] != value
@@ -123,6 +151,43 @@ def changed_settings(state: RunState, config: Config) -> list[str]:
             "until the next step is saved, or load an earlier checkpoint"
         )
     return list(changed.values())
+
+
+def _without_effect(name: str, state: RunState) -> str:
+    return " (without effect: the warm start is over)" if state.began and name in OF_THE_WARM_START else ""
+
+
+def changed_contents(state: RunState, config: Config, contents: Contents) -> Iterator[str]:
+    """What has another content than when the run was saved, and the same name."""
+    if state.contents is None:
+        return
+    settings = settings_of(asdict(config))
+    for name, digest in contents.digests.items():
+        then = state.contents.digests.get(name, digest)
+        if then != digest and settings.get(name) == state.settings.get(name):
+            value = f"={settings[name]}" if name in settings else ""
+            yield (
+                f"{name}{value} is not what the run was saved with (SHA-256 {digest[:12]}, was {then[:12]}): the run "
+                "goes on with what it finds now"
+            )
+
+
+def taken_from(state: RunState, config: Config, contents: Contents) -> tuple[Taken, list[str]]:
+    """What the run has used up, in the order of prompts that this run has, and what to say about it: another number of
+    prompts, or another seed, is another order, which begins with an epoch of its own."""
+    if state.contents and state.contents.digests.get("data.train") != contents.digests.get("data.train"):
+        state = replace(state, taken=state.taken._replace(curriculum={}))  # what it remembers is of other prompts
+    now = contents.num_prompts
+    then = state.contents.num_prompts if state.contents else now
+    same_seed = config.run.seed == state.settings.get("run.seed", config.run.seed)
+    if now is None or (now == then and same_seed):
+        return state.taken, []
+    taken = state.taken._replace(prompts=position_in(now, state.taken.prompts, then))
+    why = f"run.seed={config.run.seed} is another order of the prompts"
+    if now != then:
+        before = "endless ones" if then is None else f"{then:,}"
+        why = f"data.train={config.data.train} has {now:,} prompts, and had {before} when the run was saved"
+    return taken, [f"{why}: the next step begins epoch {taken.prompts // now + 1}"]
 
 
 def describe(position: Position) -> str:

@@ -19,6 +19,7 @@ from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.objective import PolicyObjective, Segments, group_advantages
+from gspo_megatron.objective.corrections import drift_by_position, gap_to_sampler
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.step_state import StepState
 
@@ -39,8 +40,8 @@ def sequences_of(
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
         sequences.append(Sequence.after_prompt(tokens, len(rollout.prompt.tokens), advantage))
-        if algorithm.old_log_probs == "sampler":
-            sequences[-1].columns["old_log_probs"] = torch.tensor(rollout.log_probs, dtype=dtype)
+        column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
+        sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
     return sequences
 
 
@@ -132,22 +133,32 @@ class PolicyLoss:
     def __call__(
         self, log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
     ) -> LossTerms:
-        return self.objective(
+        # The only update of a rollout batch starts from the old policy: the ratio is 1, with a gradient.
+        old_log_probs_R = micro_batch.columns.get("old_log_probs", log_probs_R.detach())
+        sampler_log_probs_R = micro_batch.columns.get("sampler_log_probs")
+        loss, metrics = self.objective(
             log_probs_R,
-            # The only update of a rollout batch starts from the old policy: the ratio is 1, with a gradient.
-            micro_batch.columns.get("old_log_probs", log_probs_R.detach()),
+            old_log_probs_R,
             micro_batch.advantages_S,
             segments_of(micro_batch, self.ranks),
+            sampler_log_probs_T=sampler_log_probs_R,
             ref_log_probs_T=micro_batch.columns["ref_log_probs"] if self.with_reference else None,
             entropy_T=entropy_R,
             num_sequences=batch.num_sequences,
             num_tokens=batch.num_tokens,
         )
+        if sampler_log_probs_R is not None:
+            gap_R, _ = gap_to_sampler(old_log_probs_R, sampler_log_probs_R)
+            position_R = micro_batch.positions_T.index_select(0, micro_batch.rows_R) + 1
+            metrics |= drift_by_position(gap_R, position_R, micro_batch.max_seqlen)
+        return LossTerms(loss, metrics)
 
 
 def reduced(updates: Seq[dict[str, Metric]], ranks: Ranks) -> dict[str, float]:
     """Metrics of several updates over all ranks; `loss` is the mean over the updates. Collective."""
-    found = values(merge(ranks.gather([on_host(merge(updates))])))
+    merged = merge(ranks.gather([on_host(merge(updates))]))
+    # The longest sequence may reach a position with its padding only.
+    found = values({name: m for name, m in merged.items() if m.weight or not name.startswith("sampler/drift/")})
     return found | {"loss": found["loss"] / len(updates)}
 
 

@@ -15,7 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import COLUMNS, Position
+from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
+from gspo_megatron.checkpoint.fields import (
+    COUNT,
+    COUNTS,
+    FLAG,
+    LIST,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    check_fields,
+    optional,
+)
 from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.run.step_state import StepSnapshot
@@ -38,6 +51,40 @@ class SavedStep:
     shares: tuple[Mapping[str, Tensor], ...]
 
 
+STATE = {
+    "position": COUNTS,
+    "began": FLAG,
+    "config": OBJECTS,
+    "config_sha256": TEXT,
+    "guards": OBJECT,
+    "step": optional(OBJECT),
+    # Later than format 1.
+    "taken": optional(OBJECT),
+    "contents": optional(OBJECT),
+    "warm_start_loss": optional(NUMBER),
+}
+PARTS = {
+    "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
+    "taken": {"prompts": COUNT, "rollouts": COUNT},
+    "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
+}
+"""The fields of a state in JSON, and of its objects."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run reads, known by its content and not by its name.
+
+    Attributes:
+        digests: of data, tokenizer and reward modules, by the setting that names them.
+        num_prompts: of the training prompts; None where they are endless.
+    """
+
+    digests: Mapping[str, str]
+    num_prompts: int | None
+
+
 @dataclass(frozen=True)
 class RunState:
     """What a checkpoint holds of a run.
@@ -46,6 +93,8 @@ class RunState:
         position: how far the run has come.
         began: whether its first step has begun: the reference is frozen, and row 0 is written.
         settings: the settings that it ran with, by `section.key`.
+        taken: what it has used up.
+        contents: of what it reads; None in a checkpoint of an earlier version.
         guards: what the guards remember.
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
         warm_start_loss: of the last update of a warm start.
@@ -55,6 +104,8 @@ class RunState:
     began: bool
     settings: Mapping[str, Any]
     guards: GuardState
+    taken: Taken = NOTHING
+    contents: Contents | None = None
     step: StepSnapshot | SavedStep | None = None
     config_sha256: str = ""
     warm_start_loss: float | None = None
@@ -68,10 +119,21 @@ class RunState:
         began: bool,
         guards: GuardState,
         step: StepSnapshot | None,
+        taken: Taken = NOTHING,
+        contents: Contents | None = None,
         warm_start_loss: float | None = None,
     ) -> RunState:
-        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-        return cls(position, began, settings_of(asdict(config)), guards, step, digest, warm_start_loss)
+        return cls(
+            position,
+            began,
+            settings_of(asdict(config)),
+            guards,
+            taken,
+            contents,
+            step,
+            config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+            warm_start_loss=warm_start_loss,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and text. JSON keeps every bit of a float64."""
@@ -85,6 +147,8 @@ class RunState:
             "config": config,
             "config_sha256": self.config_sha256,
             "guards": asdict(self.guards),
+            "taken": self.taken._asdict(),
+            "contents": None if self.contents is None else asdict(self.contents),
             "warm_start_loss": self.warm_start_loss,
             "step": None if self.step is None else self.step.about,
         }
@@ -95,19 +159,46 @@ class RunState:
 
     @classmethod
     def from_saved(cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]]) -> RunState:
-        """From what `to_json` wrote and the `tensors` of every process."""
-        guards, step = about["guards"], about["step"]
+        """From what `to_json` wrote and the `tensors` of every process.
+
+        Raises:
+            CheckpointError: something is missing, or is not what it should be.
+        """
+        where = "run.json, state"
+        check_fields(about, STATE, where)
+        for name, fields in PARTS.items():
+            if about.get(name) is not None:
+                check_fields(about[name], fields, f"{where}, {name}")
+        guards, step = about["guards"], about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
+        position = Position(*about["position"])
+        settings = {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()}
+        # A checkpoint of an earlier version lacks what is read by `get`.
+        taken, contents = about.get("taken"), about.get("contents")
         return cls(
-            Position(*about["position"]),
+            position,
             about["began"],
-            {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()},
+            settings,
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
+            Taken(taken["prompts"], taken["rollouts"])
+            if taken
+            else taken_until(position, settings, inside=step is not None),
+            Contents(contents["digests"], contents.get("num_prompts")) if contents else None,
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
-            about.get("warm_start_loss"),  # a checkpoint of an earlier version has none
+            about.get("warm_start_loss"),
         )
+
+
+def taken_until(position: Position, settings: Mapping[str, Any], *, inside: bool) -> Taken:
+    """What a run of these settings has used up, if they never changed. `inside`: whether it is in the step after
+    position.steps."""
+    names = ("rollout.prompts_per_step", "rollout.group_size", "train.warm_start_batch")
+    check_fields(dict(settings), dict.fromkeys(names, COUNT), "run.json, state, config")
+    steps, prompts = position.steps + inside, settings["rollout.prompts_per_step"]
+    of_warm_start = position.warm_start * settings["train.warm_start_batch"]
+    return Taken(of_warm_start + steps * prompts, (1 + steps) * prompts * settings["rollout.group_size"])
 
 
 def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class StepState:
             "reward/mean": statistics.fmean(rewards),
             "reward/std": statistics.pstdev(rewards),
             "reward/errors": sum(bool(r.reward_error) for r in rollouts),
+            "reward/lost": sum(r.reward_lost for r in rollouts),
             "accuracy": statistics.fmean(right),
             "response_length/mean": statistics.fmean(lengths),
             "response_length/p50": half,
@@ -83,8 +84,22 @@ class StepState:
             "groups/all_right_fraction": statistics.fmean(min(g) >= 1 for g in right_by_group),
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
-            **{f"reward/{k}": statistics.fmean(r.reward_terms[k] for r in rollouts) for k in rollouts[0].reward_terms},
+            **_means_of_terms(rollouts),
+            **self._metrics_by_source(right_by_group),
         }
+
+    def _metrics_by_source(self, right_by_group: Seq[Seq[float]]) -> dict[str, float]:
+        """Where sources of prompts have names."""
+        found: dict[str, float] = {}
+        for name in sorted({group.prompt.source for group in self.groups} - {""}):
+            own = [i for i, group in enumerate(self.groups) if group.prompt.source == name]
+            rewards = [rollout.reward for i in own for rollout in self.groups[i].rollouts]
+            found |= {
+                f"reward/mean/{name}": statistics.fmean(rewards),
+                f"accuracy/{name}": statistics.fmean(right for i in own for right in right_by_group[i]),
+                f"prompts/{name}": len(own),
+            }
+        return found
 
     # ---------------------------------------------------------------------------------------------------- its columns
 
@@ -175,7 +190,22 @@ class StepState:
         still have to be packed. `dtype` is that of log-probs here.
 
         Metrics return to the rank they came from; if the number of reporters has changed, all go to the first.
+
+        Raises:
+            CheckpointError: something is missing, or does not fit the rest.
         """
+        try:
+            return cls._restored(about, shares, ranks, dtype)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the unfinished step of the checkpoint does not fit together ({type(error).__name__}: {error}): its "
+                "files were edited, or are not this program's; continue from an earlier checkpoint"
+            ) from error
+
+    @classmethod
+    def _restored(
+        cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]], ranks: Ranks, dtype: torch.dtype
+    ) -> StepState:
         shares = sorted((s for s in shares if s), key=lambda share: int(share["first_sequence"]))
 
         def joined(name: str) -> Tensor:
@@ -189,7 +219,8 @@ class StepState:
         numbers = iter(sequences)
         groups = []
         for prompt, rollouts in zip(about["prompts"], about["rollouts"], strict=True):
-            asked = Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])})
+            lists: dict[str, Any] = {name: tuple(v) for name, v in prompt.items() if isinstance(v, list)}
+            asked = Prompt(**(prompt | lists))
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)
@@ -222,6 +253,15 @@ def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tenso
     segment_T = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff() // num_parts)
     inside_T = m.inside_T.cpu()
     return first_S[segment_T[inside_T]] + positions_T[inside_T], values[inside_T]
+
+
+def _means_of_terms(rollouts: Seq[Rollout]) -> dict[str, float]:
+    """The mean of each term, and of each part of a term over the rollouts that have it."""
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_terms)
+    return {
+        f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts if name in r.reward_terms)
+        for name in names
+    }
 
 
 KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")

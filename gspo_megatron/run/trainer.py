@@ -34,7 +34,7 @@ from gspo_megatron.run.learning_rate import LearningRate
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer, PolicyLoss
-from gspo_megatron.run.state import RunState, SavedStep
+from gspo_megatron.run.state import Contents, RunState, SavedStep
 from gspo_megatron.run.step_state import StepState, rollout_row
 from gspo_megatron.run.throughput import Throughput
 from gspo_megatron.run.warm_start import WarmStart
@@ -48,6 +48,7 @@ class Parts:
 
     Attributes:
         accuracy: 1 for a correct rollout, else 0.
+        contents: of what the run reads; saved with it.
         save_request: looked at in safe points; where it is set on any process, the run saves and goes on.
         stop: called at safe points; True stops the run.
         note: called with where in the run this process is.
@@ -63,6 +64,7 @@ class Parts:
     evaluation: Evaluation
     accuracy: Callable[[Rollout], float]
     guards: Guards
+    contents: Contents
     console: Console
     writer: RunWriter | None
     checkpoints: Checkpoints | None
@@ -80,10 +82,8 @@ class Trainer:
         self.parts, self.config, self.algorithm = parts, parts.config, parts.algorithm
         self.ranks, self.policy, self.guards, self.note = parts.ranks, parts.policy, parts.guards, parts.note
         self.loss = PolicyLoss(self.algorithm.objective, self.ranks, self.algorithm.needs_reference)
-        t = self.config.train
-        self.learning_rate = LearningRate(self.config.optimizer, t.steps * self.algorithm.updates_per_rollout)
         self.clock, self.pause_s = Clock(), 0.0
-        self.concerns = Concerns()
+        self.concerns = Concerns(self.algorithm)
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
         self.warm_start_loss: float | None = None
@@ -97,7 +97,14 @@ class Trainer:
                 saved = state.step
                 self.step_state = StepState.restore(saved.about, saved.shares, self.ranks, self.policy.score_dtype)
                 self.pack(self.step_state)
+        self.learning_rate = LearningRate(self.config.optimizer, self.updates_at_end())
         self.saved = self.position if continuation.is_newest else None
+
+    def updates_at_end(self) -> int:
+        """Updates of the whole run: those before this step, and those of the steps from here to the last. Earlier steps
+        may have had another number of updates than these."""
+        before = self.policy.version - self.position.updates if self.began else 0
+        return before + (self.config.train.steps - self.completed_steps) * self.algorithm.updates_per_rollout
 
     # ---------------------------------------------------------------------------------------------------- the run
 
@@ -195,6 +202,8 @@ class Trainer:
                 began=self.began,
                 guards=self.guards.state(),
                 step=inside.snapshot(self.ranks) if inside else None,
+                taken=self.parts.source.taken,
+                contents=self.parts.contents,
                 warm_start_loss=self.warm_start_loss,
             )
             checkpoints.save(self.position, state, wait=wait)
@@ -296,6 +305,8 @@ class Trainer:
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]
             rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
             self.parts.writer.rollouts(step.number, rows)
+        if (set_aside := self.parts.source.set_aside) is not None:
+            row["prompts/set_aside"] = set_aside
         row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
         row |= self.parts.throughput(step, self.clock.seconds["step"])
         return row | {f"time/{name}_s": seconds for name, seconds in self.clock.seconds.items()}

@@ -42,7 +42,7 @@ class WarmStart:
         t, cut = self.config.train, 0
         while done < t.warm_start_steps:
             safe_point()
-            prompts = self.prompts.take(done * t.warm_start_batch, t.warm_start_batch)
+            prompts = self.prompts.next(t.warm_start_batch)
             sequences = [self.with_solution(p) for p in prompts]
             cut += sum(int(s.tokens[-1]) != self.tokenizer.eos_id for s in sequences)
             batch = self.packer.update_batch(sequences)
@@ -51,6 +51,7 @@ class WarmStart:
             self.guards.verdict(where, f"warm_start_{done + 1:06d}", partial(map, asdict, prompts))
             loss = reduced([metrics], self.ranks)["loss"]
             done += 1
+            self.prompts.taken += len(prompts)
             yield done, loss
             self.console.warm_start(done, t.warm_start_steps, loss)
         if cut:

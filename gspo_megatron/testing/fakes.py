@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
-from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.inputs import Inputs, rewards_of
 from gspo_megatron.build.parts import assemble
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
@@ -28,7 +29,6 @@ from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import CharacterTokenizer
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
-from gspo_megatron.rewards.rewards import Rewards
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation
@@ -64,7 +64,8 @@ def config_of(*overrides: str) -> Config:
 class Prompts:
     """`size` prompts of one to three capital letters; the answer is the last one in lower case."""
 
-    dropped = 0
+    dropped: Mapping[str, int] = MappingProxyType({})
+    digest = ""
 
     def __init__(self, size: int = 1000, seed: int = 0) -> None:
         self.size: int | None = size
@@ -217,7 +218,14 @@ class TableSampler:
         self.ids: list[list[int]] = []
         self.prompts: list[list[int]] = []
 
-    def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[int],
+        *,
+        greedy: bool = False,
+        ended: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
         self.policy.calls.append("sample greedily" if greedy else "sample")
         self.ids.append(list(ids))
         self.prompts.append([p.id for p in prompts])
@@ -233,6 +241,8 @@ class TableSampler:
                 rollout.tokens.append(token)
                 rollout.log_probs.append(log_prob)
                 rollout.truncated = token != TOKENIZER.eos_id
+        for rollout in rollouts:
+            ended(rollout)
         return rollouts
 
 
@@ -302,7 +312,7 @@ def trainer_of(
         Layout(1),
         Algorithm.of(config),
         TOKENIZER,
-        Rewards(config.reward.functions, config.reward.accuracy, config.reward.on_error),
+        rewards_of(config),
         train_prompts or Prompts(),
         eval_prompts or Prompts(seed=1),
     )
@@ -313,6 +323,7 @@ def trainer_of(
         ranks,
         console=console or Notebook(),
         guards=state.guards if state else None,
+        taken=state.taken if state else None,
         **parts,
     )
     newest = config.checkpoint.load == "latest"

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.checks import check_config, config_warnings, prompt_limit
+from gspo_megatron.build.checks import check_config, config_warnings
+from gspo_megatron.build.data import prompt_limit
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.run.algorithm import Algorithm
 

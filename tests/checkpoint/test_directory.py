@@ -566,3 +566,20 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         newest = newest if path.name == name_of(newest) else step(number)
         assert {name: (path / name).read_bytes() for name in shards(newest)} == shards(newest)
     assert -signal.SIGKILL in exit_codes
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    """A FIFO would be opened for ever: as a manifest, as `latest`, and among the files."""
+    store = CheckpointDirectory(tmp_path, keep=3)
+    first, second = (save_files(store, step(number), contents(number)) for number in (1, 2))
+    (tmp_path / "latest").unlink()
+    os.mkfifo(tmp_path / "latest")
+    assert store.open("latest") == (
+        second,
+        [f"{tmp_path}/latest is missing or empty; the newest intact checkpoint is {second.name}"],
+    )
+    for name in ("empty", "manifest.json"):
+        (second / name).unlink()
+        os.mkfifo(second / name)
+        found, problems = store.open("latest")
+        assert found == first and any("not a regular file" in problem for problem in problems)

@@ -43,7 +43,7 @@ def test_what_is_written_is_read(file_bytes: int, num_files: int, tmp_path: Path
     assert read.keys() == TENSORS.keys()
     for name, tensor in read.items():
         assert torch.equal(tensor, TENSORS[name].to(STORED[name].dtype))
-    assert HuggingFaceFolder(path).tensors.keys() == TENSORS.keys()
+    assert HuggingFaceFolder(path).weights.keys() == TENSORS.keys()
     assert (path / "tokenizer.json").read_text() == "{}"
     if num_files > 1:
         index = json.loads((path / "model.safetensors.index.json").read_text())

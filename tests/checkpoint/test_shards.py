@@ -139,6 +139,15 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         ShardFiles([tmp_path / "none.safetensors"])
 
 
+def test_elements_that_are_there_twice(tmp_path: Path) -> None:
+    """As many as are missing elsewhere, so that their number alone would be right."""
+    whole = torch.randn(4, 6)
+    (first, second) = cut(whole, slices(1, 1, 2), [])
+    again = (replace(second[0], place=first[0].place), second[1])
+    with pytest.raises(CheckpointError, match=r"w is in the files twice, in part, also in .*1\.safetensors"):
+        written(tmp_path, [first, again]).read("w", Shard.of(Place("w"), whole), torch.empty(24))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,7 +15,6 @@ from typing import Any, get_type_hints
 import pytest
 
 from gspo_megatron import train
-from gspo_megatron.build.checks import prompt_limit
 from gspo_megatron.config.declarations import setting, settings_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, RunConfig
@@ -68,14 +67,13 @@ RunWithForgotten = make_dataclass(
 
 
 def note_reads(section: str, of: type, reads: set[str]) -> None:
-    """Adds every use of a setting of the section to `reads` from now on. `prompt_limit` lies among the checks, but the
-    data sources use its result."""
+    """Adds every use of a setting of the section to `reads` from now on."""
     names, own = {f.name for f in fields(of)}, of.__getattribute__
 
     def noting(self: Any, name: str) -> Any:
         reader = sys._getframe(1)
         module = reader.f_globals["__name__"]
-        if name in names and (not module.startswith(NO_USE) or reader.f_code is prompt_limit.__code__):
+        if name in names and not module.startswith(NO_USE):
             reads.add(f"{section}.{name}")
         return own(self, name)
 

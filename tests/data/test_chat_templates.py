@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from gspo_megatron.base.errors import DataError
+from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.chat import ChatTemplate
+from gspo_megatron.data.examples import RowReader
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
-from gspo_megatron.data.jsonl import JsonlPrompts
+from gspo_megatron.data.jsonl import JsonlRows
+from gspo_megatron.data.prompts import Filters, RowPrompts
 from tests.data.test_hugging_face import CONVERSATIONS, TOOL
 from tests.support.chat_templates import TEMPLATES
 from tests.support.hugging_face import tokenizer_folder
@@ -112,7 +115,8 @@ def test_roles_that_do_not_alternate() -> None:
 def prompt_of(folder: Path, tmp_path: Path, template: str, said: str) -> tuple[int, ...]:
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": said, "answer": ""}) + "\n")
     chat = ours(template, "a template")
-    return JsonlPrompts(tmp_path / "in.jsonl", HuggingFaceTokenizer(folder), chat=chat, max_prompt_tokens=200)[0].tokens
+    rows, cache = JsonlRows(tmp_path / "in.jsonl", Cache(tmp_path)), Cache(tmp_path)
+    return RowPrompts("in", rows, RowReader(chat=chat), HuggingFaceTokenizer(folder), Filters(200), cache)[0].tokens
 
 
 def test_bos_is_there_once(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_a_gsm8k_file_becomes_prompts_whose_answers_the_rewards_understand(gsm8k
         assert TOKENIZER.decode(prompt.tokens) == prompt.text
         assert prompt.answer == prompt.solution == record["answer"]
         judge = {"prompt": prompt.text, "response": f"It is\n#### {number}", "answer": prompt.answer}
-        assert REWARDS["final_number"](**judge) == REWARDS["format"](**judge) == 1
+        assert REWARDS["final_number"](**judge) == REWARDS["format"](response=judge["response"]) == 1
 
 
 def test_template_fills_any_field_and_leaves_other_braces_alone(tmp_path: Path) -> None:
@@ -91,8 +92,8 @@ def test_overlong_prompts_can_be_dropped_with_a_count(tmp_path: Path) -> None:
     path = write(tmp_path, *({"prompt": "x" * length, "answer": str(length)} for length in (11, 10, 12, 9)))
     source = load(path, max_prompt_tokens=10, overlong="drop")
     assert [(source[i].id, source[i].answer) for i in range(2)] == [(0, "10"), (1, "9")]
-    assert (source.size, source.dropped) == (2, 2)
-    with pytest.raises(DataError, match=r"contains no prompts.*4 prompts were dropped"):
+    assert (source.size, source.dropped) == (2, {"too long": 2})
+    with pytest.raises(DataError, match=r"contains no prompts.*4 too long were left out"):
         load(path, max_prompt_tokens=8, overlong="drop")
 
 
@@ -106,10 +107,11 @@ def test_size_takes_the_first_prompts_of_a_file(gsm8k: Path) -> None:
 def test_missing_and_empty_files(gsm8k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"trian.jsonl does not exist; did you mean 'train.jsonl'\?"):
         load(gsm8k.with_name("trian.jsonl"))
-    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL file"):
+    with pytest.raises(DataError, match=r"does not exist\. Expected a JSONL or Parquet file"):
         load(tmp_path / "nowhere" / "x.jsonl")
-    with pytest.raises(DataError, match="is a folder"):
-        load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"is a folder without files that end in \.parquet, \.jsonl"):
+        load(tmp_path / "empty")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(DataError, match=r"fifo is not a regular file\. Expected"):
         load(tmp_path / "fifo")
@@ -167,7 +169,23 @@ def test_order_needs_only_the_position_to_resume() -> None:
     running = PromptOrder(7, seed=0)
     assert [running[k] for k in range(40)] == whole
     assert [running[k] for k in reversed(range(40))] == whole[::-1]
-    assert whole[:7] == [1, 2, 6, 5, 4, 3, 0]
+    assert whole[:7] == [3, 6, 0, 1, 5, 2, 4]
+
+
+def test_all_permutations_are_equally_likely() -> None:
+    """chi^2 over the 24 orders of four prompts, in 2,400 epochs; 23 degrees of freedom exceed 50 once in 1,000."""
+    drawn = PromptOrder(4, seed=0).slice(0, 4 * 2400)
+    found = Counter(tuple(drawn[i : i + 4]) for i in range(0, len(drawn), 4))
+    assert len(found) == 24
+    assert sum((number - 100) ** 2 / 100 for number in found.values()) < 50
+
+
+def test_an_order_of_a_billion_needs_no_memory() -> None:
+    order = PromptOrder(10**9, seed=1)
+    start = time.perf_counter()
+    drawn = order.slice(10**9 - 500, 1000)
+    assert time.perf_counter() - start < 5
+    assert len(set(drawn[:500])) == len(set(drawn[500:])) == 500 and 0 <= min(drawn) <= max(drawn) < 10**9
 
 
 def test_an_endless_source_is_taken_as_it_comes() -> None:

@@ -221,7 +221,7 @@ def test_log_probs_gradients_and_weights_are_those_of_transformers(
 def test_float32_is_close(family: str, variant: str, references: Callable[[str, str], Reference]) -> None:
     ref = references(family, variant)
     [result] = run_distributed(scored, 1, case_of(ref, "one", "precision.dtype=fp32"), ref.sequences)
-    assert result.worst < 5e-5
+    assert result.worst < MODELS[family].float32
 
 
 SAMPLED = [
@@ -230,6 +230,7 @@ SAMPLED = [
     ("deepseek_v3", "plain", "one"),
     ("qwen3", "tied", "pp2"),
     ("gpt_oss", "yarn", "ep2"),
+    ("qwen3_next", "every third", "pp2"),
 ]
 
 

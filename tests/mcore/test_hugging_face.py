@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.convert import main as convert
 from gspo_megatron.device import open_device
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.groups import Groups
@@ -21,6 +25,7 @@ from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.support.hugging_face import model_folder
+from tests.support.transformers_models import MODELS
 
 SIZES = {
     "num_layers": 2,
@@ -44,10 +49,13 @@ def open_policy(world_size: int, *overrides: str) -> MegatronPolicy:
     return MegatronPolicy(config, groups, device, False, Algorithm.of(config).scoring)
 
 
-def through(world_size: int, folder: Path, out: Path, overrides: tuple[str, ...]) -> None:
+def through(
+    world_size: int, folder: Path, out: Path, overrides: tuple[str, ...], dtype: torch.dtype = torch.float32
+) -> list[str]:
     policy = open_policy(world_size, f"model.hf={folder}", *overrides)
-    load_folder(policy, folder)
-    save_folder(policy, out, torch.float32, FolderFiles.like(folder).content(torch.float32))
+    notes = load_folder(policy, folder)
+    save_folder(policy, out, dtype, FolderFiles.like(folder).content(dtype))
+    return notes
 
 
 def refusal(world_size: int, folder: Path) -> str:
@@ -103,10 +111,130 @@ def test_every_rank_is_told_what_one_cannot_read(folder: Path, tmp_path: Path) -
         assert first == second
         return first
 
-    assert f"no tensor '{name}'" in said(kept) and "(process 1)" in said(kept)
-    assert "does not have: model.extra" in said(tensors | {"model.extra": torch.ones(1)})
-    assert "needs [40, 24] on a rank" in said(tensors | {name: torch.ones(9, 24)})
-    assert f"{name} holds inf" in said(tensors | {name: torch.full_like(tensors[name], torch.inf)})
+    assert f"there is no {name}, which config.json asks for" in said(kept)
+    infinite = said(tensors | {name: torch.full_like(tensors[name], torch.inf)})
+    assert f"model.safetensors: {name} holds inf" in infinite and "(process 1)" in infinite
+
+
+MXFP4 = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 61,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def mxfp4_folder(folder: Path) -> Path:
+    """gpt-oss as it is published, by transformers: bf16, and the matrices of experts in MXFP4."""
+    import transformers
+
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**MXFP4)).bfloat16()
+        model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        experts, columns, rows = tensors.pop(name).shape
+        size = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*size, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, size, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    return folder
+
+
+def test_published_gpt_oss_is_what_transformers_reads(tmp_path: Path) -> None:
+    """MXFP4, on two processes that share the experts; written in bf16, bit for bit what transformers multiplies out,
+    and a folder that transformers reads in turn."""
+    transformers = pytest.importorskip("transformers")
+    folder, out = mxfp4_folder(tmp_path / "model"), tmp_path / "out"
+    assert convert(["inspect", str(folder)]) == 0
+    run_distributed(through, 2, 2, folder, out, ("parallel.ep=2", "precision.dtype=bf16"), torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, ours = (
+            transformers.GptOssForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **how)
+            for path, how in (
+                (folder, {"quantization_config": transformers.Mxfp4Config(dequantize=True)}),
+                (out, {}),
+            )
+        )
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    read = load_file(out / "model.safetensors")
+    assert read.keys() == theirs.state_dict().keys() and "model.layers.0.mlp.experts.gate_up_proj" in read
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(read[name], tensor) and torch.equal(ours.state_dict()[name], tensor), name
+
+
+def predicting_folder(folder: Path, family: str) -> Path:
+    """A model that transformers writes, and a layer after its last one, as the files of GLM-4.5 and DeepSeek-V3 have
+    it: the layer's own tensors, two norms, a projection of both inputs, and copies of embedding and head."""
+    import transformers
+
+    about = MODELS[family]
+    torch.manual_seed(4)
+    config = getattr(transformers, f"{about.architecture}Config")(**about.sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, f"{about.architecture}ForCausalLM")(config)
+        model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    last, depth, h = f"model.layers.{config.num_hidden_layers - 1}.", config.num_hidden_layers, config.hidden_size
+    beyond = f"model.layers.{depth}."
+    copied = {name.replace(last, beyond): x.clone() for name, x in tensors.items() if name.startswith(last)}
+    vectors = {f"{beyond}{name}.weight": torch.ones(h) for name in ("enorm", "hnorm", "shared_head.norm")}
+    vocabulary = tensors["lm_head.weight"]
+    matrices = {
+        f"{beyond}eh_proj.weight": torch.zeros(h, 2 * h),
+        **{f"{beyond}{name}.weight": vocabulary.clone() for name in ("embed_tokens", "shared_head.head")},
+    }
+    save_file(tensors | copied | vectors | matrices, folder / "model.safetensors", {"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_nextn_predict_layers": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_layers_that_predict_further_tokens_are_left_out(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And named. What is written is what transformers reads, to the last bit and without a warning."""
+    transformers = pytest.importorskip("transformers")
+    folder, out = predicting_folder(tmp_path / "model", family), tmp_path / "out"
+    assert convert(["inspect", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"left out: model\.layers\.4\.eh_proj.* more: layer 4 predicts several tokens at once", said)
+    [notes] = run_distributed(through, 1, 1, folder, out, ())
+    assert [note.partition(" and ")[0] for note in notes] == [
+        "left out: model.layers.4.eh_proj.weight, model.layers.4.embed_tokens.weight, model.layers.4.enorm.weight"
+    ]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    warned: list[str] = []
+    heard = logging.Handler()
+    heard.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    transformers.utils.logging.get_logger("transformers").addHandler(heard)
+    try:
+        with warnings.catch_warnings(record=True) as python_warned:
+            warnings.simplefilter("always")
+            _, about = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    finally:
+        transformers.utils.logging.get_logger("transformers").removeHandler(heard)
+    assert not warned and not [w for w in python_warned if "transformers" in w.filename]
+    assert not any(about.values())
+    theirs, read = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert read.keys() == {name for name in theirs if ".layers.4." not in name}
+    assert all(torch.equal(read[name], theirs[name]) for name in read)
+    assert convert(["inspect", str(out)]) == 0 and "left out" not in capsys.readouterr().out
 
 
 def exported(_: int, run: Path, calls: list[tuple[str, int]], settings: tuple[str, ...]) -> list[str]:

@@ -21,6 +21,7 @@ from gspo_megatron.models.family import TokenCount
 from gspo_megatron.models.names import InMemory, read_ours, to_our_slice, to_theirs
 from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
+from gspo_megatron.models.tensors import hub_tensors
 from tests.support.families import HUB_SIZES, OUR_SIZES
 
 SIZE = st.integers(1, 1 << 20)
@@ -160,7 +161,13 @@ def test_presets_fit_together(preset: str) -> None:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
-    "preset", [*(preset for preset in PRESETS if preset.startswith("tiny_")), "tiny_mla model.q_lora_rank=0"]
+    "preset",
+    [
+        *(preset for preset in PRESETS if preset.startswith("tiny_")),
+        "tiny_mla model.q_lora_rank=0",
+        *(f"tiny_glm model.qk_norm={on} model.attention_bias={not on}" for on in (True, False)),
+        "tiny_glm model.num_dense_layers=0 model.dense_ffn_size=0",
+    ],
 )
 def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
     settings = [f"model.preset={preset.split()[0]}", *preset.split()[1:], f"model.tie_embeddings={tie}"]
@@ -177,6 +184,7 @@ def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
         rule, parts = read_ours(family.rules, name, lambda their: InMemory(theirs[their]))
         back[name] = to_our_slice(rule.op, parts, shape)
     assert {name: tuple(part.shape) for name, part in theirs.items()} == HUB_SIZES[shape.family](shape)
+    assert hub_tensors(family.rules, shape) == HUB_SIZES[shape.family](shape)
     assert all(torch.equal(back[name], whole) for name, whole in ours.items())
     parameters = sum(p.numel() for name, p in theirs.items() if "e_score_correction_bias" not in name)
     assert family.counts(shape).total == parameters
@@ -297,6 +305,13 @@ def test_transformers_counts_the_same_parameters(preset: str) -> None:
             "model.sliding_window must be set for model.family=gpt_oss",
         ),
         ("model.preset=tiny_gpt_oss parallel.etp=2", "parts of an expert with biases=1 is not divisible by etp(2)"),
+        ("model.family=qwen3_next", "model.full_attention_interval must be set for model.family=qwen3_next"),
+        ("model.preset=tiny_qwen3_next model.linear_conv_kernel_dim=0", "model.linear_conv_kernel_dim must be set"),
+        ("model.preset=tiny_qwen3_next model.linear_num_value_heads=3", "must be a multiple of"),
+        (
+            "model.preset=tiny_qwen3_next model.num_query_groups=4 model.vocab_size=96 parallel.tp=4",
+            "model.linear_num_key_heads=2 is not divisible by tp(4)",
+        ),
         ("model.family=deepseek_v3", "model.kv_lora_rank must be set for model.family=deepseek_v3"),
         ("model.preset=tiny_mla model.qk_rope_head_dim=7", "model.qk_rope_head_dim=7 must be even"),
         ("model.preset=tiny_mla model.rope_scaling=none", "model.rope_scaling_factor=4.0 has no effect"),
@@ -445,13 +460,46 @@ PUBLISHED["gpt_oss_120b"] = {
     "vocab_size": 201088,
 }
 """The defaults of GptOssConfig of transformers 5.23, which are gpt-oss-120b's."""
+# https://huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct
+PUBLISHED["qwen3_next_80b_a3b"] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
 TOTAL = {
+    "qwen3_next_80b_a3b": 79_674_391_296,
     "gpt_oss_120b": 116_829_156_672,
     "qwen3_0p6b": 596_049_920,
     "mixtral_8x7b": 46_702_792_704,
     "glm_4p5_air": 106_852_245_504,
 }
-"""Parameters. Model cards: 0.6B (0.44B without embedding), 46.7B, 106B; gpt-oss: 116.83B."""
+"""Parameters. Model cards: 0.6B (0.44B without embedding), 46.7B, 106B; gpt-oss: 116.83B; Qwen3-Next: 80B."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -482,6 +530,13 @@ def test_presets_are_the_models_on_the_hub_with_a_shorter_context(preset: str) -
         ("gpt_oss_120b", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
         ("gpt_oss_120b", {"attention_bias": False}, "attention_bias=False"),
         ("gpt_oss_120b", {"sliding_window": None}, "sliding_window"),
+        ("qwen3_next_80b_a3b", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("qwen3_next_80b_a3b", {"mlp_only_layers": [3]}, "mlp_only_layers=[3]"),
+        ("qwen3_next_80b_a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("qwen3_next_80b_a3b", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3_next_80b_a3b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
+        ("qwen3_next_80b_a3b", {"layer_types": ["full_attention", "linear_attention"] * 24}, "as layer 0"),
+        ("qwen3_next_80b_a3b", {"linear_num_key_heads": None}, "lacks linear_num_key_heads"),
         ("glm_4p5_air", {"norm_topk_prob": False}, "norm_topk_prob=False, but only True"),
         ("glm_4p5_air", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
     ],

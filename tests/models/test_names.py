@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gspo_megatron.checkpoint.place import Place
-from gspo_megatron.models.names import QKV, Copy, GateUp, InMemory, NameRule, Op, find_rule, to_our_slice, to_theirs
+from gspo_megatron.models.names import (
+    QKV,
+    Copy,
+    GatedQKV,
+    GateUp,
+    InMemory,
+    KeyHeadChannels,
+    NameRule,
+    Op,
+    find_rule,
+    to_our_slice,
+    to_theirs,
+)
 from gspo_megatron.models.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -30,6 +42,10 @@ SHAPE = ModelShape(
     rope_base=1e4,
     norm_epsilon=1e-6,
     tie_embeddings=False,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=2,
+    linear_value_head_dim=3,
 )
 SIZES = st.integers(1, 4)
 
@@ -49,6 +65,38 @@ def test_qkv_there_and_back(groups: int, queries: int, d: int, columns: list[int
     assert all(torch.equal(one, other) for one, other in zip((q, k, v), again, strict=True))
 
 
+@given(groups=SIZES, queries=SIZES, d=SIZES)
+def test_gated_qkv_there_and_back(groups: int, queries: int, d: int) -> None:
+    shape = replace(SHAPE, num_query_groups=groups, num_attention_heads=groups * queries, head_dim=d)
+    ours = counted(groups * (2 * queries + 2) * d, 3)
+    q, k, v = GatedQKV().to_theirs(ours, shape)
+    assert [len(q), len(k), len(v)] == [2 * groups * queries * d, groups * d, groups * d]
+    assert torch.equal(GatedQKV().to_ours((q, k, v), shape), ours)
+
+
+@given(keys=SIZES, values=SIZES, d=SIZES, value_dim=SIZES)
+def test_channels_of_key_heads_there_and_back(keys: int, values: int, d: int, value_dim: int) -> None:
+    shape = replace(
+        SHAPE,
+        linear_num_key_heads=keys,
+        linear_num_value_heads=keys * values,
+        linear_key_head_dim=d,
+        linear_value_head_dim=value_dim,
+    )
+    ours = counted(keys * (2 * d + values * value_dim), 1, 3)
+    [theirs] = KeyHeadChannels().to_theirs(ours, shape)
+    assert torch.equal(KeyHeadChannels().to_ours([theirs], shape), ours)
+    of_first_key = ours.view(keys, -1, 3)[:, d : 2 * d].flatten(0, 1)  # all keys are below all queries
+    assert torch.equal(theirs[keys * d : 2 * keys * d, 0], of_first_key)
+
+
+def test_each_query_group_has_its_queries_then_their_gates() -> None:
+    """Two groups of two queries, heads of two rows: rows 0..11 are of the first group, 4..7 their gates."""
+    q, k, v = GatedQKV().to_theirs(torch.arange(24), SHAPE)
+    assert q.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 12, 13, 16, 17, 14, 15, 18, 19]
+    assert k.tolist() == [8, 9, 20, 21] and v.tolist() == [10, 11, 22, 23]
+
+
 @pytest.mark.parametrize("op", [Copy(), GateUp()], ids=lambda op: type(op).__name__)
 @given(half=SIZES, columns=st.lists(SIZES, max_size=1))
 def test_copy_and_gate_up_there_and_back(op: Op, half: int, columns: list[int]) -> None:
@@ -64,6 +112,8 @@ def test_copy_and_gate_up_there_and_back(op: Op, half: int, columns: list[int]) 
     [
         (QKV(), ((8, 3), (4, 3), (4, 3)), 0, 1),
         (QKV(), ((8,), (4,), (4,)), 0, 1),
+        (GatedQKV(), ((16, 3), (4, 3), (4, 3)), 0, 1),
+        (KeyHeadChannels(), ((20, 1, 3),), 0, 1),
         (GateUp(), ((6, 4), (6, 4)), 0, 2),
         (Copy(), ((4, 6),), 0, 1),
         (Copy(), ((4, 6),), 1, 1),
@@ -96,10 +146,15 @@ def test_gate_is_above_up() -> None:
     assert torch.equal(gate, counted(4, 3)[:2]) and torch.equal(up, counted(4, 3)[2:])
 
 
+def size_of_none(shape: ModelShape) -> tuple[int, ...]:
+    raise AssertionError("names alone are asked for")
+
+
+GATE_UP = ("x.{layer}.{expert}.gate", "x.{layer}.{expert}.up")
 RULES = (
-    NameRule("a.{layer}.b.{expert}.w", ("x.{layer}.{expert}.gate", "x.{layer}.{expert}.up"), GateUp()),
-    NameRule("a.{layer}.b.w", ("x.{layer}.w",)),
-    NameRule("a.{layer}.b.0.w", ("second",)),
+    NameRule("a.{layer}.b.{expert}.w", GATE_UP, GateUp(), size=size_of_none),
+    NameRule("a.{layer}.b.w", ("x.{layer}.w",), size=size_of_none),
+    NameRule("a.{layer}.b.0.w", ("second",), size=size_of_none),
 )
 
 

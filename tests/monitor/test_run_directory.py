@@ -82,7 +82,7 @@ def steps_in(path: Path) -> list[int]:
 
 
 def write_run(run_dir: Path, last: int) -> None:
-    writer = RunWriter(run_dir, tensorboard=False, first_step=0)
+    writer = RunWriter(run_dir, first_step=0)
     for step in range(last + 1):
         writer.metrics({"step": step, "loss": step / 2})
     writer.close()
@@ -108,7 +108,7 @@ def test_a_continued_run_leaves_one_row_a_step(
     write_run(tmp_path, last=5)
     path = tmp_path / "metrics.jsonl"
     path.write_text(tail(path.read_text()))
-    writer = RunWriter(tmp_path, tensorboard=False, first_step=3)
+    writer = RunWriter(tmp_path, first_step=3)
     assert steps_in(path) == kept
     aside = tmp_path / "metrics.replaced.jsonl"
     assert (len(aside.read_text().splitlines()) if aside.exists() else 0) == moved
@@ -119,7 +119,7 @@ def test_a_continued_run_leaves_one_row_a_step(
 def test_rows_moved_aside_add_up_over_restarts(tmp_path: Path) -> None:
     write_run(tmp_path, last=3)
     for _ in range(2):
-        RunWriter(tmp_path, tensorboard=False, first_step=2).metrics({"step": 2, "loss": 0.0})
+        RunWriter(tmp_path, first_step=2).metrics({"step": 2, "loss": 0.0})
     assert steps_in(tmp_path / "metrics.jsonl") == [0, 1, 2]
     assert steps_in(tmp_path / "metrics.replaced.jsonl") == [2, 3, 2]
     write_run(tmp_path, last=1)
@@ -152,7 +152,7 @@ def test_a_fresh_start_does_not_inherit_and_deletes_nothing(tmp_path: Path) -> N
 
 
 def test_rollouts_go_to_a_file_a_step(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, tensorboard=False, first_step=1)
+    writer = RunWriter(tmp_path, first_step=1)
     writer.rollouts(12, [{"text": "na\u00efve\n#### 7"}, {"text": ""}])
     writer.rollouts(12, [{"text": "again"}])
     writer.rollouts(13, [{"text": "na\u00efve\n#### 7"}, {"text": ""}])
@@ -165,7 +165,7 @@ def test_rollouts_go_to_a_file_a_step(tmp_path: Path) -> None:
 def test_tensorboard_gets_every_number_under_its_step(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = RunWriter(tmp_path, tensorboard=True, first_step=0)
+    writer = RunWriter.of_run(load_config(None, [f"run.dir={tmp_path}"]), first_step=0, fresh=True)
     for step in range(3):
         writer.metrics({"step": step, "reward/mean": step / 4, "kl/ref": None, "tokens": 10 * step})
     writer.close()
@@ -176,5 +176,6 @@ def test_tensorboard_gets_every_number_under_its_step(tmp_path: Path) -> None:
 
 
 def test_no_tensorboard_when_off(tmp_path: Path) -> None:
-    RunWriter(tmp_path, tensorboard=False, first_step=0).metrics({"step": 0})
+    config = load_config(None, [f"run.dir={tmp_path}", "logging.tensorboard=false"])
+    RunWriter.of_run(config, first_step=0, fresh=True).metrics({"step": 0})
     assert not (tmp_path / "tensorboard").exists()

@@ -13,12 +13,13 @@ from tests.support import oracles as oracles
 def loop(rewards, groups, baseline):
     equation = oracles.find(oracles.BASELINES, baseline)
     pairs = list(zip(rewards, groups, strict=True))
-    return [equation(reward, [r for r, g in pairs if g == group]) for reward, group in pairs]
+    by_group = {group: [r for r, g in pairs if g == group] for group in groups}
+    return [equation(reward, by_group[group], list(by_group.values())) for reward, group in pairs]
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_groups_in_any_order_and_of_any_size(baseline):
-    rewards = [1.0, 0.0, 0.25, 1.0, -1.0, 0.5, 0.0]
+    rewards = [1.0, 0.0, 0.25, 1.0, 2.0 if baseline == "mean_normalised" else -1.0, 0.5, 0.0]
     groups = [7, 3, 7, 3, 3, 7, 7]
     advantages_S = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), baseline)
     assert advantages_S.dtype == torch.float64
@@ -32,7 +33,7 @@ def test_one_right_answer_of_four():
     assert group_advantages([1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]).tolist() == [1.5, -0.5, -0.5, -0.5]
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", [name for name, dial in BASELINES.items() if dial.scope == "group"])
 @pytest.mark.parametrize(
     "rewards",
     [
@@ -46,7 +47,24 @@ def test_equal_rewards_teach_exactly_nothing(rewards, baseline):
     both = torch.tensor([*rewards, 1.0, 3.0], dtype=torch.float64)
     advantages_S = group_advantages(both, torch.tensor([0] * len(rewards) + [1, 1]), baseline)
     assert advantages_S[:-2].tolist() == [0.0] * len(rewards)
-    assert advantages_S[-2:].tolist() == pytest.approx(loop([1.0, 3.0], [1, 1], baseline))
+    if baseline != "mean_batch_std":  # whose std is of the whole batch
+        assert advantages_S[-2:].tolist() == pytest.approx(loop([1.0, 3.0], [1, 1], baseline))
+
+
+def test_what_equal_rewards_teach_beyond_the_group():
+    """A batch is flat as a whole or not at all; a reward without a baseline is what it is."""
+    one_group_flat = ([1.0, 1.0, 0.0, 3.0], [0, 0, 1, 1])
+    assert group_advantages(*one_group_flat, "batch_mean_std").tolist() == pytest.approx(
+        loop(*one_group_flat, "batch_mean_std"), rel=1e-6
+    )
+    assert group_advantages([0.1 + 0.2, 0.3], [0, 1], "batch_mean_std").tolist() == [0, 0]
+    assert group_advantages([1.0, 1.0], [0, 0], "none").tolist() == [1, 1]
+    assert group_advantages([1.0], [0], "none").tolist() == [1]
+
+
+def test_rewards_that_are_divided_by_their_mean_are_not_negative():
+    with pytest.raises(DataError, match=r"reward -1: advantage mean_normalised divides.*must be 0 or more"):
+        group_advantages([1.0, -1.0], [0, 0], "mean_normalised")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,7 +16,7 @@ from gspo_megatron.objective import VARIANTS, PolicyObjective, Segments, Variant
 from gspo_megatron.objective.advantage import BASELINES, GroupMean
 from gspo_megatron.objective.aggregates import AGGREGATES, SequenceMean, TokenMean
 from gspo_megatron.objective.clips import CLIPS, PpoClip
-from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Groups, Surrogate
+from gspo_megatron.objective.dials import Aggregate, Baseline, Clip, Groups, Surrogate, Tokens
 from gspo_megatron.objective.levels import SequenceMeanLevel, TokenLevel
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -51,8 +51,8 @@ class Gate(Clip):
             if not 0 < tau < math.inf:
                 raise ConfigError(f"clip.{name}={tau}: a temperature is finite; set it above 0")
 
-    def surrogate(self, log_ratio_R: Tensor, advantages_R: Tensor, level: Callable[[Tensor], Tensor]) -> Surrogate:
-        ratio_R = level(log_ratio_R).exp()
+    def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
+        ratio_R, advantages_R = level(tokens.log_ratio_R).exp(), tokens.advantages_R
         tau_R = torch.full_like(advantages_R, self.tau_neg).masked_fill(advantages_R > 0, self.tau_pos)
         never_R = torch.zeros_like(ratio_R, dtype=torch.bool)
         return Surrogate(4 / tau_R * torch.sigmoid(tau_R * (ratio_R - 1)) * advantages_R, ratio_R, never_R, never_R)
@@ -157,7 +157,9 @@ def test_a_clip_without_bounds_has_no_clip_low():
 def test_a_row_of_the_wrong_dials_is_refused():
     with pytest.raises(ConfigError, match=r"level='token' of variant 'mine' is not a level; use one of: TokenLevel"):
         replace(ROW, level="token")
-    with pytest.raises(ConfigError, match=r"set aggregate='sequence_mean', or level='token' or 'sequence_token'"):
+    with pytest.raises(
+        ConfigError, match=r"set aggregate='sequence_mean' or 'sequence_sum', or level='token' or 'sequence_token'"
+    ):
         replace(ROW, level=SequenceMeanLevel())
     assert replace(ROW, level=SequenceMeanLevel(), aggregate=SequenceMean()).level.unit == "sequence"
 
@@ -173,11 +175,13 @@ PARAMETERS = [
 def loss_of(variant: Variant) -> float:
     """On log-ratios far beyond any clip, both signs of advantage among them."""
     generator = torch.Generator().manual_seed(3)
-    lengths = [3, 5, 1, 4]
+    lengths = [3, 5, 1, 4, 30, 50, 10, 40]
     new_R = 1.5 * torch.randn(sum(lengths), generator=generator, dtype=torch.float64)
-    advantages_S = torch.tensor([1.0, -2.0, 0.5, -0.25])
+    new_R[3:8] += 1.5  # a response with A < 0 that has become likelier
+    advantages_S = torch.tensor([1.0, -2.0, 0.5, -0.25] * 2)
     segments = Segments.from_lengths(lengths)
-    return float(PolicyObjective(replace(variant, kl_coef=0.0))(new_R, 0 * new_R, advantages_S, segments).loss)
+    old_R = torch.full_like(new_R, -1.0)
+    return float(PolicyObjective(replace(variant, kl_coef=0.0))(new_R + old_R, old_R, advantages_S, segments).loss)
 
 
 @pytest.mark.parametrize(("name", "kind", "parameter"), PARAMETERS)
@@ -185,7 +189,8 @@ def test_every_parameter_of_a_dial_acts_and_has_a_range(name: str, kind: str, pa
     """The oracles know only the values that the rows have: another value must change the loss, and NaN be refused."""
     row = VARIANTS[name]
     value = float(getattr(row.dials[kind], parameter))
-    changed = resolve_variant(name, dials={f"{kind}.{parameter}": value / 2 or 0.5})
+    other = 1.5 if value == math.inf else value / 2 or 0.5
+    changed = resolve_variant(name, dials={f"{kind}.{parameter}": other})
     assert loss_of(changed) != loss_of(row)
     with pytest.raises(ConfigError):
         resolve_variant(name, dials={f"{kind}.{parameter}": math.nan})

@@ -11,16 +11,19 @@ from gspo_megatron.objective import VARIANTS, LikelihoodObjective, PolicyObjecti
 from gspo_megatron.objective.advantage import GroupMean
 from gspo_megatron.objective.aggregates import TokenMean
 from gspo_megatron.objective.clips import PpoClip
+from gspo_megatron.objective.dials import Tokens
 from gspo_megatron.objective.levels import TokenLevel
 from gspo_megatron.objective.variants import DIALS
 from tests.support import oracles as oracles
 
 ROWS = list(VARIANTS)
 PPO_ROWS = [name for name in ROWS if VARIANTS[name].clip.name == "ppo"]
+NEVER_HELD, ONLY_HIGH = ("sapo", "vespo", "rloo"), ("cispo",)
 LENGTHS = [5, 1, 0, 7, 1, 3, 4, 2, 0]
 # The ratio of each sequence in clip ranges (beyond 1 is outside), and its advantage: all six branches of min().
 RANGES = [3.0, -3.0, 0.1, 3.0, 0.3, -3.0, -0.3, 3.0, 0.2]
 ADVANTAGES = [1.3, -0.9, 1.0, -1.1, 0.7, 0.5, -0.4, 1.0, -1.0]
+OWN_ORACLES = {"baseline": oracles.BASELINES, "correction": oracles.CORRECTIONS}
 EXACT = {"rtol": 1e-12, "atol": 1e-15}
 
 
@@ -55,7 +58,9 @@ def reduced(metrics: list[dict[str, Metric]]) -> dict[str, float]:
         )
         reduction = metrics[0][name].reduction
         result[name] = (
-            sum(totals) / sum(weights) if reduction == "mean" else {"min": min, "max": max}[reduction](totals)
+            sum(totals) / sum(weights)
+            if reduction == "mean"
+            else {"min": min, "max": max, "sum": sum}[reduction](totals)
         )
     return result
 
@@ -70,15 +75,16 @@ def gradients(loss, *inputs):
 def test_every_row_and_every_dial_has_an_oracle():
     for name in ROWS:
         oracles.find(oracles.ORACLES, name)
-    for name in DIALS["baseline"]:
-        oracles.find(oracles.BASELINES, name)
+    for kind, own in OWN_ORACLES.items():
+        for name in DIALS[kind]:
+            oracles.find(own, name)
     for kind, table in DIALS.items():
         used = {row.dials[kind].name: type(row.dials[kind]) for row in VARIANTS.values()}
         for name, dial in used.items():
             assert table.get(name) is dial, (
                 f"{kind} {name!r} of a row is not in the table of its kind: add a line there"
             )
-        unused = table.keys() - used.keys() if kind != "baseline" else ()  # a baseline has an oracle of its own
+        unused = table.keys() - used.keys() if kind not in OWN_ORACLES else set()
         assert not unused, (
             f"{kind} {', '.join(unused)} is in no row, so no oracle covers it: add a row of VARIANTS that has it, and "
             "the row's oracle to ORACLES in tests/support/oracles.py"
@@ -91,7 +97,7 @@ def test_a_row_without_an_oracle_is_refused():
         batch("mine")
 
 
-@pytest.mark.parametrize("estimator", [None, "k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", [None, "k1", "k2", "k3", "k1+", "k3+"])
 @pytest.mark.parametrize("name", ROWS)
 def test_value_and_gradient_of_every_row(name, estimator):
     row = VARIANTS[name]
@@ -113,6 +119,23 @@ def test_value_and_gradient_of_every_row(name, estimator):
     )
 
 
+def test_a_dual_clip_bounds_what_a_response_with_a_negative_advantage_costs(monkeypatch):
+    """1912.09729: a token of A < 0 beyond the ceiling has the constant term ceiling * A."""
+    dual = oracles.ORACLES["grpo"]._replace(clip=oracles.PpoClip(0.2, 0.2, 1.3))
+    monkeypatch.setitem(oracles.ORACLES, "grpo", dual)
+    new_R, old_R, _, _, advantages_S = batch("grpo")
+    row = resolve_variant("grpo", dials={"clip.ceiling": 1.3})
+    loss, metrics = PolicyObjective(row)(new_R, old_R, advantages_S, Segments.from_lengths(LENGTHS))
+    pairs = zip(new_R.split(LENGTHS), old_R.split(LENGTHS), advantages_S.tolist(), strict=True)
+    held = [dual.clip.held(at) for pair in pairs if len(pair[0]) for at in oracles.seen(dual, *pair)]
+    expected = oracles.policy_loss("grpo", new_R.split(LENGTHS), old_R.split(LENGTHS), advantages_S.tolist())
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(gradients(loss, new_R), gradients(expected, new_R), **EXACT)
+    assert reduced([metrics])["clip_fraction_high"] == pytest.approx(held.count("high") / len(held))
+    plain = PolicyObjective(resolve_variant("grpo"))(new_R, old_R, advantages_S, Segments.from_lengths(LENGTHS))
+    assert reduced([plain.metrics])["clip_fraction_high"] < reduced([metrics])["clip_fraction_high"]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_metrics_of_every_row(name):
     oracle = oracles.find(oracles.ORACLES, name)
@@ -125,19 +148,24 @@ def test_metrics_of_every_row(name):
     found = reduced([metrics])
 
     pairs = zip(new_R.detach().split(LENGTHS), old_R.split(LENGTHS), strict=True)
-    ratios = [oracle.level.ratios(y_new, y_old) if len(y_new) else [] for y_new, y_old in pairs]
-    tokens = [(w.item(), a) for ratio, a in zip(ratios, advantages_S.tolist(), strict=True) for w in ratio]
+    responses = [
+        oracles.seen(oracle, *pair, a) if len(pair[0]) else []
+        for pair, a in zip(pairs, advantages_S.tolist(), strict=True)
+    ]
+    tokens = [(at.ratio.item(), at.advantage) for response in responses for at in response]
     per_sequence = oracle.level.unit == "sequence"
-    units = [ratio[0].item() for ratio in ratios if ratio] if per_sequence else [w for w, _ in tokens]
-    held = [oracle.clip.held(w, a) for w, a in tokens]
+    units = [response[0].ratio.item() for response in responses if response] if per_sequence else [w for w, _ in tokens]
+    held = [oracle.clip.held(at) for response in responses for at in response]
     low, high = held.count("low") / len(tokens), held.count("high") / len(tokens)
     # Every branch of min() is there, so that the comparison with the equations has met them all.
-    assert any(w > 1 + oracle.clip.high and a > 0 for w, a in tokens)
-    assert any(w < 1 - oracle.clip.low and a < 0 for w, a in tokens)
-    assert any(w > 1 + oracle.clip.high and a < 0 for w, a in tokens)
-    assert any(w < 1 - oracle.clip.low and a > 0 for w, a in tokens)
-    assert {a > 0 for w, a in tokens if 1 - oracle.clip.low < w < 1 + oracle.clip.high} == {True, False}
-    assert name not in PPO_ROWS or (low > 0 and high > 0)
+    if name in PPO_ROWS:
+        assert any(w > 1 + oracle.clip.high and a > 0 for w, a in tokens)
+        assert any(w < 1 - oracle.clip.low and a < 0 for w, a in tokens)
+        assert any(w > 1 + oracle.clip.high and a < 0 for w, a in tokens)
+        assert any(w < 1 - oracle.clip.low and a > 0 for w, a in tokens)
+        assert {a > 0 for w, a in tokens if 1 - oracle.clip.low < w < 1 + oracle.clip.high} == {True, False}
+    assert low > 0 or name in ONLY_HIGH or name in NEVER_HELD
+    assert high > 0 or name in NEVER_HELD
 
     log_ratio_R = (new_R - old_R).detach()
     expected = {
@@ -155,8 +183,11 @@ def test_metrics_of_every_row(name):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-# The sg[] of a sequence_token level is not what a difference sees.
-@pytest.mark.parametrize("name", [name for name in ROWS if VARIANTS[name].level.name != "sequence_token"])
+# The sg[] of a sequence_token level or of a weight is not what a difference sees.
+@pytest.mark.parametrize(
+    "name",
+    [name for name, row in VARIANTS.items() if row.level.name != "sequence_token" and not row.clip.weighs_tokens],
+)
 def test_gradcheck(name):
     new_R, old_R, ref_R, entropy_R, advantages_S = batch(name)
     objective = PolicyObjective(VARIANTS[name], kl_coef=0.1, entropy_coef=0.1)
@@ -206,7 +237,10 @@ def test_at_the_old_policy_every_row_is_the_policy_gradient():
     for name in ROWS:
         oracle = oracles.find(oracles.ORACLES, name)
         said_R = torch.tensor(
-            [oracle.share(length, 7, 23) * oracle.level.moves(length) for length in length_R.tolist()]
+            [
+                oracle.share(length, 7, 23) * (1 if oracle.clip.is_weight else oracle.level.moves(length))
+                for length in length_R.tolist()
+            ]
         )
         scale_R = {
             **dict.fromkeys(("gspo", "gspo_token", "grpo"), 1 / length_R / 7),
@@ -429,7 +463,11 @@ def test_the_long_form_and_dials_as_objects_are_the_same():
         ("gspo", {"name": "mine"}, "'name' is unknown"),
         ("gspo", {"level": "sequence"}, "level 'sequence' is unknown"),
         ("gspo", {"baseline": "median"}, "baseline 'median' is unknown; did you mean 'mean'"),
-        ("gspo", {"aggregate": "token_mean"}, "by the length of the response; set aggregate='sequence_mean'"),
+        (
+            "gspo",
+            {"aggregate": "token_mean"},
+            "length of the response, as the row 'luspo' does on purpose; set aggregate='seq",
+        ),
         ("dapo", {"level": "sequence_sum"}, "by the length of the response"),
         ("grpo", {"clip_low": 1.0}, r"clip_low=1.0.*set it in \[0, 1\)"),
         ("grpo", {"clip_low": -0.1}, "clip_low=-0.1"),
@@ -485,7 +523,8 @@ def test_near_a_bound_a_gradient_is_whole_or_none(bound: float) -> None:
     # The steps of a logarithm are finer than those of its ratio, which so takes every value around the bound.
     log_R = (math.log(bound) + torch.arange(-60, 61, dtype=torch.float64) * 2e-8).float().requires_grad_()
     for advantage in (sign * (0.5 + i / 64) for sign in (1, -1) for i in range(64)):
-        surrogate = PpoClip(low=0.03, high=0.04).surrogate(log_R, torch.full_like(log_R, advantage), lambda x: x)
+        tokens = Tokens(log_R, torch.zeros_like(log_R), torch.full_like(log_R, advantage))
+        surrogate = PpoClip(low=0.03, high=0.04).surrogate(tokens, lambda x: x)
         (gradient_R,) = torch.autograd.grad(surrogate.terms_R.sum(), log_R)
         clipped_R = surrogate.clipped_low_R | surrogate.clipped_high_R
         assert len(set(surrogate.ratio_R.tolist())) >= 8

@@ -17,7 +17,7 @@ from tests.objective.test_objective import ROWS, gradients, reduced
 from tests.support import oracles as oracles
 from tests.support.context_parts import in_parts
 
-unhurried = settings(max_examples=40, deadline=None)  # a busy machine is no failure
+unhurried = settings(max_examples=20, deadline=None)  # a busy machine is no failure
 
 
 class Response(NamedTuple):
@@ -37,12 +37,16 @@ RESPONSES = st.lists(st.builds(Response, st.lists(LOG_RATIO, max_size=5), ADVANT
 LIKELY = RESPONSES.filter(lambda responses: any(response.log_ratios for response in responses))
 
 
+OLD = -0.5
+
+
 def loss_of(name: str, responses: list[Response], dtype: torch.dtype = torch.float64) -> tuple[LossTerms, torch.Tensor]:
     """LossTerms without KL and entropy, and the gradient by each log-prob."""
-    new_R = torch.tensor([x for response in responses for x in response.log_ratios], dtype=dtype, requires_grad=True)
+    log_ratios = [x for response in responses for x in response.log_ratios]
+    new_R = (torch.tensor(log_ratios, dtype=dtype) + OLD).requires_grad_()
     advantages_S = torch.tensor([response.advantage for response in responses], dtype=dtype)
     segments = Segments.from_lengths([len(response.log_ratios) for response in responses])
-    terms = PolicyObjective(VARIANTS[name], kl_coef=0.0)(new_R, torch.zeros_like(new_R), advantages_S, segments)
+    terms = PolicyObjective(VARIANTS[name], kl_coef=0.0)(new_R, torch.full_like(new_R, OLD), advantages_S, segments)
     return terms, gradients(terms.loss, new_R)[0]
 
 
@@ -54,7 +58,7 @@ def test_any_batch_in_any_order_has_the_loss_and_gradient_of_the_equation(
 ) -> None:
     for batch in (responses, order.sample(responses, len(responses))):
         log_ratios, advantages = zip(*batch, strict=True)
-        loss, gradient = oracles.value_and_gradient(name, log_ratios, advantages)
+        loss, gradient = oracles.value_and_gradient(name, log_ratios, advantages, OLD)
         (found, metrics), gradient_R = loss_of(name, batch)
         assert found.item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
         torch.testing.assert_close(gradient_R, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-15)
@@ -97,7 +101,9 @@ def test_ranks_that_share_the_tokens_add_up(
     whole = share(torch.arange(len(old_R)), segments)
     parts = in_parts(size, on_rank)
     total = sum(part.loss for part in parts)
-    torch.testing.assert_close(total, whole.loss, rtol=1e-14, atol=1e-14)
+    # Log-probs themselves, of up to a thousand nats, cancel in the sum of a row that weighs them.
+    largest = 1e3 if VARIANTS[name].clip.weighs_tokens else 1.0
+    torch.testing.assert_close(total, whole.loss, rtol=1e-14, atol=1e-14 * largest)
     inputs = (new_R, entropy_R)
     torch.testing.assert_close(gradients(total, *inputs), gradients(whole.loss, *inputs), rtol=1e-14, atol=1e-14)
     assert reduced([part.metrics for part in parts]) == pytest.approx(reduced([whole.metrics]), rel=1e-14, abs=1e-14)
@@ -108,7 +114,7 @@ FLAT = st.lists(st.sampled_from([0.3, 0.1 + 0.2]), min_size=1, max_size=4)
 GROUPS = st.lists(st.one_of(FLAT, st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=4)), max_size=5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, row in VARIANTS.items() if row.baseline.scope == "group"])
 @unhurried
 @given(flat=FLAT, others=GROUPS, data=st.data())
 def test_a_group_of_equal_rewards_teaches_nothing(

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.rewards.rewards import Rewards, find_reward, refuse_unscored, score_rollouts
+from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.rules import REWARDS
 from gspo_megatron.rewards.user_code import described
 
@@ -29,14 +27,21 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's module, importable as Python imports from the working folder."""
     (tmp_path / "my_rewards.py").write_text(
         "def brevity(prompt, response, answer):\n    return 1 / (1 + len(response)) + (prompt == answer)\n"
-        "def exact(*, response, answer, **_):\n    return response == answer\n"
+        "def exact(*, response, answer, **_):\n    return float(response == answer)\n"
         "def raises(**_):\n    raise KeyError('lost')\n"
         "def nan(**_):\n    return float('nan')\n"
         "def infinite(**_):\n    return 1e999\n"
         "def text(**_):\n    return '1.0'\n"
         "def nothing(**_):\n    pass\n"
         "def other_arguments(text):\n    return 1.0\n"
+        "def exits(**_):\n    raise SystemExit(0)\n"
         "number = 3\n"
+    )
+    (tmp_path / "a_script.py").write_text("import sys\n\ndef f(prompt, response, answer): ...\n\nsys.exit(0)\n")
+    (tmp_path / "careless.py").write_text(
+        "import os, torch\n\ndef careless():\n    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n    os.chdir('/')\n\ncareless()\n\n"
+        "def f(response):\n    careless()\n    raise KeyError('and then fails')\n"
     )
     (tmp_path / "broken_rewards.py").write_text("import no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -137,7 +142,7 @@ def test_last_number_needs_an_answer_with_a_number() -> None:
     ],
 )
 def test_format(response: str, reward: float) -> None:
-    assert judge("format", response, "#### 1") == reward
+    assert REWARDS["format"](response=response) == reward
 
 
 @pytest.mark.parametrize(
@@ -199,10 +204,10 @@ def rollout_with(rewards: Rewards, text: str, answer: str) -> Rollout:
 
 FAILURES = [
     ("my_rewards:raises", "KeyError: 'lost'"),
-    ("my_rewards:nan", "returned 'nan'"),
-    ("my_rewards:infinite", "returned 'inf'"),
+    ("my_rewards:nan", "returned nan"),
+    ("my_rewards:infinite", "returned inf"),
     ("my_rewards:text", r"returned '1.0' \(str\)"),
-    ("my_rewards:nothing", r"returned 'None' \(NoneType\)"),
+    ("my_rewards:nothing", r"returned None \(NoneType\)"),
 ]
 
 
@@ -245,12 +250,12 @@ def test_many_failures_are_counted_and_the_first_are_listed(user_module: None) -
         ("broken_rewards:f", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("my_rewards:brevety", "AttributeError: .*'brevety'"),
         ("my_rewards:number", "TypeError: 3 is not a callable object"),
-        ("my_rewards:other_arguments", r"TypeError: .*expected a function f\(prompt, response, answer\)"),
+        ("my_rewards:other_arguments", r"TypeError: .*expected a function such as f\(prompt, response, answer\)"),
     ],
 )
 def test_a_reward_that_cannot_be_found_or_called(user_module: None, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        find_reward(name)
+        Rewards({name: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -267,38 +272,24 @@ def test_reward_settings_that_cannot_work(arguments: dict[str, Any], message: st
         Rewards(**arguments)
 
 
-def exits(*, prompt: str, response: str, answer: str) -> float:
-    sys.exit(0)
+def test_a_reward_that_exits_is_a_reward_that_fails(user_module: None) -> None:
+    """sys.exit(0) in a reward, or at the end of its module, must not end the run as done, wherever it runs."""
+    for isolate in (True, False):
+        rewards = Rewards({"my_rewards:exits": 1.0}, None, "count", isolate=isolate)
+        (score,) = rewards.score([rollout("a", "a")])
+        assert score.reward == 0 and "SystemExit: 0" in score.error
+        rewards.close()
+        with pytest.raises(ConfigError, match=r"'a_script:f' cannot be used \(SystemExit: 0\)"):
+            Rewards({"a_script:f": 1.0}, isolate=isolate)
 
 
-def test_a_reward_that_exits_is_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sys.exit(0) in a reward, or at the end of its module, must not end the run as done."""
-    rewards = Rewards({f"{__name__}:exits": 1.0}, None, "count")
-    (score,) = rewards.score([rollout("a", "a")])
-    assert score.reward == 0 and "SystemExit: 0" in score.error
-    (tmp_path / "a_script.py").write_text("import sys\n\ndef f(prompt, response, answer): ...\n\nsys.exit(0)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"'a_script:f' cannot be used \(SystemExit: 0\)"):
-        find_reward("a_script:f")
-
-
-def careless(*, prompt: str, response: str, answer: str) -> float:
-    torch.set_grad_enabled(False)
-    torch.set_default_dtype(torch.float64)
-    os.chdir("/")
-    raise KeyError("and then fails")
-
-
-def test_what_a_reward_changes_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_reward_changes_stays_with_it(
+    user_module: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without gradients, or in another folder, a run would go on and do the wrong thing."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "careless_module.py").write_text(
-        "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
-        "def f(prompt, response, answer): ...\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    score_rollouts(Rewards({f"{__name__}:careless": 1.0}, None, "count"), [rollout("a", "a")])
-    find_reward("careless_module:f")
+    rewards = Rewards({"careless:f": 1.0}, None, "count", isolate=False)
+    assert "KeyError" in rewards.score([rollout("a", "a")])[0].error
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and Path.cwd() == tmp_path
 
 
@@ -310,3 +301,48 @@ def test_what_an_error_says_is_shown_harmlessly() -> None:
     assert described(Silent()) == "Silent: its text cannot be had, RuntimeError"
     assert described(ValueError("\x1b[31mred\x1b[0m\nline")) == "ValueError: \\x1b[31mred\\x1b[0m\nline"
     assert len(described(ValueError("x" * 10**7))) < 2100
+
+
+@pytest.mark.parametrize(("count", "value"), [(0, 0), (6, 0), (7, -0.25), (8, -0.5), (10, -1), (11, -1), (100, -1)])
+def test_length_is_dapos_overlong_punishment(count: int, value: float) -> None:
+    assert REWARDS["length"](tokens=[3] * count, max_tokens=10, buffer=4) == value
+
+
+def test_length_needs_a_buffer_within_the_length() -> None:
+    for buffer in (0, 11):
+        with pytest.raises(ValueError, match="must be from 1 to max_tokens=10"):
+            REWARDS["length"](tokens=[], max_tokens=10, buffer=buffer)
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "value"),
+    [("", 3, 0), ("a b", 3, 0), ("a b c d", 3, 0), ("a b a b a b", 2, -3 / 5), ("no No no", 1, -2 / 3)],
+)
+def test_repetition(text: str, n: int, value: float) -> None:
+    assert REWARDS["repetition"](response=text, n=n) == pytest.approx(value)
+
+
+def test_format_by_a_pattern_is_of_the_whole_response() -> None:
+    def matches(text: str) -> float:
+        return REWARDS["format"](response=text, pattern=r"<a>.*</a>")
+
+    assert [matches(t) for t in ("<a>x\ny</a>", " <a></a>\n", "<a></a> so", "so <a></a>")] == [1, 1, 0, 0]
+
+
+def test_json_schema() -> None:
+    pytest.importorskip("jsonschema")
+    from gspo_megatron.rewards.structure import json_schema
+
+    schema = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
+    texts = {
+        '{"city": "Rome"}': (1, 1),
+        'Here:\n```json\n{"city": 1}\n```\nor\n```\n{"city": "Rome"}\n```': (1, 1),
+        '{"city": 1}': (0, 1),
+        "[" * 10**5: (0, 0),
+        "Rome": (0, 0),
+        "": (0, 0),
+    }
+    for text, (score, is_json) in texts.items():
+        assert json_schema(response=text, schema=schema) == {"score": score, "is_json": is_json}
+    with pytest.raises(ValueError, match="schema: 'strng' is not valid"):
+        json_schema(response="{}", schema={"type": "strng"})

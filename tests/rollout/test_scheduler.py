@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.base.batches import Prompt
+from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 from gspo_megatron.rollout.native.stopping import Stops, StopTable
 
@@ -106,7 +106,7 @@ def test_every_rollout_keeps_its_row(
         group_sizes, max_rows=max_rows, num_micro_batches=num_micro_batches, max_prompt_tokens=max_prompt_tokens
     )
     cache: dict[int, tuple[int, int]] = {}  # row: (rollout, tokens of it)
-    lengths, entered = Counter[int](), list[int]()
+    lengths, entered, rollouts = Counter[int](), list[int](), list[Rollout]()
     while (announced := scheduler.next_num_tokens()).any():
         row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
         assert not set(row_copy.from_rows.tolist()) & set(row_copy.to_rows.tolist())
@@ -133,10 +133,11 @@ def test_every_rollout_keeps_its_row(
         )
         lengths.update(rollout_index.tolist())
         ends = [i for i in rollout_index.tolist() if random.random() < 0.4]  # type: ignore[attr-defined]
-        scheduler.record(
+        ended = scheduler.record(
             rollout_index, np.where(np.isin(rollout_index, ends), EOS, 10 + rollout_index), -1.0 - rollout_index
         )
-    rollouts = scheduler.rollouts(7)
+        rollouts += [scheduler.rollout(i, 7) for i in ended]
+    rollouts.sort(key=lambda r: r.id)
     assert sorted(entered) == list(range(sum(group_sizes))) and [r.id for r in rollouts] == scheduler.ids.tolist()
     for i, r in enumerate(rollouts):
         assert len(r.tokens) == lengths[i] <= 5 and set(r.tokens[:-1]) <= {10 + i}
@@ -160,4 +161,9 @@ def test_any_of_the_stop_ids_ends_a_rollout() -> None:
     assert scheduler.active.tolist() == [2]
     scheduler.record(drawn_by(scheduler.next_micro_batches()), np.array([END_OF_TURN]), np.zeros(1))
     assert not scheduler.next_num_tokens().any()
-    assert [(r.tokens, r.truncated) for r in scheduler.rollouts(0)] == [([1], False), ([3], False), ([5, 3], False)]
+    rollouts = [scheduler.rollout(i, policy_version=0) for i in range(3)]
+    assert [(r.tokens, r.truncated) for r in rollouts] == [
+        ([1], False),
+        ([3], False),
+        ([5, 3], False),
+    ]

@@ -74,7 +74,7 @@ class Watched(TablePolicy):
 def started(config: Config, ranks: Ranks, policy: TablePolicy, state: RunState | None = None, **parts: Any) -> Trainer:
     """A trainer whose main process writes to config.run.dir."""
     first_step = state.position.steps + 1 if state else 0
-    writer = RunWriter(Path(config.run.dir), tensorboard=False, first_step=first_step) if ranks.is_main else None
+    writer = RunWriter(Path(config.run.dir), first_step=first_step) if ranks.is_main else None
     return trainer_of(config, ranks, policy, writer=writer, state=state, **parts)
 
 
@@ -272,8 +272,10 @@ class BadScorer(TablePolicy):
 
 
 class BadSampler(TableSampler):
-    def generate(self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False) -> list[Rollout]:
-        rollouts = super().generate(prompts, ids, greedy=greedy)
+    def generate(
+        self, prompts: Sequence[Prompt], ids: Sequence[int], *, greedy: bool = False, **how: Any
+    ) -> list[Rollout]:
+        rollouts = super().generate(prompts, ids, greedy=greedy, **how)
         if not greedy and self.policy.ranks.dp_rank == 0:
             rollouts[3].log_probs[-1] = math.nan
         return rollouts

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import CheckpointError
@@ -15,8 +19,11 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.resume import Continuation, changed_settings
-from gspo_megatron.run.state import GuardState, RunState, SavedStep
-from gspo_megatron.testing.fakes import Shelf, config_of, trainer_of
+from gspo_megatron.run.state import Contents, GuardState, RunState, SavedStep
+from gspo_megatron.run.step_state import StepState
+from gspo_megatron.testing.fakes import OneRank, Shelf, config_of, trainer_of
+
+NO_CONTENTS = Contents({}, None)
 
 
 def state_of(config: Config) -> RunState:
@@ -50,7 +57,7 @@ def test_another_variant_is_refused_unless_asked_for() -> None:
 
     def continued(*settings: str, state: RunState = state) -> tuple[str, ...]:
         config = load_config(None, ["checkpoint.load=latest", *settings])
-        return Continuation.of(state, config, Algorithm.of(config), has_reference=False).changed
+        return Continuation.of(state, config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS).changed
 
     with pytest.raises(CheckpointError, match=r"algorithm\.variant: 'grpo', was 'gspo'.*allow_other_variant=true"):
         continued("algorithm.variant=grpo")
@@ -70,7 +77,7 @@ def test_a_setting_that_did_not_exist_then_is_no_change() -> None:
 def test_a_setting_is_known_by_the_name_it_had_then() -> None:
     """As in checkpoints of the first format."""
     config = load_config(None)
-    about = state_of(config).to_json()
+    about = json.loads(json.dumps(state_of(config).to_json()))
     about["config"]["train"]["skip_dead"] = about["config"]["train"].pop("skip_zero_gradient")
     state = replace(RunState.from_saved(about, []), step=SavedStep({"number": 4}, ()))
     assert changed_settings(state, config) == []
@@ -85,7 +92,7 @@ def test_a_setting_is_known_by_the_name_it_had_then() -> None:
 def test_where_a_state_comes_from_decides_what_is_moved_aside(load: str, own: bool, newest: bool, tmp_path) -> None:
     settings = [f"run.dir={tmp_path}", f"checkpoint.load={load.format(run=tmp_path)}"]
     config = load_config(None, settings)
-    found = Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
+    found = Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS)
     assert (found.own, found.is_newest, found.fresh, found.first_step) == (own, newest, not own, 4)
     assert Continuation().fresh and Continuation().first_step == 0
 
@@ -93,8 +100,11 @@ def test_where_a_state_comes_from_decides_what_is_moved_aside(load: str, own: bo
 def test_a_reference_that_was_never_frozen_is_missed() -> None:
     config = load_config(None, ["algorithm.kl_coef=0.1"])
     with pytest.raises(CheckpointError, match=r"no reference policy.*set algorithm.kl_coef=0"):
-        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False)
-    assert Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True).state is not None
+        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=False, contents=NO_CONTENTS)
+    assert (
+        Continuation.of(state_of(config), config, Algorithm.of(config), has_reference=True, contents=NO_CONTENTS).state
+        is not None
+    )
 
 
 def test_the_start_of_a_run_says_what_it_starts_from(tmp_path: Path) -> None:
@@ -127,3 +137,42 @@ def test_what_an_earlier_run_left_is_named_with_its_new_place(tmp_path: Path) ->
         "its rollouts/ is now rollouts.replaced_1/",
         "3 rows of its metrics are now in metrics.replaced.jsonl",
     ]
+
+
+def anything_else(value: Any) -> Iterator[Any]:
+    """What a field of JSON may hold besides `value`."""
+    yield from (other for other in (None, True, -1, 0.5, 10**30, "text", [None], {"x": 1}) if other != value)
+
+
+def test_a_state_that_was_edited_is_refused_by_the_name_of_the_field() -> None:
+    """Every field of run.json's state, and of its objects, is left out and set to other things in turn: an error that
+    names it, or a state, and never another exception."""
+    shelf = Shelf()
+    config = config_of("train.steps=2", "algorithm.kl_coef=0.1")
+    asked = itertools.count(1)
+    assert not trainer_of(config, checkpoints=shelf, stop=lambda: next(asked) == 4).run()
+    [(position, state)] = shelf.saved[-1:]
+    assert position == Position(0, 1, 1) and isinstance(state.step, SavedStep)
+    about = state.to_json()
+    about["contents"] = {"digests": {"data.train": "0" * 64}, "num_prompts": 8}
+    owners = [about, *(about[name] for name in ("guards", "taken", "contents", "step"))]
+    refused = 0
+    for owner in owners:
+        for name in list(owner):
+            value = owner.pop(name)
+            for other in (*anything_else(value), ...):
+                if other is not ...:
+                    owner[name] = other
+                try:
+                    found = RunState.from_saved(json.loads(json.dumps(about)), state.step.shares)
+                    if isinstance(found.step, SavedStep):
+                        StepState.restore(found.step.about, found.step.shares, OneRank(), torch.float64)
+                except CheckpointError as error:
+                    refused += 1
+                    assert name in str(error) or "unfinished step" in str(error)
+                owner.pop(name, None)
+            owner[name] = value
+    assert refused > 100
+    for position in ([0, 10**30, 0], [0, -1, 0], [1, 2], ["0", 1, 0]):
+        with pytest.raises(CheckpointError, match=r"state: position is .*expected a list of three counts"):
+            RunState.from_saved(about | {"position": position}, state.step.shares)

@@ -48,10 +48,10 @@ def test_touching_a_file_saves_once(tmp_path: Path) -> None:
     asked = tmp_path / "save"
 
     class Asking(TableSampler):
-        def generate(self, prompts, ids, *, greedy=False):
+        def generate(self, prompts, ids, *, greedy=False, **how):
             if len(self.ids) == 2:  # after the first evaluation and one step
                 asked.touch()
-            return super().generate(prompts, ids, greedy=greedy)
+            return super().generate(prompts, ids, greedy=greedy, **how)
 
     class Watching(Shelf):
         def save(self, position, state, *, wait):
@@ -76,10 +76,10 @@ def test_a_run_that_its_data_ends_is_saved_first(tmp_path: Path) -> None:
     shelf, config = Shelf(), config_of(f"run.dir={tmp_path}", "train.steps=4")
 
     class Ending(TableSampler):
-        def generate(self, prompts, ids, *, greedy=False):
+        def generate(self, prompts, ids, *, greedy=False, **how):
             if len(self.ids) == 3:
                 raise DataError("no such prompt")
-            return super().generate(prompts, ids, greedy=greedy)
+            return super().generate(prompts, ids, greedy=greedy, **how)
 
     policy = TablePolicy(shelf.ranks)
     with pytest.raises(DataError, match="no such prompt"):
@@ -91,10 +91,10 @@ def test_a_run_that_an_evaluation_ends_is_saved_first(tmp_path: Path) -> None:
     shelf, config = Shelf(), config_of(f"run.dir={tmp_path}", "train.steps=2")
 
     class Ending(TableSampler):
-        def generate(self, prompts, ids, *, greedy=False):
+        def generate(self, prompts, ids, *, greedy=False, **how):
             if greedy and len(self.ids) > 1:
                 raise DataError("no such prompt")
-            return super().generate(prompts, ids, greedy=greedy)
+            return super().generate(prompts, ids, greedy=greedy, **how)
 
     policy = TablePolicy(shelf.ranks)
     with pytest.raises(DataError, match="no such prompt"):

@@ -159,7 +159,7 @@ def test_the_reward_rises(variant: str) -> None:
 
 def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
     shelf, config = Shelf(), config_of("train.steps=5", "train.eval_every=2", "checkpoint.save_every=2")
-    writer = RunWriter(tmp_path, tensorboard=False, first_step=0)
+    writer = RunWriter(tmp_path, first_step=0)
     trainer_of(config, writer=writer, checkpoints=shelf).run()
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

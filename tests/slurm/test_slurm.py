@@ -32,11 +32,21 @@ def slurm(*command: str) -> str:
 class Job:
     """A run of the example's batch script with the tiny model, below `directory`, one process on each node."""
 
-    def __init__(self, directory: Path, *arguments: str, max_crashes: int = 0) -> None:
+    def __init__(self, directory: Path, *arguments: str, max_crashes: int = 0, site: str = "") -> None:
+        """`site`: the text of its site file, which then has to bring the environment, too."""
         self.directory, self.run = directory, directory / "run"
         directory.mkdir()
+        inherited = "ALL"
+        if site:
+            (directory / "site.sh").write_text(site)
+            inherited = "SITE=site.sh"
         # Nodes without GPUs, that jobs share; the limit is an hour, so that no signal comes by itself.
-        options = ["--gpus-per-node=0", "--oversubscribe", "--time=60", f"--export=ALL,MAX_CRASHES={max_crashes}"]
+        options = [
+            "--gpus-per-node=0",
+            "--oversubscribe",
+            "--time=60",
+            f"--export={inherited},MAX_CRASHES={max_crashes}",
+        ]
         script = [str(ROOT / "examples/slurm/train.sbatch"), "--config", str(HERE / "tiny.yaml"), f"run.dir={self.run}"]
         self.id = slurm("sbatch", "--parsable", f"--chdir={directory}", *options, *script, *arguments).strip()
 
@@ -146,8 +156,17 @@ def test_the_time_limit_is_announced_and_the_job_goes_on_afterwards(undisturbed:
     assert "continuing after" in job.log()
 
 
+SITE = f"""
+export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}:{HERE}
+srun --ntasks-per-node=1 bash -c 'echo data > "staged-$SLURM_NODEID"'
+torchrun_options+=(--log-dir "logs/$life" --tee 3)
+after_job() {{ echo "$1 $2" >> told; }}
+"""
+
+
 def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, tmp_path: Path) -> None:
-    job = Job(tmp_path / "job", max_crashes=1)
+    """It inherits nothing: its site file brings the environment, stages data, asks for logs, is told of both ends."""
+    job = Job(tmp_path / "job", max_crashes=1, site=SITE)
     job.wait_for_rows(3)
     job.kill_one_process()
     job.start_again()
@@ -156,3 +175,11 @@ def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, t
     job.wait_for_state("FAILED")
     assert job.shows("Restarts") == "1"
     assert "crash 2 in a row, given up" in job.log()
+    assert "gspo-" + job.id + ": site.sh" in job.log()
+    assert [path.name for path in sorted(job.directory.glob("staged-*"))] == ["staged-0", "staged-1"]
+    assert [line.split()[1] for line in (job.directory / "told").read_text().splitlines()] == ["requeued", "ended"]
+    # torchrun: logs/LIFE/ID_RANDOM/attempt_0/LOCAL_RANK/stdout.log, on each node.
+    logs = [len(list(job.directory.glob(f"logs/{life}/*/attempt_0/0/stdout.log"))) for life in range(2)]
+    assert logs == [2, 2] and "step 2/40" in "".join(
+        p.read_text() for p in job.directory.glob("logs/0/*/*/0/stdout.log")
+    )

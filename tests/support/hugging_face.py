@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
-from tests.support.grouped_query import hub_sizes
+from tests.support.families import HUB_SIZES
 
 TEMPLATE = """\
 {%- macro said(message) -%}
@@ -69,12 +69,12 @@ TEXT = [
 
 
 def model_folder(folder: Path, shape: ModelShape, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Qwen3-MoE model of random weights, under the names on the hub."""
+    """A model of random weights, under the names on the hub."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: (torch.randn(size, generator=generator) * 0.2 + (len(size) == 1)).to(dtype)
-        for name, size in hub_sizes(shape).items()
+        for name, size in HUB_SIZES[shape.family](shape).items()
     }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(family_of(shape).hf_config(shape)))

@@ -71,6 +71,8 @@ class Model:
     """Matrices of an expert on the hub."""
     renamed: tuple[str, str] = ("", "")
     """Part of a name in memory, and on the hub."""
+    float32: float = 5e-5
+    """Largest difference of a log-prob in float32."""
 
 
 MODELS: dict[str, Model] = {
@@ -115,6 +117,29 @@ MODELS: dict[str, Model] = {
             "rope_parameters": {k: v for k, v in YARN.items() if not k.startswith("mscale")} | {"truncate": False},
         },
         {"yarn": {}, "plain": {"rope_parameters": PLAIN, "tie_word_embeddings": True}},
+    ),
+    "qwen3_next": Model(
+        "Qwen3Next",
+        {
+            **GROUPED_QUERY,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "moe_intermediate_size": 14,
+            "shared_expert_intermediate_size": 22,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            # 6 of 10 dimensions
+            "rope_parameters": PLAIN | {"partial_rotary_factor": 0.65},
+        },
+        {
+            "every third": {"full_attention_interval": 3},
+            "tied": {"linear_num_value_heads": 2, "tie_word_embeddings": True},
+        },
+        # The two forms of the rule in transformers itself, by chunks and by tokens, differ by 2.3e-4.
+        float32=5e-4,
     ),
     "glm4_moe": Model(
         "Glm4Moe",

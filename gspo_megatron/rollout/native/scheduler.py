@@ -109,7 +109,9 @@ class DecodeScheduler:
         self.prompt_lengths = np.array([len(p.tokens) for p in prompts], dtype=np.int64)
         self.active = np.zeros(0, dtype=np.int64)
         self.row_copy = RowCopy(self.active, self.active, 0)
-        self._drawn: list[tuple[IntArray, IntArray, NDArray[np.float64]]] = []
+        # One row per rollout, as long as the longest response: memory that is never written to is never taken.
+        self._tokens = np.empty((len(prompts), max_new_tokens), dtype=np.int64)
+        self._log_probs = np.empty((len(prompts), max_new_tokens))
         largest_candidate = max(1, max_rows // 4)
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -178,35 +180,38 @@ class DecodeScheduler:
             self._plan_admissions()
         return micro_batches
 
-    def record(self, rollout_index: IntArray, tokens: IntArray, log_probs: NDArray[np.float64]) -> None:
+    def record(self, rollout_index: IntArray, tokens: IntArray, log_probs: NDArray[np.float64]) -> IntArray:
         """Records what was drawn for `rollout_index`, all active rollouts in any order. Of those that continue, the
-        last move to the rows that have become free."""
-        self._drawn.append((rollout_index, tokens, log_probs))
+        last move to the rows that have become free. Returns those that have ended."""
+        at = rollout_index, self.counts[rollout_index]
+        self._tokens[at], self._log_probs[at] = tokens, log_probs
         self.newest[rollout_index] = tokens
         self.counts[rollout_index] += 1
         self.states[rollout_index] = self.stops.after[self.states[rollout_index], tokens]
-        ended = self.states[self.active] == self.stops.end
-        continues = ~ended & (self.counts[self.active] < self.max_new_tokens)
+        is_ended = self.states[self.active] == self.stops.end
+        continues = ~is_ended & (self.counts[self.active] < self.max_new_tokens)
         num_rows = int(continues.sum())
         free = np.flatnonzero(~continues[:num_rows])
         moved = num_rows + np.flatnonzero(continues[num_rows:])
+        ended = self.active[~continues]
         self.active[free] = self.active[moved]
         self.active = self.active[:num_rows]
         self.row_copy = RowCopy(moved, free, int(self.positions(self.active[free]).max(initial=0)))
+        return ended
 
     def positions(self, rollout_index: IntArray) -> IntArray:
         """The position of each one's newest token in its sequence, which is also the number of its tokens in the
         cache."""
         return self.prompt_lengths[rollout_index] + self.counts[rollout_index] - 1
 
-    def rollouts(self, policy_version: int) -> list[Rollout]:
-        """All rollouts, in order."""
-        if not self._drawn:
-            return []
-        rollout_index, tokens, log_probs = (np.concatenate(x) for x in zip(*self._drawn, strict=True))
-        order = np.argsort(rollout_index, kind="stable")
-        of_each = [np.split(x[order], np.cumsum(self.counts))[:-1] for x in (tokens, log_probs)]
-        return [
-            Rollout(int(i), prompt, t.tolist(), p.tolist(), bool(state != self.stops.end), policy_version)
-            for i, prompt, state, t, p in zip(self.ids, self.prompts, self.states, *of_each, strict=True)
-        ]
+    def rollout(self, index: int, policy_version: int) -> Rollout:
+        """What was drawn of rollout `index`."""
+        count = self.counts[index]
+        return Rollout(
+            int(self.ids[index]),
+            self.prompts[index],
+            self._tokens[index, :count].tolist(),
+            self._log_probs[index, :count].tolist(),
+            bool(self.states[index] != self.stops.end),
+            policy_version,
+        )

@@ -1,0 +1,43 @@
+"""What a run reads, by its content: data, tokenizer and reward modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from gspo_megatron.base.files import digest_of
+from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.run.state import Contents
+
+OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
+"""The files of a Hugging Face folder that can be its tokenizer's."""
+
+
+def contents_of(inputs: Inputs) -> Contents:
+    """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
+    digests = {"data.train": inputs.train_prompts.digest, "data.eval": inputs.eval_prompts.digest}
+    digests = {name: digest for name, digest in digests.items() if digest}
+    for name, files in _files(inputs):
+        with suppress(OSError):
+            if files:
+                digests[name] = digest_of(*files)
+    return Contents(digests, inputs.train_prompts.size)
+
+
+def _files(inputs: Inputs) -> Iterator[tuple[str, list[Path]]]:
+    """(setting, files in order): of data.tokenizer and the modules of reward.functions."""
+    yield "data.tokenizer", _files_of(Path(inputs.config.data.tokenizer), OF_A_TOKENIZER)
+    for name in sorted({name.partition(":")[0] for name in inputs.config.reward.functions if ":" in name}):
+        spec = None
+        with suppress(Exception):  # importing the packages around a module runs user code
+            spec = find_spec(name)
+        yield f"reward module {name}", [Path(spec.origin)] if spec and spec.origin and spec.has_location else []
+
+
+def _files_of(path: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The file, or the files in a folder."""
+    if path.is_dir():
+        return sorted(file for pattern in patterns for file in path.glob(pattern) if file.is_file())
+    return [path] if path.is_file() else []

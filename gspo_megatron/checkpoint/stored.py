@@ -1,0 +1,112 @@
+"""A tensor in a safetensors file, of which parts are read and checked.
+
+Formats: https://huggingface.co/docs/safetensors. The library checks each header against its file when it opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gspo_megatron.base.errors import CheckpointError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the formats that a weight may have."""
+INTEGERS = {
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
+    torch.float16: (torch.int16, np.uint16, 0x7C00),
+    torch.float32: (torch.int32, np.uint32, 0x7F800000),
+    torch.float64: (torch.int64, np.uint64, 0x7FF0000000000000),
+}
+"""Signed and unsigned integers of the size of a number format, and infinity read as one."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, as a Sliceable.
+
+    Attributes:
+        dtype: safetensors' name of its number format.
+        size: of the whole tensor.
+        opened: the library's handle of the file.
+        allow_nan: whether NaN and infinity are read like other numbers.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    size: tuple[int, ...]
+    opened: Any
+    allow_nan: bool = False
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors in files that it is made of."""
+        return (self,)
+
+    def get_shape(self) -> list[int]:
+        return list(self.size)
+
+    @cached_property
+    def mapped(self) -> Tensor:
+        """The whole tensor. It is mapped, not read: the system reads the pages that are used."""
+        return self.opened.get_tensor(self.name)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        """
+        Raises:
+            CheckpointError: a number that is not finite.
+        """
+        numbers = self.mapped[part]
+        self.check(numbers)
+        return numbers
+
+    def check(self, numbers: Tensor) -> None:
+        """`numbers`: a part of this tensor.
+
+        Raises:
+            CheckpointError: one is not finite.
+        """
+        if not self.allow_nan and not all_finite(numbers):
+            bad = numbers[~torch.isfinite(numbers)][0].item()
+            raise CheckpointError(
+                f"{self.file}: {self.name} holds {bad}; download the file again, or set model.hf_allow_nan=true to use "
+                "it as it is"
+            )
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite.
+
+    Every bit of such a number's exponent is set, so read as an integer it exceeds all finite ones of its sign: positive
+    ones as signed integers, negative ones as unsigned. This needs no memory. torch.isfinite needs more than the tensor,
+    and in bf16 several times as long as reading it."""
+    signed, unsigned, infinity = INTEGERS[numbers.dtype]
+    integers = numbers.view(signed).numpy()
+    bounds = ((integers, infinity), (integers.view(unsigned), infinity + (1 << 8 * numbers.itemsize - 1)))
+    return all(int(each.max(initial=0)) < bound for each, bound in bounds)
+
+
+def tensors_of(file: Path, allow_nan: bool) -> Iterable[StoredTensor]:
+    """All tensors of a file.
+
+    Raises:
+        CheckpointError: it is not a safetensors file, or its header does not fit it.
+    """
+    try:
+        opened = safe_open(file, framework="pt")
+        for name in opened.keys():  # noqa: SIM118 -- it is not a mapping
+            part = opened.get_slice(name)
+            yield StoredTensor(name, file, part.get_dtype(), tuple(part.get_shape()), opened, allow_nan)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: it is truncated, or not a safetensors file ({error}); download it again"
+        ) from error
