@@ -65,6 +65,14 @@ def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtyp
     assert not all_finite(numbers)
 
 
+def test_layers_that_predict_several_tokens_are_left_out_of_qwen3_next(tmp_path: Path) -> None:
+    folder = HuggingFaceFolder(write(tmp_path))
+    assert folder.left_out("mtp.layers.0.x") is None
+    folder.config["model_type"] = "qwen3_next"
+    assert "several tokens" in (folder.left_out("mtp.layers.0.x") or "")
+    assert folder.left_out("model.layers.0.x") is None
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
