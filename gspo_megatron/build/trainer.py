@@ -112,7 +112,7 @@ def open_trainer(
             guards=state.guards if state else None,
             taken=continuation.taken,
             contents=contents,
-            peak_flops=gpu.peak_flops(fp8=config.precision.fp8 != "none") if gpu else None,
+            peak_flops=gpu.peak_of(config.precision.dtype, fp8=config.precision.fp8 != "none") if gpu else None,
             stop=stop,
             note=watchdog.note,
         )

@@ -19,6 +19,8 @@ from torch import Tensor
 from gspo_megatron.base.batches import COLUMNS, IGNORED, MicroBatch, PackingRules, Sequence
 from gspo_megatron.base.errors import ConfigError, DataError
 
+Plan = list[list[list[int]]]
+"""plan[rank][micro-batch] -> indices of sequences."""
 FREE = PackingRules()
 """The rules of a single rank: no padding, any number of micro-batches."""
 
@@ -66,13 +68,14 @@ def plan_micro_batches(
     *,
     cost: Callable[[int], float] = float,
     rules: PackingRules = FREE,
-) -> list[list[list[int]]]:
+) -> Plan:
     """plan[rank][micro-batch] -> indices into `lengths`; every sequence once.
 
     1. Costliest first, each sequence goes to the rank with the least total `cost` so far: the totals of two ranks then
        differ by no more than one sequence.
     2. Longest first, each sequence of a rank goes to the micro-batch with the fewest tokens so far. All ranks have the
-       same number of these, the smallest multiple of rules.count_multiple above 0 with which none exceeds `max_tokens`.
+       same number of these, the smallest multiple of rules.count_multiple above 0 with which none exceeds `max_tokens`;
+       of more than 100, up to 1 % more.
     3. A rank's micro-batches are ordered by tokens, largest first, so that the k-th ones of all ranks have similar
        sizes: expert layers make ranks wait for each other.
 
@@ -98,13 +101,13 @@ def plan_micro_batches(
     longest_first = sorted(range(len(padded)), key=padded.__getitem__, reverse=True)
     shares = _spread(longest_first, [cost(length) for length in padded], dp_size)
     fewest = max(1, *(_fewest([padded[i] for i in share], max_tokens) for share in shares))
-    counts = itertools.count(_round_up(fewest, rules.count_multiple), rules.count_multiple)
-    plans = ([_spread(share, padded, count) for share in shares] for count in counts)
-    return next(
-        plan
-        for plan in plans
-        if all(sum(padded[i] for i in index) <= max_tokens for micro_batches in plan for index in micro_batches)
-    )
+
+    def plan_of(count: int) -> tuple[Plan, int]:
+        """With `count` micro-batches a rank, and the tokens of the fullest."""
+        plan = [_spread(share, padded, count) for share in shares]
+        return plan, max(sum(padded[i] for i in index) for micro_batches in plan for index in micro_batches)
+
+    return _with_fewest(plan_of, max_tokens, _round_up(fewest, rules.count_multiple), rules.count_multiple)
 
 
 def build_micro_batch(
@@ -213,8 +216,7 @@ def zigzag(lengths: Seq[int], rank: int, size: int) -> Tensor:
 
 def _fewest(lengths: Seq[int], max_tokens: int) -> int:
     """A lower bound on the micro-batches that hold `lengths`: by their sum, and for every k because at most k
-    sequences longer than max_tokens / (k + 1) fit together. Where the bound falls short, the search for the right
-    number is one by one and takes long."""
+    sequences longer than max_tokens / (k + 1) fit together."""
     bound, longest_first = math.ceil(sum(lengths) / max_tokens), sorted(lengths, reverse=True)
     for count, length in enumerate(longest_first, start=1):
         together = max_tokens // length
@@ -222,12 +224,41 @@ def _fewest(lengths: Seq[int], max_tokens: int) -> int:
     return bound
 
 
+def _with_fewest(plan_of: Callable[[int], tuple[Plan, int]], max_tokens: int, first: int, multiple: int) -> Plan:
+    """The plan of the smallest count among first, first + multiple, ... with at most `max_tokens` in the fullest, or of
+    one that is at most 1 % larger: a search to the end would grow with the number of sequences.
+
+    One micro-batch more never makes the fullest fuller: each sequence still goes to the emptiest of them. So the counts
+    that work are all those from one on. It is looked for in turns where the fullest would have `max_tokens` if its
+    tokens were inverse to the count, which is nearly so, and in the middle of what is left, which ends any search soon.
+    """
+    below, above, count = first - multiple, 0, first
+    best: Plan = []
+    for guessing in itertools.cycle((True, False)):
+        plan, fullest = plan_of(count)
+        if fullest <= max_tokens:
+            above, best = count, plan
+        else:
+            below = count
+        if above and above - below <= max(multiple, above // 100):
+            break
+        if guessing:
+            count = _round_up(math.ceil(count * fullest / max_tokens), multiple)
+        else:
+            count = below + _round_up((above - below) // 2, multiple) if above else 2 * below
+        count = max(below + multiple, min(count, above - multiple) if above else count)
+    return best
+
+
 def _spread(items: Seq[int], weight: Seq[float], parts: int) -> list[list[int]]:
     """Heaviest first (in the order of `items` where equal), each item goes to the part that is lightest so far. Returns
     the parts, heaviest first."""
-    members: list[list[int]] = [[] for _ in range(parts)]
-    loads = [(0.0, part) for part in range(parts)]  # a heap: the first is the lightest, of equals the lowest part
-    for item in sorted(items, key=weight.__getitem__, reverse=True):
+    heaviest_first = sorted(items, key=weight.__getitem__, reverse=True)
+    members = [[item] for item in heaviest_first[:parts]]  # while parts are empty, they are the lightest
+    members += [[] for _ in range(parts - len(members))]
+    loads = [(sum(weight[item] for item in of_part), part) for part, of_part in enumerate(members)]
+    heapq.heapify(loads)  # the first is the lightest, of equals the lowest part
+    for item in heaviest_first[parts:]:
         load, lightest = loads[0]
         members[lightest].append(item)
         heapq.heapreplace(loads, (load + weight[item], lightest))

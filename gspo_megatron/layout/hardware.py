@@ -23,6 +23,7 @@ class Gpu:
         domain: GPUs that NVLink joins.
         fp8_recipe: the value of precision.fp8 that suits it; empty where there is none.
         source: where the numbers are from.
+        fp32_tflops: without tensor cores, which a float32 run does not use: torch leaves TF32 off. 0: not known.
     """
 
     name: str
@@ -36,10 +37,17 @@ class Gpu:
     domain: int
     fp8_recipe: str
     source: str
+    fp32_tflops: float = 0.0
 
     def peak_flops(self, *, fp8: bool) -> float:
-        """Per second."""
+        """Per second, of products in bf16 or FP8."""
         return 1e12 * (self.fp8_tflops if fp8 else self.bf16_tflops)
+
+    def peak_of(self, dtype: str, *, fp8: bool) -> float | None:
+        """Per second, of products in precision.dtype; None where it is not known."""
+        if fp8 or dtype == "bf16":
+            return self.peak_flops(fp8=fp8)
+        return 1e12 * self.fp32_tflops if dtype == "fp32" and self.fp32_tflops else None
 
 
 _A100 = "NVIDIA A100 80GB SXM data sheet; DGX A100 data sheet (8 x 200 Gb/s for compute)"
@@ -53,10 +61,10 @@ _GB300 = "NVIDIA GB300 NVL72 data sheet (20 TB, 576 TB/s for 72; 800 Gb/s a GPU)
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 79.3, 312, 0, 2039, 300, 25, 32, 8, "", _A100),
-        Gpu("h100", 79.6, 989.4, 1978.9, 3350, 450, 50, 64, 8, "blockwise", _H100),
-        Gpu("h200", 140.4, 989.4, 1978.9, 4800, 450, 50, 64, 8, "blockwise", _H200),
-        Gpu("h20", 95.6, 148, 296, 4000, 450, 50, 64, 8, "blockwise", _H20),
+        Gpu("a100", 79.3, 312, 0, 2039, 300, 25, 32, 8, "", _A100, 19.5),
+        Gpu("h100", 79.6, 989.4, 1978.9, 3350, 450, 50, 64, 8, "blockwise", _H100, 66.9),
+        Gpu("h200", 140.4, 989.4, 1978.9, 4800, 450, 50, 64, 8, "blockwise", _H200, 66.9),
+        Gpu("h20", 95.6, 148, 296, 4000, 450, 50, 64, 8, "blockwise", _H20, 44),
         Gpu("b200", 178.4, 2250, 4500, 8000, 900, 50, 64, 8, "mxfp8", _B200),
         Gpu("gb200", 184.0, 2500, 5000, 8000, 900, 50, 225, 72, "mxfp8", _GB200),
         Gpu("gb300", 276.0, 2500, 5000, 8000, 900, 100, 225, 72, "mxfp8", _GB300),

@@ -117,10 +117,9 @@ def _by_distance(config: Config, asked: Layout) -> Iterator[tuple[Fraction, Layo
 
     Best-first search over prefixes (tp; tp and pp; ...): the nearest one is extended by every size of its next axis.
     """
-    of_world = _divisors(asked.world_size)
+    of_world = divisors_of(asked.world_size)
     uneven = (asked.first, asked.last)
-    num_layers = config.model.num_layers
-    of_layers = _divisors(num_layers) if uneven == (None, None) else list(range(1, num_layers + 1))
+    of_layers = divisors_of(config.model.num_layers)  # vpp divides the layers of every stage, and so all
     beginnings: list[tuple[Fraction, tuple[Fraction, ...], tuple[int, ...]]] = [(Fraction(1), (), ())]
     while beginnings:
         distance, ratios, sizes = heapq.heappop(beginnings)
@@ -147,7 +146,7 @@ def changed_axes(asked: Layout, other: Layout) -> list[str]:
     return [axis for axis in AXES if getattr(other, axis) != getattr(asked, axis)]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors_of(number: int) -> list[int]:
     """Ascending. Each up to the root has a partner above it."""
     small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from itertools import product
 
 from gspo_megatron.config.sections import Config
-from gspo_megatron.layout.layout import Layout, broken_rules
+from gspo_megatron.layout.layout import Layout, broken_rules, divisors_of
 from gspo_megatron.layout.memory import GIB, RESERVED_GIB, Memory, fullest_stage, held_sizes, rollouts_at_once
 from gspo_megatron.layout.stages import uneven_stages
 from gspo_megatron.layout.timing import Cluster, StepTime, Work
@@ -100,7 +100,7 @@ def layouts(config: Config, world_size: int, node: int) -> Iterator[Layout]:
     """Those that keep all rules. Tensor parallel stays inside a node; stages are unequal only where equal ones do not
     work, and then the best balanced."""
     m = config.model.shape
-    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+    divisors = divisors_of(world_size)
     tps = [d for d in divisors if d <= min(MAX_TP, node)]
     cps = [d for d in divisors if d <= MAX_CP]
     pps = [d for d in divisors if d <= min(MAX_PP, m.num_layers)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import accumulate
 
 
 def stage_layers(num_layers: int, pp: int, first: int | None = None, last: int | None = None) -> tuple[int, ...]:
@@ -63,20 +63,19 @@ def broken_stages(num_layers: int, pp: int, vpp: int, first: int | None, last: i
 
 def uneven_stages(num_layers: int, pp: int, vpp: int) -> Iterator[tuple[int | None, int | None]]:
     """(first_stage_layers, last_stage_layers) that work, the best balanced first: smallest largest stage, then the
-    most equal ones, then the fewest layers on the outer stages, which hold a vocabulary matrix each; the first before
-    the last."""
+    most equal ones, then the fewest layers on the outer stages, which hold a vocabulary matrix each. Of those with the
+    same stages between, the best one alone: the outer two are as equal as can be, the first before the last."""
     if pp < 2 or num_layers < pp * vpp:
         return
     pairs: Iterator[tuple[int, int | None]]
+    if num_layers % vpp:
+        return
+    chunks = num_layers // vpp
     if pp == 2:
-        pairs = ((first, None) for first in range(vpp, num_layers - vpp + 1, vpp) if (num_layers - first) % vpp == 0)
+        pairs = iter([((chunks + 1) // 2 * vpp, None)])
     else:
-        outer = range(vpp, num_layers, vpp)
-        pairs = (
-            (first, last)
-            for first, last in product(outer, outer)
-            if (left := num_layers - first - last) > 0 and left % ((pp - 2) * vpp) == 0
-        )
+        outer = (chunks - middle for middle in range(pp - 2, chunks - 1, pp - 2))
+        pairs = (((both + 1) // 2 * vpp, both // 2 * vpp) for both in outer)
 
     def imbalance(pair: tuple[int | None, int | None]) -> tuple[int, ...]:
         sizes = stage_layers(num_layers, pp, *pair)

@@ -13,10 +13,10 @@ class Throughput:
     """Tokens and floating-point operations of a step, by the second.
 
     Attributes:
-        cost: forward FLOPs of a sequence of so many tokens (`models.counts.sequence_cost`).
+        cost: number of tokens in a sequence -> FLOPs of its forward (`models.counts.sequence_cost`).
         scorings: forwards of every trained sequence ahead of the updates: old and reference log-probs.
         num_processes: of the run; each has a GPU.
-        peak_flops: of one GPU, by its data sheet; None where that is not known, as on a CPU.
+        peak_flops: of one GPU in the run's number format, by its data sheet; None where that is not known, as on a CPU.
     """
 
     cost: Callable[[int], float]

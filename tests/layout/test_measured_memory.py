@@ -52,6 +52,11 @@ LATENT = (
     *("model.q_lora_rank=192", "model.kv_lora_rank=128", "model.qk_nope_head_dim=48", "model.qk_rope_head_dim=16"),
     *("model.v_head_dim=32", "model.router_groups=1", "model.router_groups_per_token=1"),
 )
+DELTA_NET = (
+    *("model.full_attention_interval=3", "model.shared_expert_ffn_size=192"),
+    *("model.linear_num_key_heads=4", "model.linear_num_value_heads=8", "model.linear_key_head_dim=32"),
+    "model.linear_value_head_dim=48",
+)
 FAMILIES = {
     "qwen3_moe": (*GROUPED, *EXPERTS),
     "deepseek_v3": ("model.preset=tiny_mla", *LATENT, *EXPERTS, *SHARED),
@@ -59,6 +64,7 @@ FAMILIES = {
     "mixtral": ("model.preset=tiny_mixtral", "model.sliding_window=200", *GROUPED, *EXPERTS),
     "glm4_moe": ("model.preset=tiny_glm", *GROUPED, *EXPERTS, *SHARED),
     "gpt_oss": ("model.preset=tiny_gpt_oss", "model.sliding_window=200", *GROUPED, *EXPERTS),
+    "qwen3_next": ("model.preset=tiny_qwen3_next", *GROUPED, *EXPERTS, *DELTA_NET),
 }
 
 
@@ -194,6 +200,12 @@ def test_activations_of_other_families_are_within_a_tenth(family: str, dtype: st
     assert planned == pytest.approx(measured, rel=0.1), f"{planned / measured - 1:+.1%}"
 
 
+def test_activations_of_gated_delta_nets_are_within_a_tenth() -> None:
+    """Two of them and a layer of attention with a gate, all with experts."""
+    [(measured, planned)] = run_distributed(update_peak, 1, ("precision.dtype=fp32",), "qwen3_next")
+    assert planned == pytest.approx(measured, rel=0.1), f"{planned / measured - 1:+.1%}"
+
+
 def head_peak(dtype: str, vocab_size: int) -> tuple[int, float]:
     """(measured, planned) bytes of log-probs alone, forward and backward."""
     run = Run(1, f"precision.dtype={dtype}", f"model.vocab_size={vocab_size}")
@@ -231,13 +243,19 @@ def cache_of_a_rollout(world_size: int, overrides: tuple[str, ...]) -> tuple[int
     prompts = [Prompt(i, "", tuple(range(2, 34)), "") for i in range(6)]
     sampler.generate(prompts, list(range(6)))
     [cache] = made
-    measured = sum(x.untyped_storage().nbytes() for layer in cache._layers.values() for x in layer)
+    kept = (*cache._layers.values(), *cache._states.values())
+    measured = sum(x.untyped_storage().nbytes() for layer in kept for x in layer)
     return measured, cache_bytes(run.config, run.layout, run.groups.pp_rank, rows=4, positions=32 + 8)
 
 
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
-    [(1, ()), (2, ("parallel.tp=2", "precision.dtype=bf16")), (2, ("parallel.pp=2", "parallel.first_stage_layers=2"))],
+    [
+        (1, ()),
+        (2, ("parallel.tp=2", "precision.dtype=bf16")),
+        (2, ("parallel.pp=2", "parallel.first_stage_layers=2")),
+        (2, (*FAMILIES["qwen3_next"], "parallel.tp=2", "precision.dtype=bf16")),
+    ],
 )
 def test_the_cache_is_exact(world_size: int, overrides: tuple[str, ...]) -> None:
     for measured, planned in run_distributed(cache_of_a_rollout, world_size, world_size, overrides):

@@ -58,8 +58,13 @@ def test_what_is_proposed_works_and_is_the_best_balanced_that_does() -> None:
         if pp == 1:
             continue
         proposed = [stage_layers(num_layers, pp, *pair) for pair in uneven_stages(num_layers, pp, vpp)]
-        assert set(proposed) == working and len(proposed) == len(working)
-        assert not working or max(proposed[0]) == min(map(max, working))
+        # One for each number of layers between the outer stages, and the best of all first.
+        between = [sizes[1:-1] for sizes in proposed]
+        assert set(proposed) <= working and set(between) == {sizes[1:-1] for sizes in working}
+        assert len(between) == len(set(between))
+        assert not working or (max(proposed[0]), max(proposed[0]) - min(proposed[0])) == min(
+            (max(sizes), max(sizes) - min(sizes)) for sizes in working
+        )
         for split in working:
             assert sum(split) == num_layers and not any(size % vpp for size in split)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sequence
+from gspo_megatron.layout.hardware import GPUS
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.throughput import Throughput
 
@@ -35,3 +36,11 @@ def test_groups_and_lengths() -> None:
     assert (found["groups/all_right_fraction"], found["groups/all_wrong_fraction"]) == (0.25, 0.25)
     lengths = [found[f"response_length/{name}"] for name in ("p50", "p90", "max")]
     assert lengths == [5.0, pytest.approx(8.6), 10]
+
+
+def test_the_peak_is_that_of_the_number_format() -> None:
+    """A float32 run does not use tensor cores: against the bf16 peak it would never get above 0.07."""
+    h100, gb300 = GPUS["h100"], GPUS["gb300"]
+    known = [h100.peak_of("bf16", fp8=False), h100.peak_of("bf16", fp8=True), h100.peak_of("fp32", fp8=False)]
+    assert known == pytest.approx([989.4e12, 1978.9e12, 66.9e12])
+    assert gb300.peak_of("fp32", fp8=False) is None and h100.peak_of("fp64", fp8=False) is None
