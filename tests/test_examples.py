@@ -1,9 +1,12 @@
 """The recipes of examples/ for clusters: each fits its GPUs on paper, and its layout, shrunk, changes no gradient.
-Those that start from a folder get one with the published sizes, a tokenizer made here, and no weights."""
+Those that start from a folder get one with the published sizes, a tokenizer made here, and files of weights that are
+holes after their headers, so that they take no space."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.layout.hardware import GPUS
 from gspo_megatron.models.families import family_of
 from gspo_megatron.train import main
+from tests.support.families import HUB_SIZES
 from tests.support.hugging_face import tokenizer_folder
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +41,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         folder = tokenizer_folder(tmp_path_factory.mktemp(name))
         shape = load_config(None, [f"model.preset={preset}"]).model.shape
         (folder / "config.json").write_text(json.dumps(family_of(shape).hf_config(shape)))
+        write_holes(folder, HUB_SIZES[shape.family](shape))
         made[name] = [f"model.hf={folder}"]
     return made
+
+
+def write_holes(folder: Path, sizes: dict[str, tuple[int, ...]]) -> None:
+    """The safetensors files of a model in bf16 without data: the length of a header, names and places, nothing."""
+    files: dict[str, list[str]] = {}
+    for name in sizes:
+        files.setdefault("-".join(name.split(".")[:3]) + ".safetensors", []).append(name)
+    for file, names in files.items():
+        end, header = 0, {}
+        for name in names:
+            begin, end = end, end + 2 * math.prod(sizes[name])
+            header[name] = {"dtype": "BF16", "shape": sizes[name], "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(folder / file, 8 + len(text) + end)
+    index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def test_every_recipe_is_listed() -> None:
