@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from gspo_megatron.objective.corrections import CORRECTIONS
 PARAMETERS = {"off_policy_mask": {"correction.delta": 0.1}}
 
 
-def timed(run) -> float:
+def timed(run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -56,8 +58,10 @@ def main() -> None:
     segments = Segments.from_lengths(lengths_S)
 
     def update(variant: Variant) -> None:
-        sampler = {"sampler_log_probs_T": sampler_R} if variant.correction.acts else {}
-        loss, _ = PolicyObjective(variant, kl_coef=0.0)(new_R, old_R, advantages_S, segments, **sampler)
+        sampler = sampler_R if variant.correction.acts else None
+        loss, _ = PolicyObjective(variant, kl_coef=0.0)(
+            new_R, old_R, advantages_S, segments, sampler_log_probs_T=sampler
+        )
         torch.autograd.grad(loss, new_R)
 
     # One small model layer's worth of what comes before: log-probs of the same tokens.
@@ -75,7 +79,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(args.repeats):  # in turn, so that a busy moment meets all of them
         for name, variant in rows.items():
-            seconds[name].append(timed(lambda variant=variant: update(variant)))
+            seconds[name].append(timed(partial(update, variant)))
     of_log_probs = 16 * min(timed(log_probs) for _ in range(5))
     fastest = {name: min(values) for name, values in seconds.items()}
     result = {

@@ -31,6 +31,7 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
             *(*SMALL, *few, *sizes, "data.tokenizer=characters:0123456789>", f"run.dir={tmp_path}"),
             *("train.steps=1", "train.warm_start_steps=1", "algorithm.kl_coef=0.1", "algorithm.entropy_coef=0.01"),
             *("model.aux_loss_coef=0.01", "algorithm.routing_replay=compare", "logging.tensorboard=false"),
+            "algorithm.correction=token_tis",
         ],
     )
     assert status == 0, errors
