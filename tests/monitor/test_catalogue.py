@@ -18,6 +18,9 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_path: Path) -> None:
     import json
 
+    rows = ({"prompt": f"{a}{b}>", "answer": f"{min(a, b)}{max(a, b)}"} for a in range(4) for b in range(4))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = f"[{{source: {tmp_path}/pairs.jsonl, name: pairs}}, {{source: 'task:sort_digits', name: sorted}}]"
     few = ("rollout.prompts_per_step=4", "rollout.group_size=2", "data.eval_size=4", "algorithm.updates_per_rollout=2")
     sizes = (
         "model.vocab_size=16",
@@ -28,19 +31,24 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
     [(status, errors)] = forked(
         1,
         [
-            *(*SMALL, *few, *sizes, "data.tokenizer=characters:0123456789>", f"run.dir={tmp_path}"),
+            *(*SMALL, *few, *sizes, "data.tokenizer=characters:0123456789>", f"run.dir={tmp_path / 'run'}"),
             *("train.steps=1", "train.warm_start_steps=1", "algorithm.kl_coef=0.1", "algorithm.entropy_coef=0.01"),
             *("model.aux_loss_coef=0.01", "algorithm.routing_replay=compare", "logging.tensorboard=false"),
-            "algorithm.correction=token_tis",
+            *(
+                "algorithm.correction=token_tis",
+                f"data.train={sources}",
+                "data.curriculum=1",
+                "data.eval=task:sort_digits",
+            ),
         ],
     )
     assert status == 0, errors
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    keys = dict.fromkeys(key for row in rows for key in row)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    keys = dict.fromkeys(key for row in found for key in row)
     assert not [key for key in keys if entry_of(key) is None]
     assert not [entry.key for entry in CATALOGUE if not any(entry_of(key) is entry for key in keys)]
     # The CPU's peak is not known; everything else is a number with these settings.
-    assert [key for key, value in (rows[0] | rows[1]).items() if value is None] == ["mfu"]
+    assert [key for key, value in (found[0] | found[1]).items() if value is None] == ["mfu"]
     assert len({board_name(key) for key in keys}) == len(keys)
 
 
