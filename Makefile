@@ -120,12 +120,14 @@ test-triton: $(TRITONS:%=.venv-triton/%/.installed) ## Compile the log-prob kern
 	done
 
 # What transformers computes is the reference for weights, log-probs, gradients and tokens; the other tests skip it, and
-# wandb, which writes its files here.
-test-hf: .venv-hf/.installed ## Compare model families with transformers; metrics in wandb
+# wandb, which writes its files here. With the next Megatron-Core, every variant of every family on tp 2.
+test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families with transformers; metrics in wandb
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
 		tests/mcore/test_hugging_face.py tests/monitor/test_sinks.py \
 		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
+	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
+		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
 	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)

@@ -32,7 +32,7 @@ def slow(response):
     time.sleep({seconds})
     return 1.0
 """
-GROUP, GROUPS, WORKERS = 8, 8, 16
+GROUP, GROUPS, WORKERS = 8, 8, 8
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def slow_step(seconds: float, sampling: float) -> dict[str, Any]:
     """A step of GROUPS groups, which end one after the other over `sampling` seconds, and its rewards."""
     rewards = Rewards({"benchmarked_rewards:slow": 1.0}, workers=WORKERS)
     asked = rollouts([""] * (GROUP * GROUPS), [""] * (GROUP * GROUPS))
-    rewards.score(asked[:1])  # which starts the processes
+    rewards.score(asked[:WORKERS])  # which starts the processes
     start = time.perf_counter()
     with GroupScores(rewards, lambda rollout: None, first_id=0, size=GROUP) as scores:
         for i, rollout in enumerate(asked):

@@ -151,7 +151,8 @@ def test_train_accepts_the_command_of_the_manifest(
     command = manifest[1]["spec"]["template"]["spec"]["containers"][0]["command"]
     arguments = command[command.index("gspo_megatron.train") + 1 :]
     monkeypatch.chdir(ROOT)
-    arguments = [word.replace("/runs/run.yaml", "examples/qwen3_30b_a3b_gspo.yaml") for word in arguments]
+    monkeypatch.syspath_prepend(str(ROOT / "tests/slurm"))  # its reward
+    arguments = [word.replace("/runs/run.yaml", "tests/slurm/tiny.yaml") for word in arguments]
     assert main([*arguments, "--dry-run", "--world-size", "16"]) == 0
 
 

@@ -20,6 +20,7 @@ from gspo_megatron.train import main as train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+JOURNEYS = (ROOT / "docs" / "journeys.md").read_text()
 
 
 def block(language: str) -> str:
@@ -27,10 +28,10 @@ def block(language: str) -> str:
     return found
 
 
-def commands(start: str) -> list[list[str]]:
-    """Words of the printed command that begins so."""
-    joined = README.replace("\\\n", " ")
-    return [shlex.split(line) for line in joined.splitlines() if line.startswith(start)]
+def commands(start: str, page: str = README) -> list[list[str]]:
+    """Words of the printed commands that begin so."""
+    joined = page.replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in joined.splitlines() if line.startswith(start)]
 
 
 def test_the_example_of_data_and_reward_is_in_the_folder() -> None:
@@ -76,18 +77,14 @@ def started(arguments: list[str]) -> tuple[int, str]:
         return train(arguments), out.getvalue()
 
 
-def test_the_commands_that_plan_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    ((_, _, _, *dry_run),) = commands("python -m gspo_megatron.train --dry-run")
-    assert train(dry_run) == 0
-    ((_, _, *plan),) = commands("python tools/plan_layout.py")
-    assert plan_layout.main(plan) == 0 and (tmp_path / "run.yaml").exists()
-
-
-def test_the_commands_for_clusters_can_start_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a CPU can tell: their settings are planned for their number of processes, on H100s."""
+def test_the_commands_that_plan_run_as_printed_and_those_for_clusters_can_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second as far as a CPU can tell: their settings are planned for their number of processes, on H100s."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    ((_, _, _, *dry_run),) = commands("python -m gspo_megatron.train --dry-run")
+    assert train(dry_run) == 0
     ((_, _, *plan),) = commands("python tools/plan_layout.py")
     assert plan_layout.main(plan) == 0
     # What the first example trains its tokenizer to, in the commands before.
@@ -106,6 +103,13 @@ def test_the_commands_for_clusters_can_start_as_printed(tmp_path: Path, monkeypa
     for words, count in ((small, 8), (["gspo_megatron.train", *batch[4:]], 32), (launch, 32)):
         arguments = words[words.index("gspo_megatron.train") + 1 :]
         assert train([*arguments, "--dry-run", "--world-size", str(count), "--gpu-memory", "79.6"]) == 0
+    # Those of the journeys: what plans as printed, what trains as a plan.
+    for words in commands("python -m gspo_megatron.train", JOURNEYS):
+        assert train(words[3:]) == 0
+    starts = [*commands("torchrun", JOURNEYS), *commands("sbatch", JOURNEYS)]
+    assert len(starts) == 3
+    for words in starts:
+        assert train([*words[words.index("--config") :], "--dry-run", "--world-size", "2"]) == 0
     ((_, _, *check),) = commands("python tools/check_layout.py")
     assert check_layout.main(check) == 0
     sys.modules.pop("my_rewards", None)

@@ -15,20 +15,21 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError, shortened
 from gspo_megatron.build.data import NamedSource, sources_of
 from gspo_megatron.build.inputs import tokenizer_spec, with_rewards
+from gspo_megatron.build.rewards import rewards_of
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.prompts import Read, read_rows
 from gspo_megatron.data.sources import SOURCES, filters_of, open_source, reader_of, scheme_of
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.data.tokenizers import load_tokenizer
-from gspo_megatron.rewards.rewards import Rewards, score_rollouts
+from gspo_megatron.rewards.rewards import Reward, score_rollouts
 
 SHOWN_CHARACTERS, SHOWN_TOKENS, SHOWN_PLACES = 2000, 60, 3
 BAR = 40
@@ -136,7 +137,7 @@ def _histogram(lengths: Sequence[int]) -> Iterator[str]:
     yield f"   median {half:,}, nine in ten at most {most:,}, longest {ordered[-1]:,}"
 
 
-def judge(rewards: Rewards, prompts: Sequence[Prompt]) -> tuple[bool, Iterator[str]]:
+def judge(rewards: Reward, prompts: Sequence[Prompt]) -> tuple[bool, Iterator[str]]:
     """Whether the reward tells written solutions from wrong answers, and the report about it."""
     pairs = [(p, next((q for q in prompts if q.answer != p.answer), None)) for p in prompts]
     cases = [(p, p.solution, wrong.solution) for p, wrong in pairs if wrong is not None]
@@ -162,7 +163,7 @@ def judge(rewards: Rewards, prompts: Sequence[Prompt]) -> tuple[bool, Iterator[s
     return tells, report()
 
 
-def _scored(rewards: Rewards, asked: Sequence[tuple[Prompt, str]]) -> list[Rollout]:
+def _scored(rewards: Reward, asked: Sequence[tuple[Prompt, str]]) -> list[Rollout]:
     rollouts = [
         Rollout(i, prompt, [], [], truncated=False, policy_version=0, text=text)
         for i, (prompt, text) in enumerate(asked)
@@ -190,12 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect(config: Config, options: argparse.Namespace) -> int:
     config = with_rewards(replaced(config, {"data.tokenizer": tokenizer_spec(config)}))
     tokenizer = load_tokenizer(config.data.tokenizer)
-    rewards = Rewards(config.reward.functions, config.reward.accuracy, "count")
+    rewards = rewards_of(replaced(config, {"reward.on_error": "count"}))
     kept, good = max(options.rows, options.judge), True
     for source in sources_of(config, options.split):
         found, report = inspect_source(config, source, tokenizer, rows=options.rows, limit=options.limit, kept=kept)
         print(*report, sep="\n")
-        tells, verdict = judge(rewards, found.prompts[: options.judge])
+        named = [replace(prompt, source=source.name) for prompt in found.prompts[: options.judge]]
+        tells, verdict = judge(rewards, named)
         print(*verdict, sep="\n")
         filters = filters_of(source.spec)
         stops = [reason for reason in found.reasons if filters.rule(reason) == "error"]

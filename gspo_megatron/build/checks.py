@@ -321,8 +321,8 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
     r, wait = config.reward, config.parallel.timeout_s
     if r.timeout_s >= wait and any(":" in term for term in (*r.functions, *(str(t.get("function")) for t in r.terms))):
         notes.append(
-            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks give up on one whose reward "
-            "takes that long before it does; lower the one or raise the other"
+            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks would give up on the one that "
+            "waits for such a reward; lower the first or raise the second"
         )
     if algorithm.balances_load:
         notes.append(

@@ -28,14 +28,14 @@ class NamedSource(NamedTuple):
 
     Attributes:
         own: the settings that it has for itself, by name.
-        reward: the reward of its rollouts; None: that of the run.
+        reward: functions of its rollouts' reward with their weights; None: those of the run.
     """
 
     spec: DataSpec
     own: Mapping[str, Any]
     name: str = ""
     weight: float = 1.0
-    reward: str | None = None
+    reward: Mapping[str, float] | None = None
 
 
 def sources_of(config: Config, split: str) -> list[NamedSource]:
@@ -120,10 +120,11 @@ def _source_of(config: Config, split: str, place: str, entry: Any) -> NamedSourc
             raise ConfigError(f"{place} has an unknown key {key!r}{near} Keys: {', '.join((*OWN, *SETTINGS))}")
     own = {key: value for key, value in entry.items() if key in SETTINGS}
     d = replaced(config, {f"data.{key}": value for key, value in own.items()}).data if own else config.data
-    weight, reward = entry.get("weight", 1.0), entry.get("reward")
+    weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ConfigError(f"{place}: weight {weight!r} must be a number of 0 or more")
-    name = str(entry.get("name") or (_name_of(entry["source"]) if place.endswith("]") else ""))
+    has_own_name = place.endswith("]") or "reward" in entry
+    name = str(entry.get("name") or (_name_of(entry["source"]) if has_own_name else ""))
     spec = DataSpec(
         source=entry["source"],
         split=split,
@@ -132,7 +133,23 @@ def _source_of(config: Config, split: str, place: str, entry: Any) -> NamedSourc
         **{key: getattr(d, key) for key in (*SETTINGS, "chat_date")},
         cache=Cache(Path(config.run.cache)) if config.run.cache else Cache(),
     )
-    return NamedSource(spec, own, name, float(weight), reward)
+    return NamedSource(spec, own, name, float(weight), _reward_of(entry, place))
+
+
+def _reward_of(entry: Mapping[str, Any], place: str) -> Mapping[str, float] | None:
+    """`reward: NAME`, or a mapping of names to weights."""
+    reward = entry.get("reward")
+    if reward is None:
+        return None
+    functions = {reward: 1.0} if isinstance(reward, str) else reward
+    if not isinstance(functions, Mapping) or not functions:
+        raise ConfigError(
+            f"{place}: reward {shortened(repr(reward))} is neither the name of one nor a mapping to weights"
+        )
+    for name, weight in functions.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ConfigError(f"{place}: the weight {weight!r} of reward {name!r} must be a number")
+    return {str(name): float(weight) for name, weight in functions.items()}
 
 
 def _name_of(source: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
+from gspo_megatron.build.rewards import RunRewards, rewards_of
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
@@ -19,7 +20,6 @@ from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.layout.layout import Layout
-from gspo_megatron.rewards.rewards import Rewards
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -42,7 +42,7 @@ class Inputs(ModelInputs):
         warnings: what works but is probably not intended.
     """
 
-    rewards: Rewards
+    rewards: RunRewards
     train_prompts: PromptSource
     eval_prompts: PromptSource
     warnings: tuple[str, ...] = ()
@@ -121,25 +121,6 @@ def tokenizer_spec(config: Config) -> str:
     """data.tokenizer, with what `auto` stands for."""
     spec = config.data.tokenizer
     return (config.model.hf or "characters") if spec == "auto" else spec
-
-
-def rewards_of(config: Config) -> Rewards:
-    """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
-
-    Raises:
-        ConfigError: a reward that cannot be used.
-    """
-    r = config.reward
-    return Rewards(
-        r.functions,
-        r.accuracy,
-        r.on_error,
-        terms=r.terms,
-        isolate=r.isolate,
-        timeout_s=r.timeout_s,
-        memory_gib=r.memory_gib,
-        seed=config.run.seed,
-    )
 
 
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:

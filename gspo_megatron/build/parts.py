@@ -54,8 +54,9 @@ def assemble(
     # The ids below those of one step are free: checkpoints of earlier versions count from there.
     taken = taken or Taken(0, r.prompts_per_step * r.group_size)
     curriculum = None
-    if config.data.curriculum:
-        curriculum = Curriculum(config.data.curriculum, config.data.curriculum_retry, inputs.rewards.accuracy)
+    visits, retry = config.data.curriculum, config.data.curriculum_retry
+    if visits:
+        curriculum = Curriculum(visits, retry, inputs.rewards.accuracy)
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
     source = CollectiveSource(

@@ -8,12 +8,12 @@ from functools import partial
 from gspo_megatron.base.batches import Prompt
 from gspo_megatron.base.errors import DataError, shortened
 from gspo_megatron.build.data import shown
+from gspo_megatron.build.rewards import RunRewards
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.mixture import Mixture
 from gspo_megatron.data.prompts import RowPrompts
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
-from gspo_megatron.rewards.rewards import Rewards
 
 VERSION = 1
 """Of these checks: another one does them again on data in the cache."""
@@ -21,7 +21,7 @@ READ_BACK = 1000
 """Prompts of which the text is compared with what the tokenizer makes of it."""
 
 
-def check_prompts(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: Rewards) -> list[str]:
+def check_prompts(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: RunRewards) -> list[str]:
     """Warnings about the training prompts. Generated tasks, which are endless, suit their rewards and alphabet. Of data
     in the cache, what was found is kept there.
 
@@ -34,10 +34,10 @@ def check_prompts(config: Config, prompts: PromptSource, tokenizer: Tokenizer, r
     if not isinstance(prompts, RowPrompts):
         return find() if prompts.size is not None else []
     r = config.reward
-    return prompts.remembered([VERSION, bool(config.train.warm_start_steps), r.on_error, r.functions], find)
+    return prompts.remembered([VERSION, bool(config.train.warm_start_steps), r.on_error, r.functions, r.terms], find)
 
 
-def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: Rewards) -> list[str]:
+def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: RunRewards) -> list[str]:
     assert prompts.size is not None
     with_solutions, with_answers = bool(config.train.warm_start_steps), config.reward.on_error == "stop"
     some: list[Prompt] = []

@@ -66,7 +66,10 @@ def check_same_model(path: Path, about: dict[str, Any], shape: ModelShape) -> No
         CheckpointError: the checkpoint's tensors are not those of `shape`.
     """
     if wrong := other_settings(about["model"], shape):
-        raise CheckpointError(f"{path} holds another model, with {', '.join(wrong)}")
+        raise CheckpointError(
+            f"{path} holds another model, with {', '.join(wrong)}; restore these settings, or start a run of its own "
+            "for the other model: checkpoint.load=none and another run.dir"
+        )
 
 
 def other_settings(saved: dict[str, Any], shape: ModelShape) -> list[str]:

@@ -154,16 +154,19 @@ class Export:
         expected, new_file = next(self._expected)
         stored = self._tensors[name]
         assert (name, tuple(tensor.shape)) == (expected, stored.shape), f"{name} came instead of {expected}"
-        numbers = tensor.detach().to("cpu", stored.dtype).contiguous()
         try:
+            numbers = tensor.detach().to("cpu", stored.dtype).contiguous()
             if new_file:
                 self._close()
                 self._open = new_file.open("xb")
                 self._open.write(self._header(self._files[new_file.name]))
             assert self._open is not None
             self._open.write(numbers.view(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise self._unwritable(error) from error
+        except RuntimeError as error:  # torch's, on any device
+            reason = f"{name} with {stored.num_bytes / (1 << 30):.1f} GiB: {str(error).splitlines()[0]}"
+            raise self._unwritable(MemoryError(reason)) from error
 
     def commit(self, content: Mapping[str, Mapping[str, Any]], copied: Iterable[Path] = ()) -> Path:
         """Writes JSON files by name, copies files, and gives the folder its name. One of that name is replaced.
@@ -219,7 +222,7 @@ class Export:
             self._open.close()
             self._open = None
 
-    def _unwritable(self, error: OSError) -> CheckpointError:
+    def _unwritable(self, error: OSError | MemoryError) -> CheckpointError:
         return CheckpointError(
             f"{self.path} cannot be written ({error}); nothing of that name was left half-written; make "
             f"{self.path.parent} writable, free some space, or move run.dir elsewhere"

@@ -32,11 +32,19 @@ OBJECTS = Field(
     "an object of objects", lambda value: type(value) is dict and all(type(x) is dict for x in value.values())
 )
 NUMBERS = Field("a list of numbers", lambda value: type(value) is list and all(map(_is_number, value)))
+BY_COUNT = Field(
+    "objects with lists of counts by a count",
+    lambda value: OBJECTS.fits(value) and all(_is_by_count(key, x[key]) for x in value.values() for key in x),
+)
 COUNTS = Field("a list of three counts", lambda value: _is_counts(value, 3))
 
 
 def _is_counts(value: Any, length: int) -> bool:
     return type(value) is list and len(value) == length and all(map(COUNT.fits, value))
+
+
+def _is_by_count(key: Any, value: Any) -> bool:
+    return key.isdecimal() and type(value) is list and all(map(COUNT.fits, value))
 
 
 def optional(field: Field) -> Field:

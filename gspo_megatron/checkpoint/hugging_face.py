@@ -71,10 +71,12 @@ class HuggingFaceFolder:
 
     def left_out(self, name: str) -> str | None:
         """Why a tensor is not part of the language model; None where it should be: layers after the last one, which
-        predict several tokens at once (config.json counts them), and what is computed."""
+        predict several tokens at once (config.json counts them, or they are called mtp), and what is computed."""
         layer, depth = LAYER.match(name), self.config.get("num_hidden_layers", 0)
         if layer and 0 <= int(layer[1]) - depth < (self.config.get("num_nextn_predict_layers") or 0):
             return f"layer {layer[1]} predicts several tokens at once, and is not trained"
+        if self.config.get("model_type") == "qwen3_next" and name.startswith("mtp."):
+            return "predicts several tokens at once, and is not trained"
         if self.config.get("tie_word_embeddings", False) and name == "lm_head.weight":
             return "tied to the embedding"
         return "computed" if COMPUTED.fullmatch(name) else None

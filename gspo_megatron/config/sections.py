@@ -100,7 +100,7 @@ class DataConfig:
         "task:sort_digits",
         "Training prompts: task:NAME (generated), a file, folder or pattern of JSONL (.gz and .zst, too) or Parquet, "
         "hf:NAME[:CONFIG[:SPLIT]], or module:function. Or a list of {source: ..., weight: 1, name: ...}, each with "
-        "settings of this section that are its own, and reward: the reward that its rollouts have.",
+        "settings of this section for itself, and with reward: NAME, or {NAME: weight}, for its rollouts.",
     )
     eval: Any = setting(
         None,
@@ -257,6 +257,11 @@ class AlgorithmConfig:
         "Weights for tokens that another than the old policy has drawn, by the ratio of the two: token_tis, "
         "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
         "sequence_sum_mis take products in place of geometric means. null: none.",
+    )
+    drop_truncated: bool = setting(
+        False,
+        "Leave responses that rollout.max_new_tokens has cut out of the loss and its counts (DAPO's overlong "
+        "filtering); they still count in the baseline of their group.",
     )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1

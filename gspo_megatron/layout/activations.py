@@ -19,6 +19,7 @@ from gspo_megatron.device.precision import RECIPES, expects_te_layers
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.models.families import family_of
 from gspo_megatron.models.family import LayerCount
+from gspo_megatron.models.qwen3_next import CHUNK, delta_net_widths
 from gspo_megatron.models.shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
@@ -70,11 +71,12 @@ def grouped_query_attention(m: ModelShape, f: Format) -> Kept:
     if not has_qk_norms(m):
         norms = 0.0
     if writes_scores(m, f):
-        core += 2 * scores(m, f)  # the weights, and the scores with the sinks
+        core += scores(m, f) * (1.5 if w < 4 else 1)  # the weights in float32, and as narrow as the values
     return {
         "qkv": f.input_width * m.hidden_size + w * (q + 2 * k),
         "query and key norms": norms,
         "attention": core + 4 * m.num_attention_heads,
+        "output gate": (w + f.norm_width) * q if has_output_gate(m) else 0,  # it, and its sigmoid
         "output projection": f.input_width * q if f.uses_te and f.input_width < w else 0,
     }
 
@@ -96,9 +98,29 @@ def latent_attention(m: ModelShape, f: Format) -> Kept:
     }
 
 
+def delta_net(m: ModelShape, f: Format) -> Kept:
+    """Of Qwen3-Next: one product for queries, keys, values and gates; convolution; the delta rule in float32, with keys
+    and queries repeated for every value head and, for every pair of positions in a chunk, five numbers a head; the
+    states between chunks; norm, gate and output."""
+    w, wide, heads = f.width, f.norm_width, m.linear_num_value_heads
+    keys, values = delta_net_widths(m)
+    repeated, states = heads * m.linear_key_head_dim, heads * m.linear_key_head_dim * m.linear_value_head_dim / CHUNK
+    rule = wide * (9 * repeated + 3 * values + 5 * CHUNK * heads + states + 10 * heads)
+    return {
+        "qkvz": f.input_width * m.hidden_size,
+        "attention": 3 * w * (2 * keys + values) + rule,
+        "gated norm": (4 * wide + 2 * w) * values,
+    }
+
+
 def has_qk_norms(m: ModelShape) -> bool:
     """Whether queries and keys are normalised."""
     return bool(family_of(m).megatron(m)["qk_layernorm"])
+
+
+def has_output_gate(m: ModelShape) -> bool:
+    """Whether the output of attention is multiplied by a gate."""
+    return bool(family_of(m).megatron(m).get("attention_output_gate"))
 
 
 def writes_scores(m: ModelShape, f: Format) -> bool:
@@ -111,9 +133,20 @@ def scores(m: ModelShape, f: Format) -> float:
     return f.norm_width * m.num_attention_heads * m.max_sequence_length
 
 
-def attention(m: ModelShape, f: Format) -> Kept:
-    """Of any family: latent where keys and values have a latent, else grouped-query, with norms of queries and keys."""
+def attention(m: ModelShape, n: LayerCount, f: Format) -> Kept:
+    """Of any family: latent where keys and values have a latent, a gated delta net where the layer has one, else
+    grouped-query."""
+    if n.recurrent:
+        return delta_net(m, f)
     return latent_attention(m, f) if m.kv_lora_rank else grouped_query_attention(m, f)
+
+
+def core_ends(m: ModelShape, n: LayerCount, f: Format) -> float:
+    """Of "attention": what selective recompute keeps, its inputs and its output."""
+    if n.recurrent:
+        keys, values = delta_net_widths(m)
+        return f.width * (2 * keys + 2 * values)
+    return 2 * f.width * m.num_attention_heads * (m.v_head_dim or m.head_dim)
 
 
 def dense_network(hidden: int, inner: int, f: Format) -> float:
@@ -146,7 +179,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
     all compute on the same tokens.
     """
     share = 1 / layout.tp
-    kept = {name: size * share for name, size in attention(m, f).items() if size}
+    kept = {name: size * share for name, size in attention(m, n, f).items() if size}
     kept["layer norms"] = 2 * f.norm(m.hidden_size) * share
     inner = m.shared_expert_ffn_size if n.num_experts else m.dense_ffn_size
     if inner:
@@ -161,6 +194,7 @@ def kept_by_layer(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> di
 def working_bytes(m: ModelShape, n: LayerCount, layout: Layout, f: Format) -> float:
     """What a layer at work holds besides, per token as above: the residual stream and its change, and the tokens on
     their way to experts and back, or their gradients, each k times: sorted by expert, received, and sorted again. Where
-    scores are written out, also their gradient."""
+    scores are written out, also their gradient; with sinks, that of the weights and the sinks as well."""
     sent = 3 * m.experts_per_token * layout.etp if n.num_experts else 0
-    return ((2 + sent) * m.hidden_size * f.width + writes_scores(m, f) * scores(m, f)) / layout.tp
+    gradients = (1 if m.kv_lora_rank else 2) * scores(m, f) if writes_scores(m, f) else 0
+    return ((2 + sent) * m.hidden_size * f.width + gradients) / layout.tp

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.layout.activations import BYTES, Format, kept_by_layer, working_bytes
+from gspo_megatron.layout.activations import BYTES, Format, core_ends, kept_by_layer, working_bytes
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs.blocks import ACCELERATOR_BLOCK, CPU_BLOCK
 from gspo_megatron.models.counts import count_parameters
@@ -193,11 +193,10 @@ def kinds_of_model(m: ModelShape) -> tuple[LayerCount, ...]:
 
 
 def core_attention_bytes(m: ModelShape, kind: LayerCount, layout: Layout, f: Format) -> float:
-    """What selective recompute does not keep of one token in one layer: all but the output of core attention, less the
-    queries and keys that it starts from."""
+    """What selective recompute does not keep of one token in one layer: all but the output of core attention, less
+    what it starts from."""
     attention = kept_by_layer(m, kind, layout, f)["attention"]
-    query = m.num_attention_heads * (m.v_head_dim or m.head_dim) * f.width / layout.tp
-    return max(attention - 2 * query, 0.0)
+    return max(attention - core_ends(m, kind, f) / layout.tp, 0.0)
 
 
 def log_prob_sizes(config: Config, layout: Layout, *, trained: bool) -> dict[str, float]:

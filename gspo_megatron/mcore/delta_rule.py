@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
-"""Positions that are solved together."""
+from gspo_megatron.models.qwen3_next import CHUNK
 
 
 def gated_delta_rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import check_folder
+from gspo_megatron.checkpoint.quantised import FP8
 from gspo_megatron.mcore.groups import MAIN
 from gspo_megatron.mcore.policy import MegatronModel, MegatronPolicy
 from gspo_megatron.models.families import family_of
@@ -21,7 +22,8 @@ EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = False) -> list[str]:
-    """Sets the policy's weights; every rank reads the slices that it holds. Returns what of the folder is left out.
+    """Sets the policy's weights; every rank reads the slices that it holds. Returns what of the folder is left
+    out or rounded.
 
     Raises:
         CheckpointError: on all ranks, when one finds a file or a tensor that cannot be used, or when the folder is not
@@ -32,12 +34,22 @@ def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = Fa
     # Whatever goes wrong on one rank, no rank may wait for it in vain.
     try:
         folder = HuggingFaceFolder(path, allow_nan=allow_nan)
-        notes = check_folder(folder, shape).notes
+        notes = [*check_folder(folder, shape).notes, *rounding(folder, policy.device.dtype)]
         policy.load_weights(folder.read, family_of(shape).rules)
     except Exception as caught:
         error = caught
     policy.groups.fail_together(f"model.hf={path} cannot be loaded", error)
     return notes
+
+
+def rounding(folder: HuggingFaceFolder, dtype: torch.dtype) -> Iterator[str]:
+    """Says that weights of more digits than bf16 lose them in a model of this format."""
+    longer = sorted({weight.dtype for weight in folder.weights.values()} & {"F64", "F32", "F16", FP8})
+    matrices = [
+        name for name, weight in folder.weights.items() if weight.dtype in longer and len(weight.get_shape()) > 1
+    ]
+    if dtype == torch.bfloat16 and matrices:
+        yield f"{', '.join(longer)} of {len(matrices):,} matrices is rounded to bf16, also the values that are trained"
 
 
 def save_folder(

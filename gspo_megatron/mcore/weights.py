@@ -51,8 +51,9 @@ def whole_weights(
 
     Collective: all ranks iterate together, to the end. One rank that holds a slice broadcasts it to all others, so
     every rank receives the model once, and holds one whole tensor and its slices at a time. With `only_to` it sends it
-    to that rank, and the others iterate over nothing. A tensor is on the rank's device, contiguous, without the
-    vocabulary's padding, and may share memory with the policy: copy it to keep it beyond the next update.
+    to that rank, in whose host memory it then is, and the others iterate over nothing. Otherwise a tensor is on the
+    rank's device. It is contiguous, without the vocabulary's padding, and may share memory with the policy: copy it to
+    keep it beyond the next update.
 
     Raises:
         ValueError: a tensor has no rule, or several.
@@ -79,7 +80,8 @@ def _whole_tensors(
         del slices
         if is_vocabulary(first.name):
             whole = whole[: shape.vocab_size]
-        yield first.name, whole
+        # Who wants them alone writes them, and a layer's stacked experts would not fit beside the model on its device.
+        yield first.name, whole if only_to is None else whole.cpu()
         del whole
 
 

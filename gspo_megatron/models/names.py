@@ -10,11 +10,10 @@ numbered over the whole model.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,7 +140,7 @@ class InterleavedGateUp:
 
 
 COPY = Copy()
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 """Read, checked and copied together."""
 
 
@@ -151,6 +150,14 @@ class Sliceable(Protocol):
     def get_shape(self) -> list[int]: ...
 
     def __getitem__(self, part: tuple[slice, ...]) -> Tensor: ...
+
+
+@runtime_checkable
+class RowReader(Sliceable, Protocol):
+    """A Sliceable that can read whole rows to where they belong."""
+
+    def read_rows(self, start: int, end: int, into: Tensor) -> bool:
+        """Sets `into`, or returns False where it is not such memory."""
 
 
 @dataclass(frozen=True)
@@ -265,11 +272,14 @@ def copy_rows(x: Sliceable, part: tuple[slice, ...], into: Tensor) -> None:
     """Sets `into` to x[part], whose slices have both bounds, in blocks of rows that stay in a processor's cache between
     what is done to them."""
     rows, *rest = part
+    reader = x if isinstance(x, RowReader) and rest == [slice(0, size) for size in x.get_shape()[1:]] else None
     step = max(1, BLOCK_BYTES // max(1, into[:1].nbytes))
     for start in range(rows.start, rows.stop, step):
         end = min(start + step, rows.stop)
-        block = (slice(start, end), *rest)
-        into[start - rows.start : end - rows.start].copy_(x[block])
+        target = into[start - rows.start : end - rows.start]
+        if reader is None or not reader.read_rows(start, end, target):
+            block = (slice(start, end), *rest)
+            target.copy_(x[block])
 
 
 def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:
@@ -292,23 +302,26 @@ def reading_order(name: str) -> list[tuple[int, str]]:
 def to_theirs(
     rules: Sequence[NameRule], ours: Iterable[tuple[str, Tensor]], shape: ModelShape
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our whole tensors, by name, as those on the hub. Experts that are stacked there wait until the last one of their
-    layer has come.
+    """Our whole tensors, by name, as those on the hub. Experts that are stacked there are copied into the stack as they
+    come.
 
     Raises:
         ValueError: not exactly one rule matches a tensor.
     """
-    waiting: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    stacks: dict[str, tuple[Tensor, set[int]]] = {}
     for our_name, whole in ours:
         rule, names = find_rule(rules, our_name)
         for name, part in zip(names, rule.op.to_theirs(whole, shape), strict=True):
             if not rule.stacks_experts:
                 yield name, part
                 continue
-            waiting[name][rule.expert(our_name)] = part
-            if len(waiting[name]) == shape.num_experts:
-                experts = waiting.pop(name)
-                yield name, torch.stack([experts[e] for e in range(shape.num_experts)])
+            if name not in stacks:
+                stacks[name] = part.new_empty(shape.num_experts, *part.shape), set()
+            stack, there = stacks[name]
+            stack[rule.expert(our_name)] = part
+            there.add(rule.expert(our_name))
+            if len(there) == shape.num_experts:
+                yield name, stacks.pop(name)[0]
 
 
 class HubSize(NamedTuple):

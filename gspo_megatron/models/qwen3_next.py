@@ -24,6 +24,8 @@ LINEAR = frozenset(
     for part in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 )
 """Sizes of gated delta nets, which ModelShape, config.json and Megatron call the same."""
+CHUNK = 64
+"""Positions that the delta rule solves together (mcore/delta_rule.py)."""
 OWN = LINEAR | {"full_attention_interval", "shared_expert_ffn_size"}
 USES = parts.GROUPED_QUERY | parts.EXPERTS | OWN | {"partial_rotary_factor"}
 

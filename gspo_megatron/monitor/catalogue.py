@@ -152,6 +152,40 @@ CATALOGUE = (
         "Mean over live tokens of the entropy of the distribution they were drawn from, in nats.",
         "Near 0: the policy has collapsed; large and growing: it dissolves.",
     ),
+    # The sampler. Old: the policy at the start of the step, as the trainer scores it.
+    Entry(
+        "sampler/kl",
+        "sampler",
+        "k3 estimate of KL(sampler || old), mean over live tokens: the distance between what drew the tokens and what "
+        "the ratios start from.",
+        "0 in float64 where the training model samples; the share of a clip band that it takes is lost to noise.",
+    ),
+    Entry(
+        "sampler/kl_reverse",
+        "sampler",
+        "mean(rho log rho - rho + 1), rho = old / sampler: the other direction.",
+        "Far above sampler/kl: tokens that the sampler deems unlikely, and the policy does not.",
+    ),
+    Entry(
+        "sampler/far_fraction",
+        "sampler",
+        "Share of live tokens with rho above 2 or below 1/2.",
+        "Above 0.1: collapse is near (2510.11370).",
+    ),
+    Entry(
+        "sampler/drift/from_NN",
+        "sampler",
+        "Mean |log rho| of live tokens from this position of their sequence on, up to the next of 64, 256, 1024, ...",
+        "Growing with the position: errors add up along the response.",
+    ),
+    Entry("sampler/not_finite", "sampler", "Tokens without a number from the sampler; their rho is taken as 1."),
+    Entry(
+        "sampler/weight",
+        "sampler",
+        "Mean weight of algorithm.correction over live tokens.",
+        "Far below 1: little is left.",
+    ),
+    Entry("sampler/left_out_fraction", "sampler", "Share of live tokens whose weight is 0.", "Growing."),
     Entry("guards/skipped_updates", "train", "Updates that a guard left out.", "Above 0: guards/ has their rollouts."),
     # The router.
     Entry(

@@ -94,18 +94,19 @@ class Console:
         )
 
     def summary(self) -> None:
-        """A table of the start and the end of the run."""
+        """A table of the first and the last steps since this process started: of a run that was continued, the rest."""
         if not self._steps:
             return
-        table = Table(title="Run", title_justify="left")
+        table = Table(title=f"Steps {self._steps[0]['step']} to {self._steps[-1]['step']}", title_justify="left")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         tenth = max(1, len(self._steps) // 10)
         first, last = self._steps[:tenth], self._steps[-tenth:]
-        if self._evaluations:
+        if len(self._evaluations) > 1:
             before, after = (f"{e['eval/accuracy']:.1%}" for e in (self._evaluations[0], self._evaluations[-1]))
             table.add_row("held-out accuracy (greedy)", before, after)
-        table.add_row(f"reward (mean of {tenth} steps)", _mean(first, "reward/mean"), _mean(last, "reward/mean"))
+        steps = f"{tenth} step{'s' if tenth > 1 else ''}"
+        table.add_row(f"reward (mean of {steps})", _mean(first, "reward/mean"), _mean(last, "reward/mean"))
         table.add_row("clip fraction", _mean(first, "clip_fraction"), _mean(last, "clip_fraction"))
         table.add_row("seconds per step", _mean(first, "time/step_s"), _mean(last, "time/step_s"))
         self.print(table)

@@ -123,7 +123,6 @@ def _kinds_differ(found: str, expected: str) -> bool:
     return (is_set[0] and is_interval[1]) or (is_interval[0] and is_set[1])
 
 
-@lru_cache(maxsize=4096)
 def _parsed_answer(expected: str) -> list[Any]:
     """
     Raises:
@@ -135,6 +134,7 @@ def _parsed_answer(expected: str) -> list[Any]:
     return parsed
 
 
+@lru_cache(maxsize=4096)
 def _parsed(text: str) -> list[Any]:
     """What math-verify reads in a box, most likely first; empty where it only repeats the text."""
     found = parse(rf"\boxed{{{text}}}", extraction_config=CONFIGS, parsing_timeout=None)

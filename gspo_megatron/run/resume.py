@@ -120,6 +120,12 @@ class Continuation:
         if self.state:
             if config.model.hf:
                 yield f"the weights are those of the checkpoint, not of model.hf={config.model.hf}"
+                if (before := self.state.settings.get("model.hf")) != config.model.hf:
+                    yield (
+                        f"model.hf was {before} when the run began; exports get config.json and tokenizer of the new "
+                        "folder; to train the new folder's weights, start a run of its own: checkpoint.load=none and "
+                        "another run.dir"
+                    )
             yield f"continuing after {describe(self.state.position)}"
             if self.state.position.steps >= steps:
                 yield f"train.steps={steps} are done: nothing is left to train; a larger train.steps continues the run"

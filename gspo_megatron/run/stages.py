@@ -63,16 +63,18 @@ class Packer:
     updates_per_rollout: int
     seed: int
 
-    def pack(self, step: StepState, *, drop_zero_advantage: bool) -> None:
+    def pack(self, step: StepState, *, drop_zero_advantage: bool, drop_truncated: bool = False) -> None:
         """Splits the step into mini-batches of complete groups, shuffled by (seed, step), each packed for this rank.
-        Sequences of advantage 0 may be dropped: they still count, and their term of the loss is 0 with gradient 0."""
+        Sequences of advantage 0 may be dropped: they still count, and their term of the loss is 0 with gradient 0.
+        Truncated responses may be dropped, too, and then count nowhere but in the baseline of their group."""
         draws = random.Random(f"{self.seed}:{step.number}")
         # Sorted by draws: of Python's generator, only random() is guaranteed to stay the same across versions.
         order = [g for _, g in sorted((draws.random(), g) for g in range(len(step.groups)))]
-        share = len(order) // self.updates_per_rollout
+        share, rollouts = len(order) // self.updates_per_rollout, step.rollouts
         for i in range(self.updates_per_rollout):
             groups = order[i * share : (i + 1) * share]
             members = [g * self.group_size + j for g in groups for j in range(self.group_size)]
+            members = [n for n in members if not (drop_truncated and rollouts[n].truncated)]
             with_gradient = [n for n in members if step.sequences[n].advantage or not drop_zero_advantage]
             step.mini_batches.append(with_gradient)
             step.batches.append(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
 from gspo_megatron.checkpoint.fields import (
+    BY_COUNT,
     COUNT,
     COUNTS,
     FLAG,
@@ -65,7 +66,7 @@ STATE = {
 }
 PARTS = {
     "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
-    "taken": {"prompts": COUNT, "rollouts": COUNT},
+    "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
     "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
 }
@@ -181,7 +182,7 @@ class RunState:
             about["began"],
             settings,
             GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
-            Taken(taken["prompts"], taken["rollouts"])
+            Taken(taken["prompts"], taken["rollouts"], taken.get("curriculum") or {})
             if taken
             else taken_until(position, settings, inside=step is not None),
             Contents(contents["digests"], contents.get("num_prompts")) if contents else None,

@@ -247,7 +247,8 @@ class Trainer:
 
     def pack(self, step: StepState) -> None:
         """3. Mini-batches, and this rank's micro-batches of each."""
-        self.parts.packer.pack(step, drop_zero_advantage=self.algorithm.drops_zero_advantage)
+        a = self.algorithm
+        self.parts.packer.pack(step, drop_zero_advantage=a.drops_zero_advantage, drop_truncated=a.drops_truncated)
 
     def score(self, step: StepState) -> None:
         """4. Old and reference log-probs, if the algorithm needs them."""

@@ -21,8 +21,9 @@ from torch import Tensor
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
-from gspo_megatron.build.inputs import Inputs, rewards_of
+from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble
+from gspo_megatron.build.rewards import rewards_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import PromptSource

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gspo_megatron.base.batches import Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.data import sources_of
 from gspo_megatron.build.inputs import settle
@@ -132,3 +133,30 @@ def test_what_was_found_of_large_data_is_kept(folder: Path, monkeypatch: pytest.
     for rewards, expected in (("exact_match", 20), ("exact_match", 20), ("format", 40)):
         settle(load_config(None, [*given, f"reward.functions.{rewards}=1"]), 1)
         assert len(judged) == expected
+
+
+def test_a_source_may_have_a_reward_of_its_own(folder: Path) -> None:
+    math = f"{{source: {folder}/math.jsonl, prompt_field: question, reward: last_number}}"
+    both = "{source: 'task:reverse', reward: {exact_match: 2, format: 0}}"
+    given = ["data.eval=task:addition", "precision.device=cpu", "reward.functions.exact_match=1"]
+    inputs = settle(load_config(None, [f"data.train=[{math}, {both}, task:sort_digits]", *given]), 1)
+    try:
+        prompts = [inputs.train_prompts[i] for i in range(3)]
+        assert [p.source for p in prompts] == ["math", "reverse", "sort_digits"]
+        asked = [Rollout(i, p, [], [], False, 0, text=p.answer) for i, p in enumerate(prompts)]
+        asked += [Rollout(9, prompts[0], [], [], False, 0, text=f"It is {prompts[0].answer}.")]
+        scores = inputs.rewards.score(asked)
+        assert [score.reward for score in scores] == [1, 2, 1, 1]
+        assert [list(score.terms) for score in scores[:3]] == [
+            ["last_number"],
+            ["exact_match", "format"],
+            ["exact_match"],
+        ]
+        for rollout, score in zip(asked, scores, strict=True):
+            rollout.reward_terms = score.terms
+        assert [inputs.rewards.accuracy(rollout) for rollout in asked] == [1, 1, 1, 1]
+    finally:
+        inputs.rewards.close()
+    for reward, message in (("[1]", "is neither the name of one"), ("{exact_match: yes}", "the weight True of reward")):
+        with pytest.raises(ConfigError, match=message):
+            settle(load_config(None, [f"data.train=[{{source: 'task:reverse', reward: {reward}}}]", *given]), 1)

@@ -65,6 +65,14 @@ def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtyp
     assert not all_finite(numbers)
 
 
+def test_layers_that_predict_several_tokens_are_left_out_of_qwen3_next(tmp_path: Path) -> None:
+    folder = HuggingFaceFolder(write(tmp_path))
+    assert folder.left_out("mtp.layers.0.x") is None
+    folder.config["model_type"] = "qwen3_next"
+    assert "several tokens" in (folder.left_out("mtp.layers.0.x") or "")
+    assert folder.left_out("model.layers.0.x") is None
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
@@ -125,3 +133,21 @@ def test_a_tensor_that_cannot_be_used(tmp_path: Path) -> None:
         folder.read("nan")[(slice(None),)]
     assert HuggingFaceFolder(tmp_path, allow_nan=True).read("nan")[(slice(0, 2),)].isnan().any()
     assert load_file(tmp_path / "model.safetensors").keys() == tensors.keys()
+
+
+def test_rows_are_read_to_where_they_belong(tmp_path: Path) -> None:
+    weight = HuggingFaceFolder(write(tmp_path, TENSORS | {"nan": torch.tensor([1.0, float("nan")])})).weights
+    stored = weight["a.weight"].stored[0]
+    into = torch.full((4, 3), 7.0)
+    assert stored.read_rows(1, 3, into[1:3])
+    assert torch.equal(into[1:3], TENSORS["a.weight"][1:3]) and (into[[0, 3]] == 7).all()
+    # Where a copy has to convert or to leave gaps, the caller makes one.
+    assert not stored.read_rows(0, 4, torch.empty(4, 3, dtype=torch.bfloat16))
+    assert not stored.read_rows(0, 4, torch.empty(4, 6)[:, :3])
+    with pytest.raises(CheckpointError, match="nan holds nan"):
+        weight["nan"].stored[0].read_rows(0, 2, torch.empty(2))
+    cut(tmp_path)
+    with pytest.raises(CheckpointError, match="ends early; another process changed the file"):
+        for each in weight.values():
+            each.stored[0].read_rows(0, each.get_shape()[0], torch.empty(each.get_shape(), dtype=torch.float32))
+            each.stored[0].read_rows(0, each.get_shape()[0], torch.empty(each.get_shape(), dtype=torch.bfloat16))

@@ -18,7 +18,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.models.shape import ModelShape
 from tests.support.hugging_face import model_folder
 
-PRESETS = ("tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss", "tiny_mla")
+PRESETS = ("tiny_moe", "tiny_dense", "tiny_mixtral", "tiny_glm", "tiny_gpt_oss", "tiny_mla", "tiny_qwen3_next")
 Tensors = dict[str, torch.Tensor]
 
 

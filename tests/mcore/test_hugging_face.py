@@ -159,7 +159,8 @@ def test_published_gpt_oss_is_what_transformers_reads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder, out = mxfp4_folder(tmp_path / "model"), tmp_path / "out"
     assert convert(["inspect", str(folder)]) == 0
-    run_distributed(through, 2, 2, folder, out, ("parallel.ep=2", "precision.dtype=bf16"), torch.bfloat16)
+    notes = run_distributed(through, 2, 2, folder, out, ("parallel.ep=2", "precision.dtype=bf16"), torch.bfloat16)
+    assert notes == [[], []]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs, ours = (
@@ -245,6 +246,13 @@ def exported(_: int, run: Path, calls: list[tuple[str, int]], settings: tuple[st
     for name, step in calls:
         getattr(exports, name)(step)
     return [line.rpartition("/")[2] for line in written]
+
+
+def test_what_is_rounded_is_said(folder: Path, tmp_path: Path) -> None:
+    """A folder in float32, into a policy in bf16."""
+    [[note]] = run_distributed(through, 1, 1, folder, tmp_path / "out", ("precision.dtype=bf16",))
+    matrices = sum(x.dim() > 1 for x in load_file(folder / "model.safetensors").values())
+    assert note == f"F32 of {matrices} matrices is rounded to bf16, also the values that are trained"
 
 
 def test_when_folders_are_written(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SETTINGS = (
     "optimizer.distributed=false",
     "optimizer.clip_grad=1e9",
 )
-VARIANTS = ("gspo", "gspo_sum", "gspo_token", "grpo", "dapo")
+VARIANTS = ("gspo", "gspo_sum", "gmpo", "vespo", "gspo_token", "dapo")
 LAYOUTS = {
     "one process": (1, ()),
     "dp2 ep2": (2, ("parallel.ep=2",)),

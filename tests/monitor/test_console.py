@@ -41,6 +41,18 @@ def test_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     ), line
 
 
+def test_the_summary_of_a_run_that_was_continued_is_of_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for one in (row(6), row(7), row(8, **{"eval/accuracy": 0.75})):
+        console.step(one, steps=8)
+    console.summary()
+    said = capsys.readouterr().out
+    assert "Steps 6 to 8" in said and "reward (mean of 1 step)" in said and "(greedy)" not in said
+    console.step(row(9, **{"eval/accuracy": 1.0}), steps=9)
+    console.summary()
+    assert re.search(r"\(greedy\) . +75\.0% . 100\.0%", capsys.readouterr().out)
+
+
 def test_a_wide_terminal_shows_more(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     (line,) = lines(capsys, [row(1)])

@@ -20,7 +20,7 @@ def sampled(old_R: torch.Tensor) -> torch.Tensor:
     draw = torch.Generator().manual_seed(7)
     shift_S = 0.15 * torch.randn(len(LENGTHS), generator=draw, dtype=torch.float64)
     noise_R = 0.3 * torch.randn(len(old_R), generator=draw, dtype=torch.float64)
-    return old_R + shift_S.repeat_interleave(torch.tensor(LENGTHS)) + noise_R
+    return old_R - shift_S.repeat_interleave(torch.tensor(LENGTHS)) - noise_R
 
 
 @pytest.mark.parametrize("row", ["gspo", "grpo", "cispo"])

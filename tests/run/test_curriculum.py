@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
+import pytest
 import torch
 
 from gspo_megatron.base.batches import Taken
+from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.run.resume import taken_from
 from gspo_megatron.run.state import Contents, RunState
 from gspo_megatron.testing.fakes import OneRank, Prompts, Shelf, TablePolicy, config_of, trainer_of
@@ -41,8 +44,13 @@ def test_other_data_is_not_what_was_visited() -> None:
     _, shelf, _ = run(8)
     _, state = shelf.saved[-1]
     assert isinstance(state, RunState) and state.taken.curriculum["streaks"]
+    saved = json.loads(json.dumps(state.to_json()))
+    for wrong in ({"streaks": {"x": [1]}}, {"streaks": {"1": [-1]}}, {"streaks": []}, "x"):
+        taken = saved["taken"] | {"curriculum": wrong}
+        with pytest.raises(CheckpointError, match=r"curriculum is .* expected objects with lists of counts"):
+            RunState.from_saved(saved | {"taken": taken}, [])
     config = config_of(*SETTINGS)
-    state = RunState.from_saved(state.to_json() | {"contents": {"digests": {"data.train": "a"}, "num_prompts": 12}}, [])
+    state = RunState.from_saved(saved | {"contents": {"digests": {"data.train": "a"}, "num_prompts": 12}}, [])
     for digest, kept in (("a", state.taken.curriculum), ("b", {})):
         taken, _ = taken_from(state, config, Contents({"data.train": digest}, 12))
         assert taken == Taken(state.taken.prompts, state.taken.rollouts, kept)

@@ -22,6 +22,7 @@ from gspo_megatron.run.resume import Continuation, changed_settings
 from gspo_megatron.run.state import Contents, GuardState, RunState, SavedStep
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.testing.fakes import OneRank, Shelf, config_of, trainer_of
+from tests.support.hugging_face import model_folder
 
 NO_CONTENTS = Contents({}, None)
 
@@ -137,6 +138,24 @@ def test_what_an_earlier_run_left_is_named_with_its_new_place(tmp_path: Path) ->
         "its rollouts/ is now rollouts.replaced_1/",
         "3 rows of its metrics are now in metrics.replaced.jsonl",
     ]
+
+
+def test_another_folder_is_not_where_the_weights_come_from(tmp_path: Path) -> None:
+    shape = load_config(None, ["model.preset=tiny_moe", "model.vocab_size=61"]).model.shape
+    old, new = (
+        load_config(None, [f"model.hf={model_folder(tmp_path / name, shape)}", "checkpoint.load=latest"])
+        for name in ("old", "new")
+    )
+
+    def said(config: Config) -> str:
+        algorithm = Algorithm.of(config)
+        continuation = Continuation.of(state_of(old), config, algorithm, has_reference=False, contents=NO_CONTENTS)
+        return "\n".join(continuation.messages(config))
+
+    assert f"the weights are those of the checkpoint, not of model.hf={tmp_path / 'old'}" in said(old)
+    assert "when the run began" not in said(old)
+    assert f"model.hf was {tmp_path / 'old'} when the run began" in said(new)
+    assert "to train the new folder's weights, start a run of its own: checkpoint.load=none" in said(new)
 
 
 def anything_else(value: Any) -> Iterator[Any]:

@@ -252,10 +252,39 @@ def test_the_samplers_log_probs_are_used_when_asked_for() -> None:
     assert policy_of(recomputed).calls.count("log-probs") == 3
     assert "log-probs" not in policy_of(reused).calls
     for row, same in zip(without_times(rows), without_times(same_rows), strict=True):
-        assert row == pytest.approx(same, abs=1e-12)
+        assert {k: v for k, v in row.items() if not k.startswith("sampler/")} == pytest.approx(same, abs=1e-12)
     batch = policy_of(reused).batches[0].micro_batches[0]
     assert batch.columns.keys() == {"old_log_probs"}
     assert batch.columns["old_log_probs"].dtype == torch.float64
+
+
+def test_the_distance_to_the_sampler_is_measured() -> None:
+    """The table sampler draws from the very policy: 0 in float64, whoever computes the old log-probs."""
+    for updates in (1, 4):
+        trainer, rows = run(f"algorithm.updates_per_rollout={updates}")
+        for row in rows[1:]:
+            assert row["sampler/kl"] == pytest.approx(0, abs=1e-12) == row["sampler/drift/from_0"]
+            assert row["sampler/far_fraction"] == row["sampler/not_finite"] == 0
+        assert "sampler_log_probs" in policy_of(trainer).batches[0].micro_batches[0].columns
+    assert not any(name.startswith("sampler/") for name in run("algorithm.old_log_probs=rollout")[1][1])
+
+
+def test_a_correction_of_a_sampler_that_is_the_policy_changes_nothing() -> None:
+    _, plain = run()
+    _, corrected = run("algorithm.correction=token_tis")
+    assert corrected[1]["sampler/weight"] == pytest.approx(1, abs=1e-12)
+    for row, same in zip(without_times(plain), without_times(corrected), strict=True):
+        assert {k: same[k] for k in row} == pytest.approx(row, abs=1e-12)
+
+
+def test_truncated_responses_are_left_out_and_counted_nowhere() -> None:
+    trainer, _ = run("algorithm.drop_truncated=true", "train.skip_zero_gradient=false")
+    batches = policy_of(trainer).batches
+    kept, _ = run("train.skip_zero_gradient=false")
+    counts = [sum(b.num_sequences for b in of) for of in (batches, policy_of(kept).batches)]
+    assert counts[0] < counts[1]
+    for b in batches:
+        assert b.num_sequences == sum(map(bool, (n for m in b.micro_batches for n in m.trained_lengths)))
 
 
 # --- prompts, rollout ids, shares ---

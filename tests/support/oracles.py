@@ -288,7 +288,7 @@ def between(power: Callable[[int], float], floor: float, cap: float, weight: Cal
 def off_policy(rhos: list[float], t: int, moved: list[float], advantage: float) -> float:
     """`moved`: log pi - log pi_old of each token."""
     gone = -sum(math.log(rho) + x for rho, x in zip(rhos, moved, strict=True)) / len(rhos)
-    return 0.0 if advantage < 0 and gone > 0.05 else 1.0
+    return 0.0 if advantage < 0 and gone > 0.0 else 1.0
 
 
 def root(length: int) -> float:
@@ -309,7 +309,7 @@ CORRECTIONS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
     "sequence_sum_mis": ({"floor": 0.5, "cap": 2.0}, between(whole, 0.5, 2.0)),
     "icepop": ({"floor": 0.5, "cap": 5.0}, between(None, 0.5, 5.0)),
     "geometric_mask": ({"low": 0.9, "high": 1.1}, between(root, 0.9, 1.1, lambda rho: 1.0)),
-    "off_policy_mask": ({"delta": 0.05}, off_policy),
+    "off_policy_mask": ({"delta": 0.0}, off_policy),
 }
 """Parameters, and (ratios to the sampler of a response, which token, its log-ratios to old, advantage) -> weight."""
 

@@ -26,8 +26,9 @@ from gspo_megatron.models.family import Family
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 
 VOCABULARY = 509
-LENGTHS = (5, 31, 2, 17, 40, 8)
-ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 0.5)
+LENGTHS = (5, 31, 2, 4, 6, 40, 7, 8)
+"""Among them the windows of mixtral (7) and gpt_oss (5), and one less and one more."""
+ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 0.5, -1.0, 1.25)
 CLIP_LOW, CLIP_HIGH = 3e-4, 4e-4
 """Of GSPO, arXiv 2507.18071, Section 5.1."""
 NOISE = 2e-3
@@ -275,22 +276,30 @@ def lifted(family: str) -> ExitStack:
     return stack
 
 
-def reference(family: str, variant: str, folder: Path) -> Reference:
+def drawn(family: str, variant: str, dtype: torch.dtype) -> Any:
+    """A model of transformers with random weights, wide enough that no part of it is without effect."""
     import transformers
 
     torch.manual_seed(5)
     about = MODELS[family]
     config = getattr(transformers, f"{about.architecture}Config")(**(about.sizes | about.variants[variant]))
     config._attn_implementation, config._experts_implementation = "eager", "eager"
-    with lifted(family):
-        model = getattr(transformers, f"{about.architecture}ForCausalLM")(config).double().eval()
+    model = getattr(transformers, f"{about.architecture}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(1 + 0.2 * torch.randn_like(p) if "norm" in name else 0.15 * torch.randn_like(p))
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.copy_((0.1 * torch.randn(len(buffer))).float())  # kept in float32 here
+    return model
+
+
+def reference(family: str, variant: str, folder: Path) -> Reference:
+    about = MODELS[family]
+    with lifted(family):
+        model = drawn(family, variant, torch.float64)
     model.save_pretrained(folder)
+    config = model.config
     shape = FAMILIES[family].shape(config.to_dict())
     used = {k: v for k, v in asdict(shape).items() if k in FAMILIES[family].uses or k not in OPTIONAL}
     settings = tuple(f"model.{k}={v}" for k, v in used.items())

@@ -1,0 +1,85 @@
+"""The rewards of a run: one for all prompts, or another for those of some sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gspo_megatron.base.batches import Prompt, Rollout
+from gspo_megatron.build.data import sources_of
+from gspo_megatron.config.sections import Config
+from gspo_megatron.rewards.rewards import Reward, Rewards, Score
+
+
+class RunRewards(Reward, Protocol):
+    """What a run asks of its rewards, besides scores; see `Rewards`."""
+
+    def check_answer(self, prompt: Prompt) -> None: ...
+
+    def accuracy(self, rollout: Rollout) -> float: ...
+
+    def use_workers(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class RewardsBySource:
+    """The rewards of the sources that have their own, by name, and those of all other prompts."""
+
+    others: Rewards
+    by_source: Mapping[str, Rewards]
+
+    groups_at_once: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
+
+    def score(self, rollouts: Seq[Rollout]) -> list[Score]:
+        """See `Reward.score`."""
+        found: dict[int, Score] = {}
+        for rewards in self._all:
+            own = [r for r in rollouts if self._of(r.prompt) is rewards]
+            found |= {id(r): score for r, score in zip(own, rewards.score(own) if own else [], strict=True)}
+        return [found[id(rollout)] for rollout in rollouts]
+
+    def check_answer(self, prompt: Prompt) -> None:
+        self._of(prompt).check_answer(prompt)
+
+    def accuracy(self, rollout: Rollout) -> float:
+        return self._of(rollout.prompt).accuracy(rollout)
+
+    def use_workers(self, count: int) -> None:
+        for rewards in self._all:
+            rewards.use_workers(count)
+        self.__post_init__()
+
+    def close(self) -> None:
+        for rewards in self._all:
+            rewards.close()
+
+    @property
+    def _all(self) -> list[Rewards]:
+        return [self.others, *self.by_source.values()]
+
+    def _of(self, prompt: Prompt) -> Rewards:
+        return self.by_source.get(prompt.source, self.others)
+
+
+def rewards_of(config: Config) -> RunRewards:
+    """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
+
+    Raises:
+        ConfigError: a reward that cannot be used.
+    """
+    r = config.reward
+    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
+    how |= {"seed": config.run.seed}
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **how)
+    own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
+    if not own:
+        return others
+    by_source = {name: Rewards(functions, None, r.on_error, **how) for name, functions in own.items()}
+    return RewardsBySource(others, by_source)
