@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ class Concerns:
         clip, noise = self.algorithm.variant.clip, row["ratio/first_update_noise"]
         self.noisy_steps = self.noisy_steps + 1 if noise > NOISY * clip.reach else 0
         if _is_due(self.noisy_steps):
-            bounds = ", ".join(f"{name} {value:g}" for name, value in clip.parameters().items())
+            bounds = ", ".join(f"{name} {x:g}" for name, x in clip.parameters().items() if math.isfinite(x))
             yield (
                 f"step {row['step']}: before its first update, ratios differ from 1 by up to {noise:.1e}, "
                 f"{noise / clip.reach:.2g} times the clip range ({bounds}){_so_far(self.noisy_steps)}: rounding, not "
