@@ -147,7 +147,7 @@ def refused(name: str, weights: Weights) -> str:
     [
         ("lm_head.weight", "has size [30, "),
         ("model.layers.2.mlp.shared_experts.down_proj.weight", "model.layers.2.mlp.shared_experts.down_proj.weight"),
-        (f"model.layers.1.{BIAS}", "needs [12] on a rank, not [11]"),
+        (f"model.layers.1.{BIAS}", "has size [11], but a model of these settings has [12]"),
     ],
 )
 def test_weights_of_another_size_are_refused_by_name(name: str, message: str, drawn: Weights) -> None:
