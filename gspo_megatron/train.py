@@ -198,10 +198,13 @@ def continued_after_restart(config: Config, device: Device, console: Console) ->
 
 def leave_status(status: int) -> None:
     """Writes the exit status to $GSPO_STATUS_FILE, for a batch script, unless another process has: torchrun exits with
-    1 whatever its processes exit with."""
+    1 whatever its processes exit with. A file that cannot be written does not make a good run fail."""
     if path := os.environ.get("GSPO_STATUS_FILE"):
-        with suppress(FileExistsError), Path(path).open("x") as file:
-            file.write(f"{status}\n")
+        try:
+            with suppress(FileExistsError), Path(path).open("x") as file:
+                file.write(f"{status}\n")
+        except OSError as error:
+            print(f"warning: GSPO_STATUS_FILE={path} cannot be written ({error})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -302,3 +302,11 @@ def test_the_first_process_to_leave_says_how(tmp_path: Path, monkeypatch: pytest
     leave_status(75)
     leave_status(1)
     assert file.read_text() == "75\n"
+
+
+def test_a_status_file_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GSPO_STATUS_FILE", f"{tmp_path}/missing/status")
+    leave_status(0)
+    assert f"GSPO_STATUS_FILE={tmp_path}/missing/status cannot be written" in capsys.readouterr().err

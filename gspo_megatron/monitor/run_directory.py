@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.config.loading import to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.catalogue import board_name
@@ -41,11 +43,13 @@ class RunWriter:
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         """Rows of `first_step` and later are moved to metrics.replaced.jsonl."""
         self.run_dir = run_dir
-        (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        with _written(run_dir / "rollouts"):
+            (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         self.moved: list[str] = []
         """What an earlier run left and where it is now, for the user."""
-        self._move_rows_aside(first_step)
+        with _written(self._path):
+            self._move_rows_aside(first_step)
         self.sinks: Sequence[Sink] = ()
 
     def _move_rows_aside(self, first_step: int) -> None:
@@ -69,7 +73,7 @@ class RunWriter:
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one row; `step` is its key. A non-finite number becomes null, as JSON has none."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with _written(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             # The checkpoint of this step will survive a power cut; so must its row.
             file.flush()
@@ -86,7 +90,8 @@ class RunWriter:
 
     def offenders(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """guards/NAME.jsonl: what a guard objected to. Non-finite numbers are written as in Python, NaN or Infinity."""
-        (self.run_dir / "guards").mkdir(exist_ok=True)
+        with _written(self.run_dir / "guards"):
+            (self.run_dir / "guards").mkdir(exist_ok=True)
         _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
 
     def close(self) -> None:
@@ -94,8 +99,23 @@ class RunWriter:
             sink.close()
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        ConfigError: `path` cannot be written, or holds something else than a run writes.
+    """
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error}); free some space, make it writable, or move it away; what is saved is "
+            "not harmed, and the same command with checkpoint.load=latest continues"
+        ) from error
+
+
 def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with _written(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(_json_line(row))
 

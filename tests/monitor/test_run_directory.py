@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.metrics import Metric, merge, on_host, values
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.monitor.run_directory import RunWriter
@@ -179,3 +180,32 @@ def test_no_tensorboard_when_off(tmp_path: Path) -> None:
     config = load_config(None, [f"run.dir={tmp_path}", "logging.tensorboard=false"])
     RunWriter.of_run(config, first_step=0, fresh=True).metrics({"step": 0})
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_full_disk_is_an_error_with_the_file_and_what_to_do(tmp_path: Path) -> None:
+    """/dev/full takes no byte. Afterwards the run continues: its rows are whole."""
+    writer = RunWriter(tmp_path, first_step=0)
+    writer.metrics({"step": 0})
+    for path, write in (
+        (tmp_path / "rollouts" / "step_000001.jsonl", lambda: writer.rollouts(1, [{"prompt": "x"}])),
+        (tmp_path / "guards" / "bad.jsonl", lambda: writer.offenders("bad", [{"prompt": "x"}])),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to("/dev/full")
+        with pytest.raises(ConfigError, match=rf"{path} cannot be written .*No space left.*checkpoint.load=latest"):
+            write()
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written .*No space left"):
+        writer.metrics({"step": 1})
+    (tmp_path / "kept").replace(tmp_path / "metrics.jsonl")
+    RunWriter(tmp_path, first_step=1).metrics({"step": 1})
+    assert [json.loads(row)["step"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["a folder", "not UTF-8"])
+def test_a_metrics_file_that_is_none(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written"):
+        RunWriter(tmp_path, first_step=0)
