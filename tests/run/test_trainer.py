@@ -154,7 +154,7 @@ def test_the_reward_rises(variant: str) -> None:
     first, last = (sum(row["reward/mean"] for row in part) / 3 for part in (rows[1:4], rows[-3:]))
     assert first < 0.3 and rows[0]["eval/accuracy"] < 0.6
     assert last > 0.9 and rows[-1]["eval/accuracy"] == 1.0
-    assert 0.1 < max(row["clip_fraction"] for row in rows[1:]) < 0.5
+    assert 0.1 < max(row["clip_fraction"] for row in rows[1:]) < 0.6
 
 
 def test_every_row_has_the_keys_that_are_promised(tmp_path: Path) -> None:
@@ -582,7 +582,7 @@ def test_a_reward_of_the_users_own() -> None:
             "breaks_at_a",
             r"rollout \d+, prompt \d+ '[AB]*A': reward '[a-z._]*test_trainer:breaks_at_a' failed: .*no a's today",
         ),
-        ("not_a_number", r"rollout \d+, prompt \d+ '.*': .*it returned 'nan' \(float\); expected a finite number"),
+        ("not_a_number", r"rollout \d+, prompt \d+ '.*': .*it returned nan; expected a finite number"),
     ],
 )
 def test_a_reward_that_fails_stops_every_replica_and_names_the_rollout(
