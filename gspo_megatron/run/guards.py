@@ -69,9 +69,9 @@ class Guards:
 
     # ---------------------------------------------------------------------------------------------------- an update
 
-    def accept(self, grad_norm: float, loss_is_finite: bool) -> bool:
+    def accept(self, grad_norm: float, loss_is_finite: bool, *, has_gradient: bool = False) -> bool:
         """Whether to apply the update (`Accept` of base/protocols.py): loss and norm are finite, and
-        norm <= grad_norm_spike * median(norms of the last WINDOW updates)."""
+        norm <= grad_norm_spike * median(norms of the last WINDOW updates). `has_gradient`: a norm of 0 is wrong."""
         g = self.settings
         usual = statistics.median(self.grad_norms) if len(self.grad_norms) >= FEWEST else math.inf
         self.objection = None
@@ -79,6 +79,12 @@ class Guards:
             self.objection = Objection("the loss is not finite", g.on_nonfinite)
         elif not math.isfinite(grad_norm):
             self.objection = Objection("the gradient is not finite", g.on_nonfinite)
+        elif has_gradient and grad_norm == 0:
+            reason = (
+                "the gradient is 0 although advantages are not: something in this process has switched gradients off "
+                "(torch.set_grad_enabled, a hook on the model), or the policy is certain of every token"
+            )
+            self.objection = Objection(reason, "stop")
         elif g.grad_norm_spike and grad_norm > g.grad_norm_spike * usual:
             reason = (
                 f"the gradient norm {grad_norm:.4g} is {grad_norm / usual:.1f} times {usual:.4g}, the median of the "

@@ -61,6 +61,10 @@ class StepState:
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
+    def has_advantages(self, update: int) -> bool:
+        """Whether a sequence of this update has an advantage, and tokens to give it to."""
+        return any(s.advantage and s.num_trained for s in (self.sequences[i] for i in self.mini_batches[update]))
+
     def metrics(self, accuracy: Callable[[Rollout], float]) -> dict[str, Any]:
         """Statistics of the step's rollouts, for its row of metrics."""
         rollouts, size = self.rollouts, len(self.groups[0].rollouts)

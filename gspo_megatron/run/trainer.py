@@ -266,7 +266,10 @@ class Trainer:
                     self.safe_point()
                 self.note(where := f"step {step.number}, update {done + 1}")
                 lr = self.learning_rate(self.policy.version)
-                metrics = self.policy.update(step.batches[done], self.loss, lr=lr, accept=self.guards.accept)
+                # Before anything is learned the clip holds nothing; a correction may leave out everything.
+                begins = done == 0 and not self.algorithm.variant.correction.acts
+                accept = partial(self.guards.accept, has_gradient=begins and step.has_advantages(done))
+                metrics = self.policy.update(step.batches[done], self.loss, lr=lr, accept=accept)
                 file = f"step_{step.number:06d}_update_{done + 1:03d}"
                 step.updates.append(metrics | self.guards.verdict(where, file, partial(self._rows, step, done)))
             first, *others = step.updates

@@ -113,6 +113,16 @@ def test_an_update_that_is_not_finite_stops_all_replicas_before_it(change: Chang
     assert [row["step"] for row in rows_of_run(tmp_path)] == [0, 1]
 
 
+def no_gradient(terms: LossTerms, log_probs_R: Tensor) -> LossTerms:
+    return terms._replace(loss=terms.loss + (terms.loss.detach() - terms.loss))
+
+
+def test_a_gradient_of_0_where_advantages_are_not(tmp_path: Path) -> None:
+    config = config_of(f"run.dir={tmp_path}", "guards.on_nonfinite=skip")
+    with pytest.raises(GuardError, match=r"^step 2, update 1: the gradient is 0 although advantages are not"):
+        started(config, OneRank(), Watched(OneRank(), [2], no_gradient)).run()
+
+
 @pytest.mark.parametrize("change", [bad_loss, bad_gradient])
 def test_an_update_that_is_not_finite_is_left_out(change: Change, tmp_path: Path) -> None:
     """The weights stay, bit for bit; the version counts; the row and a warning say so."""
