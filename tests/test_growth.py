@@ -30,7 +30,7 @@ from gspo_megatron.testing.fakes import OneRank
 
 TIMES, MOST, TRIES = 16, 20, 8
 MORE = {"packing_all_lengths": 60, "order_of_an_epoch": 28}
-"""Both take n log n: a heap, and the rounds of a shuffle. A search that finds the count of micro-batches at once or with
+"""Both take n log n: a heap, and the rounds of a shuffle. A search that finds the count of micro-batches at once or in
 the second try is as good."""
 CASES: dict[str, tuple[int, Callable[[int], Callable[[], object]]]] = {}
 """By name: a size, and what makes the work of a size."""

@@ -79,9 +79,11 @@ class Algorithm:
 
     def __str__(self) -> str:
         """`gspo: level sequence_mean, clip ppo (low 0.0003, high 0.0004), ..., no KL term`: with every parameter but
-        infinite ones, which have no effect."""
+        infinite ones, which have no effect, and a correction if there is one."""
         dials = []
         for kind, dial in self.variant.dials.items():
+            if dial is self.variant.correction and not self.variant.correction.acts:
+                continue
             given = {name: value for name, value in dial.parameters().items() if math.isfinite(value)}
             parameters = ", ".join(f"{name} {value:g}" for name, value in given.items())
             dials.append(f"{kind} {dial.name}" + (f" ({parameters})" if parameters else ""))
