@@ -28,8 +28,10 @@ from tests.support.vllm_answers import CONVERSATION, NUM_NEW
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make test-engine", allow_module_level=True)
-if "avx512f" not in Path("/proc/cpuinfo").read_text():
-    pytest.skip("vLLM's wheel for CPUs is built for AVX-512, which this processor lacks", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    "avx512f" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's wheel for CPUs is built for AVX-512, which this processor lacks",
+)
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("model.hidden_size=64", "model.num_layers=3", "model.num_attention_heads=4")
