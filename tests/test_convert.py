@@ -129,7 +129,9 @@ def test_a_whole_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = load_file(run / "hf" / "step_000001" / "model.safetensors")
     total = sum(x.numel() for name, x in stored.items() if "correction_bias" not in name)
     assert f"\nparameters: {total:,}, of which a token passes through" in said
-    assert "left out" not in said and said.endswith("\nthis is a whole model\n")
+    assert "left out" not in said and said.endswith(
+        "\nthis is a whole model, by its headers; its numbers were not read\n"
+    )
     # On a terminal of 80 columns no name is broken.
     assert max(map(len, said.splitlines())) <= 80
     assert "\n -> decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight\n" in said
@@ -155,7 +157,7 @@ def test_what_is_wrong_with_a_folder(
     assert main(["inspect", str(changed(run, tmp_path / "folder", alter))]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert re.search(message, re.sub(r"\n +", " ", "\n".join(lines)))
-    assert re.fullmatch(r"not a whole model: [\d,]+ of [\d,]+ parameters can be used", lines[-1])
+    assert re.fullmatch(r"not a whole model: \d+ problems; [\d,]+ of [\d,]+ parameters can be used", lines[-1])
 
 
 # --- verify ---

@@ -20,6 +20,9 @@ from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import main
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    not (Path(sys.executable).parent / "torchrun").exists(), reason="torchrun belongs to another environment"
+)
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 FAKE_SRUN = """#!/bin/bash

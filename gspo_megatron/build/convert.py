@@ -154,9 +154,10 @@ def inspect_folder(path: Path, console: Console) -> bool:
     for line in (*found.notes, *found.problems):
         say(line)
     if found.whole:
-        console.say("this is a whole model")
+        console.say("this is a whole model, by its headers; its numbers were not read")
     else:
-        console.say(f"not a whole model: {found.parameters:,} of {found.expected:,} parameters can be used")
+        usable = f"{found.parameters:,} of {found.expected:,} parameters can be used"
+        console.say(f"not a whole model: {len(found.problems):,} problems; {usable}")
     return found.whole
 
 

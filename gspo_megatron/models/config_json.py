@@ -77,11 +77,17 @@ def read_sizes(hf: Mapping[str, Any], keys: Mapping[str, str], family: str) -> d
     """The values of `keys` (field of ModelShape: key of config.json) by field.
 
     Raises:
-        ConfigError: a key is missing.
+        ConfigError: a key is missing, or its value is no number.
     """
     optional = {"q_lora_rank"}  # null is a value of it
     if missing := [key for key in keys.values() if hf.get(key) is None and not (key in optional and key in hf)]:
         raise ConfigError(f"config.json of a {family} model lacks {', '.join(missing)}; use the model's original file")
+    for key in keys.values():
+        if isinstance(hf[key], bool) or not isinstance(hf[key], (int, float, type(None))):
+            raise ConfigError(
+                f"config.json of a {family} model has {key}={hf[key]!r}, which is not a number; use the model's "
+                "original file"
+            )
     return {field: hf[key] for field, key in keys.items()}
 
 

@@ -221,7 +221,8 @@ def refuse_unscored(rollouts: Seq[Rollout]) -> None:
     if len(lost) > MOST_LOST * len(rollouts):
         raise DataError(
             f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
-            f"them; fix the reward, or raise reward.timeout_s or reward.memory_gib. The first of them:\n{listed(lost)}"
+            "them; fix the reward, or, where it ran into a limit, raise reward.timeout_s or reward.memory_gib. The "
+            f"first of them:\n{listed(lost)}"
         )
 
 

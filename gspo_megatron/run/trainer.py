@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
 from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
+from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
@@ -181,11 +183,20 @@ class Trainer:
                 raise StopRequested
             by_file = self.ranks.any_rank(self.parts.save_request.by_file)
             self.save(wait=by_file or not self.config.checkpoint.asynchronous)
+            if by_file:
+                self.say_saved("")
 
     def complete_save(self) -> None:
         """Completes a save in the background, if its files are written."""
         if self.parts.checkpoints:
             self.parts.checkpoints.finish(wait=False)
+
+    def say_saved(self, what_next: str) -> None:
+        """Where the current position is saved, if anything is."""
+        if self.parts.checkpoints:
+            self.parts.console.say(
+                f"saved in {Path(self.config.run.dir) / CHECKPOINTS / name_of(self.position)}{what_next}"
+            )
 
     def save(self, *, wait: bool) -> None:
         """Saves the run at its current position, unless that is already saved."""
@@ -294,8 +305,11 @@ class Trainer:
         try:
             yield
         except DataError:
-            if self.began:
+            if self.position != START:
                 self.save(wait=True)
+                self.say_saved(
+                    "; correct what the error names, and the same command with checkpoint.load=latest continues"
+                )
             raise
 
     def row(self, step: StepState, metrics: dict[str, float]) -> dict[str, Any]:

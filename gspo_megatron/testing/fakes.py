@@ -248,11 +248,15 @@ class TableSampler:
 
 
 class Notebook(Console):
-    """A silent console that keeps the warnings of a run."""
+    """A silent console that keeps what a run says and warns of."""
 
     def __init__(self) -> None:
         super().__init__(on=False)
         self.warnings: list[str] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

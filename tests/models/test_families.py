@@ -537,6 +537,8 @@ def test_presets_are_the_models_on_the_hub_with_a_shorter_context(preset: str) -
         ("qwen3_next_80b_a3b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
         ("qwen3_next_80b_a3b", {"layer_types": ["full_attention", "linear_attention"] * 24}, "as layer 0"),
         ("qwen3_next_80b_a3b", {"linear_num_key_heads": None}, "lacks linear_num_key_heads"),
+        ("qwen3_next_80b_a3b", {"hidden_size": "2048"}, "has hidden_size='2048', which is not a number"),
+        ("glm_4p5_air", {"n_group": True}, "has n_group=True, which is not a number"),
         ("glm_4p5_air", {"norm_topk_prob": False}, "norm_topk_prob=False, but only True"),
         ("glm_4p5_air", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
     ],

@@ -10,7 +10,7 @@ from gspo_megatron.base.batches import Position
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.run import save_request
 from gspo_megatron.run.save_request import SaveRequest
-from gspo_megatron.testing.fakes import Replicas, Shelf, TablePolicy, TableSampler, config_of, trainer_of
+from gspo_megatron.testing.fakes import Notebook, Replicas, Shelf, TablePolicy, TableSampler, config_of, trainer_of
 
 
 def test_the_clock_starts_anew_with_every_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -85,6 +85,20 @@ def test_a_run_that_its_data_ends_is_saved_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such prompt"):
         trainer_of(config, policy=policy, sampler=Ending(policy, config), checkpoints=shelf).run()
     assert [position for position, _ in shelf.saved] == [(0, 2, 0)]
+
+
+def test_a_warm_start_is_not_lost_where_the_first_evaluation_fails(tmp_path: Path) -> None:
+    shelf, config = Shelf(), config_of(f"run.dir={tmp_path}", "train.steps=2", "train.warm_start_steps=3")
+
+    class Ending(TableSampler):
+        def generate(self, prompts, ids, *, greedy=False, **how):
+            raise DataError("no such reward")
+
+    policy, notebook = TablePolicy(shelf.ranks), Notebook()
+    with pytest.raises(DataError, match="no such reward"):
+        trainer_of(config, policy=policy, sampler=Ending(policy, config), checkpoints=shelf, console=notebook).run()
+    assert [position for position, _ in shelf.saved] == [(3, 0, 0)]
+    assert any("saved in" in line and "warm_start_000003" in line for line in notebook.said)
 
 
 def test_a_run_that_an_evaluation_ends_is_saved_first(tmp_path: Path) -> None:
