@@ -30,6 +30,7 @@ from gspo_megatron.data.sources import SOURCES, filters_of, open_source, reader_
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.rewards.rewards import Reward, score_rollouts
+from gspo_megatron.rewards.user_code import plain
 
 SHOWN_CHARACTERS, SHOWN_TOKENS, SHOWN_PLACES = 2000, 60, 3
 BAR = 40
@@ -116,7 +117,8 @@ def _row(number: int, prompt: Prompt, tokenizer: Tokenizer) -> Iterator[str]:
     pieces = " ".join(repr(tokenizer.piece(token))[1:-1] for token in prompt.tokens[:SHOWN_TOKENS])
     more = f" ... ({len(prompt.tokens) - SHOWN_TOKENS} more)" if len(prompt.tokens) > SHOWN_TOKENS else ""
     yield f"-- prompt {number}: {len(prompt.tokens)} tokens"
-    yield from (f"   | {line}" for line in shortened(prompt.text, SHOWN_CHARACTERS).split("\n"))
+    # A prompt may hold NUL, or what steers a terminal.
+    yield from (f"   | {line}" for line in plain(prompt.text, SHOWN_CHARACTERS).split("\n"))
     yield f"   pieces:   {pieces}{more}"
     yield f"   answer:   {shortened(prompt.answer)!r}"
     if prompt.solution != prompt.answer:
@@ -133,7 +135,7 @@ def _histogram(lengths: Sequence[int]) -> Iterator[str]:
         bar = "#" * -(-BAR * counts[power] // max(counts.values()))
         yield f"   {first:>7,} to {last:>7,}  {counts[power]:>9,}  {bar}"
     ordered = sorted(lengths)
-    half, most = ordered[len(ordered) // 2], ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
+    half, most = ordered[(len(ordered) - 1) // 2], ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
     yield f"   median {half:,}, nine in ten at most {most:,}, longest {ordered[-1]:,}"
 
 
@@ -202,7 +204,7 @@ def inspect(config: Config, options: argparse.Namespace) -> int:
         filters = filters_of(source.spec)
         stops = [reason for reason in found.reasons if filters.rule(reason) == "error"]
         if stops:
-            print(f"-- the run would stop at a row that is: {', '.join(stops)} (data.overlong, data.bad_rows)")
+            print(f"-- such rows would stop the run (data.overlong, data.bad_rows): {', '.join(stops)}")
         good = good and tells and not stops
     return 0 if good else 1
 

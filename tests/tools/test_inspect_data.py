@@ -48,7 +48,10 @@ def test_bad_rows_are_counted_and_shown(config: str, tmp_path: Path, capsys: pyt
     for line in (
         *("-- 1 empty\n   ", "train.jsonl:31: field 'question' is empty", "-- 1 not JSON", "train.jsonl:32: not JSON"),
         *("-- 1 too long", "train.jsonl:33: the prompt has 47 tokens, the limit is 34", "-- 2 duplicate"),
-        *("are longer than rollout.max_new_tokens=6 allows", "the run would stop at a row that is: "),
+        *(
+            "are longer than rollout.max_new_tokens=6 allows",
+            "such rows would stop the run (data.overlong, data.bad_rows): ",
+        ),
     ):
         assert line in said, line
     assert main([config, "data.overlong=drop", "data.bad_rows=drop"]) == 0
