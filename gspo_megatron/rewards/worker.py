@@ -22,11 +22,19 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards.functions import Caller, RewardFunction, find
 
 PR_SET_PDEATHSIG = 1
+OF_THE_RUN = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a run to stop (run/stop.py). A scheduler may send it to every process of a job. Here it changes nothing:
+the run gets the rewards that it still waits for. The process is started with these signals blocked, so that none of
+them ends it before its first line."""
 
 
 def main() -> None:
     """Arguments: sys.path as JSON, the parent's process id, the descriptor of replies."""
     parent, reply_to = int(sys.argv[2]), int(sys.argv[3])
+    for number in OF_THE_RUN:
+        # Not SIG_IGN, and no longer blocked: programs that a function starts would inherit either, and not end on TERM.
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_RUN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before this
         os._exit(1)

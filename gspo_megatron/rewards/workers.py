@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from gspo_megatron.base.errors import ConfigError, shortened
 from gspo_megatron.rewards.functions import Arguments, Outcome
 from gspo_megatron.rewards.user_code import plain
+from gspo_megatron.rewards.worker import OF_THE_RUN
 
 START_S = 120.0
 """How long a process may take to import its functions, where reward.timeout_s is shorter."""
@@ -161,6 +162,8 @@ class _Keeper:
             self._thread.join(timeout=5)
 
     def _keep(self) -> None:
+        # For the processes that this thread starts, which inherit it. The run gets its signals in its main thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RUN)
         while (job := self._jobs.get()) is not None and not self.closed:
             try:
                 job.result.set_result(self._done(job) if job.term else self._running().functions)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,9 @@ from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.rewards.functions import Outcome
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
+from gspo_megatron.rewards.worker import OF_THE_RUN
 from gspo_megatron.rewards.workers import WorkerPool
+from gspo_megatron.run.stop import SIGNALS
 from gspo_megatron.testing.time_limits import time_factor
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +52,11 @@ def last_words():
 def leave(): sys.exit(0)
 def say_nothing(): raise Silent
 def interrupt(): raise KeyboardInterrupt
+def told_to_end():
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): os.kill(os.getpid(), number)
+    program = subprocess.Popen(["sleep", "100"])
+    program.terminate()
+    return float(-program.wait())
 def fork():
     if os.fork() == 0: return 0.0
     return 1.0
@@ -138,6 +147,24 @@ def test_calls_do_not_see_each_other(pool: WorkerPool) -> None:
     for _ in range(4):
         assert outcome(pool, "where").values == {"score": 1.0, "here": 1.0}
     assert outcome(pool, "draw", 1).values["score"] == drawn[0] and outcome(pool, "read_stdin").values["score"] == 0
+
+
+def test_what_asks_the_run_to_stop_costs_no_reward(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler signals every process of a job: neither a call nor the start of a process is lost. Programs that a
+    function starts still end when they are told to."""
+    assert set(OF_THE_RUN) == set(SIGNALS)
+    for _ in range(4):
+        assert outcome(pool, "told_to_end").values == {"score": float(signal.SIGTERM)}
+
+    class Signalled(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            for number in OF_THE_RUN:
+                self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with WorkerPool({"f": ("hostile:f", {})}, timeout_s=TIMEOUT_S) as other:
+        assert outcome(other, "where").values["score"] == 1.0
 
 
 def test_a_batch_gets_lists_and_returns_one(pool: WorkerPool) -> None:
