@@ -80,7 +80,7 @@ class ModelConfig:
         1.0, "deepseek_v3: factor on the weights of a token's experts, which sum to 1.", above=0
     )
     full_attention_interval: int = setting(
-        0, "qwen3_next: every so many layers there is one of attention; the others have a gated delta net.", least=0
+        0, "qwen3_next: one layer in this many has full attention, the others a gated delta net.", least=0
     )
     linear_num_key_heads: int = setting(0, "qwen3_next: query and key heads of a gated delta net.", least=0)
     linear_num_value_heads: int = setting(0, "qwen3_next: its value heads, a multiple of its key heads.", least=0)

@@ -202,7 +202,7 @@ class RewardConfig:
     )
     on_error: str = setting(
         "stop",
-        "When a function raises or returns what is no number: stop the run, or count it as reward 0.",
+        "When a function raises or returns something other than a number: stop the run, or count it as reward 0.",
         choices=("stop", "count"),
     )
     isolate: bool = setting(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from gspo_megatron.base.errors import DataError
 
 VERSION = 1
-"""Of the entries' contents: another one makes all of them anew."""
+"""Of the entries' contents: a new one makes all of them again."""
 ABOUT = "about.json"
 
 DEFAULT = "~/.cache/gspo_megatron"

@@ -5,7 +5,7 @@
     out = W_o (norm(o) silu(z))
 
 arXiv 2412.06464, Section 3.4. The convolution is over the last few tokens, each channel on its own; it and the rule
-start anew with every sequence of a pack. A sampler keeps the state of the rule and the convolution's last inputs of
+start again with every sequence of a pack. A sampler keeps the state of the rule and the convolution's last inputs of
 every row. Megatron's own GatedDeltaNet is not used: it needs kernels that only run on GPUs, and has no cache.
 
 Shapes: T packed tokens (under context parallel those of this rank's part), B sequences (rows), L positions, K key heads

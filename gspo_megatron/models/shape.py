@@ -34,7 +34,7 @@ class ModelShape:
         num_dense_layers: the first layers, which have a feed-forward network of width dense_ffn_size for experts.
         router_groups: equal groups of adjacent experts, of which the router first chooses router_groups_per_token.
         routed_scaling_factor: the weights of a token's experts, which sum to 1, are multiplied by it.
-        full_attention_interval: every so many layers there is one of attention; the others have a gated delta net.
+        full_attention_interval: one layer in this many has full attention, the others a gated delta net.
         linear_num_key_heads, linear_key_head_dim: of a gated delta net: its query and key heads, and their width.
         linear_num_value_heads, linear_value_head_dim: its value heads, adjacent ones of a key head, and their width.
         linear_conv_kernel_dim: tokens that its convolution sees, the newest included.

@@ -79,5 +79,5 @@ def _term(given: Mapping[str, Any]) -> Term:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"reward.terms: pattern={pattern!r} is no regular expression ({error})") from error
+            raise ConfigError(f"reward.terms: pattern={pattern!r} is not a regular expression ({error})") from error
     return Term(**{**own, "weight": float(own["weight"])}, parameters=parameters)

@@ -165,7 +165,7 @@ after_job() {{ echo "$1 $2" >> told; }}
 
 
 def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, tmp_path: Path) -> None:
-    """It inherits nothing: its site file brings the environment, stages data, asks for logs, is told of both ends."""
+    """It inherits nothing: its site file brings the environment, stages data, asks for logs, is called at both ends."""
     job = Job(tmp_path / "job", max_crashes=1, site=SITE)
     job.wait_for_rows(3)
     job.kill_one_process()
