@@ -107,7 +107,8 @@ class RowPrompts:
         duplicates: prompts that stand in several rows and are kept.
 
     Raises:
-        DataError: with its place, a row that is not a prompt or is too long, unless the filters drop it; no prompt at all.
+        DataError: a row that is not a prompt or is too long, with its place, unless the filters drop it; no prompt at
+            all.
     """
 
     def __init__(
