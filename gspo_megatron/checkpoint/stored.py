@@ -22,6 +22,8 @@ from gspo_megatron.base.errors import CheckpointError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The formats that a weight may have, by safetensors' names."""
+BLOCK_BYTES = 1 << 18
+"""Read and checked together."""
 INTEGERS = {
     torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
     torch.float16: (torch.int16, np.uint16, 0x7C00),
@@ -83,10 +85,16 @@ class StoredTensor:
         if into.device.type != "cpu" or into.dtype != FLOATS.get(self.dtype) or not into.is_contiguous():
             return False
         file, first = self.raw
-        space = into.detach().view(-1).view(torch.uint8).numpy().data
-        if os.preadv(file.fileno(), [space], first + start * (into.nbytes // max(1, end - start))) != into.nbytes:
-            raise CheckpointError(f"{self.file}: {self.name} ends early; another process changed the file")
-        self.check(into)
+        numbers = into.detach().view(-1)
+        space, finite = memoryview(numbers.view(torch.uint8).numpy()), Finite(numbers)
+        place = first + start * (into.nbytes // max(1, end - start))
+        for at in range(0, len(space), BLOCK_BYTES):
+            block = space[at : at + BLOCK_BYTES]
+            if os.preadv(file.fileno(), [block], place + at) != len(block):
+                raise CheckpointError(f"{self.file}: {self.name} ends early; another process changed the file")
+            # At once: the block is still in the processor's cache.
+            if not self.allow_nan and not finite(at // numbers.itemsize, (at + len(block)) // numbers.itemsize):
+                self.check(numbers)
         return True
 
     def check(self, numbers: Tensor) -> None:
@@ -103,16 +111,26 @@ class StoredTensor:
             )
 
 
-def all_finite(numbers: Tensor) -> bool:
-    """Whether no number is NaN or infinite.
+class Finite:
+    """Whether none of a tensor's numbers, or of a part of them, is NaN or infinite.
 
     Every bit of such a number's exponent is set, so read as an integer it exceeds all finite ones of its sign: positive
     ones as signed integers, negative ones as unsigned. This needs no memory. torch.isfinite needs more than the tensor,
     and in bf16 several times as long as reading it."""
-    signed, unsigned, infinity = INTEGERS[numbers.dtype]
-    integers = numbers.view(signed).numpy()
-    bounds = ((integers, infinity), (integers.view(unsigned), infinity + (1 << 8 * numbers.itemsize - 1)))
-    return all(int(each.max(initial=0)) < bound for each, bound in bounds)
+
+    def __init__(self, numbers: Tensor) -> None:
+        signed, unsigned, infinity = INTEGERS[numbers.dtype]
+        integers = numbers.view(signed).numpy()
+        self._bounds = ((integers, infinity), (integers.view(unsigned), infinity + (1 << 8 * numbers.itemsize - 1)))
+
+    def __call__(self, start: int = 0, end: int | None = None) -> bool:
+        """Of the rows from `start` to `end`."""
+        return all(int(np.maximum.reduce(each[start:end], None, initial=0)) < bound for each, bound in self._bounds)
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    return Finite(numbers)()
 
 
 def tensors_of(file: Path, allow_nan: bool) -> Iterable[StoredTensor]:

@@ -270,16 +270,16 @@ def stacked_in(
 
 def copy_rows(x: Sliceable, part: tuple[slice, ...], into: Tensor) -> None:
     """Sets `into` to x[part], whose slices have both bounds, in blocks of rows that stay in a processor's cache between
-    what is done to them."""
+    what is done to them, where `x` does not read whole rows itself."""
     rows, *rest = part
-    reader = x if isinstance(x, RowReader) and rest == [slice(0, size) for size in x.get_shape()[1:]] else None
+    whole_rows = rest == [slice(0, size) for size in x.get_shape()[1:]]
+    if whole_rows and isinstance(x, RowReader) and x.read_rows(rows.start, rows.stop, into):
+        return
     step = max(1, BLOCK_BYTES // max(1, into[:1].nbytes))
     for start in range(rows.start, rows.stop, step):
         end = min(start + step, rows.stop)
-        target = into[start - rows.start : end - rows.start]
-        if reader is None or not reader.read_rows(start, end, target):
-            block = (slice(start, end), *rest)
-            target.copy_(x[block])
+        block = (slice(start, end), *rest)
+        into[start - rows.start : end - rows.start].copy_(x[block])
 
 
 def find_rule(rules: Sequence[NameRule], ours: str) -> tuple[NameRule, tuple[str, ...]]:
