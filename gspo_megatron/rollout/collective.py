@@ -75,7 +75,7 @@ class CollectiveSource:
         else:
             rollouts = generate()
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
-        refuse_unscored(gathered)
+        refuse_unscored(gathered, self.reward.most_lost)
         return gathered
 
     def _decode(self, rollout: Rollout) -> None:
