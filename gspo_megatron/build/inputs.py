@@ -10,7 +10,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.rewards import RunRewards, rewards_of
-from gspo_megatron.build.suitability import check_prompts
+from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import check_folder
@@ -93,7 +93,7 @@ def settle(config: Config, world_size: int) -> Inputs:
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
-        DataError: a tokenizer or prompts that cannot be used.
+        DataError: a tokenizer, prompts or a reward that cannot be used.
     """
     model = settle_model(config, world_size)
     config, tokenizer = model.config, model.tokenizer
@@ -106,6 +106,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
+    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
     return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
 
 
