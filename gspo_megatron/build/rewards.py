@@ -18,6 +18,9 @@ class RunRewards(Reward, Protocol):
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
+    @property
+    def judged_by(self) -> str: ...
+
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
@@ -48,6 +51,10 @@ class RewardsBySource:
     def check_answer(self, prompt: Prompt) -> None:
         self._of(prompt).check_answer(prompt)
 
+    @property
+    def judged_by(self) -> str:
+        return self.others.judged_by
+
     def accuracy(self, rollout: Rollout) -> float:
         return self._of(rollout.prompt).accuracy(rollout)
 
@@ -75,11 +82,19 @@ def rewards_of(config: Config) -> RunRewards:
         ConfigError: a reward that cannot be used.
     """
     r = config.reward
-    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed}
-    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **how)
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config))
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
         return others
-    by_source = {name: Rewards(functions, None, r.on_error, **how) for name, functions in own.items()}
-    return RewardsBySource(others, by_source)
+    return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})
+
+
+def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:
+    """Of a source, or a held-out set, that has its own. Raises as `rewards_of` does."""
+    return Rewards(functions, None, config.reward.on_error, **_how(config))
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """How functions that need processes are called."""
+    r = config.reward
+    return {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib, "seed": config.run.seed}

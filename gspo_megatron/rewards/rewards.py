@@ -173,6 +173,11 @@ class Rewards:
                         f"{outcome.error}; use another reward, correct the answer, or set reward.on_error=count"
                     )
 
+    @property
+    def judged_by(self) -> str:
+        """The function that decides whether a response is correct."""
+        return next(term.function for term in self.terms if term.name == self._accuracy)
+
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""
         return float(rollout.reward_terms[self._accuracy] >= 1)
