@@ -2,9 +2,9 @@
 
     python -m benchmarks.ratio_spread --output benchmarks/results/ratio_spread.json --markdown docs/study.md
 
-A model is trained on a random language and samples responses. One GSPO update, Adam's first, is made with half of them; their reward
-is the share of tokens from the lower half of the vocabulary. The other half is scored before and after, as the second
-update of a step would find it. With d_t = log p_new(y_t) - log p_old(y_t) of the first n tokens, the log of the
+A model is trained on a random language and samples responses. One GSPO update, Adam's first, is made with half of them;
+their reward is the share of tokens from the lower half of the vocabulary. The other half is scored before and after, as
+the second update of a step would find it. With d_t = log p_new(y_t) - log p_old(y_t) of the first n tokens, the log of the
 sequence ratio is
 
     sum      sum_t d_t                        the tutorial chapter's GSPO, `gspo_sum`
@@ -100,7 +100,7 @@ def spreads(before: Scored, after: Scored, advantage: Array, lengths: Sequence[i
     """
     difference: Array = np.array(after) - np.array(before)  # [responses, tokens]
     bounded = np.log(np.clip(np.exp(difference), 1 - TOKEN_BAND[0], 1 + TOKEN_BAND[1]))
-    by_length = []
+    by_length: list[dict[str, Any]] = []
     for n in lengths:
         logs = {
             "sum": difference[:, :n].sum(axis=1),
@@ -192,8 +192,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     size, model = result["size"], result["model"]
     names = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
-        f"`{result['command']}` took {result['seconds']:,.0f} s: tiny_moe, {model['parameters']:,} parameters, trained for "
-        f"{size['updates']} updates; mean -log p of its own tokens {model['-log p']:.2f} nats. {size['responses']} "
+        f"`{result['command']}` took {result['seconds']:,.0f} s: tiny_moe, {model['parameters']:,} parameters, trained "
+        f"for {size['updates']} updates; mean -log p of its own tokens {model['-log p']:.2f} nats. {size['responses']} "
         f"responses of {size['tokens']:,} tokens, vocabulary {size['vocab_size']:,}; {model['machine']}; {names}.\n\n"
     )
     head = [

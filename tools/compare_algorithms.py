@@ -33,7 +33,7 @@ from sweep_results import results
 import gspo_megatron
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.base.files import written_aside
-from gspo_megatron.run.stop import STOPPED
+from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED
 
 LOG, LAST_LINES = "console.log", 12
 POLL_S = 0.1
@@ -132,19 +132,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = load_sweep(options.sweep, folder, rows=options.rows, num_seeds=options.seeds)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     runs = list(sweep.runs)
     to_the_end = options.report_only or run_all(runs, options.jobs)
-    words = [
-        "python",
-        "tools/compare_algorithms.py",
-        str(options.sweep),
-        *(["--runs", str(folder)] if options.runs else []),
-    ]
-    write_report(sweep, folder, shlex.join(words))
-    if not to_the_end:
-        return STOPPED
-    return int(not options.report_only and any(run.state == "failed" for run in runs))
+    place = ["--runs", str(folder)] if options.runs else []
+    write_report(sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place]))
+    states = {run.state for run in runs} if not options.report_only else set()
+    if "failed" in states:
+        return FAILED
+    return 0 if to_the_end and "unfinished" not in states else STOPPED
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from gspo_megatron.run.stop import STOPPED_BY_GUARD
 KEYS = ("title", "about", "base", "settings", "rows", "points", "axis", "seeds")
 OWN = ("run.dir", "run.seed", "checkpoint.load")
 """Settings that the sweep gives each run."""
+MAY_CHANGE = ("run.dir", "checkpoint.", "logging.")
+"""Beginnings of the settings that do not decide what a run computes."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """Of a row or point: it names a folder."""
 OUTCOME, MADE_BY = "outcome.json", "sweep.yaml"
@@ -126,7 +128,7 @@ class Run:
         before, now = (OmegaConf.create(text) for text in (made_by.read_text(), to_yaml(self.config())))
         for key in SETTINGS:
             old, new = OmegaConf.select(before, key, default=...), OmegaConf.select(now, key)
-            if key not in OWN and old is not ... and old != new:
+            if not key.startswith(MAY_CHANGE) and old is not ... and old != new:
                 raise ConfigError(
                     f"{self.directory} was made with {key}={old}, and the sweep has {key}={new}; name another folder "
                     "with --runs, or remove this one"

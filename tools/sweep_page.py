@@ -69,8 +69,8 @@ def _legend(look: Mapping[str, tuple[str, str]]) -> str:
         for row, (colour, dash) in look.items()
     ]
     return (
-        f'<ul class="legend">{"".join(items)}</ul>\n<p>A line is the mean over seeds, its band the 95&nbsp;% confidence '
-        "interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where the first seed "
+        f'<ul class="legend">{"".join(items)}</ul>\n<p>A line is the mean over seeds, its band the 95&nbsp;% '
+        "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where the first seed "
         "ends.</p>"
     )
 
@@ -268,16 +268,16 @@ class Plot:
             y = self._y(tick)
             parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#e3e3e3"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-        numbers = ticks(min(self._xs), max(self._xs))
-        places = dict(enumerate(self.names)) or {tick: f"{tick:g}" for tick in numbers}
-        for x, name in places.items():
+        places: dict[float, str] = {float(i): name for i, name in enumerate(self.names)}
+        for x, name in (places or {tick: f"{tick:g}" for tick in ticks(min(self._xs), max(self._xs))}).items():
             parts.append(f'<text x="{self._x(x):.1f}" y="{bottom + 15}" text-anchor="middle">{escape(name)}</text>')
         parts.append(f'<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#777"/>')
         middle = (LEFT + right) / 2
         parts.append(f'<text x="{middle:g}" y="{HEIGHT - 3}" text-anchor="middle">{escape(self.axis)}</text>')
         parts += [draw() for draw in self._drawn]
         label = escape(f"{self.title} over {self.axis}: {described}; from {low:.3g} to {high:.3g}", quote=True)
-        return f'<figure><svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg></figure>'
+        frame = f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">'
+        return f"<figure>{frame}{''.join(parts)}</svg></figure>"
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
