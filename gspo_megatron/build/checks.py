@@ -46,6 +46,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_data(config)
     _check_evaluation(config)
     _check_batches(config, algorithm)
+    _check_kl(config, algorithm)
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
@@ -261,6 +262,32 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
         )
 
 
+def _check_kl(config: Config, algorithm: Algorithm) -> None:
+    a, baseline = config.algorithm, algorithm.variant.baseline.name
+    if not algorithm.kl_in_reward:
+        return
+    if not algorithm.needs_reference:
+        raise ConfigError(
+            "algorithm.kl_in=reward has no effect with algorithm.kl_coef=0; set that above 0, such as "
+            "1e-3, or remove kl_in"
+        )
+    if a.kl_estimator.endswith("+"):
+        raise ConfigError(
+            f"algorithm.kl_estimator={a.kl_estimator} is a value with another gradient, and a reward has none: with "
+            f"algorithm.kl_in=reward use {a.kl_estimator.removesuffix('+')}"
+        )
+    if a.drop_truncated:
+        raise ConfigError(
+            "algorithm.kl_in=reward with algorithm.drop_truncated=true: truncated responses are not scored, so their "
+            "rewards, which count in the baseline of their group, would lack the penalty; set one of them off"
+        )
+    if baseline == "mean_normalised":
+        raise ConfigError(
+            "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
+            "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
+        )
+
+
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
     replay = config.algorithm.routing_replay
     if replay == "none":
@@ -356,7 +383,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
             f"micro-batch, so the gradient depends on the layout"
         )
-    if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
+    if algorithm.kl_in_reward and algorithm.kl_estimator in ("k2", "k3"):
+        notes.append(
+            f"algorithm.kl_estimator={algorithm.kl_estimator} with algorithm.kl_in=reward: the expected gradient is "
+            "not that of the divergence; k1 has it"
+        )
+    if algorithm.kl_estimator == "k1" and algorithm.needs_reference and not algorithm.kl_in_reward:
         notes.append(
             "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2, "
             "k3 or k1+"

@@ -269,6 +269,12 @@ class AlgorithmConfig:
         "which is that of the divergence.",
         choices=("k1", "k2", "k3", "k1+", "k3+"),
     )
+    kl_in: str = setting(
+        "loss",
+        "Where that divergence counts: as a term of the loss, or, summed over a response, subtracted from its reward "
+        "before rewards become advantages.",
+        choices=("loss", "reward"),
+    )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
         {},

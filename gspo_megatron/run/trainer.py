@@ -4,7 +4,8 @@ One step (`Trainer.step`):
     1. sample      G rollouts for each of the step's prompts, with rewards, the same on every process
     2. advantages  of each rollout relative to its group
     3. pack        groups into mini-batches (one update each), their sequences with a gradient into micro-batches
-    4. score       old log-probs with the trainer's own forward, reference log-probs when KL is on
+    4. score       old log-probs with the trainer's own forward, reference log-probs when KL is on; advantages once more
+                   where KL is in the reward
     5. update      once per mini-batch
 """
 
@@ -276,12 +277,14 @@ class Trainer:
         self.parts.packer.pack(step, drop_zero_advantage=a.drops_zero_advantage, drop_truncated=a.drops_truncated)
 
     def score(self, step: StepState) -> None:
-        """4. Old and reference log-probs, if the algorithm needs them."""
+        """4. Old and reference log-probs, if the algorithm needs them, and what a reward loses by their distance."""
         self.note(f"step {step.number}, scoring")
         with self.clock.timed("log_probs"):
             stages.score(step.batches, self.policy, self.algorithm)
         self.complete_save()
         self.guards.check_columns(step)
+        if self.algorithm.kl_in_reward:
+            stages.penalise(step, self.algorithm, self.ranks)
 
     def update(self, step: StepState) -> dict[str, float]:
         """5. The remaining updates of the step, each subject to the guards; returns the metrics of all."""
