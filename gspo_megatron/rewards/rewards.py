@@ -161,7 +161,7 @@ class Rewards:
         return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors), sheet.lost)
 
     def check_answer(self, prompt: Prompt) -> None:
-        """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
+        """Whether the rewards by rule can read a prompt's answer. A user's own are not called for every prompt.
 
         Raises:
             DataError: one cannot.
@@ -175,6 +175,11 @@ class Rewards:
                         f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {term.name!r} cannot judge it: "
                         f"{outcome.error}; use another reward, correct the answer, or set reward.on_error=count"
                     )
+
+    @property
+    def judged_by(self) -> str:
+        """The function that decides whether a response is correct."""
+        return next(term.function for term in self.terms if term.name == self._accuracy)
 
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""

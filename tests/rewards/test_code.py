@@ -10,9 +10,7 @@ import pytest
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.rewards import code_sandbox
-from gspo_megatron.build.summary import describe_start
+from gspo_megatron.build.programs import check_programs, describe_sandbox, sandbox_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
@@ -193,14 +191,14 @@ def test_settings() -> None:
     def config(*overrides: str) -> Any:
         return load_config(None, [*SMALL, "model.vocab_size=null", *overrides])
 
-    assert code_sandbox(config()) is None
+    check_programs(config())
     asked = config("reward.functions={code: 1}", "reward.code.isolation=none", "reward.code.seconds=2")
     assert asked.reward.code == {"isolation": "none", "seconds": 2}
-    sandbox = code_sandbox(asked)
-    assert sandbox is not None and sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
-    assert any("UNPROTECTED" in line for line in describe_start(settle(asked, 1)))
+    sandbox = sandbox_of(asked)
+    assert sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
+    assert any("without a sandbox" in line for line in describe_sandbox(asked))
     asked = config("reward.terms=[{function: code}]")
-    assert code_sandbox(asked)["isolation"] in ("bwrap", "landlock")  # type: ignore[index]
+    assert sandbox_of(asked)["isolation"] in ("bwrap", "landlock")
     for overrides, said in (
         (["reward.code.isolation=chroot"], "is not one of auto, bwrap, landlock, none"),
         (["reward.code.isolate=none"], "did you mean 'isolation'"),
@@ -211,6 +209,6 @@ def test_settings() -> None:
         with pytest.raises(ConfigError, match=said):
             config("reward.functions={code: 1}", *overrides)
     with pytest.raises(ConfigError, match="no effect without the reward code"):
-        code_sandbox(config("reward.code.isolation=none"))
+        check_programs(config("reward.code.isolation=none"))
     with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
-        code_sandbox(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+        sandbox_of(config("reward.functions={code: 1}", "reward.code.seconds=30"))
