@@ -49,9 +49,8 @@ def describe_sandbox(config: Config) -> Iterator[str]:
         return
     code = sandbox_of(config)
     version, limits = interpreter(code["python"]).version, f"{code['seconds']:g} s, {code['memory_gib']:g} GiB"
-    where = (
-        "without a sandbox, as reward.code.isolation=none asks" if code["isolation"] == "none" else code["isolation"]
-    )
+    is_open = code["isolation"] == "none"
+    where = "no sandbox, as reward.code.isolation=none asks" if is_open else f"sandbox {code['isolation']}"
     yield f"programs of responses run on Python {version}, each with at most {limits}: {where}"
 
 

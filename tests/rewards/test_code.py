@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from gspo_megatron.build.programs import check_programs, describe_sandbox, sandb
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
+from gspo_megatron.rewards.sandbox import settled
+from gspo_megatron.testing.commands import metrics, torchrun
 from gspo_megatron.testing.time_limits import time_factor
 from tests.support.small import SMALL
 
@@ -196,7 +199,7 @@ def test_settings() -> None:
     assert asked.reward.code == {"isolation": "none", "seconds": 2}
     sandbox = sandbox_of(asked)
     assert sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
-    assert any("without a sandbox" in line for line in describe_sandbox(asked))
+    assert any("no sandbox" in line for line in describe_sandbox(asked))
     asked = config("reward.terms=[{function: code}]")
     assert sandbox_of(asked)["isolation"] in ("bwrap", "landlock")
     for overrides, said in (
@@ -212,3 +215,22 @@ def test_settings() -> None:
         check_programs(config("reward.code.isolation=none"))
     with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
         sandbox_of(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+
+
+def test_a_run_is_rewarded_for_programs(tmp_path: Path) -> None:
+    """Responses of random digits and signs: some are a program, and end without a word."""
+    rows = [{"prompt": f"{i}>", "answer": "", "tests": [{"input": "", "output": ""}]} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_the_model = [setting for setting in SMALL if "vocab_size" not in setting]
+    settings = [f"run.dir={tmp_path / 'run'}", f"data.train={data}", f"data.eval={data}", "data.eval_size=2"]
+    settings += ["data.tokenizer=characters:0123456789>", "model.max_sequence_length=16", "rollout.max_new_tokens=4"]
+    settings += ["rollout.prompts_per_step=4", "rollout.group_size=4", "train.steps=1", "logging.tensorboard=false"]
+    settings += ["reward.terms=[{function: code, fenced: false}]", "reward.workers=2"]
+    status, printed = torchrun(1, [*of_the_model, *settings])
+    assert status == 0, printed
+    assert f"sandbox {settled('auto')}" in " ".join(printed.split())
+    (step,) = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    shares = [step[f"reward/code/{verdict}"] for verdict in code.VERDICTS]
+    assert sum(shares) == pytest.approx(1) and step["reward/code/sandbox_failed"] == 0
+    assert 0 < step["reward/code/crashed"] < 1 and step["reward/code/right"] == step["reward/mean"]
