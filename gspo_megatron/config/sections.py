@@ -212,6 +212,28 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class CodeConfig:
+    """How the reward `code` runs the programs of responses."""
+
+    isolation: str = setting(
+        "auto",
+        "What keeps them from the machine. auto: bwrap, else landlock, else the run does not start. none: nothing; "
+        "they may do whatever you may.",
+        choices=("auto", "bwrap", "landlock", "none"),
+    )
+    python: str | None = setting(None, "The Python that they run on. null: the one of the run, with its packages.")
+    seconds: float = setting(
+        5.0,
+        "Computing that one run of a program may take, rounded up to whole seconds; waiting included, twice that. All "
+        "tests of a program together: 0.8 * reward.timeout_s.",
+        above=0,
+        most=1e5,
+    )
+    memory_gib: float = setting(1.0, "Address space that it may have.", least=0.05, most=2**20)
+    output_mib: float = setting(1.0, "How much it may print.", above=0, most=1024)
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """How responses are scored."""
 
@@ -249,6 +271,14 @@ class RewardConfig:
         most=1e6,
     )
     memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
+    most_lost: float = setting(
+        0.5,
+        "The run stops at a step of which a larger share of rollouts is lost: their processes hung or ended, or the "
+        "sandbox of their programs failed.",
+        least=0,
+        most=1,
+    )
+    code: dict[str, Any] = setting({}, "The sandbox of the reward `code`:", entries=CodeConfig)
 
 
 @dataclass(frozen=True)

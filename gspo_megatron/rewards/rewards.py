@@ -18,8 +18,6 @@ from gspo_megatron.rewards.user_code import contained
 from gspo_megatron.rewards.workers import WorkerPool
 
 LISTED_ERRORS = 3
-MOST_LOST = 0.5
-"""A step of which a larger share of rollouts is lost has a reward that does not work."""
 
 
 class Score(NamedTuple):
@@ -37,6 +35,8 @@ class Reward(Protocol):
     groups_at_once: int
     """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread that
     samples."""
+    most_lost: float
+    """The run stops at a step of which a larger share of rollouts is lost."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """One score for each rollout of a group, in order. A reward of NaN means that a rollout could not be scored,
@@ -49,7 +49,7 @@ class Rewards:
     A function of f_t(prompt, response, answer, ...) is one of REWARDS, or a user's `module:function`. Rules are called
     in this process, a user's functions, and rules that can take any time, in processes of their own (`workers.py`);
     `isolate=False` calls a user's functions here, too. `accuracy` is the term that decides whether a response is
-    correct (default: the first that is no gate).
+    correct (default: the first that is no gate). `defaults`: parameters by function, below those of a term.
 
     A function that raises, or returns anything but finite numbers, is noted in the score's `error`; its value is then 0
     with on_error="count", and NaN with "stop", so that `refuse_unscored` stops the run. Where a process hung or ended,
@@ -66,15 +66,17 @@ class Rewards:
         on_error: str = "stop",
         *,
         terms: Seq[Mapping[str, Any]] = (),
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
         isolate: bool = True,
         workers: int = 1,
         timeout_s: float = 60.0,
         memory_gib: float = 4.0,
         seed: int = 0,
+        most_lost: float = 0.5,
     ) -> None:
         if on_error not in ("stop", "count"):
             raise ConfigError(f"reward.on_error={on_error!r} must be 'stop' or 'count'")
-        self.terms = terms_of(functions, terms)
+        self.terms = terms_of(functions, terms, defaults or {})
         self._accuracy = accuracy or next((t.name for t in self.terms if not t.gate), self.terms[0].name)
         if self._accuracy not in [term.name for term in self.terms]:
             raise ConfigError(
@@ -82,6 +84,7 @@ class Rewards:
                 "one of them, or add it with weight 0"
             )
         self._stop = on_error == "stop"
+        self.most_lost = most_lost
         self._pooled = [t for t in self.terms if (isolate if t.is_users else _takes_any_time(t))]
         with contained():
             self._here = {t.name: find(t.function, t.parameters) for t in self.terms if t not in self._pooled}
@@ -208,13 +211,13 @@ def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
         rollout.reward, rollout.reward_terms, rollout.reward_error, rollout.reward_lost = score
 
 
-def refuse_unscored(rollouts: Seq[Rollout]) -> None:
+def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     """Stops the run when a rollout could not be scored, or so many processes hung or ended that the reward cannot work.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
 
     Raises:
-        DataError: a rollout has an error and a reward of NaN, or more than MOST_LOST of all are lost.
+        DataError: a rollout has an error and a reward of NaN, or a larger share than `most_lost` are lost.
     """
     failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
@@ -223,11 +226,11 @@ def refuse_unscored(rollouts: Seq[Rollout]) -> None:
             f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
             f"count such a reward as 0. The first of them:\n{listed(failed)}"
         )
-    if len(lost) > MOST_LOST * len(rollouts):
+    if len(lost) > most_lost * len(rollouts):
         raise DataError(
-            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
-            "them; fix the reward, or, where it ran into a limit, raise reward.timeout_s or reward.memory_gib. The "
-            f"first of them:\n{listed(lost)}"
+            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with what was to compute them, a larger "
+            f"share than reward.most_lost={most_lost:g}; fix the reward, or, where it ran into a limit, raise "
+            f"reward.timeout_s or reward.memory_gib. The first of them:\n{listed(lost)}"
         )
 
 

@@ -129,6 +129,7 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 IN_WORKERS = {
+    "code": "gspo_megatron.rewards.code:code",
     "math": "gspo_megatron.rewards.math:math",
     "json_schema": "gspo_megatron.rewards.structure:json_schema",
 }
