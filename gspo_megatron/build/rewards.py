@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ class RunRewards(Reward, Protocol):
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
+
+    def check_services(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -56,6 +59,10 @@ class RewardsBySource:
             rewards.use_workers(count)
         self.__post_init__()
 
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
+
     def close(self) -> None:
         for rewards in self._all:
             rewards.close()
@@ -76,7 +83,7 @@ def rewards_of(config: Config) -> RunRewards:
     """
     r = config.reward
     how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed}
+    how |= {"seed": config.run.seed, "environment": os.environ}
     others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **how)
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
