@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,8 @@ class RunRewards(Reward, Protocol):
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
+
+    def check_services(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -66,6 +69,10 @@ class RewardsBySource:
         for rewards in self._all:
             rewards.use_workers(count)
         self.__post_init__()
+
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
 
     def close(self) -> None:
         for rewards in self._all:
@@ -138,7 +145,7 @@ def _how(config: Config) -> dict[str, Any]:
     """How functions that need processes are called."""
     r = config.reward
     how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed, "most_lost": r.most_lost}
+    how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
     if (sandbox := code_sandbox(config)) is not None:
         how["defaults"] = {"code": {"sandbox": sandbox}}
     return how

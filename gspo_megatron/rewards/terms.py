@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
-from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def terms_of(
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
         raise ConfigError(
-            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS))} or 'module:function'"
+            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS, *SERVICES))} or 'module:function'"
         )
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
