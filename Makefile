@@ -205,7 +205,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot,remote,server]'
+.venv/.installed: PACKAGE = -e '.[code,data,dev,json,math,plot,remote,server]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers
