@@ -151,7 +151,7 @@ class Rewards:
         if not sheets:
             return []
         if service := self._services.get(term.name):
-            return [service.submit([s.arguments(service.takes) for s in sheets], [s.rollout.id for s in sheets])]
+            return service.submit([s.arguments(service.takes) for s in sheets], [s.rollout.id for s in sheets])
         called = self._called[term.name]
         calls = [sheets] if called.batch or called.is_async else [[sheet] for sheet in sheets]
         return [
