@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.contents import contents_of
+from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
 from gspo_megatron.build.rewards import RunRewards
@@ -119,14 +120,17 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
+        rewards = rewards_in(inputs.rewards, inputs.more_sets)
+        for each in rewards:
+            each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
-            inputs.rewards.close()
+            for each in rewards:
+                each.close()
             if writer:
                 writer.close()
 

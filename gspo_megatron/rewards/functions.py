@@ -49,6 +49,15 @@ class Outcome(NamedTuple):
     stops: bool = False
 
 
+class NotJudged(Exception):
+    """A reward could not judge a rollout, through no fault of the response: its value is 0, the rollout counts as lost.
+    `values` as in `Outcome`."""
+
+    def __init__(self, message: str, values: dict[str, float]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
 class RewardFunction(NamedTuple):
     """A function, and how to call it.
 
@@ -169,6 +178,8 @@ class Caller:
 
 
 def _failed(error: BaseException) -> Outcome:
+    if isinstance(error, NotJudged):
+        return Outcome(error.values, plain(str(error)), lost=True)
     return Outcome({}, described(error), lost=isinstance(error, MemoryError))
 
 
