@@ -259,8 +259,8 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     if len(lost) > most_lost * len(rollouts):
         raise DataError(
             f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes or services that "
-            f"were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, or, where it ran "
-            f"into a limit, raise that. The first of them:\n{listed(lost)}"
+            f"were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, or, where it "
+            f"ran into a limit, raise that. The first of them:\n{listed(lost)}"
         )
 
 

@@ -139,9 +139,7 @@ def test_no_answer_costs_the_rollouts_their_rewards(opened: Callable[..., Reward
 
 
 @pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 2", b"\x00\x01garbage\r\n\r\n"])
-def test_what_does_not_speak_http_costs_the_rollouts_their_rewards(
-    opened: Callable[..., Rewards], reply: bytes
-) -> None:
+def test_what_does_not_speak_http_costs_the_rollout_its_reward(opened: Callable[..., Rewards], reply: bytes) -> None:
     def answer() -> None:
         for _ in range(3):
             connection, _ = server.accept()
@@ -167,8 +165,6 @@ def test_a_failing_service_is_asked_again_and_its_time_is_kept(opened: Callable[
         (found,) = scored(opened(service), "four")
         assert found.reward == 4 and not found.reward_error
         assert service.times[1] - service.times[0] >= 1.0 and len(service.times) == 3
-        (lost,) = scored(opened(service, max_wait_s=0.5), "four")
-    assert lost.reward == 4
     with serving(lambda *_: Answer({}, 429, {"Retry-After": "3600"})) as service:
         (lost,) = scored(opened(service), "four")
     assert lost.reward_lost and "asks to wait 3600 s, more than max_wait_s=60" in lost.reward_error

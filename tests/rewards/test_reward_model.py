@@ -99,7 +99,7 @@ def test_what_is_no_classifier_is_refused_before_the_run(tmp_path: Path) -> None
 
     save_model(tmp_path, "bert", pad_token_id=2)
     rewards = open_model(tmp_path)
-    with pytest.raises(ConfigError, match="reward 'reward_model': .*the model has 3 classes; set label"):
+    with pytest.raises(ConfigError, match=r"reward 'reward_model': .*the model has 3 classes; set label"):
         rewards.check_services()
     rewards.close()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
