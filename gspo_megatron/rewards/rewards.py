@@ -133,11 +133,19 @@ class Rewards:
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`. The terms are raw values, before weights."""
+        return self._scores(rollouts, self.terms)
+
+    def try_functions(self, rollout: Rollout) -> Score:
+        """The score as far as functions compute it; `check_services` tries the services, where a run needs them."""
+        (score,) = self._scores([rollout], [term for term in self.terms if term.name not in self._services])
+        return score
+
+    def _scores(self, rollouts: Seq[Rollout], terms: Seq[Term]) -> list[Score]:
         sheets = [_Sheet(rollout) for rollout in rollouts]
         stage: list[Term] = []
-        for term in self.terms:
+        for term in terms:
             stage.append(term)
-            if term.gate or term is self.terms[-1]:
+            if term.gate or term is terms[-1]:
                 self._fill([sheet for sheet in sheets if sheet.passed], stage)
                 stage = []
         return [self._total(sheet) for sheet in sheets]

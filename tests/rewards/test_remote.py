@@ -62,12 +62,13 @@ def test_a_group_is_sent_in_batches_with_token_and_request_id(opened: Callable[.
     with serving(parts) as service:
         rewards = opened(service, environment={"JUDGE": " secret\n"}, token_variable="JUDGE", batch_size=2)
         rewards.check_services()
-        found = scored(rewards, "a", "b\ud800", "c")
+        found = scored(rewards, "a", "né\ud800", "c")
     assert [r.reward for r in found] == [0, 1, 2] and found[0].reward_terms == {"remote": 0, "remote/cut": 1}
     trial, *batches = service.requests
     assert trial == {"rollouts": []} and sorted(len(b["rollouts"]) for b in batches) == [1, 2]
-    sent = next(r for b in batches for r in b["rollouts"] if r["id"] == 0)
-    assert sent == {
+    sent = {r["id"]: r for b in batches for r in b["rollouts"]}
+    assert sent[1]["response"] == "né?"
+    assert sent[0] == {
         **{"id": 0, "prompt": "what?", "response": "a", "answer": "a", "truncated": True, "metadata": {"level": 3}},
         "messages": [{"role": "user", "content": "what?"}],
     }
