@@ -29,6 +29,8 @@ class RunRewards(Reward, Protocol):
 
     def check_services(self) -> None: ...
 
+    def try_functions(self, rollout: Rollout) -> Score: ...
+
     def close(self) -> None: ...
 
 
@@ -68,6 +70,9 @@ class RewardsBySource:
         for rewards in self._all:
             rewards.use_workers(count)
         self.__post_init__()
+
+    def try_functions(self, rollout: Rollout) -> Score:
+        return self._of(rollout.prompt).try_functions(rollout)
 
     def check_services(self) -> None:
         for rewards in self._all:

@@ -82,7 +82,7 @@ def try_rewards(
     for source in sources:
         for index in range(len(source.parts) if isinstance(source, Mixture) else 1):
             asked = _made_up(source[index], tokenizer)
-            (score,) = rewards.score([asked])
+            score = rewards.try_functions(asked)
             if not score.error:
                 continue
             what = (

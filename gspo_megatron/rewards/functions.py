@@ -189,12 +189,20 @@ def _outcomes(function: RewardFunction, value: Any, count: int) -> list[Outcome]
         TypeError, ValueError: a result that is no score.
     """
     if not function.batch:
-        return [Outcome(parts(value))]
+        return [outcome_of(value)]
     if type(value) not in (list, tuple):
         raise TypeError(f"it returned {_shown(value)}; expected a list with a score for each response")
     if len(value) != count:
         raise ValueError(f"it returned {len(value)} scores for {count} responses")
-    return [Outcome(parts(v)) for v in value]
+    return [outcome_of(v) for v in value]
+
+
+def outcome_of(value: Any) -> Outcome:
+    """Of what was returned for one rollout: a score, or an exception that says why there is none."""
+    try:
+        return _failed(value) if isinstance(value, Exception) else Outcome(parts(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        return _failed(error)
 
 
 def parts(value: Any) -> dict[str, float]:
