@@ -1,4 +1,7 @@
-"""The page of a sweep's results: one HTML file that needs no other, without scripts. Curves are inline SVG."""
+"""The page of a sweep's results: one HTML file that needs no other, without scripts. Curves are inline SVG.
+
+For the documentation, the same as a table in Markdown and as a picture.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 
 def page(found: Found) -> str:
     """The page of what `sweep_results.results` found."""
-    rows = list(dict.fromkeys(curve["row"] for curve in found["curves"]))
-    look = {row: (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i, row in enumerate(rows)}
+    look = _look(found)
     parts = [
         f"<h1>{escape(found['title'])}</h1>",
         f"<p>{escape(found['about'])}</p>",
@@ -55,7 +57,56 @@ def page(found: Found) -> str:
     )
 
 
+def markdown(found: Found) -> str:
+    """The table of numbers for a Markdown page."""
+    measures = found["measures"].values()
+    lines = [
+        f"`{found['command']}`, {found['machine']}; {', '.join(map(' '.join, found['versions'].items()))}; "
+        f"{found['made']}. In brackets: {found['interval']}. After Δ: the difference to `{found['curves'][0]['row']}`, "
+        "seed by seed.\n",
+        "| | seeds | " + " | ".join(f"{each['title']}, {each['number']}" for each in measures) + " |",
+        f"| --- | ---: |{' ---: |' * len(found['measures'])}",
+    ]
+    for curve in found["curves"]:
+        cells = [f"`{curve['name']}`", _seeds(curve)]
+        for key, measure in curve["measures"].items():
+            difference = curve["against"][key]
+            change = f" Δ {_interval(difference, signed=True)}" if difference else ""
+            cells.append(_interval(measure["interval"]).replace("&ndash;", "-") + change)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: Found) -> str:
+    """The curves of the first point, three in a row, as one SVG file."""
+    look = _look(found)
+    panels = list(_over_steps(found, found["points"][0], look))
+    size = (3 * WIDTH, HEIGHT * -(-len(panels) // 3) + 24)
+    parts = [f'<rect width="{size[0]}" height="{size[1]}" fill="#fff"/>']
+    for i, (row, (colour, dash)) in enumerate(look.items()):
+        line = f'<path d="M{LEFT + 200 * i} 12h36" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"/>'
+        parts.append(f'{line}<text x="{LEFT + 200 * i + 42}" y="16">{escape(row)}</text>')
+    for i, panel in enumerate(panels):
+        inner = panel.removeprefix("<figure><svg").removesuffix("</figure>")
+        place = f'x="{i % 3 * WIDTH}" y="{24 + i // 3 * HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+        parts.append(f"<svg {place}{inner}")
+    style = "<style>text { font: 11px system-ui, sans-serif; fill: #333 }</style>"
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" role="img"'
+    return f'{frame} aria-label="{escape(found["title"], quote=True)}">{style}{"".join(parts)}</svg>\n'
+
+
 # --- text and tables ---
+
+
+def _look(found: Found) -> dict[str, tuple[str, str]]:
+    """Colour and dashes of every row."""
+    rows = dict.fromkeys(curve["row"] for curve in found["curves"])
+    return {row: (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i, row in enumerate(rows)}
+
+
+def _seeds(curve: Found) -> str:
+    done = sum(run["state"] in ("finished", "stopped by a guard") for run in curve["runs"])
+    return f"{done} of {len(curve['runs'])}"
 
 
 def _versions(found: Found) -> str:
@@ -70,8 +121,8 @@ def _legend(look: Mapping[str, tuple[str, str]]) -> str:
     ]
     return (
         f'<ul class="legend">{"".join(items)}</ul>\n<p>A line is the mean over seeds, its band the 95&nbsp;% '
-        "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where the first seed "
-        "ends.</p>"
+        "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where "
+        "the first seed ends.</p>"
     )
 
 
@@ -101,8 +152,7 @@ def _numbers(found: Found) -> str:
     )
     rows = []
     for curve in found["curves"]:
-        done = sum(run["state"] in ("finished", "stopped by a guard") for run in curve["runs"])
-        cells = [f'<th scope="row">{escape(curve["name"])}</th>', f"<td>{done} of {len(curve['runs'])}</td>"]
+        cells = [f'<th scope="row">{escape(curve["name"])}</th>', f"<td>{_seeds(curve)}</td>"]
         for key, measure in curve["measures"].items():
             difference = curve["against"][key]
             text = _interval(measure["interval"])
