@@ -58,23 +58,25 @@ def page(found: Found) -> str:
 
 
 def markdown(found: Found) -> str:
-    """The table of numbers for a Markdown page."""
-    measures = found["measures"].values()
-    lines = [
-        f"`{found['command']}`, {found['machine']}; {', '.join(map(' '.join, found['versions'].items()))}; "
-        f"{found['made']}. In brackets: {found['interval']}. After Δ: the difference to `{found['curves'][0]['row']}`, "
-        "seed by seed.\n",
-        "| | seeds | " + " | ".join(f"{each['title']}, {each['number']}" for each in measures) + " |",
-        f"| --- | ---: |{' ---: |' * len(found['measures'])}",
-    ]
-    for curve in found["curves"]:
-        cells = [f"`{curve['name']}`", _seeds(curve)]
-        for key, measure in curve["measures"].items():
-            difference = curve["against"][key]
-            change = f" Δ {_interval(difference, signed=True)}" if difference else ""
-            cells.append(_interval(measure["interval"]).replace("&ndash;", "-") + change)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """The numbers as tables for a Markdown page, one for each point: a line a measure, a column a row of the sweep."""
+    names = ", ".join(" ".join(version) for version in found["versions"].items())
+    first = found["curves"][0]["row"]
+    text = (
+        f"`{found['command']}`, {found['machine']}; {names}; {found['made']}. In brackets: {found['interval']}. Second "
+        f"line: the difference to `{first}`, seed by seed.\n"
+    )
+    for point in found["points"]:
+        curves = [curve for curve in found["curves"] if curve["point"] == point]
+        heads = " | ".join(f"`{curve['name']}`, {_seeds(curve)} seeds" for curve in curves)
+        text += f"\n| | {heads} |\n| --- |{' ---: |' * len(curves)}\n"
+        for key, measure in found["measures"].items():
+            cells = [f"{measure['title']}; {measure['number']}"]
+            for curve in curves:
+                difference = curve["against"][key]
+                change = f"<br>{_interval(difference, signed=True)}" if difference else ""
+                cells.append(_interval(curve["measures"][key]["interval"]) + change)
+            text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def picture(found: Found) -> str:
@@ -122,7 +124,7 @@ def _legend(look: Mapping[str, tuple[str, str]]) -> str:
     return (
         f'<ul class="legend">{"".join(items)}</ul>\n<p>A line is the mean over seeds, its band the 95&nbsp;% '
         "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where "
-        "the first seed ends.</p>"
+        "the first seed ends. Axes span the seeds: a band that reaches further is cut off.</p>"
     )
 
 
@@ -265,7 +267,8 @@ def _bars(found: Found, look: Mapping[str, tuple[str, str]]) -> str:
 
 
 class Plot:
-    """Lines and bands over x, as SVG. The axes span what was drawn.
+    """Lines and bands over x, as SVG. The axes span the lines; a band that reaches further is cut off, since that of
+    two or three seeds would leave no room for anything else.
 
     Args:
         names: of the places 0, 1, ... on x; none: x is a number.
@@ -291,12 +294,13 @@ class Plot:
     def band(self, xs: Sequence[float], low: Sequence[float | None], high: Sequence[float | None], colour: str) -> None:
         edges = [(x, a, b) for x, a, b in zip(xs, low, high, strict=True) if a is not None and b is not None]
         points = [*((x, b) for x, _, b in edges), *((x, a) for x, a, _ in reversed(edges))]
-        self._add(points, f'fill="{colour}" stroke="none"', 0.15)
+        self._add(points, f'fill="{colour}" stroke="none"', 0.15, in_full=False)
 
-    def _add(self, points: Sequence[tuple[float, float]], style: str, opacity: float) -> None:
+    def _add(self, points: Sequence[tuple[float, float]], style: str, opacity: float, *, in_full: bool = True) -> None:
         if points:
-            self._xs += [x for x, _ in points]
-            self._ys += [y for _, y in points]
+            if in_full:
+                self._xs += [x for x, _ in points]
+                self._ys += [y for _, y in points]
             self._drawn.append(lambda: f'<path d="{self._path(points)}" {style} opacity="{opacity}"/>')
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -308,7 +312,7 @@ class Plot:
 
     def _y(self, y: float) -> float:
         low, high = min(self._ys), max(self._ys)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / ((high - low) or 1)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (min(max(y, low), high) - low) / ((high - low) or 1)
 
     def figure(self, described: str) -> str:
         low, high = min(self._ys), max(self._ys)
