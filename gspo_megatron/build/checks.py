@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, lookup, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
+from gspo_megatron.build.eval_sets import metric_names, set_specs
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, OptimizerConfig, TrainConfig
+from gspo_megatron.config.sections import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -44,6 +45,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_optimizer(config.optimizer)
     _check_guards(config.guards, algorithm)
     _check_data(config)
+    _check_evaluation(config)
     _check_batches(config, algorithm)
     _check_kl(config, algorithm)
     _check_savings(config, algorithm)
@@ -167,7 +169,7 @@ def _check_sources(config: Config) -> None:
             f"data.eval=null with data.train={shown(d.train)}: only a generated task has held-out prompts of its own; "
             "set data.eval to a file of prompts that training does not see"
         )
-    used = [*train, *sources_of(config, "eval")]
+    used = [*train, *sources_of(config, "eval"), *(spec.source for spec in set_specs(config))]
     for key in SETTINGS:
         readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
         read_by = [source for source in used if key in SOURCES[scheme_of(source.spec.source)].reads]
@@ -182,6 +184,25 @@ def _check_sources(config: Config) -> None:
                 f"data.{key}={getattr(d, key)!r} has no effect: data.train={shown(d.train)} and "
                 f"data.eval={shown(d.eval or d.train)} do not read it, only sources of kind {readers} do; remove it"
             )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Metrics that decide something are those of a set, and of enough evaluations."""
+    known, e = metric_names(config), config.eval
+    watched = {"checkpoint.keep_best": config.checkpoint.keep_best, "eval.stop_metric": e.stop_metric}
+    for key, name in watched.items():
+        if name is not None and name not in known:
+            near = did_you_mean(name, known) or "."
+            raise ConfigError(
+                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+            )
+    if e.patience and not config.train.eval_every:
+        raise ConfigError(
+            f"eval.patience={e.patience} has no effect with train.eval_every=0: there is no evaluation before the last "
+            "step; set train.eval_every"
+        )
+    if not e.patience and e.stop_metric != EvalConfig().stop_metric:
+        raise ConfigError(f"eval.stop_metric={e.stop_metric} has no effect with eval.patience=0; set eval.patience")
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:

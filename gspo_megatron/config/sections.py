@@ -166,6 +166,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
+    with data.eval: before the first step, after the last, and every train.eval_every steps."""
+
+    sets: dict[str, Any] = setting(
+        {},
+        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
+        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
+        "reward, by (a field to split results by), and settings of section data for itself.",
+    )
+    rollouts: int = setting(
+        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
+    )
+    patience: int = setting(
+        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
+    )
+    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -189,6 +209,28 @@ class RolloutConfig:
         least=0,
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """How the reward `code` runs the programs of responses."""
+
+    isolation: str = setting(
+        "auto",
+        "What keeps them from the machine. auto: bwrap, else landlock, else the run does not start. none: nothing; "
+        "they may do whatever you may.",
+        choices=("auto", "bwrap", "landlock", "none"),
+    )
+    python: str | None = setting(None, "The Python that they run on. null: the one of the run, with its packages.")
+    seconds: float = setting(
+        5.0,
+        "Computing that one run of a program may take, rounded up to whole seconds; waiting included, twice that. All "
+        "tests of a program together: 0.8 * reward.timeout_s.",
+        above=0,
+        most=1e5,
+    )
+    memory_gib: float = setting(1.0, "Address space that it may have.", least=0.05, most=2**20)
+    output_mib: float = setting(1.0, "How much it may print.", above=0, most=1024)
 
 
 @dataclass(frozen=True)
@@ -229,6 +271,14 @@ class RewardConfig:
         most=1e6,
     )
     memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
+    most_lost: float = setting(
+        0.5,
+        "The run stops at a step of which a larger share of rollouts is lost: their processes hung or ended, or the "
+        "sandbox of their programs failed.",
+        least=0,
+        most=1,
+    )
+    code: dict[str, Any] = setting({}, "The sandbox of the reward `code`:", entries=CodeConfig)
 
 
 @dataclass(frozen=True)
@@ -381,9 +431,15 @@ class CheckpointConfig:
     )
     keep: int = setting(2, "How many of the newest checkpoints to keep.", least=1)
     keep_every: int = setting(0, "Checkpoints of steps divisible by this are never deleted. 0: off.", least=0)
+    keep_best: str | None = setting(
+        None,
+        "A metric of evaluations, such as eval/accuracy: each evaluation with a new largest value saves the run, and "
+        "that checkpoint stays until a better one; the file RUN/checkpoints/best names it. null: off.",
+    )
     load: str = setting(
         "none",
-        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
+        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), best (the one of "
+        "keep_best), a path, or none.",
     )
     allow_other_variant: bool = setting(
         False, "Go on from a checkpoint of another algorithm.variant, which is refused otherwise."
@@ -422,6 +478,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
@@ -17,23 +17,68 @@ from gspo_megatron.rollout.group_scores import GroupScores
 
 
 @dataclass
-class CollectiveSource:
-    """`RolloutSource` over a `Sampler`.
+class HeldOutSource:
+    """Responses to held-out prompts, over a `Sampler`.
 
     Attributes:
-        next_id: the id of the next rollout.
         vocab_size: number of ids that the embedding has.
     """
 
     sampler: Sampler
     ranks: Ranks
-    reward: Reward
     tokenizer: Tokenizer
+    vocab_size: int
+
+    def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
+        """See `RolloutSource.held_out`. Ids count from 0: the seed is another than that of `groups`."""
+        return self._scored([(p, i * n + j) for i, p in enumerate(prompts) for j in range(n)], n, reward, sampling)
+
+    def _scored(
+        self, asked: Seq[tuple[Prompt, int]], together: int, reward: Reward, sampling: Sampling | None = None
+    ) -> list[RolloutGroup]:
+        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together` consecutive items
+        are a group, and go to one rank."""
+        for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
+            checked_tokens(prompt, (), self.vocab_size)
+        mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
+        prompts, ids = [prompt for prompt, _ in mine], [number for _, number in mine]
+        greedy = sampling is not None and sampling.temperature == 0
+        generate = partial(self.sampler.generate, prompts, ids, greedy=greedy, sampling=sampling)
+        if self.ranks.is_reporter:
+            with GroupScores(reward, self._decode, first_id=asked[0][1], size=together) as scores:
+                rollouts = generate(ended=scores.add)
+                scores.finish()
+        else:
+            rollouts = generate()
+        gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
+        refuse_unscored(gathered, reward.most_lost)
+        return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
+
+    def _decode(self, rollout: Rollout) -> None:
+        # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
+        rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
+
+    def _share(self, stop: int, stride: int) -> range:
+        """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and
+        context-parallel ranks: while sampling, each of them holds whole responses."""
+        ranks = self.ranks
+        rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
+        return range(rank * stride, stop, count * stride)
+
+
+@dataclass
+class CollectiveSource(HeldOutSource):
+    """`RolloutSource` over a `Sampler`.
+
+    Attributes:
+        next_id: the id of the next rollout.
+    """
+
+    reward: Reward
     prompts: OrderedPrompts
     next_id: int
     prompts_per_step: int
     group_size: int
-    vocab_size: int
 
     @property
     def taken(self) -> Taken:
@@ -52,41 +97,8 @@ class CollectiveSource:
         numbers."""
         prompts, size = self.prompts.next(count or self.prompts_per_step), self.group_size
         asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
-        rollouts = self._scored(asked, size, greedy=False)
-        groups = [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        groups = self._scored(asked, size, self.reward)
         # Not before: a run that is stopped in between samples the same again.
         self.prompts.pass_on(groups)
         self.next_id += len(asked)
         return groups
-
-    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
-        """See `RolloutSource.greedy`."""
-        return self._scored([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
-
-    def _scored(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
-        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together`
-        consecutive items go to one rank."""
-        for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
-            checked_tokens(prompt, (), self.vocab_size)
-        mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
-        generate = partial(self.sampler.generate, [p for p, _ in mine], [i for _, i in mine], greedy=greedy)
-        if self.ranks.is_reporter:
-            with GroupScores(self.reward, self._decode, first_id=asked[0][1], size=together) as scores:
-                rollouts = generate(ended=scores.add)
-                scores.finish()
-        else:
-            rollouts = generate()
-        gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
-        refuse_unscored(gathered)
-        return gathered
-
-    def _decode(self, rollout: Rollout) -> None:
-        # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
-        rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
-
-    def _share(self, stop: int, stride: int) -> range:
-        """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and
-        context-parallel ranks: while sampling, each of them holds whole responses."""
-        ranks = self.ranks
-        rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
-        return range(rank * stride, stop, count * stride)

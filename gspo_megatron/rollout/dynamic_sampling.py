@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.objective import rewards_differ
+from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.source import RolloutSource
 
 
@@ -61,9 +62,9 @@ class DynamicSampling:
         self._before, self._found = None, self._metrics(kept, dropped, wanted, rounds)
         return [*kept, *dropped][:wanted]
 
-    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
-        """See `RolloutSource.greedy`."""
-        return self.source.greedy(prompts)
+    def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
+        """See `RolloutSource.held_out`."""
+        return self.source.held_out(prompts, n, sampling, reward)
 
     def _metrics(
         self, kept: Seq[RolloutGroup], dropped: Seq[RolloutGroup], wanted: int, rounds: int

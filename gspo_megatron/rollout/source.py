@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, RolloutGroup, Sampling, Taken
+from gspo_megatron.rewards.rewards import Reward
 
 
 class RolloutSource(Protocol):
@@ -28,5 +29,6 @@ class RolloutSource(Protocol):
             DataError: a rollout could not be scored, or a prompt has an id that the embedding does not have.
         """
 
-    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
-        """The most likely response to each prompt, in order. Raises as `groups` does."""
+    def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
+        """`n` responses to each prompt, in order, scored by `reward`. Takes nothing of what `groups` takes; raises as
+        it does."""

@@ -29,6 +29,7 @@ from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.source import RolloutSource
 from gspo_megatron.run import stages
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.best import Records
 from gspo_megatron.run.clock import Clock
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards, rows_of
@@ -91,6 +92,9 @@ class Trainer:
         self.step_state: StepState | None = None
         self.began = False
         """Whether the first step has begun: the reference is frozen and row 0 is written."""
+        # Those of another run's directory are no checkpoints of this one.
+        records = continuation.state.records if continuation.state and continuation.own else {}
+        self.records = Records(self.config, records)
         if state := continuation.state:
             self.warm_updates, self.completed_steps, _ = state.position
             self.began, self.warm_start_loss = state.began, state.warm_start_loss
@@ -118,19 +122,20 @@ class Trainer:
                 self.save(wait=True)
             if not self.began:
                 self.begin()
-            while self.completed_steps < train.steps:
+            while self.completed_steps < train.steps and not self.records.stopped():
                 self.safe_point()
                 step = self.completed_steps + 1
                 row, done = self.step(step), self.step_state
                 self.guards.check_replicas(step, self.policy)
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-                    row |= self.evaluate()
+                    row |= self.evaluate(step)
                 self.completed_steps, self.step_state = step, None
                 self.record(row)
                 assert done is not None
                 self.guards.check_step(done, row)
                 every = self.config.checkpoint.save_every
-                if every and step % every == 0:
+                is_best = "time/eval_s" in row and self.records.note(row)
+                if is_best or (every and step % every == 0):
                     self.save(wait=not self.config.checkpoint.asynchronous)
                 self.export(step)
         except StopRequested:
@@ -141,6 +146,8 @@ class Trainer:
                 parts.checkpoints.finish()
             raise
         self.save(wait=True)
+        if why := self.records.stopped():
+            parts.console.say(f"stopped early: {why}")
         if parts.exports:
             parts.exports.at_end(self.completed_steps)
         parts.console.summary()
@@ -162,8 +169,11 @@ class Trainer:
         self.policy.begin(with_reference=self.algorithm.needs_reference)
         self.guards.begin()
         learned = {} if self.warm_start_loss is None else {"warm_start/loss": self.warm_start_loss}
-        self.record({"step": 0, "policy_version": self.policy.version, **learned, **self.evaluate()})
+        row = {"step": 0, "policy_version": self.policy.version, **learned, **self.evaluate(0)}
+        self.record(row)
         self.began = True
+        if self.records.note(row):
+            self.save(wait=not self.config.checkpoint.asynchronous)
 
     @property
     def position(self) -> Position:
@@ -217,8 +227,11 @@ class Trainer:
                 taken=self.parts.source.taken,
                 contents=self.parts.contents,
                 warm_start_loss=self.warm_start_loss,
+                records=self.records.held,
             )
-            checkpoints.save(self.position, state, wait=wait)
+            best_step = self.records.best_step
+            best = None if best_step is None else Position(self.warm_updates, best_step, 0)
+            checkpoints.save(self.position, state, wait=wait, best=best)
             self.saved = self.position
         if wait:
             checkpoints.finish()
@@ -296,10 +309,10 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- measurement
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         self.note(f"the evaluation of policy version {self.policy.version}")
         with self.saved_first():
-            return self.parts.evaluation()
+            return self.parts.evaluation(step)
 
     @contextmanager
     def saved_first(self) -> Iterator[None]:
