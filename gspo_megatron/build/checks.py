@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.eval_sets import metric_names, set_specs
 from gspo_megatron.config.guards import GuardConfig
@@ -24,6 +24,7 @@ from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.models.presets import DEMOS, PRESETS
 from gspo_megatron.models.rope import beyond_trained_length
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.concerns import RULES, Limit
 
 HOPPER = (9, 0)
 
@@ -42,7 +43,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_kernels(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
-    _check_guards(config.guards)
+    _check_guards(config.guards, algorithm)
     _check_data(config)
     _check_evaluation(config)
     _check_batches(config, algorithm)
@@ -214,7 +215,7 @@ def _check_optimizer(o: OptimizerConfig) -> None:
         raise ConfigError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.lr={o.lr}; the decay goes from lr to min_lr")
 
 
-def _check_guards(g: GuardConfig) -> None:
+def _check_guards(g: GuardConfig, algorithm: Algorithm) -> None:
     if g.grad_norm_spike and g.grad_norm_spike <= 1:
         raise ConfigError(
             f"guards.grad_norm_spike={g.grad_norm_spike} would refuse ordinary updates; set it above 1, such as 10, or "
@@ -224,6 +225,26 @@ def _check_guards(g: GuardConfig) -> None:
         raise ConfigError(
             f"guards.on_spike={g.on_spike} has no effect with guards.grad_norm_spike=0; set that above 1, such as 10"
         )
+    if 0 < g.length_growth <= 1:
+        raise ConfigError(
+            f"guards.length_growth={g.length_growth} would object to ordinary steps; set it above 1, such as 3, or to "
+            "0 to switch the rule off"
+        )
+    if g.kl_ref and not algorithm.needs_reference:
+        raise ConfigError(
+            f"guards.kl_ref={g.kl_ref} has no effect with algorithm.kl_coef=0, which keeps no reference; set kl_coef "
+            "above 0, or kl_ref to 0"
+        )
+    if g.sampler_far != GuardConfig().sampler_far and g.sampler_far and algorithm.old_log_probs == "sampler":
+        raise ConfigError(
+            f"guards.sampler_far={g.sampler_far} has no effect with algorithm.old_log_probs=rollout, which compares "
+            "nothing with the sampler; remove it"
+        )
+    rules = {rule.name: rule for rule in RULES}
+    for name in g.stop_on:
+        rule = lookup(rules, name, "rule of guards.stop_on")
+        if isinstance(rule, Limit) and not getattr(g, name):
+            raise ConfigError(f"guards.stop_on has {name}, which guards.{name}=0 switches off; set that, or remove it")
 
 
 def _check_batches(config: Config, algorithm: Algorithm) -> None:
@@ -333,6 +354,11 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"algorithm.variant={algorithm.variant.name} has no ratio to correct with, and of the "
             f"{algorithm.updates_per_rollout} updates of a rollout batch only the first is on-policy; set "
             "algorithm.updates_per_rollout=1"
+        )
+    if algorithm.old_log_probs != "sampler" and algorithm.updates_per_rollout == 1 and algorithm.variant.clip.corrects:
+        notes.append(
+            f"algorithm.updates_per_rollout=1: the one update of a rollout batch finds ratios of 1, so the clip of "
+            f"algorithm.variant={algorithm.variant.name} never acts; use 2 or more to use rollouts for several updates"
         )
     if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
