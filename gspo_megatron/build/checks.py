@@ -11,9 +11,11 @@ from datetime import date
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.config.evaluation import EvalConfig
+from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, EvalConfig, GuardConfig, OptimizerConfig, TrainConfig
+from gspo_megatron.config.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -230,6 +232,11 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
         raise ConfigError(
             f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
             f"{a.updates_per_rollout}; every mini-batch holds complete groups"
+        )
+    if r.dynamic_sampling and r.group_size == 1:
+        raise ConfigError(
+            f"rollout.dynamic_sampling={r.dynamic_sampling} with rollout.group_size=1: the rewards of a group of one "
+            "never differ, so every group would be replaced; use a group_size of 4 to 16, or dynamic_sampling=0"
         )
     if r.max_new_tokens >= m.max_sequence_length:
         raise ConfigError(

@@ -12,7 +12,7 @@ from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.eval_sets import DEFAULT, default_set, open_sets, set_specs
 from gspo_megatron.build.rewards import RunRewards, rewards_of
-from gspo_megatron.build.suitability import check_prompts
+from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import check_folder
@@ -110,7 +110,7 @@ def settle(config: Config, world_size: int) -> Inputs:
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
-        DataError: a tokenizer or prompts that cannot be used.
+        DataError: a tokenizer, prompts or a reward that cannot be used.
     """
     model = settle_model(config, world_size)
     config, tokenizer, rewards = _with_rewards(model)
@@ -120,6 +120,8 @@ def settle(config: Config, world_size: int) -> Inputs:
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
     warnings += [text for each in sets for text in left_out(f"eval.sets.{each.name}", each.prompts)]
+    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
+    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets)
 
@@ -146,6 +148,7 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
         sets.append(default_set(config, prompts, rewards, DEFAULT))
     sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
     warnings = [text for each in sets for text in left_out(each.name, each.prompts)]
+    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
     return EvaluationInputs(config, model.layout, model.algorithm, tokenizer, rewards, tuple(sets), tuple(warnings))
 
 

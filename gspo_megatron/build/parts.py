@@ -16,6 +16,8 @@ from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.collective import CollectiveSource
+from gspo_megatron.rollout.dynamic_sampling import DynamicSampling
+from gspo_megatron.rollout.source import RolloutSource
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards
 from gspo_megatron.run.save_request import SaveRequest
@@ -60,7 +62,7 @@ def assemble(
         curriculum = Curriculum(visits, retry, inputs.rewards.accuracy)
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
-    source = CollectiveSource(
+    source: RolloutSource = CollectiveSource(
         sampler=sampler,
         ranks=ranks,
         reward=inputs.rewards,
@@ -71,6 +73,8 @@ def assemble(
         group_size=r.group_size,
         vocab_size=vocab_size,
     )
+    if r.dynamic_sampling:
+        source = DynamicSampling(source, r.prompts_per_step, r.dynamic_sampling, inputs.rewards.accuracy)
     sets = [default_set(config, inputs.eval_prompts, inputs.rewards), *inputs.more_sets]
     packer = packer_of(inputs, ranks)
     watch = Guards(config, ranks, writer, console.warn, guards)

@@ -2,8 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of section `model`, in model.py; `make docs` writes docs/settings.md from these
-declarations. Rules that involve several settings, or the number of processes, are in build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+`make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
+processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.evaluation import EvalConfig
+from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
 
 
@@ -164,26 +167,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
-    with data.eval: before the first step, after the last, and every train.eval_every steps."""
-
-    sets: dict[str, Any] = setting(
-        {},
-        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
-        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
-        "reward, by (a field to split results by), and settings of section data for itself.",
-    )
-    rollouts: int = setting(
-        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
-    )
-    patience: int = setting(
-        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
-    )
-    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -199,6 +182,12 @@ class RolloutConfig:
         [],
         "Texts and token ids that end a response, besides the tokenizer's own end, such as ['</answer>', 151643]. The "
         "response, and its text, keep everything up to the token that completes one.",
+    )
+    dynamic_sampling: int = setting(
+        0,
+        "Replace groups whose rewards are all equal by those of further prompts, in up to this many further rounds of "
+        "sampling (DAPO). What is missing then is filled with such groups. 0: off.",
+        least=0,
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
@@ -408,34 +397,6 @@ class CheckpointConfig:
         600.0,
         "Seconds to save after SIGTERM, SIGINT or SIGUSR1; then the run prints all stacks and exits.",
         above=0,
-    )
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """Checks while running. `stop` ends the run with status 70, `skip` skips the update; either way its rollouts are
-    written to guards/."""
-
-    on_nonfinite: str = setting(
-        "stop",
-        "What a non-finite loss or gradient does. A non-finite log-prob before the updates always stops the run.",
-        choices=("stop", "skip"),
-    )
-    grad_norm_spike: float = setting(
-        0.0,
-        "A gradient norm is a spike above this many times the median of the last 20 updates. 0: off; else above 1.",
-    )
-    on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
-    ratio_noise: float = setting(
-        0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
-    )
-    on_memory: str = setting(
-        "stop",
-        "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",
-        choices=("stop", "warn"),
-    )
-    check_replicas_every: int = setting(
-        0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0
     )
 
 

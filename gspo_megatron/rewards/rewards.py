@@ -158,7 +158,7 @@ class Rewards:
         return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors), sheet.lost)
 
     def check_answer(self, prompt: Prompt) -> None:
-        """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
+        """Whether the rewards by rule can read a prompt's answer. A user's own are not called for every prompt.
 
         Raises:
             DataError: one cannot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -86,14 +87,15 @@ class CollectiveSource(HeldOutSource):
         return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
 
     @property
-    def set_aside(self) -> int | None:
-        """See `RolloutSource.set_aside`."""
-        return self.prompts.curriculum.set_aside if self.prompts.curriculum else None
+    def metrics(self) -> Mapping[str, float]:
+        """See `RolloutSource.metrics`."""
+        curriculum = self.prompts.curriculum
+        return {"prompts/set_aside": curriculum.set_aside} if curriculum else {}
 
-    def groups(self, step: int) -> list[RolloutGroup]:
+    def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
         """See `RolloutSource.groups`. Rollouts are numbered through the run; the number seeds a rollout's random
         numbers."""
-        prompts, size = self.prompts.next(self.prompts_per_step), self.group_size
+        prompts, size = self.prompts.next(count or self.prompts_per_step), self.group_size
         asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
         groups = self._scored(asked, size, self.reward)
         # Not before: a run that is stopped in between samples the same again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -17,11 +18,11 @@ class RolloutSource(Protocol):
         """What the groups so far have used up. A checkpoint holds it; the source of a continued run begins there."""
 
     @property
-    def set_aside(self) -> int | None:
-        """How many prompts are set aside by data.curriculum; None without one."""
+    def metrics(self) -> Mapping[str, float]:
+        """What the last groups do not tell of how they were found."""
 
-    def groups(self, step: int) -> list[RolloutGroup]:
-        """The rollout groups of a step.
+    def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
+        """The rollout groups of a step: those of `count` prompts, by default rollout.prompts_per_step.
 
         Raises:
             StopRequested: the run was asked to stop.

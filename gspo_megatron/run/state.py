@@ -24,6 +24,7 @@ from gspo_megatron.checkpoint.fields import (
     LIST,
     NUMBER,
     NUMBERS,
+    NUMBERS_BY_NAME,
     OBJECT,
     OBJECTS,
     TEXT,
@@ -70,7 +71,7 @@ PARTS = {
     "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
     "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
-    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBERS_BY_NAME)},
 }
 """The fields of a state in JSON, and of its objects."""
 RECORD = {"value": NUMBER, "step": COUNT, "since": COUNT}

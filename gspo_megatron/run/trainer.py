@@ -248,7 +248,8 @@ class Trainer:
             step = self.step_state
             if step is None or step.number != number:
                 groups = self.sample(number)
-                step = self.step_state = StepState(number, groups, self.advantages(groups))
+                noted = dict(self.parts.source.metrics)
+                step = self.step_state = StepState(number, groups, self.advantages(groups), noted=noted)
                 self.pack(step)
                 self.score(step)
             metrics = self.update(step)
@@ -336,8 +337,6 @@ class Trainer:
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]
             rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
             self.parts.writer.rollouts(step.number, rows)
-        if (set_aside := self.parts.source.set_aside) is not None:
-            row["prompts/set_aside"] = set_aside
         row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
         row |= self.parts.throughput(step, self.clock.seconds["step"])
         return row | {f"time/{name}_s": seconds for name, seconds in self.clock.seconds.items()}
