@@ -2,9 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of sections `model` and `guards`, in model.py and guards.py; `make docs` writes
-docs/settings.md from these declarations. Rules that involve several settings, or the number of processes, are in
-build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+`make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
+processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.config.reward import RewardConfig
@@ -164,26 +165,6 @@ class DataConfig:
         "or is dropped and counted.",
         choices=("error", "drop"),
     )
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
-    with data.eval: before the first step, after the last, and every train.eval_every steps."""
-
-    sets: dict[str, Any] = setting(
-        {},
-        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
-        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
-        "reward, by (a field to split results by), and settings of section data for itself.",
-    )
-    rollouts: int = setting(
-        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
-    )
-    patience: int = setting(
-        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
-    )
-    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
 
 
 @dataclass(frozen=True)
