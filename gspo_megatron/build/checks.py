@@ -276,11 +276,16 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
             "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
-    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+    if a.old_log_probs == "rollout" and r.truncates and not a.sampling_mask:
         raise ConfigError(
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             "log-probs are of the truncated distribution, the trainer's of the full one; use "
-            "algorithm.old_log_probs=auto"
+            "algorithm.old_log_probs=auto, or algorithm.sampling_mask=true"
+        )
+    if a.sampling_mask and not r.truncates:
+        raise ConfigError(
+            f"algorithm.sampling_mask=true has no effect with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}, which "
+            "keep every id; set sampling_mask=false, or top_p below 1"
         )
 
 
@@ -366,11 +371,11 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+    if config.rollout.truncates and not config.algorithm.sampling_mask:
         notes.append(
             f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
             "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
-            "not the one that was sampled; set top_k=0 and top_p=1"
+            "not the one that was sampled; set algorithm.sampling_mask=true, or top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

@@ -15,7 +15,7 @@ from gspo_megatron.data.mixture import Mixture
 from gspo_megatron.data.prompts import RowPrompts
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
-from gspo_megatron.rewards.rewards import Reward
+from gspo_megatron.run.evaluation import Judge
 
 VERSION = 1
 """Of these checks: another one does them again on data in the cache."""
@@ -65,7 +65,7 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
     ]
 
 
-def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: Reward) -> list[str]:
+def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: Judge) -> list[str]:
     """Scores a response to the first prompt of every source, as a step would: a reward that fails whatever it is given
     is found here, not after a warm start. Not with reward.isolate=false: such functions may need what is not built yet.
 
