@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, shortened
+from gspo_megatron.base.errors import ConfigError, plural, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
@@ -108,7 +108,7 @@ def _check_precision(config: Config) -> None:
         )
     if ends > a_stage:
         raise ConfigError(
-            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"precision.first_last_layers_bf16={ends} exceeds the {plural(a_stage, 'layer')} of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
         )
 
@@ -226,12 +226,18 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
             "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
-    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+    if a.old_log_probs == "rollout" and (truncation := _truncation(config)):
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            "log-probs are of the truncated distribution, the trainer's of the full one; use "
-            "algorithm.old_log_probs=auto"
+            f"algorithm.old_log_probs=rollout with {truncation}: the sampler's log-probs are of the truncated "
+            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto"
         )
+
+
+def _truncation(config: Config) -> str:
+    """The settings by which sampling leaves tokens out, in words; empty where none does."""
+    r = config.rollout
+    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
+    return ", ".join(setting for setting, acts in acting.items() if acts)
 
 
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
@@ -285,11 +291,10 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+    if _truncation(config):
         notes.append(
-            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
-            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
-            "not the one that was sampled; set top_k=0 and top_p=1"
+            f"{_truncation(config)}: responses come from the truncated distribution, but ratios and gradients are of "
+            "the full one, so the policy that is improved is not the one that was sampled; set top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, memory_size, plural
 from gspo_megatron.build.inputs import settle_model
 from gspo_megatron.build.scoring import open_scorer
 from gspo_megatron.build.trainer import device_of, folder_files
@@ -103,7 +103,7 @@ def to_folder(
         weights.write(export, advance)
     export.commit(files.content(DTYPES[dtype]), files.copied)
     parameters = count_parameters(shape).total
-    console.say(f"{out}: {checkpoint.name}, {parameters:,} parameters in {dtype}, {total / (1 << 30):.2f} GiB")
+    console.say(f"{out}: {checkpoint.name}, {parameters:,} parameters in {dtype}, {memory_size(total / (1 << 30))}")
 
 
 def shape_of(saved: dict[str, Any]) -> ModelShape:
@@ -214,7 +214,7 @@ def verify_folder(path: Path, text: str, console: Console) -> Verdict:
     tokenizer = load_tokenizer(str(path))
     tokens = tokenizer.encode_prompt(text)[: config.model.max_sequence_length]
     if len(tokens) < 2:
-        raise DataError(f"the text {text[:60]!r} has {len(tokens)} tokens; a comparison needs at least 2")
+        raise DataError(f"the text {text[:60]!r} has {plural(len(tokens), 'token')}; a comparison needs at least 2")
     longest = max(len(tokens), config.model.max_sequence_length)
     config = load_config(
         None,
@@ -230,7 +230,7 @@ def verify_folder(path: Path, text: str, console: Console) -> Verdict:
     verdict = Verdict(tokens, ours, theirs)
     here = tokenizer.decode([tokens[verdict.worst + 1]])
     console.say(
-        f"{len(ours)} tokens: the worst difference of a log-prob is {verdict.difference:.1e}, at token "
+        f"{plural(len(ours), 'token')}: the worst difference of a log-prob is {verdict.difference:.1e}, at token "
         f"{verdict.worst + 1} ({here!r}: {ours[verdict.worst]:.5f} here, {theirs[verdict.worst]:.5f} by transformers)"
     )
     return verdict

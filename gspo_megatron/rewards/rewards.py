@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError, plural
 from gspo_megatron.rewards.functions import ARGUMENTS, SCORE, Arguments, Caller, Outcome, find
 from gspo_megatron.rewards.rules import IN_WORKERS
 from gspo_megatron.rewards.terms import Term, terms_of
@@ -215,14 +215,14 @@ def refuse_unscored(rollouts: Seq[Rollout]) -> None:
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
     if failed:
         raise DataError(
-            f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
-            f"count such a reward as 0. The first of them:\n{listed(failed)}"
+            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data, or set "
+            f"reward.on_error=count to count such a reward as 0. The first of them:\n{listed(failed)}"
         )
     if len(lost) > MOST_LOST * len(rollouts):
         raise DataError(
-            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
-            "them; fix the reward, or, where it ran into a limit, raise reward.timeout_s or reward.memory_gib. The "
-            f"first of them:\n{listed(lost)}"
+            f"the rewards of {len(lost)} of {plural(len(rollouts), 'rollout')} were lost with the processes "
+            "that were to compute them; fix the reward, or, where it ran into a limit, raise reward.timeout_s or "
+            f"reward.memory_gib. The first of them:\n{listed(lost)}"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gspo_megatron.base.batches import RolloutGroup
+from gspo_megatron.base.errors import plural
 from gspo_megatron.rewards.rewards import listed
 from gspo_megatron.run.algorithm import Algorithm
 
@@ -31,10 +32,9 @@ class Concerns:
         self.flat_steps = self.flat_steps + 1 if row["groups/zero_variance_fraction"] == 1 else 0
         if _is_due(self.flat_steps):
             yield (
-                f"step {row['step']}: within each of the {len(groups)} groups all rewards are equal (in the first "
-                f"group {groups[0].rollouts[0].reward:g}){_so_far(self.flat_steps)}, so every advantage is 0 and there "
-                "is no policy gradient; use easier or harder prompts, a larger rollout.group_size or a finer-grained "
-                "reward"
+                f"step {row['step']}: within each group all rewards are equal (in the first of {len(groups)}: "
+                f"{groups[0].rollouts[0].reward:g}){_so_far(self.flat_steps)}, so every advantage is 0 and there is no "
+                "policy gradient; use easier or harder prompts, a larger rollout.group_size or a finer-grained reward"
             )
         self.clipped_steps = self.clipped_steps + 1 if row["clip_fraction"] > CLIPPED else 0
         if _is_due(self.clipped_steps):
@@ -56,7 +56,7 @@ class Concerns:
         self.failed_steps = self.failed_steps + 1 if failed else 0
         if _is_due(self.failed_steps):
             yield (
-                f"step {row['step']}: {len(failed)} rollouts have no reward, which counts as 0"
+                f"step {row['step']}: {plural(len(failed), 'rollout')} without a reward, which counts as 0"
                 f"{_so_far(self.failed_steps)}. The first of them:\n{listed(failed)}"
             )
 
@@ -76,4 +76,4 @@ def _is_due(steps: int) -> bool:
 
 
 def _so_far(steps: int) -> str:
-    return f", as in the {steps - 1} steps before" if steps > 1 else ""
+    return f", as in the {plural(steps - 1, 'step')} before" if steps > 1 else ""
