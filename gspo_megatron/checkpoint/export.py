@@ -27,10 +27,13 @@ from gspo_megatron.base.errors import CheckpointError, memory_size
 from gspo_megatron.checkpoint.hugging_face import INDEX, SINGLE, read_json
 from gspo_megatron.checkpoint.manifest import sync, write_synced
 from gspo_megatron.checkpoint.names import PARTIAL
+from gspo_megatron.checkpoint.stored import FLOATS
 
 FILE_BYTES = 5_000_000_000
 """Of weights in a file, as on the hub. A larger tensor has one of its own."""
-FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Number formats of the weights in a folder: values of train.hf_dtype, and of `convert to-hf --dtype`."""
+FORMATS = {dtype: name for name, dtype in FLOATS.items()}
 NOT_COPIED = ("quantization_config", "auto_map")
 """Keys of config.json that do not hold for what is written: other number formats, and code in files of its own."""
 TOKENIZER_FILES = (
