@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.eval_sets import metric_names, set_specs
 from gspo_megatron.config.evaluation import EvalConfig
@@ -114,7 +114,7 @@ def _check_precision(config: Config) -> None:
         )
     if ends > a_stage:
         raise ConfigError(
-            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"precision.first_last_layers_bf16={ends} exceeds the {plural(a_stage, 'layer')} of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
         )
 
@@ -278,9 +278,9 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
         )
     if a.old_log_probs == "rollout" and r.truncates and not a.sampling_mask:
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            "log-probs are of the truncated distribution, the trainer's of the full one; use "
-            "algorithm.old_log_probs=auto, or algorithm.sampling_mask=true"
+            f"algorithm.old_log_probs=rollout with {_truncation(config)}: the sampler's log-probs are of the truncated "
+            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto, or "
+            "algorithm.sampling_mask=true"
         )
     if a.sampling_mask and not r.truncates:
         raise ConfigError(
@@ -313,6 +313,13 @@ def _check_kl(config: Config, algorithm: Algorithm) -> None:
             "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
             "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
         )
+
+
+def _truncation(config: Config) -> str:
+    """The settings by which sampling leaves tokens out, in words; empty where none does."""
+    r = config.rollout
+    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
+    return ", ".join(setting for setting, acts in acting.items() if acts)
 
 
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
@@ -373,9 +380,9 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         )
     if config.rollout.truncates and not config.algorithm.sampling_mask:
         notes.append(
-            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
-            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
-            "not the one that was sampled; set algorithm.sampling_mask=true, or top_k=0 and top_p=1"
+            f"{_truncation(config)}: responses come from the truncated distribution, but ratios and gradients are of "
+            "the full one, so the policy that is improved is not the one that was sampled; set "
+            "algorithm.sampling_mask=true, or top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import DataError, shortened
+from gspo_megatron.base.errors import DataError, plural, shortened
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.rewards import RunRewards
 from gspo_megatron.config.sections import Config
@@ -58,7 +58,7 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
         return []
     first = changed[0]
     return [
-        f"the tokenizer {config.data.tokenizer} changes {len(changed)} of the first {len(some)} prompts of "
+        f"the tokenizer {config.data.tokenizer} changes {len(changed)} of the first {plural(len(some), 'prompt')} of "
         f"{shown(config.data.train)}, the first: {shortened(first.text, 60)!r} becomes "
         f"{shortened(tokenizer.decode(first.tokens), 60)!r}; it normalises text or lacks characters, and the model "
         "sees what it makes of them; tools/train_tokenizer.py trains one that keeps all"

@@ -32,7 +32,7 @@ from gspo_megatron.base.batches import (
     Sequence,
     UpdateBatch,
 )
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, plural
 from gspo_megatron.base.metrics import Metric, merge, on_host
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.base.ragged import Ragged, joined
@@ -156,7 +156,7 @@ class StepState:
                 if not torch.equal(known, wanted):
                     raise CheckpointError(
                         f"{name} of sequence {number} of step {self.number} is known for {int(known.sum())} of "
-                        f"{int(wanted.sum())} tokens; continue from an earlier checkpoint"
+                        f"{plural(int(wanted.sum()), 'token')}; continue from an earlier checkpoint"
                     )
                 sequence.columns[name] = values[source[wanted]]
 
