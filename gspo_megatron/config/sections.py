@@ -2,9 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of sections `model` and `guards`, in model.py and guards.py; `make docs` writes
-docs/settings.md from these declarations. Rules that involve several settings, or the number of processes, are in
-build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+`make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
+processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.config.reward import RewardConfig
@@ -167,26 +168,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
-    with data.eval: before the first step, after the last, and every train.eval_every steps."""
-
-    sets: dict[str, Any] = setting(
-        {},
-        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
-        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
-        "reward, by (a field to split results by), and settings of section data for itself.",
-    )
-    rollouts: int = setting(
-        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
-    )
-    patience: int = setting(
-        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
-    )
-    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -210,6 +191,11 @@ class RolloutConfig:
         least=0,
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
@@ -266,6 +252,12 @@ class AlgorithmConfig:
         "Source of the old log-probs. recompute: a forward of the trainer before the updates. auto: the same, except "
         "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
+    )
+    sampling_mask: bool = setting(
+        False,
+        "Record which ids rollout.top_k and rollout.top_p kept for every sampled token, and score and train its "
+        "probability among them: the distribution that was sampled. It takes 4 bytes for each id kept, which top_k "
+        "bounds.",
     )
     routing_replay: str = setting(
         "none",
