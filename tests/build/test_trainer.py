@@ -66,7 +66,7 @@ def test_a_service_that_does_not_answer_ends_every_rank_before_the_warm_start(tm
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/score"
     reward = ("reward.functions={}", f"reward.terms=[{{function: remote, url: '{url}', retries: 0}}]")
-    settings = (*SMALL, *reward, f"run.dir={tmp_path}", "parallel.pp=2", "model.num_layers=2", "train.warm_start_steps=9")
-    for status, said in forked(2, settings):
+    stages = ("parallel.pp=2", "model.num_layers=2")
+    for status, said in forked(2, (*SMALL, *reward, *stages, f"run.dir={tmp_path}", "train.warm_start_steps=9")):
         assert status == 2 and f"reward 'remote': {url}: ConnectError" in said and "correct url" in said
     assert not (tmp_path / "metrics.jsonl").exists() and not list(tmp_path.glob("checkpoints/*"))
