@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, did_you_mean, plural
 from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 from gspo_megatron.rewards.user_code import described, plain
 
@@ -193,7 +193,7 @@ def _outcomes(function: RewardFunction, value: Any, count: int) -> list[Outcome]
     if type(value) not in (list, tuple):
         raise TypeError(f"it returned {_shown(value)}; expected a list with a score for each response")
     if len(value) != count:
-        raise ValueError(f"it returned {len(value)} scores for {count} responses")
+        raise ValueError(f"it returned {plural(len(value), 'score')} for {plural(count, 'response')}")
     return [outcome_of(v) for v in value]
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError, plural
 from gspo_megatron.rewards.functions import ARGUMENTS, SCORE, Arguments, Caller, Outcome, find
 from gspo_megatron.rewards.rules import IN_WORKERS, SERVICES
 from gspo_megatron.rewards.services import open_service
@@ -261,14 +261,14 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
     if failed:
         raise DataError(
-            f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
-            f"count such a reward as 0. The first of them:\n{listed(failed)}"
+            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data, or set "
+            f"reward.on_error=count to count such a reward as 0. The first of them:\n{listed(failed)}"
         )
     if len(lost) > most_lost * len(rollouts):
         raise DataError(
-            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes or services that "
-            f"were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, or, where it "
-            f"ran into a limit, raise that. The first of them:\n{listed(lost)}"
+            f"the rewards of {len(lost)} of {plural(len(rollouts), 'rollout')} were lost with the processes or "
+            f"services that were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, "
+            f"or, where it ran into a limit, raise that. The first of them:\n{listed(lost)}"
         )
 
 

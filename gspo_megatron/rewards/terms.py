@@ -61,8 +61,8 @@ def terms_of(
         raise ConfigError(
             f"reward.terms: {found[0].name!r} is a gate to nothing; give it a weight, or add a term after it"
         )
-    known = defaults or {}
-    return [replace(t, parameters={**known.get(t.function, {}), **t.parameters}) for t in found]
+    below = defaults or {}
+    return [replace(t, parameters={**below.get(t.function, {}), **t.parameters}) for t in found]
 
 
 def _term(given: Mapping[str, Any]) -> Term:
