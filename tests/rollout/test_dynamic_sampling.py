@@ -53,7 +53,7 @@ class Script:
         prompt, rewards = Prompt(number, "", (1,), ""), {"+": (0, 1), "1": (1, 1), "0": (0, 0)}[self.script[number]]
         return RolloutGroup(prompt, [Rollout(0, prompt, [1] * 5, [0.0] * 5, False, 0, reward=r) for r in rewards])
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def held_out(self, prompts: Sequence[Prompt], n: int, sampling: Any, reward: Any) -> list[RolloutGroup]:
         raise NotImplementedError
 
 
