@@ -16,7 +16,14 @@ from gspo_megatron.build.inputs import settle, settle_evaluation
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import Config
 
-COMMON = ("precision.device=cpu", "data.tokenizer=characters:0123456789>", "model.max_sequence_length=24", "run.seed=3")
+COMMON = (
+    "precision.device=cpu",
+    "data.tokenizer=characters:0123456789>",
+    "model.max_sequence_length=24",
+    "run.seed=3",
+    "data.task.max_length=4",
+    "data.eval_size=20",
+)
 
 
 def config_of(*overrides: str) -> Config:
@@ -49,10 +56,10 @@ def test_a_set_samples_as_training_does_where_it_does_not_say() -> None:
 
 
 def test_sets_survive_the_settings_file(tmp_path: Path) -> None:
-    """A template with braces and a dollar sign, and a home folder, as in data.train."""
-    config = config_of("eval.sets.mine={source: ~/test.jsonl, prompt_template: '${{x}} {prompt}', n: 3}")
+    """A template with braces, and a home folder, as in data.train."""
+    config = config_of("eval.sets.mine={source: ~/test.jsonl, prompt_template: '{{x}} {prompt}', n: 3}")
     assert config.eval.sets["mine"]["source"] == str(Path("~/test.jsonl").expanduser())
-    assert config.eval.sets["mine"]["prompt_template"] == "${{x}} {prompt}"
+    assert config.eval.sets["mine"]["prompt_template"] == "{{x}} {prompt}"
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
 

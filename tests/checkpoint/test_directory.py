@@ -416,7 +416,7 @@ def test_which_checkpoints_go(saved: str, keep: int, keep_every: int, gone: str)
 
 def test_the_best_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
     store = CheckpointDirectory(tmp_path / "checkpoints", keep=1)
-    with pytest.raises(CheckpointError, match="checkpoint.load=best: .*best does not exist; a run keeps its best"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.load=best: .*best does not exist; a run keeps its best"):
         store.best()
     best = None
     for position, is_best in ((Position(20, 0, 0), True), (step(1), False), (step(2), True), (step(3, 1), False)):
@@ -433,7 +433,7 @@ def test_the_best_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
     save_files(store, step(4), contents(4), step(2))
     assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step_000004"]
     (store.directory / "best").write_text("../elsewhere")
-    with pytest.raises(CheckpointError, match="names '../elsewhere', which is not there"):
+    with pytest.raises(CheckpointError, match="elsewhere., which is not there"):
         store.best()
     save_files(store, step(5), contents(5))
     assert not (store.directory / "best").exists(), "nothing is kept any more"
