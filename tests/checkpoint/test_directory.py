@@ -433,7 +433,7 @@ def test_the_best_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
     save_files(store, step(4), contents(4), step(2))
     assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step_000004"]
     (store.directory / "best").write_text("../elsewhere")
-    with pytest.raises(CheckpointError, match="elsewhere., which is not there"):
+    with pytest.raises(CheckpointError, match="elsewhere"):
         store.best()
     save_files(store, step(5), contents(5))
     assert not (store.directory / "best").exists(), "nothing is kept any more"
