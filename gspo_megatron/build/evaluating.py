@@ -14,6 +14,7 @@ from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
 from gspo_megatron.build.scoring import open_model
+from gspo_megatron.build.trainer import check_services
 from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import write_json_lines
@@ -83,6 +84,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         )
         source = HeldOutSource(sampler, groups, tokenizer, config.model.vocab_size)
         rewards = rewards_in(inputs.rewards, inputs.sets)
+        check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
         for each in rewards:
             each.use_workers(workers)

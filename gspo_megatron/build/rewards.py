@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.build.data import sources_of
+from gspo_megatron.build.programs import CODE, check_programs, sandbox_of
 from gspo_megatron.config.sections import Config
 from gspo_megatron.rewards.rewards import Reward, Rewards, Score
 
@@ -25,6 +27,10 @@ class RunRewards(Reward, Protocol):
 
     def use_workers(self, count: int) -> None: ...
 
+    def check_services(self) -> None: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
+
     def close(self) -> None: ...
 
 
@@ -36,8 +42,10 @@ class RewardsBySource:
     by_source: Mapping[str, Rewards]
 
     groups_at_once: int = field(init=False)
+    most_lost: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.most_lost = self.others.most_lost
         self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
@@ -63,6 +71,13 @@ class RewardsBySource:
             rewards.use_workers(count)
         self.__post_init__()
 
+    def try_functions(self, rollout: Rollout) -> Score:
+        return self._of(rollout.prompt).try_functions(rollout)
+
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
+
     def close(self) -> None:
         for rewards in self._all:
             rewards.close()
@@ -82,7 +97,9 @@ def rewards_of(config: Config) -> RunRewards:
         ConfigError: a reward that cannot be used.
     """
     r = config.reward
-    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config))
+    check_programs(config)
+    names = [*r.functions, *(term.get("function") for term in r.terms)]
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config, names))
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
         return others
@@ -91,10 +108,14 @@ def rewards_of(config: Config) -> RunRewards:
 
 def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:
     """Of a source, or a held-out set, that has its own. Raises as `rewards_of` does."""
-    return Rewards(functions, None, config.reward.on_error, **_how(config))
+    return Rewards(functions, None, config.reward.on_error, **_how(config, functions))
 
 
-def _how(config: Config) -> dict[str, Any]:
+def _how(config: Config, functions: Iterable[Any]) -> dict[str, Any]:
     """How functions that need processes are called."""
     r = config.reward
-    return {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib, "seed": config.run.seed}
+    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
+    how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
+    if CODE in functions:
+        how["defaults"] = {CODE: {"sandbox": sandbox_of(config)}}
+    return how

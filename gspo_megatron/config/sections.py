@@ -16,6 +16,7 @@ from gspo_megatron.config.declarations import setting
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -191,45 +192,10 @@ class RolloutConfig:
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How responses are scored."""
-
-    functions: dict[str, float] = setting(
-        {},
-        "Weights by name: a built-in reward, or package.module:function. With reward.terms empty, too: the generated "
-        "task's own reward, or exact_match for a file.",
-    )
-    terms: list[dict[str, Any]] = setting(
-        [],
-        "More of them, each {function: NAME}, with name (default: the function), weight (1; of a gate, 0), gate (where "
-        "the value is below 1, all later terms are 0), and the function's own parameters.",
-    )
-    accuracy: str | None = setting(
-        None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
-    )
-    on_error: str = setting(
-        "stop",
-        "When a function raises or returns something other than a number: stop the run, or count it as reward 0.",
-        choices=("stop", "count"),
-    )
-    isolate: bool = setting(
-        True, "Call functions of your own in processes of their own. false: in the training process, unprotected."
-    )
-    workers: int = setting(
-        0,
-        "Such processes on each rank that scores. 0: the cores of the node divided by the ranks that score on it.",
-        least=0,
-        most=1024,
-    )
-    timeout_s: float = setting(
-        60.0,
-        "How long such a call may take; then the process is replaced, and the rollout's reward is 0.",
-        above=0,
-        most=1e6,
-    )
-    memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
@@ -249,6 +215,12 @@ class AlgorithmConfig:
         "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
         "which is that of the divergence.",
         choices=("k1", "k2", "k3", "k1+", "k3+"),
+    )
+    kl_in: str = setting(
+        "loss",
+        "Where that divergence counts: as a term of the loss, or, summed over a response, subtracted from its reward "
+        "before rewards become advantages.",
+        choices=("loss", "reward"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -280,6 +252,12 @@ class AlgorithmConfig:
         "Source of the old log-probs. recompute: a forward of the trainer before the updates. auto: the same, except "
         "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
+    )
+    sampling_mask: bool = setting(
+        False,
+        "Record which ids rollout.top_k and rollout.top_p kept for every sampled token, and score and train its "
+        "probability among them: the distribution that was sampled. It takes 4 bytes for each id kept, which top_k "
+        "bounds.",
     )
     routing_replay: str = setting(
         "none",

@@ -191,6 +191,13 @@ CATALOGUE = (
         "Growing without reward: the policy drifts.",
     ),
     Entry(
+        "kl/penalty",
+        "train",
+        "Mean over all rollouts of what algorithm.kl_in=reward subtracts from the reward: algorithm.kl_coef times the "
+        "estimated KL of a whole response. reward/mean is without it.",
+        "As large as the differences between rewards: the policy learns to stay where it is.",
+    ),
+    Entry(
         "entropy",
         "train",
         "Mean over live tokens of the entropy of the distribution they were drawn from, in nats.",

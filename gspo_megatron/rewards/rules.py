@@ -129,10 +129,17 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 IN_WORKERS = {
+    "code": "gspo_megatron.rewards.code:code",
     "math": "gspo_megatron.rewards.math:math",
     "json_schema": "gspo_megatron.rewards.structure:json_schema",
 }
 """Rules that may run for hours on a hostile response, or need other packages: called in processes of their own."""
+SERVICES = {
+    "remote": "gspo_megatron.rewards.remote:Remote",
+    "judge": "gspo_megatron.rewards.judge:Judge",
+    "reward_model": "gspo_megatron.rewards.reward_model:RewardModel",
+}
+"""Rewards that another program computes (`services.py`)."""
 
 
 def marked_number(text: str) -> Decimal | None:

@@ -51,7 +51,7 @@ class HeldOutSource:
         else:
             rollouts = generate()
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
-        refuse_unscored(gathered)
+        refuse_unscored(gathered, reward.most_lost)
         return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
 
     def _decode(self, rollout: Rollout) -> None:

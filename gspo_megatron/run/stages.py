@@ -6,6 +6,7 @@ S  sequences      R  trained tokens
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import MicroBatch, PackingRules, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.batches import MicroBatch, PackingRules, Rollout, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.metrics import LossTerms, Metric, merge, on_host, values
 from gspo_megatron.base.protocols import Policy, Ranks
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sources import checked_tokens
-from gspo_megatron.objective import PolicyObjective, Segments, group_advantages
+from gspo_megatron.objective import KL_ESTIMATORS, PolicyObjective, Segments, group_advantages
 from gspo_megatron.objective.corrections import drift_by_position, gap_to_sampler
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.step_state import StepState
@@ -30,19 +33,54 @@ def sequences_of(
     """One trainable sequence per rollout, group by group, with its advantage. Log-probs are of `dtype`.
 
     Raises:
-        DataError: a token id that the embedding does not have.
+        DataError: a token id that the embedding does not have, or a missing or wrong support.
     """
     rollouts = [r for g in groups for r in g.rollouts]
-    group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    advantages = group_advantages(rewards, group_ids, baseline=algorithm.variant.baseline).tolist()
+    advantages = advantages_of(groups, [r.reward for r in rollouts], algorithm)
     sequences = []
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
         sequences.append(Sequence.after_prompt(tokens, len(rollout.prompt.tokens), advantage))
         column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
         sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
+        if algorithm.masks_sampling:
+            sequences[-1].columns["support"] = checked_support(rollout, vocab_size)
     return sequences
+
+
+def advantages_of(groups: Seq[RolloutGroup], rewards: Seq[float], algorithm: Algorithm) -> list[float]:
+    """Of each rollout, group by group."""
+    group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
+    rewards_S = torch.tensor(rewards, dtype=torch.float64)
+    advantages: list[float] = group_advantages(rewards_S, group_ids, baseline=algorithm.variant.baseline).tolist()
+    return advantages
+
+
+def checked_support(rollout: Rollout, vocab_size: int) -> Ragged:
+    """The ids that every token of a rollout was drawn from.
+
+    Raises:
+        DataError: they were not recorded, are not one list for each token, are no ids, or lack the token.
+    """
+    support, tokens = rollout.support, torch.tensor(rollout.tokens, dtype=torch.int64)
+    if support is None:
+        raise DataError(
+            f"rollout {rollout.id} comes without the ids that top-k and top-p kept; what sampled it does not record "
+            "them: set algorithm.sampling_mask=false, with rollout.top_k=0 and rollout.top_p=1"
+        )
+    if len(support) != len(tokens):
+        raise DataError(f"rollout {rollout.id} has {len(tokens)} tokens and kept ids for {len(support)} of them")
+    if len(bad := ((support.ids_E < 0) | (support.ids_E >= vocab_size)).nonzero()):
+        raise DataError(
+            f"rollout {rollout.id}: the kept id {int(support.ids_E[bad[0]])} is not an id in [0, {vocab_size})"
+        )
+    if len(lacking := support.lacks(tokens).nonzero()):
+        place = int(lacking[0])
+        raise DataError(
+            f"rollout {rollout.id}: response token {place} (id {rollout.tokens[place]}) is not among the ids that it "
+            "was drawn from; the recorded ids are of other tokens"
+        )
+    return support
 
 
 @dataclass(frozen=True)
@@ -112,6 +150,31 @@ def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> No
         scored = policy.log_probs(micro_batches, **how)
         for micro_batch, log_probs_R in zip(micro_batches, scored, strict=True):
             micro_batch.columns[column] = log_probs_R
+
+
+def penalise(step: StepState, algorithm: Algorithm, ranks: Ranks) -> None:
+    """A = baseline(R'), R'_i = R_i - kl_coef sum_t KL(old || ref)_it        (2203.02155 Eq. 2, k1 of a whole response)
+
+    Replaces the advantages of the step, whose batches hold all of its sequences, scored. Equal on all ranks."""
+    shares: list[tuple[int, float]] = []
+    for mini_batch, batch in zip(step.mini_batches, step.batches, strict=True):
+        for m in batch.micro_batches:
+            kl_R = KL_ESTIMATORS[algorithm.kl_estimator](
+                *(m.columns[c].cpu().double() for c in ("old_log_probs", "ref_log_probs"))
+            )
+            kl_S = kl_R.new_zeros(len(m.index)).index_add(0, m.sequence_R.cpu(), kl_R)
+            shares += zip([mini_batch[i] for i in m.index], kl_S.tolist(), strict=True)
+    penalties = [0.0] * len(step.sequences)
+    # Under context parallel a rank has a share of every sequence.
+    for number, kl in ranks.gather(shares):
+        penalties[number] += algorithm.variant.kl_coef * kl
+    rewards = [rollout.reward - penalty for rollout, penalty in zip(step.rollouts, penalties, strict=True)]
+    for sequence, advantage in zip(step.sequences, advantages_of(step.groups, rewards, algorithm), strict=True):
+        sequence.advantage = advantage
+    for mini_batch, batch in zip(step.mini_batches, step.batches, strict=True):
+        for m in batch.micro_batches:
+            m.advantages_S = m.advantages_S.new_tensor([step.sequences[mini_batch[i]].advantage for i in m.index])
+    step.noted["kl/penalty"] = statistics.fmean(penalties)
 
 
 def segments_of(micro_batch: MicroBatch, ranks: Ranks) -> Segments:

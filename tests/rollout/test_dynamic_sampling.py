@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.base.errors import ConfigError, StopRequested
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.dynamic_sampling import DynamicSampling
 from gspo_megatron.run.state import RunState
 from gspo_megatron.testing.fakes import (
@@ -53,7 +54,7 @@ class Script:
         prompt, rewards = Prompt(number, "", (1,), ""), {"+": (0, 1), "1": (1, 1), "0": (0, 0)}[self.script[number]]
         return RolloutGroup(prompt, [Rollout(0, prompt, [1] * 5, [0.0] * 5, False, 0, reward=r) for r in rewards])
 
-    def held_out(self, prompts: Sequence[Prompt], n: int, sampling: Any, reward: Any) -> list[RolloutGroup]:
+    def held_out(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
         raise NotImplementedError
 
 

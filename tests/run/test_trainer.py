@@ -556,7 +556,7 @@ def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
         assert all(row["grad_norm"] == 0 for row in rows[1:])
         assert torch.equal(policy_of(trainer).logits_VV, before)
         first, *later = warnings_of(trainer)
-        assert "step 1: within each of the 8 groups all rewards are equal (in the first group 3)" in first
+        assert "step 1: within each group all rewards are equal (in the first of 8: 3)" in first
         assert [warning.partition(":")[0] for warning in later] == ["step 20", "step 40"]
         assert "as in the 19 steps before" in later[0]
     else:
