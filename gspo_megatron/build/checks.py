@@ -195,7 +195,7 @@ def _check_evaluation(config: Config) -> None:
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise ConfigError(
-                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+                f"{key}={name} is no metric of an evaluation of which more is better{near} There are {', '.join(known)}"
             )
     if e.patience and not config.train.eval_every:
         raise ConfigError(
