@@ -373,6 +373,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"algorithm.updates_per_rollout=1: the one update of a rollout batch finds ratios of 1, so the clip of "
             f"algorithm.variant={algorithm.variant.name} never acts; use 2 or more to use rollouts for several updates"
         )
+    if config.rollout.dynamic_sampling and algorithm.variant.baseline.scope != "group":
+        notes.append(
+            f"rollout.dynamic_sampling={config.rollout.dynamic_sampling} with the baseline "
+            f"{algorithm.variant.baseline.name}, which compares more than a group: groups of equal rewards have a "
+            "gradient there, and are replaced"
+        )
     if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
