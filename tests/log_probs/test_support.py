@@ -12,7 +12,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import IGNORED
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.base.ragged import Ragged
-from gspo_megatron.log_probs import blocks
+from gspo_megatron.log_probs import blocks, linear_log_probs
 from gspo_megatron.testing.local_ranks import run_distributed
 from tests.log_probs.test_log_probs import TARGETS, VOCAB, Case, assert_near, make_case, pad_columns, run
 
@@ -74,7 +74,7 @@ def test_value_and_gradient_in_float64(targets: str, temperature: float, with_en
         with_entropy=with_entropy,
         temperature=temperature,
         vocab_size=VOCAB,
-        support=ragged(case),
+        kept_ids=ragged(case),
         store_bytes=store_bytes,
     )
     log_probs, entropy, d_hidden, d_weight = oracle(case, temperature, with_entropy)
@@ -96,7 +96,7 @@ def sharded(rank_targets: dict[str, list[int]]) -> dict[str, list[Tensor]]:
         how: dict[str, Any] = {"with_entropy": name != "all", "store_bytes": 200, "vocab_size": VOCAB}
         hidden = case.hidden_NH.chunk(2)[rank]
         support = ragged(case)
-        found[name] = run(case, hidden, weight, group=dist.group.WORLD, sequence_parallel=True, support=support, **how)
+        found[name] = run(case, hidden, weight, group=dist.group.WORLD, sequence_parallel=True, kept_ids=support, **how)
     return found
 
 
@@ -113,18 +113,19 @@ def test_on_two_shards_of_the_vocabulary() -> None:
         assert_near(torch.cat([d_weight, d_weight_1])[:VOCAB], wanted[3])
 
 
-def test_all_ids_kept_are_no_mask_to_the_last_bit() -> None:
-    case = make_case(TARGETS["mixed"], torch.float32)
-    every = Ragged.of([list(range(VOCAB))] * sum(t != IGNORED for t in TARGETS["mixed"]))
-    plain, masked = (run(case, case.hidden_NH, case.weight_VH, with_entropy=True, support=s) for s in (None, every))
-    assert all(torch.equal(a, b) for a, b in zip(plain, masked, strict=True))
+def test_a_second_backward_finds_what_the_first_used() -> None:
+    case = make_case(TARGETS["mixed"])
+    weight_VH = case.weight_VH.requires_grad_()
+    log_probs_N, _ = linear_log_probs(case.hidden_NH, weight_VH, case.targets_N, kept_ids=ragged(case))
+    first, second = (torch.autograd.grad(log_probs_N.sum(), weight_VH, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_formats(dtype: torch.dtype) -> None:
     """Nothing overflows on the way, not even where a block has no id of a row."""
     case = make_case(TARGETS["mixed"], dtype)
-    found = run(case, case.hidden_NH, case.weight_VH, with_entropy=True, support=ragged(case))
+    found = run(case, case.hidden_NH, case.weight_VH, with_entropy=True, kept_ids=ragged(case))
     for x, wanted in zip(found, oracle(case, 1.0, True), strict=True):
         assert_near(x, wanted, 2e-5 if dtype == torch.float32 or x.dtype == torch.float32 else 8e-3)
 
@@ -132,8 +133,8 @@ def test_narrow_formats(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda lists: lists[:-1], ConfigError, "support has 7 lists of ids for 8 scored rows"),
-        (lambda lists: [[*lists[0], VOCAB], *lists[1:]], DataError, "support has the id 17, which is not in [0, 17)"),
+        (lambda lists: lists[:-1], ConfigError, "kept_ids has 7 lists of ids for 8 scored rows"),
+        (lambda lists: [[*lists[0], VOCAB], *lists[1:]], DataError, "kept_ids has the id 17, which is not in [0, 17)"),
         (lambda lists: [*lists[:2], [3], *lists[3:]], DataError, "target 16 of row 3 is not among the ids"),
         (lambda lists: [*lists[:2], [], *lists[3:]], DataError, "target 16 of row 3 is not among the ids"),
     ],
@@ -141,7 +142,7 @@ def test_narrow_formats(dtype: torch.dtype) -> None:
 def test_ids_that_cannot_be_are_refused(change: Any, error: type[Exception], words: str) -> None:
     case = make_case(TARGETS["mixed"])
     with pytest.raises(error) as raised:
-        run(case, case.hidden_NH, case.weight_VH, with_entropy=False, support=Ragged.of(change(ragged(case).tolist())))
+        run(case, case.hidden_NH, case.weight_VH, with_entropy=False, kept_ids=Ragged.of(change(ragged(case).tolist())))
     assert words in str(raised.value)
 
 
