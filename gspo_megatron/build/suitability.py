@@ -15,6 +15,7 @@ from gspo_megatron.data.mixture import Mixture
 from gspo_megatron.data.prompts import RowPrompts
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from gspo_megatron.run.evaluation import Judge
 
 VERSION = 1
 """Of these checks: another one does them again on data in the cache."""
@@ -64,9 +65,7 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
     ]
 
 
-def try_rewards(
-    config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: RunRewards
-) -> list[str]:
+def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: Judge) -> list[str]:
     """Scores a response to the first prompt of every source, as a step would: a reward that fails whatever it is given
     is found here, not after a warm start. Not with reward.isolate=false: such functions may need what is not built yet.
 
@@ -82,7 +81,7 @@ def try_rewards(
     for source in sources:
         for index in range(len(source.parts) if isinstance(source, Mixture) else 1):
             asked = _made_up(source[index], tokenizer)
-            (score,) = rewards.score([asked])
+            score = rewards.try_functions(asked)
             if not score.error:
                 continue
             what = (

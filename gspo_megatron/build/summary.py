@@ -8,6 +8,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import plural
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.programs import describe_sandbox
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.mixture import Mixture
@@ -27,6 +28,7 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     yield f"prompts: {number} from {shown(c.data.train)}; held out {held_out:,} from {held_out_from}"
     if isinstance(inputs.train_prompts, Mixture):
         yield from _describe_sources(inputs.train_prompts)
+    yield from describe_sandbox(c)
     warm = f"{plural(c.train.warm_start_steps, 'warm-start update')}, then " if c.train.warm_start_steps else ""
     rollouts = f"{plural(c.rollout.prompts_per_step, 'prompt')} x {plural(c.rollout.group_size, 'rollout')}"
     updates = plural(c.algorithm.updates_per_rollout, "update")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.contents import contents_of
+from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
+from gspo_megatron.build.rewards import RunRewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
@@ -66,6 +68,8 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
+        rewards = rewards_in(inputs.rewards, inputs.more_sets)
+        check_services(rewards, groups.is_reporter)
         scoring = agreed_scoring(algorithm.scoring, device, console)
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
@@ -117,14 +121,16 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
+        for each in rewards:
+            each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
-            inputs.rewards.close()
+            for each in rewards:
+                each.close()
             if writer:
                 writer.close()
 
@@ -194,6 +200,27 @@ def check_same_settings(config: Config) -> None:
                 f"rank {rank} has other settings than rank 0: {'; '.join(differing[:3])}; give every process the same "
                 "file and overrides (data.chat_date, where only the day differs)"
             )
+
+
+def check_services(rewards: Iterable[RunRewards], scores: bool) -> None:
+    """Asks the services that rewards need for a trial, before a model is built. `scores`: this rank will ask them.
+    Collective.
+
+    Raises:
+        ConfigError: one gives no score, on every rank.
+    """
+    complaint = ""
+    if scores:
+        try:
+            for each in rewards:
+                each.check_services()
+        except ConfigError as error:
+            complaint = str(error)
+    heard = [complaint] * dist.get_world_size()
+    if len(heard) > 1:
+        dist.all_gather_object(heard, complaint)
+    if found := next(filter(None, heard), ""):
+        raise ConfigError(found)
 
 
 def check_machine(config: Config, device: Device) -> None:

@@ -2,8 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of section `model`, in model.py; `make docs` writes docs/settings.md from these
-declarations. Rules that involve several settings, or the number of processes, are in build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+`make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
+processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.evaluation import EvalConfig
+from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -180,47 +184,13 @@ class RolloutConfig:
         "Texts and token ids that end a response, besides the tokenizer's own end, such as ['</answer>', 151643]. The "
         "response, and its text, keep everything up to the token that completes one.",
     )
-    max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How responses are scored."""
-
-    functions: dict[str, float] = setting(
-        {},
-        "Weights by name: a built-in reward, or package.module:function. With reward.terms empty, too: the generated "
-        "task's own reward, or exact_match for a file.",
-    )
-    terms: list[dict[str, Any]] = setting(
-        [],
-        "More of them, each {function: NAME}, with name (default: the function), weight (1; of a gate, 0), gate (where "
-        "the value is below 1, all later terms are 0), and the function's own parameters.",
-    )
-    accuracy: str | None = setting(
-        None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
-    )
-    on_error: str = setting(
-        "stop",
-        "When a function raises or returns something other than a number: stop the run, or count it as reward 0.",
-        choices=("stop", "count"),
-    )
-    isolate: bool = setting(
-        True, "Call functions of your own in processes of their own. false: in the training process, unprotected."
-    )
-    workers: int = setting(
+    dynamic_sampling: int = setting(
         0,
-        "Such processes on each rank that scores. 0: the cores of the node divided by the ranks that score on it.",
+        "Replace groups whose rewards are all equal by those of further prompts, in up to this many further rounds of "
+        "sampling (DAPO). What is missing then is filled with such groups. 0: off.",
         least=0,
-        most=1024,
     )
-    timeout_s: float = setting(
-        60.0,
-        "How long such a call may take; then the process is replaced, and the rollout's reward is 0.",
-        above=0,
-        most=1e6,
-    )
-    memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
+    max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
 
 @dataclass(frozen=True)
@@ -240,6 +210,12 @@ class AlgorithmConfig:
         "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
         "which is that of the divergence.",
         choices=("k1", "k2", "k3", "k1+", "k3+"),
+    )
+    kl_in: str = setting(
+        "loss",
+        "Where that divergence counts: as a term of the loss, or, summed over a response, subtracted from its reward "
+        "before rewards become advantages.",
+        choices=("loss", "reward"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -367,9 +343,15 @@ class CheckpointConfig:
     )
     keep: int = setting(2, "How many of the newest checkpoints to keep.", least=1)
     keep_every: int = setting(0, "Checkpoints of steps divisible by this are never deleted. 0: off.", least=0)
+    keep_best: str | None = setting(
+        None,
+        "A metric of evaluations, such as eval/accuracy: each evaluation with a new largest value saves the run, and "
+        "that checkpoint stays until a better one; the file RUN/checkpoints/best names it. null: off.",
+    )
     load: str = setting(
         "none",
-        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
+        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), best (the one of "
+        "keep_best), a path, or none.",
     )
     allow_other_variant: bool = setting(
         False, "Go on from a checkpoint of another algorithm.variant, which is refused otherwise."
@@ -382,34 +364,6 @@ class CheckpointConfig:
         600.0,
         "Seconds to save after SIGTERM, SIGINT or SIGUSR1; then the run prints all stacks and exits.",
         above=0,
-    )
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """Checks while running. `stop` ends the run with status 70, `skip` skips the update; either way its rollouts are
-    written to guards/."""
-
-    on_nonfinite: str = setting(
-        "stop",
-        "What a non-finite loss or gradient does. A non-finite log-prob before the updates always stops the run.",
-        choices=("stop", "skip"),
-    )
-    grad_norm_spike: float = setting(
-        0.0,
-        "A gradient norm is a spike above this many times the median of the last 20 updates. 0: off; else above 1.",
-    )
-    on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
-    ratio_noise: float = setting(
-        0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
-    )
-    on_memory: str = setting(
-        "stop",
-        "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",
-        choices=("stop", "warn"),
-    )
-    check_replicas_every: int = setting(
-        0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0
     )
 
 
@@ -436,6 +390,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
-from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,20 @@ KINDS: dict[str, tuple[type, ...]] = {"name": (str,), "function": (str,), "weigh
 """Keys of an entry of reward.terms that are not the function's parameters, and the types of their values."""
 
 
-def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] = ()) -> list[Term]:
-    """Those of reward.functions, name: weight, then those of reward.terms.
+def terms_of(
+    functions: Mapping[str, float],
+    terms: Sequence[Mapping[str, Any]] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Term]:
+    """Those of reward.functions, name: weight, then those of reward.terms. `defaults`: parameters by function.
 
     Raises:
         ConfigError: there is none, a name comes twice, or a weight is not finite.
     """
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
-        raise ConfigError(
-            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS))} or 'module:function'"
-        )
+        known = ", ".join((*REWARDS, *IN_WORKERS, *SERVICES))
+        raise ConfigError(f"reward.functions is empty; add one of {known} or 'module:function'")
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
             raise ConfigError(f"the weight {term.weight} of reward {term.name!r} must be a finite number")
@@ -58,7 +61,8 @@ def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] 
         raise ConfigError(
             f"reward.terms: {found[0].name!r} is a gate to nothing; give it a weight, or add a term after it"
         )
-    return found
+    by_function = defaults or {}
+    return [replace(t, parameters={**by_function.get(t.function, {}), **t.parameters}) for t in found]
 
 
 def _term(given: Mapping[str, Any]) -> Term:

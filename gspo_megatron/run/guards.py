@@ -21,6 +21,8 @@ from gspo_megatron.base.metrics import Metric
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.concerns import Concerns
 from gspo_megatron.run.state import GuardState
 from gspo_megatron.run.step_state import StepState, rollout_row
 
@@ -59,9 +61,11 @@ class Guards:
         state = state or GuardState()
         self.grad_norms, self.skipped_in_a_row = list(state.grad_norms), state.skipped_in_a_row
         self.objection: Objection | None = None
+        self.concerns = Concerns(Algorithm.of(config), config.guards, state.past, state.streaks)
 
     def state(self) -> GuardState:
-        return GuardState(tuple(self.grad_norms), self.skipped_in_a_row)
+        of_steps = self.concerns
+        return GuardState(tuple(self.grad_norms), self.skipped_in_a_row, dict(of_steps.past), dict(of_steps.streaks))
 
     def begin(self) -> None:
         """Forgets gradient norms: the loss changes here, and its usual norm is not known yet."""
@@ -149,20 +153,18 @@ class Guards:
     def _not_finite(self, rollout: Rollout, sequence: Sequence) -> str:
         return not_finite(rollout, sequence, of_sampler=self.sampler_must_be_finite)
 
-    def check_ratio_noise(self, step: int, noise: float) -> None:
-        """Checks max |ratio - 1| of a step's first update.
+    def check_step(self, step: StepState, row: Mapping[str, Any]) -> None:
+        """Warns of what is wrong with a step, by its row of metrics.
 
         Raises:
-            GuardError: it exceeds guards.ratio_noise.
+            GuardError: a rule of guards.stop_on found a fault; the step's rollouts are in guards/.
         """
-        if self.settings.ratio_noise and noise > self.settings.ratio_noise:
-            raise GuardError(
-                f"step {step}: before its first update, ratios differ from 1 by up to {noise:.3g}, more than "
-                f"guards.ratio_noise={self.settings.ratio_noise:g}. The old log-probs are not those of the policy in "
-                "training: with algorithm.old_log_probs=rollout the sampler computes in another precision or order "
-                "(recompute avoids that); otherwise the same forward gave two results, as with dropout, routing that "
-                "depends on the batch, or a failing device"
-            )
+        for concern in self.concerns.of(row, step.groups):
+            if concern.stops:
+                step.collect_columns(self.ranks)
+                path = self.keep(f"step_{step.number:06d}_{concern.rule}", rows_of(step, range(len(step.sequences))))
+                raise GuardError(f"{concern.text}. The step's rollouts are in {path}")
+            self.warn(concern.text)
 
     def check_replicas(self, step: int, policy: Policy) -> None:
         """Compares the copies of every parameter, every guards.check_replicas_every steps.

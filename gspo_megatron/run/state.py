@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
 from gspo_megatron.checkpoint.fields import (
     BY_COUNT,
     COUNT,
+    COUNT_BY_NAME,
     COUNTS,
     FLAG,
     LIST,
     NUMBER,
+    NUMBER_BY_NAME,
     NUMBERS,
+    NUMBERS_BY_NAME,
     OBJECT,
     OBJECTS,
     TEXT,
@@ -32,15 +35,30 @@ from gspo_megatron.checkpoint.fields import (
 )
 from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
+from gspo_megatron.run.best import Record
 from gspo_megatron.run.step_state import StepSnapshot
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guards remember: gradient norms of the last updates, and how many in a row were left out."""
+    """What the guards remember.
+
+    Attributes:
+        grad_norms: of the last updates.
+        skipped_in_a_row: how many updates, up to the last one, were left out.
+        past, streaks: of the rules for steps (`Concerns`).
+    """
 
     grad_norms: tuple[float, ...] = ()
     skipped_in_a_row: int = 0
+    past: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    streaks: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> GuardState:
+        """Earlier versions saved the first two."""
+        past = {name: tuple(values) for name, values in (saved.get("past") or {}).items()}
+        return cls(tuple(saved["grad_norms"]), saved["skipped_in_a_row"], past, saved.get("streaks") or {})
 
 
 @dataclass(frozen=True)
@@ -63,14 +81,21 @@ STATE = {
     "taken": optional(OBJECT),
     "contents": optional(OBJECT),
     "warm_start_loss": optional(NUMBER),
+    "records": optional(OBJECTS),
 }
 PARTS = {
-    "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
+    "guards": {
+        "grad_norms": NUMBERS,
+        "skipped_in_a_row": COUNT,
+        "past": optional(NUMBERS_BY_NAME),
+        "streaks": optional(COUNT_BY_NAME),
+    },
     "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
-    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBER_BY_NAME)},
 }
 """The fields of a state in JSON, and of its objects."""
+RECORD = {"value": NUMBER, "step": COUNT, "since": COUNT}
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,7 @@ class RunState:
         guards: what the guards remember.
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
         warm_start_loss: of the last update of a warm start.
+        records: the best evaluation so far, by metric.
     """
 
     position: Position
@@ -110,6 +136,7 @@ class RunState:
     step: StepSnapshot | SavedStep | None = None
     config_sha256: str = ""
     warm_start_loss: float | None = None
+    records: Mapping[str, Record] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -123,6 +150,7 @@ class RunState:
         taken: Taken = NOTHING,
         contents: Contents | None = None,
         warm_start_loss: float | None = None,
+        records: Mapping[str, Record] | None = None,
     ) -> RunState:
         return cls(
             position,
@@ -134,6 +162,7 @@ class RunState:
             step,
             config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
             warm_start_loss=warm_start_loss,
+            records=dict(records or {}),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -151,6 +180,7 @@ class RunState:
             "taken": self.taken._asdict(),
             "contents": None if self.contents is None else asdict(self.contents),
             "warm_start_loss": self.warm_start_loss,
+            "records": {name: record._asdict() for name, record in self.records.items()},
             "step": None if self.step is None else self.step.about,
         }
 
@@ -170,7 +200,10 @@ class RunState:
         for name, fields in PARTS.items():
             if about.get(name) is not None:
                 check_fields(about[name], fields, f"{where}, {name}")
-        guards, step = about["guards"], about.get("step")
+        records = about.get("records") or {}
+        for name, record in records.items():
+            check_fields(record, RECORD, f"{where}, records, {name}")
+        step = about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
         position = Position(*about["position"])
@@ -181,7 +214,7 @@ class RunState:
             position,
             about["began"],
             settings,
-            GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
+            GuardState.from_json(about["guards"]),
             Taken(taken["prompts"], taken["rollouts"], taken.get("curriculum") or {})
             if taken
             else taken_until(position, settings, inside=step is not None),
@@ -189,6 +222,7 @@ class RunState:
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
             about.get("warm_start_loss"),
+            {name: Record(**{key: record[key] for key in RECORD}) for name, record in records.items()},
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, UpdateBatch
+from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.inputs import Inputs
@@ -225,17 +225,20 @@ class TableSampler:
         ids: Sequence[int],
         *,
         greedy: bool = False,
+        sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
         self.policy.calls.append("sample greedily" if greedy else "sample")
         self.ids.append(list(ids))
         self.prompts.append([p.id for p in prompts])
-        how = Decoding(self.config.rollout.temperature, greedy=greedy)
+        r = self.config.rollout
+        own = sampling or Sampling(r.temperature, 1.0, 0, r.max_new_tokens, self.config.run.seed)
+        how = Decoding(own.temperature or r.temperature, own.top_k, own.top_p, greedy)
         rollouts = [Rollout(i, p, [], [], True, self.policy.version) for p, i in zip(prompts, ids, strict=True)]
-        for position in range(self.config.rollout.max_new_tokens):
+        for position in range(own.max_new_tokens):
             going_on = [r for r in rollouts if r.truncated]
             rollout_ids = np.array([r.id for r in going_on], dtype=np.int64)
-            u_B = torch.from_numpy(uniforms(self.config.run.seed, rollout_ids, np.full_like(rollout_ids, position)))
+            u_B = torch.from_numpy(uniforms(own.seed, rollout_ids, np.full_like(rollout_ids, position)))
             before = [(r.prompt.tokens + tuple(r.tokens))[-1] for r in going_on]
             tokens_B, log_probs_B = next_tokens(self.policy.logits_VV[before], u_B, how)
             for rollout, token, log_prob in zip(going_on, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
@@ -288,7 +291,7 @@ class Shelf:
         self.ranks = ranks or OneRank()
         self.saved: list[tuple[Position, RunState]] = []
 
-    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
+    def save(self, position: Position, state: SavedState, *, wait: bool, best: Position | None = None) -> None:
         shares = self.ranks.gather([state.tensors()])
         self.saved.append((position, RunState.from_saved(json.loads(json.dumps(state.to_json())), shares)))
 

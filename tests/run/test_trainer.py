@@ -78,12 +78,16 @@ class Rows(RunWriter):
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.samples: dict[int, list[dict[str, Any]]] = {}
+        self.answers: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
     def metrics(self, row: Any) -> None:
         self.rows.append(dict(row))
 
     def rollouts(self, step: int, rows: Any) -> None:
         self.samples[step] = list(rows)
+
+    def held_out(self, name: str, step: int, rows: Any) -> None:
+        self.answers[name, step] = list(rows)
 
 
 def run(*overrides: str, ranks: Ranks | None = None, **parts: Any) -> tuple[Trainer, list[dict[str, Any]]]:
