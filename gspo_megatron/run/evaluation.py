@@ -25,7 +25,7 @@ class HeldOut(Protocol):
 
 
 class Judge(Reward, Protocol):
-    """A reward, and which of its responses are correct."""
+    """A reward, which of its responses are correct, and a trial before the run."""
 
     def accuracy(self, rollout: Rollout) -> float: ...
 
