@@ -202,6 +202,8 @@ def test_failures_are_shown_and_survivors_are_no_mean(
     assert mine["measures"]["ratio_spread"]["numbers"]["1"] == pytest.approx(math.log(4))
     assert mine["measures"]["routers_changed"]["numbers"]["1"] == pytest.approx(0.2)
     assert mine["measures"]["clip_fraction"]["numbers"] == pytest.approx({"1": 0.105, "2": 0.065, "3": 0.105})
+    assert mine["measures"]["accuracy"]["numbers"] == {"1": 0.75, "2": 0.7, "3": 0.1}
+    assert mine["measures"]["gain"]["numbers"] == pytest.approx({"1": 0.25, "2": 0.2, "3": -0.4})
     assert [run["collapsed"] for run in mine["runs"]] == [False, False, True]
     # Of the other row only the first seed has a result: no interval, and a difference of one pair.
     assert other["measures"]["reward"]["interval"] == {"mean": 0.125, "low": None, "high": None, "n": 1}
