@@ -189,7 +189,12 @@ def test_failures_are_shown_and_survivors_are_no_mean(
     written(slow.runs[0], 0, [0.125] * 20)
     written(slow.runs[1], -9, [1.0] * 3)
     written(slow.runs[2], 1, [1.0] * 3)
-    assert main([str(sweep_file), "--runs", str(folder), "--report-only"]) == 0
+    document = tmp_path / "page.md"
+    arguments = [str(sweep_file), "--runs", str(folder), "--report-only", "--document", str(document)]
+    assert main(arguments) == REFUSED
+    assert "is to have the lines '<!-- small -->' and '<!-- end of small -->'" in capsys.readouterr().err
+    document.write_text("Before.\n<!-- small -->\nold\n<!-- end of small -->\nAfter.\n")
+    assert main(arguments) == 0
     found = json.loads((folder / "report.json").read_text())
     mine, other = found["curves"]
     # The second seed has stopped at step 12, where the curve ends, and counts in the number with what it had.
@@ -219,6 +224,12 @@ def test_failures_are_shown_and_survivors_are_no_mean(
         "python tools/compare_algorithms.py",
     ):
         assert line in text, line
+    lines = document.read_text().splitlines()
+    assert lines[:2] == ["Before.", "<!-- small -->"] and lines[-2:] == ["<!-- end of small -->", "After."]
+    assert "| | `gspo`, 3 of 3 seeds | `slow`, 1 of 3 seeds |" in lines
+    assert "| reward; mean of the last 10% of steps | 0.5 [-0.121, 1.12] | 0.125<br>-0.125 |" in lines
+    drawn = ElementTree.parse(tmp_path / "images" / "small.svg").getroot()
+    assert len(drawn.findall("{*}svg")) == 5  # accuracy, reward, clip fraction, spread and drift
 
 
 def test_points_are_drawn_against_each_other(sweep_file: Path, tmp_path: Path) -> None:
