@@ -36,11 +36,7 @@ class Ragged:
 
     def __getitem__(self, index: Tensor | slice) -> Ragged:
         """The lists of some tokens, by positions, a mask or a slice."""
-        counts_R = self.counts_R.long()
-        first_r, counts_r = (counts_R.cumsum(0) - counts_R)[index], counts_R[index]
-        shift_r = first_r - (counts_r.cumsum(0) - counts_r)
-        at_e = torch.arange(int(counts_r.sum())) + torch.repeat_interleave(shift_r, counts_r)
-        return Ragged(self.ids_E[at_e], counts_r.int())
+        return Ragged(self.ids_E[entries_of(self.counts_R.long(), index)], self.counts_R[index])
 
     @property
     def token_E(self) -> Tensor:
@@ -63,6 +59,13 @@ class Ragged:
 
     def tolist(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids_E.split(self.counts_R.tolist())]
+
+
+def entries_of(counts_R: Tensor, index: Tensor | slice) -> Tensor:
+    """Positions among the E of what belongs to some of the R tokens, in their order."""
+    first_r, counts_r = (counts_R.cumsum(0) - counts_R)[index], counts_R[index]
+    shift_r = first_r - (counts_r.cumsum(0) - counts_r)
+    return torch.arange(int(counts_r.sum())) + torch.repeat_interleave(shift_r, counts_r)
 
 
 def joined(parts: Sequence[Any]) -> Any:

@@ -27,7 +27,7 @@ def checked_targets(
     sequence_parallel: bool,
     vocab_size: int | None,
     store_bytes: int,
-    support: Ragged | None = None,
+    kept_ids: Ragged | None = None,
     *,
     validate: bool,
 ) -> tuple[int, Tensor]:
@@ -37,7 +37,7 @@ def checked_targets(
 
     Raises:
         ConfigError: a setting or shape that cannot work.
-        DataError: with `validate`, a target that is not an id or not in its row's support, or ranks whose arguments
+        DataError: with `validate`, a target that is not an id or not among its row's kept ids, or ranks whose arguments
             differ.
     """
     num_ids = shards.size * len(weight_VpH)
@@ -47,13 +47,13 @@ def checked_targets(
             hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size, store_bytes
         )
         scored_n = (targets_host_N != IGNORED).nonzero().flatten()
-        if support is not None and len(support) != len(scored_n):
+        if kept_ids is not None and len(kept_ids) != len(scored_n):
             raise ConfigError(
-                f"support has {len(support)} lists of ids for {len(scored_n)} scored rows; pass one for each of them"
+                f"kept_ids has {len(kept_ids)} lists of ids for {len(scored_n)} scored rows; pass one for each of them"
             )
         if validate:
             _check_targets(targets_host_N, num_ids if vocab_size is None else vocab_size)
-            _check_support(support, targets_host_N, scored_n, num_ids if vocab_size is None else vocab_size)
+            _check_kept_ids(kept_ids, targets_host_N, scored_n, num_ids if vocab_size is None else vocab_size)
     except (ConfigError, DataError) as error:
         if not validate:
             raise
@@ -63,7 +63,7 @@ def checked_targets(
             "the number of rows": len(targets_N),
             "the number of scored rows": int((targets_host_N != IGNORED).sum()),
             "the sum of row * target": int((targets_host_N.flatten() * torch.arange(targets_N.numel())).sum()),
-            "the sum of the ids kept": 0 if support is None else int(support.ids_E.sum()),
+            "the sum of the ids kept": 0 if kept_ids is None else int(kept_ids.ids_E.sum()),
             "the hidden size": hidden_NH.shape[-1],
             "the shard of the vocabulary": len(weight_VpH),
         }
@@ -148,12 +148,12 @@ def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_support(support: Ragged | None, targets_N: Tensor, scored_n: Tensor, vocab_size: int) -> None:
-    if support is None:
+def _check_kept_ids(kept_ids: Ragged | None, targets_N: Tensor, scored_n: Tensor, vocab_size: int) -> None:
+    if kept_ids is None:
         return
-    if len(bad := ((support.ids_E < 0) | (support.ids_E >= vocab_size)).nonzero()):
-        raise DataError(f"support has the id {int(support.ids_E[bad[0]])}, which is not in [0, {vocab_size})")
-    if len(lacking := support.lacks(targets_N[scored_n]).nonzero()):
+    if len(bad := ((kept_ids.ids_E < 0) | (kept_ids.ids_E >= vocab_size)).nonzero()):
+        raise DataError(f"kept_ids has the id {int(kept_ids.ids_E[bad[0]])}, which is not in [0, {vocab_size})")
+    if len(lacking := kept_ids.lacks(targets_N[scored_n]).nonzero()):
         row = int(scored_n[lacking[0]])
         raise DataError(
             f"target {int(targets_N[row])} of row {row} is not among the ids that its softmax runs over: its "

@@ -116,7 +116,8 @@ class MegatronSampler:
         """
         how = sampling or self.as_in_training
         # Of greedy tokens, only the log-prob depends on a temperature.
-        decoding = Decoding(how.temperature or self.settings.temperature, how.top_k, how.top_p, greedy)
+        recorded = self.records_support and sampling is None and not greedy
+        decoding = Decoding(how.temperature or self.settings.temperature, how.top_k, how.top_p, greedy, recorded)
         scheduler = DecodeScheduler(
             prompts,
             ids,
@@ -213,7 +214,7 @@ class MegatronSampler:
                 vocab_size=head.true_vocab_size,
             )
             log_probs_BV = distribution(logits, decoding)
-            if self.records_support and not decoding.greedy:
+            if decoding.recorded:
                 kept.append(log_probs_BV > -torch.inf)
             token_B, log_prob_B = draw(log_probs_BV, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])

@@ -39,12 +39,14 @@ def uniforms(seed: int, rollout_ids: NDArray[np.int64], positions: NDArray[np.in
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen. top_k = 0 and top_p = 1 leave the distribution unchanged; greedy ignores the rest."""
+    """How a token is chosen. top_k = 0 and top_p = 1 leave the distribution unchanged; greedy ignores the rest. The ids
+    that top-k and top-p keep are `recorded`, for the updates, or not."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    recorded: bool = False
 
 
 def next_tokens(logits_BV: Tensor, uniforms_B: Tensor, how: Decoding) -> tuple[Tensor, Tensor]:
