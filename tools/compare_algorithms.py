@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from sweep import Run, Sweep, load_sweep
-from sweep_page import page
+from sweep_page import markdown, page, picture
 from sweep_results import results
 
 import gspo_megatron
@@ -69,21 +71,25 @@ def run_all(runs: Sequence[Run], jobs: int) -> bool:
     active: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
     told = 0
     print(f"{len(runs)} runs, {len(waiting)} of them to do", flush=True)
-    with counted_signals() as asked:
-        while active or (waiting and not asked.times):
-            while waiting and len(active) < jobs and not asked.times:
-                run = waiting.popleft()
-                active[run] = (start(run), time.monotonic())
-            if told < asked.times:
-                told = asked.times
-                for process, _ in active.values():
-                    process.send_signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
-            for run, (process, since) in list(active.items()):
-                if (status := process.poll()) is not None:
-                    del active[run]
-                    finish(run, status, time.monotonic() - since)
-            time.sleep(POLL_S)
-    return not asked.times
+    try:
+        with counted_signals() as asked:
+            while active or (waiting and not asked.times):
+                while waiting and len(active) < jobs and not asked.times:
+                    run = waiting.popleft()
+                    active[run] = (start(run), time.monotonic())
+                if told < asked.times:
+                    told = asked.times
+                    for process, _ in active.values():
+                        process.send_signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
+                for run, (process, since) in list(active.items()):
+                    if (status := process.poll()) is not None:
+                        del active[run]
+                        finish(run, status, time.monotonic() - since)
+                time.sleep(POLL_S)
+        return not asked.times
+    finally:
+        for process, _ in active.values():  # where a directory could not be written
+            process.terminate()
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:
@@ -107,13 +113,39 @@ def finish(run: Run, status: int, seconds: float) -> None:
         print(said, file=sys.stderr, flush=True)
 
 
-def write_report(sweep: Sweep, folder: Path, command: str) -> None:
+def write_report(sweep: Sweep, folder: Path, command: str) -> dict[str, Any]:
+    """Writes report.json and report.html, and returns what is in them."""
     found = results(sweep, command)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.json", json.dumps(found, indent=1) + "\n"), ("report.html", page(found))):
         with written_aside(folder / name) as file:
             file.write(text)
     print(f"{folder / 'report.html'}, {folder / 'report.json'}")
+    return found
+
+
+def write_into(document: Path, name: str, found: dict[str, Any]) -> None:
+    """The table of numbers between the marks `name` of a Markdown page, and the curves into images/ beside it."""
+    start, end = between_marks(document, name)
+    text = document.read_text()
+    document.write_text(text[:start] + markdown(found) + text[end:])
+    (document.parent / "images").mkdir(exist_ok=True)
+    (document.parent / "images" / f"{name}.svg").write_text(picture(found))
+
+
+def between_marks(document: Path, name: str) -> tuple[int, int]:
+    """Where the text between the marks begins and ends.
+
+    Raises:
+        ConfigError: there is no such page, or it does not have the marks.
+    """
+    marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+    if not (document.is_file() and (found := marks.search(document.read_text()))):
+        raise ConfigError(
+            f"--document {document} is to have the lines '<!-- {name} -->' and '<!-- end of {name} -->', between which "
+            "the table goes; add them, or name another page"
+        )
+    return found.span()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,19 +156,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW[/POINT]", help="only these curves")
     parser.add_argument("--seeds", type=int, help="only the first N seeds", metavar="N")
     parser.add_argument("--report-only", action="store_true", help="report what is there, and start nothing")
+    parser.add_argument(
+        "--document", type=Path, help="Markdown page whose table, and picture, of the sweep is replaced"
+    )
     options = parser.parse_args(argv)
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
         parser.error("--jobs and --seeds must be 1 or more")
     folder = options.runs or Path("runs") / options.sweep.stem
     try:
         sweep = load_sweep(options.sweep, folder, rows=options.rows, num_seeds=options.seeds)
+        if options.document:
+            between_marks(options.document, options.sweep.stem)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     runs = list(sweep.runs)
     to_the_end = options.report_only or run_all(runs, options.jobs)
     place = ["--runs", str(folder)] if options.runs else []
-    write_report(sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place]))
+    found = write_report(
+        sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place])
+    )
+    if options.document:
+        write_into(options.document, options.sweep.stem, found)
     states = {run.state for run in runs} if not options.report_only else set()
     if "failed" in states:
         return FAILED

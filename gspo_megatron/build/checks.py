@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from gspo_megatron.config.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -113,7 +114,7 @@ def _check_precision(config: Config) -> None:
         )
     if ends > a_stage:
         raise ConfigError(
-            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"precision.first_last_layers_bf16={ends} exceeds the {plural(a_stage, 'layer')} of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
         )
 
@@ -194,7 +195,7 @@ def _check_evaluation(config: Config) -> None:
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise ConfigError(
-                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+                f"{key}={name} is no metric of an evaluation of which more is better{near} There are {', '.join(known)}"
             )
     if e.patience and not config.train.eval_every:
         raise ConfigError(
@@ -275,11 +276,16 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
             "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
-    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+    if a.old_log_probs == "rollout" and r.truncates and not a.sampling_mask:
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            "log-probs are of the truncated distribution, the trainer's of the full one; use "
-            "algorithm.old_log_probs=auto"
+            f"algorithm.old_log_probs=rollout with {_truncation(config)}: the sampler's log-probs are of the truncated "
+            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto, or "
+            "algorithm.sampling_mask=true"
+        )
+    if a.sampling_mask and not r.truncates:
+        raise ConfigError(
+            f"algorithm.sampling_mask=true has no effect with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}, which "
+            "keep every id; set sampling_mask=false, or top_p below 1"
         )
 
 
@@ -307,6 +313,13 @@ def _check_kl(config: Config, algorithm: Algorithm) -> None:
             "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
             "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
         )
+
+
+def _truncation(config: Config) -> str:
+    """The settings by which sampling leaves tokens out, in words; empty where none does."""
+    r = config.rollout
+    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
+    return ", ".join(setting for setting, acts in acting.items() if acts)
 
 
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
@@ -371,11 +384,11 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+    if config.rollout.truncates and not config.algorithm.sampling_mask:
         notes.append(
-            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
-            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
-            "not the one that was sampled; set top_k=0 and top_p=1"
+            f"{_truncation(config)}: responses come from the truncated distribution, but ratios and gradients are of "
+            "the full one, so the policy that is improved is not the one that was sampled; set "
+            "algorithm.sampling_mask=true, or top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

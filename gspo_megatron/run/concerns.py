@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gspo_megatron.base.batches import RolloutGroup
+from gspo_megatron.base.errors import plural
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.rewards.rewards import listed
 from gspo_megatron.run.algorithm import Algorithm
@@ -129,7 +130,7 @@ def _flat(seen: Seen) -> Fault | None:
     if seen.row["groups/zero_variance_fraction"] != 1:
         return None
     return Fault(
-        f"within each of the {len(seen.groups)} groups all rewards are equal (in the first group "
+        f"within each group all rewards are equal (in the first of {len(seen.groups)}: "
         f"{seen.groups[0].rollouts[0].reward:g})",
         "every advantage is 0 and there is no policy gradient; use easier or harder prompts, a larger "
         "rollout.group_size or a finer-grained reward",
@@ -168,7 +169,9 @@ def _unscored(seen: Seen) -> Fault | None:
     failed = [rollout for group in seen.groups for rollout in group.rollouts if rollout.reward_error]
     if not failed:
         return None
-    return Fault(f"{len(failed)} rollouts have no reward, which counts as 0", f"the first of them:\n{listed(failed)}")
+    return Fault(
+        f"{plural(len(failed), 'rollout')} without a reward, which counts as 0", f"the first of them:\n{listed(failed)}"
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -256,7 +259,7 @@ class Concerns:
                 continue
             self.streaks[rule.name] = streak
             if stops or streak == 1 or streak % STEPS_A_WARNING == 0:
-                before = f", as in the {streak - 1} steps before" if streak > 1 else ""
+                before = f", as in the {plural(streak - 1, 'step')} before" if streak > 1 else ""
                 text = f"step {row['step']}: {fault.what}{before}: {fault.advice}"
                 found.append(Concern(rule.name, text, stops))
         return found

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gspo_megatron.base.batches import COLUMNS, Rollout, Sequence
-from gspo_megatron.base.errors import GuardError
+from gspo_megatron.base.errors import GuardError, plural
 from gspo_megatron.base.metrics import Metric
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.config.sections import Config
@@ -92,7 +92,7 @@ class Guards:
         elif g.grad_norm_spike and grad_norm > g.grad_norm_spike * usual:
             reason = (
                 f"the gradient norm {grad_norm:.4g} is {grad_norm / usual:.1f} times {usual:.4g}, the median of the "
-                f"last {len(self.grad_norms)} updates (guards.grad_norm_spike={g.grad_norm_spike:g})"
+                f"last {plural(len(self.grad_norms), 'update')} (guards.grad_norm_spike={g.grad_norm_spike:g})"
             )
             self.objection = Objection(reason, g.on_spike)
         elif grad_norm:
@@ -145,9 +145,9 @@ class Guards:
             first = self._not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
         path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, offenders))
         raise GuardError(
-            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have a value that is not "
-            f"finite: {path}. The weights, or the forward pass that scored or sampled, are broken: continue from an "
-            "earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
+            f"step {step.number}: {first}; rollouts with a value that is not finite: {len(offenders)} of "
+            f"{len(step.rollouts)}, in {path}. The weights, or the forward pass that scored or sampled, "
+            "are broken: continue from an earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
         )
 
     def _not_finite(self, rollout: Rollout, sequence: Sequence) -> str:
@@ -175,7 +175,7 @@ class Guards:
         every = self.settings.check_replicas_every
         if every and step % every == 0 and (differing := policy.differing_replicas()):
             raise GuardError(
-                f"after step {step}, {len(differing)} parameters are not equal on all ranks that hold them, the first: "
+                f"after step {step}, copies of {plural(len(differing), 'parameter')} differ between ranks, the first: "
                 f"{differing[0]}. A rank's memory or arithmetic failed, or updates differed between ranks: continue "
                 f"from a checkpoint saved before step {step}, without that rank's host"
             )

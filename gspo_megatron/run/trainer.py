@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
-from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested
+from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested, plural
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.sections import Config
@@ -216,7 +216,7 @@ class Trainer:
             return
         start = time.perf_counter()
         if self.position != self.saved:
-            self.note(f"saving after {self.completed_steps} steps")
+            self.note(f"saving after {plural(self.completed_steps, 'step')}")
             inside = self.step_state if self.step_state and self.step_state.updates else None
             state = RunState.of(
                 self.config,

@@ -61,7 +61,7 @@ def test_a_clip_band_that_is_too_narrow() -> None:
 
 def test_groups_without_a_gradient() -> None:
     (first, second) = said([math.nan] * 20, flat=1.0)
-    assert "step 1: within each of the 1 groups all rewards are equal (in the first group 0.5): every" in first
+    assert "step 1: within each group all rewards are equal (in the first of 1: 0.5): every" in first
     assert "step 20" in second
 
 

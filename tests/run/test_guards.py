@@ -311,7 +311,7 @@ def test_a_log_prob_that_is_not_finite_is_found_on_every_replica(whose: str, val
     [at] = [i for i, log_prob in enumerate(row[column]) if not math.isfinite(log_prob)]
     assert (
         f"step 1: the {whose} log-prob of token {at} of the response (id {row['tokens'][at]}) of rollout {row['id']}, "
-        f"prompt {row['prompt_id']}, is {value}; 1 of 32 rollouts"
+        f"prompt {row['prompt_id']}, is {value}; rollouts with a value that is not finite: 1 of 32, in "
     ) in first
 
 
@@ -343,7 +343,9 @@ def test_replicas_that_differ_are_named_when_it_is_time_to_look() -> None:
 
     def stopped(ranks: Ranks) -> int:
         policy = Drifting(ranks)
-        with pytest.raises(GuardError, match=r"^after step 4, 1 parameters .* the first: logits on ranks 0 \| 1\."):
+        with pytest.raises(
+            GuardError, match=r"^after step 4, copies of 1 parameter .* the first: logits on ranks 0 \| 1\."
+        ):
             trainer_of(config, ranks, policy).run()
         return policy.version
 
