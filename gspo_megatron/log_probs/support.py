@@ -87,9 +87,10 @@ def gradients(
     log_p_E = z_E - row.lse[places.row_E]
     p_E = log_p_E.exp()
     d_E = -row.d_log_probs[places.row_E] * p_E
+    # g (1 - p) from log p, which is exact: 1 - p of a rounded p near 1 would not be.
+    d_E[places.target_E] = (-row.d_log_probs * row.log_probs.expm1())[places.target_row]
     if row.entropy is not None and row.d_entropy is not None:
         d_E -= row.d_entropy[places.row_E] * p_E * (log_p_E + row.entropy[places.row_E])
-    d_E[places.target_E] += row.d_log_probs[places.target_row]
     hidden_bH, num_rows = _factors(hidden_bH, weight_vH), len(hidden_bH)
     d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
     workspace = Workspace(hidden_bH, hidden_bH.dtype)
