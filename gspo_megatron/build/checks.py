@@ -195,7 +195,7 @@ def _check_evaluation(config: Config) -> None:
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise ConfigError(
-                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+                f"{key}={name} is no metric of an evaluation of which more is better{near} There are {', '.join(known)}"
             )
     if e.patience and not config.train.eval_every:
         raise ConfigError(
@@ -372,6 +372,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
         notes.append(
             f"algorithm.updates_per_rollout=1: the one update of a rollout batch finds ratios of 1, so the clip of "
             f"algorithm.variant={algorithm.variant.name} never acts; use 2 or more to use rollouts for several updates"
+        )
+    if config.rollout.dynamic_sampling and algorithm.variant.baseline.scope != "group":
+        notes.append(
+            f"rollout.dynamic_sampling={config.rollout.dynamic_sampling} with the baseline "
+            f"{algorithm.variant.baseline.name}, which compares more than a group: groups of equal rewards have a "
+            "gradient there, and are replaced"
         )
     if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(

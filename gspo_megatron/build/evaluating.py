@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gspo_megatron.base.errors import plural
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.eval_sets import rewards_in
@@ -46,7 +47,7 @@ class Evaluator:
         results = []
         for each in self.sets:
             started = time.monotonic()
-            self.console.say(f"{each.name}: {each.num_prompts:,} prompts, {each.n} responses each")
+            self.console.say(f"{each.name}: {plural(each.num_prompts, 'prompt')}, {plural(each.n, 'response')} each")
             answered = each.answered(self.source)
             results.append((answered, time.monotonic() - started))
             if self.ranks.is_main:

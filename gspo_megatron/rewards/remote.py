@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, did_you_mean, plural
 from gspo_megatron.rewards.client import Client, Endpoint, Failure
 from gspo_megatron.rewards.functions import ARGUMENTS, Arguments, Outcome, outcome_of
 from gspo_megatron.rewards.parameters import number, read
@@ -95,7 +95,7 @@ def _scores(reply: Any, count: int) -> list[Any]:
     if not isinstance(scores, list):
         raise Failure(f"the service answered {plain(repr(reply), 60)}; expected {{'scores': [...]}}")
     if len(scores) != count:
-        raise Failure(f"the service answered {len(scores)} scores for {count} rollouts")
+        raise Failure(f"the service answered {plural(len(scores), 'score')} for {plural(count, 'rollout')}")
     return scores
 
 

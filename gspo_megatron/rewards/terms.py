@@ -50,8 +50,8 @@ def terms_of(
     """
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
-        known = ", ".join((*REWARDS, *IN_WORKERS, *SERVICES))
-        raise ConfigError(f"reward.functions is empty; add one of {known} or 'module:function'")
+        rows = ", ".join((*REWARDS, *IN_WORKERS, *SERVICES))
+        raise ConfigError(f"reward.functions is empty; add one of {rows} or 'module:function'")
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
             raise ConfigError(f"the weight {term.weight} of reward {term.name!r} must be a finite number")

@@ -101,7 +101,7 @@ def test_what_is_no_score_is_an_error_of_its_rollout(opened: Callable[..., Rewar
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (Answer({"scores": [1]}), "1 scores for 2 rollouts"),
+        (Answer({"scores": [1]}), "1 score for 2 rollouts"),
         (Answer([1, 2]), "answered [1, 2]; expected {'scores'"),
         (Answer({"scores": {"0": 1}}), "expected {'scores'"),
         (Answer(b"<html>It works!</html>"), "'<html>It works!</html>' is not JSON (request "),
