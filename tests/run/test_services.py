@@ -11,7 +11,8 @@ import pytest
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.testing.fakes import OneRank
 from tests.rewards.http_service import Answer, Service, serving
-from tests.run.test_trainer import continued, run, warnings_of, without_times
+from tests.run.test_trainer import run, warnings_of, without_times
+from tests.run.test_trainer_continues import continued
 
 STEPS = ("train.steps=3", "algorithm.updates_per_rollout=4", "train.eval_every=0")
 
