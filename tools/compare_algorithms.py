@@ -71,21 +71,25 @@ def run_all(runs: Sequence[Run], jobs: int) -> bool:
     active: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
     told = 0
     print(f"{len(runs)} runs, {len(waiting)} of them to do", flush=True)
-    with counted_signals() as asked:
-        while active or (waiting and not asked.times):
-            while waiting and len(active) < jobs and not asked.times:
-                run = waiting.popleft()
-                active[run] = (start(run), time.monotonic())
-            if told < asked.times:
-                told = asked.times
-                for process, _ in active.values():
-                    process.send_signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
-            for run, (process, since) in list(active.items()):
-                if (status := process.poll()) is not None:
-                    del active[run]
-                    finish(run, status, time.monotonic() - since)
-            time.sleep(POLL_S)
-    return not asked.times
+    try:
+        with counted_signals() as asked:
+            while active or (waiting and not asked.times):
+                while waiting and len(active) < jobs and not asked.times:
+                    run = waiting.popleft()
+                    active[run] = (start(run), time.monotonic())
+                if told < asked.times:
+                    told = asked.times
+                    for process, _ in active.values():
+                        process.send_signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
+                for run, (process, since) in list(active.items()):
+                    if (status := process.poll()) is not None:
+                        del active[run]
+                        finish(run, status, time.monotonic() - since)
+                time.sleep(POLL_S)
+        return not asked.times
+    finally:
+        for process, _ in active.values():  # where a directory could not be written
+            process.terminate()
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:
@@ -122,11 +126,26 @@ def write_report(sweep: Sweep, folder: Path, command: str) -> dict[str, Any]:
 
 def write_into(document: Path, name: str, found: dict[str, Any]) -> None:
     """The table of numbers between the marks `name` of a Markdown page, and the curves into images/ beside it."""
-    marks, old = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL), document.read_text()
-    if not marks.search(old):
-        raise ConfigError(f"{document} has no lines '<!-- {name} -->' and '<!-- end of {name} -->' to write between")
+    start, end = between_marks(document, name)
+    text = document.read_text()
+    document.write_text(text[:start] + markdown(found) + text[end:])
+    (document.parent / "images").mkdir(exist_ok=True)
     (document.parent / "images" / f"{name}.svg").write_text(picture(found))
-    document.write_text(marks.sub(lambda _: markdown(found), old))
+
+
+def between_marks(document: Path, name: str) -> tuple[int, int]:
+    """Where the text between the marks begins and ends.
+
+    Raises:
+        ConfigError: there is no such page, or it does not have the marks.
+    """
+    marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+    if not (document.is_file() and (found := marks.search(document.read_text()))):
+        raise ConfigError(
+            f"--document {document} is to have the lines '<!-- {name} -->' and '<!-- end of {name} -->', between which "
+            "the table goes; add them, or name another page"
+        )
+    return found.span()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.runs or Path("runs") / options.sweep.stem
     try:
         sweep = load_sweep(options.sweep, folder, rows=options.rows, num_seeds=options.seeds)
+        if options.document:
+            between_marks(options.document, options.sweep.stem)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

@@ -198,7 +198,7 @@ def _panels(figures: Iterator[str]) -> str:
 def _over_steps(found: Found, point: str, look: Mapping[str, tuple[str, str]]) -> Iterator[str]:
     curves = [curve for curve in found["curves"] if curve["point"] == point]
     for key, measure in found["measures"].items():
-        drawn = [(curve, curve["measures"][key]) for curve in curves]
+        drawn = [(curve, curve["measures"][key]) for curve in curves if measure["drawn"]]
         plot = Plot(measure["title"], "step")
         for curve, values in drawn:
             colour, dash = look[curve["row"]]

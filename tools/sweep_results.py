@@ -31,13 +31,16 @@ class Measure(NamedTuple):
 
     Attributes:
         of: its value in a row of metrics.jsonl, or None.
-        number: a run's number: `final`, the last measured; `end`, the mean of its last rows; `mean`, of all its rows.
+        number: a run's number: `final`, the last measured; `gain`, that minus the first; `end`, the mean of its last
+            rows; `mean`, of all its rows.
+        drawn: over steps, too.
     """
 
     key: str
     title: str
     of: Callable[[Row], float | None]
     number: str
+    drawn: bool = True
 
     def values(self, rows: Sequence[Row]) -> dict[int, float]:
         """By step, where measured."""
@@ -48,6 +51,8 @@ class Measure(NamedTuple):
         values = list(self.values(rows).values())
         if not values:
             return None
+        if self.number == "gain":
+            return values[-1] - values[0]
         last = {"final": 1, "end": max(1, round(LAST * len(values))), "mean": len(values)}[self.number]
         return statistics.fmean(values[-last:])
 
@@ -69,6 +74,7 @@ def routers_changed(row: Row) -> float | None:
 
 MEASURES = (
     Measure("accuracy", "held-out accuracy", metric("eval/accuracy"), "final"),
+    Measure("gain", "gain in held-out accuracy", metric("eval/accuracy"), "gain", drawn=False),
     Measure("reward", "reward", metric("reward/mean"), "end"),
     Measure("clip_fraction", "clip fraction", metric("clip_fraction"), "mean"),
     Measure("ratio_spread", "ratio spread, log(max / min)", ratio_spread, "mean"),
@@ -77,7 +83,12 @@ MEASURES = (
     Measure("kl_old", "KL to the old policy, nats a token", metric("kl/old"), "mean"),
     Measure("entropy", "entropy, nats a token", metric("entropy"), "end"),
 )
-NUMBERS = {"final": "at the end", "end": f"mean of the last {LAST:.0%} of steps", "mean": "mean of all steps"}
+NUMBERS = {
+    "final": "at the end",
+    "gain": "end minus start",
+    "end": f"mean of the last {LAST:.0%} of steps",
+    "mean": "mean of all steps",
+}
 
 
 class Interval(NamedTuple):
@@ -141,7 +152,10 @@ def results(sweep: Sweep, command: str) -> dict[str, Any]:
         "made": datetime.now(timezone.utc).strftime("%d %B %Y"),
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "measures": {measure.key: {"title": measure.title, "number": NUMBERS[measure.number]} for measure in MEASURES},
+        "measures": {
+            measure.key: {"title": measure.title, "number": NUMBERS[measure.number], "drawn": measure.drawn}
+            for measure in MEASURES
+        },
         "curves": curves,
     }
 

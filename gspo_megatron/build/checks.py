@@ -195,7 +195,7 @@ def _check_evaluation(config: Config) -> None:
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise ConfigError(
-                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+                f"{key}={name} is no metric of an evaluation of which more is better{near} There are {', '.join(known)}"
             )
     if e.patience and not config.train.eval_every:
         raise ConfigError(
@@ -276,18 +276,17 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
             "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
-    if a.old_log_probs == "rollout" and (truncation := _truncation(config)):
+    if a.old_log_probs == "rollout" and r.truncates and not a.sampling_mask:
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with {truncation}: the sampler's log-probs are of the truncated "
-            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto"
+            f"algorithm.old_log_probs=rollout with {_truncation(config)}: the sampler's log-probs are of the truncated "
+            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto, or "
+            "algorithm.sampling_mask=true"
         )
-
-
-def _truncation(config: Config) -> str:
-    """The settings by which sampling leaves tokens out, in words; empty where none does."""
-    r = config.rollout
-    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
-    return ", ".join(setting for setting, acts in acting.items() if acts)
+    if a.sampling_mask and not r.truncates:
+        raise ConfigError(
+            f"algorithm.sampling_mask=true has no effect with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}, which "
+            "keep every id; set sampling_mask=false, or top_p below 1"
+        )
 
 
 def _check_kl(config: Config, algorithm: Algorithm) -> None:
@@ -314,6 +313,13 @@ def _check_kl(config: Config, algorithm: Algorithm) -> None:
             "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
             "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
         )
+
+
+def _truncation(config: Config) -> str:
+    """The settings by which sampling leaves tokens out, in words; empty where none does."""
+    r = config.rollout
+    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
+    return ", ".join(setting for setting, acts in acting.items() if acts)
 
 
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
@@ -367,15 +373,22 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"algorithm.updates_per_rollout=1: the one update of a rollout batch finds ratios of 1, so the clip of "
             f"algorithm.variant={algorithm.variant.name} never acts; use 2 or more to use rollouts for several updates"
         )
+    if config.rollout.dynamic_sampling and algorithm.variant.baseline.scope != "group":
+        notes.append(
+            f"rollout.dynamic_sampling={config.rollout.dynamic_sampling} with the baseline "
+            f"{algorithm.variant.baseline.name}, which compares more than a group: groups of equal rewards have a "
+            "gradient there, and are replaced"
+        )
     if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if _truncation(config):
+    if config.rollout.truncates and not config.algorithm.sampling_mask:
         notes.append(
             f"{_truncation(config)}: responses come from the truncated distribution, but ratios and gradients are of "
-            "the full one, so the policy that is improved is not the one that was sampled; set top_k=0 and top_p=1"
+            "the full one, so the policy that is improved is not the one that was sampled; set "
+            "algorithm.sampling_mask=true, or top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

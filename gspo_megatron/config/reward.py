@@ -75,4 +75,4 @@ class RewardConfig:
         least=0,
         most=1,
     )
-    code: dict[str, Any] = setting({}, "The sandbox of the reward `code`:", entries=CodeConfig)
+    code: dict[str, Any] = setting({}, "The sandbox of the reward code, by the entries below.", entries=CodeConfig)

@@ -192,6 +192,11 @@ class RolloutConfig:
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -247,6 +252,12 @@ class AlgorithmConfig:
         "Source of the old log-probs. recompute: a forward of the trainer before the updates. auto: the same, except "
         "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
+    )
+    sampling_mask: bool = setting(
+        False,
+        "Record which ids rollout.top_k and rollout.top_p kept for every sampled token, and score and train its "
+        "probability among them: the distribution that was sampled. It takes 4 bytes for each id kept, which top_k "
+        "bounds.",
     )
     routing_replay: str = setting(
         "none",

@@ -49,7 +49,7 @@ def interpreter(python: str | None = None) -> Interpreter:
         "import json, os, sys; "
         "print(json.dumps([os.path.realpath(sys.executable), sys.version.split()[0], sys.base_prefix, sys.path]))"
     )
-    command = [python or sys.executable, "-I", "-c", asked]
+    command = [os.path.expanduser(python or sys.executable), "-I", "-c", asked]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         executable, version, base, path = json.loads(found)

@@ -47,7 +47,7 @@ PATTERN = r"rating\W{1,8}(-?\d+(?:\.\d+)?)"
 PLACE = re.compile(r"\{(\w+)\}")
 PATTERN_S = 5.0
 """How long a pattern may take for an answer."""
-TRIAL = {"prompt": "What is 2 + 2?", "response": "2 + 2 = 4", "answer": "4"}
+TRIAL = {"prompt": "What is 2 + 2?", "messages": [], "response": "2 + 2 = 4", "answer": "4"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,20 @@ class JudgeParameters(Endpoint):
 
     def request(self, item: Arguments) -> dict[str, Any]:
         """The body of a request."""
-        values = {**item, "low": f"{self.range[0]:g}", "high": f"{self.range[1]:g}"}
+        values = {**item, "prompt": conversation(item), "low": f"{self.range[0]:g}", "high": f"{self.range[1]:g}"}
         content = PLACE.sub(lambda place: str(values.get(place[1], place[0])), self.template)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return {"model": self.model, "messages": [*system, {"role": "user", "content": content}], **self.options}
+
+
+def conversation(item: Arguments) -> str:
+    """The prompt as a person wrote it, without the marks of a chat template."""
+    said = item["messages"]
+    if not said:
+        return str(item["prompt"])
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in said)
 
 
 class Judge:
@@ -102,7 +112,7 @@ class Judge:
 
     def __init__(self, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         p = self._parameters = read(JudgeParameters, parameters)
-        names = set(PLACE.findall(p.template))
+        names = {"prompt", "messages", *PLACE.findall(p.template)}
         self.takes, self.groups_at_once = tuple(name for name in ARGUMENTS if name in names), p.concurrency
         self._kept = KeptRatings(p.cache)
         self._client = Client(p, environment)

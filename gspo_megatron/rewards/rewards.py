@@ -267,9 +267,8 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     if len(lost) > most_lost * len(rollouts):
         raise DataError(
             f"the rewards of {len(lost)} of {plural(len(rollouts), 'rollout')} were lost with the processes or "
-            "services that were to compute them, a larger share than "
-            f"reward.most_lost={most_lost:g}; fix the reward, or, where it ran into a limit, raise that. The first of "
-            f"them:\n{listed(lost)}"
+            f"services that were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, "
+            f"or, where it ran into a limit, raise that. The first of them:\n{listed(lost)}"
         )
 
 

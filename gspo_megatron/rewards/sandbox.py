@@ -37,6 +37,8 @@ START_S = 20.0
 POLL_S = 0.2
 MOST_THREADS = 256
 """Of a program, besides what its user has running: limits count threads by user."""
+COUNTED_EVERY_S = 10.0
+"""So often they are counted: a run starts threads of its own, too."""
 MOST_ERRORS = 2000
 """Bytes of standard error that are kept."""
 ENVIRONMENT = {"HOME": "/", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -99,11 +101,13 @@ class Sandbox:
         self.isolation = ISOLATIONS[settled(isolation, python)]
         self._start = _Start.of(self.isolation, interpreter(python))
         self.limits = limits
-        self._resources = limits.resources()
+        self._resources, self._as_of = limits.resources(), time.monotonic()
 
     def run(self, program: str, stdin: bytes = b"", calls: Sequence[tuple[str, list[Any]]] | None = None) -> Ended:
         """Runs `program` as a script that reads `stdin`; with `calls`, calls its functions instead, and the output is
         a line of JSON for each call that ended: `[result]`, or `{"error": the name of what was raised}`."""
+        if time.monotonic() > self._as_of + COUNTED_EVERY_S:
+            self._resources, self._as_of = self.limits.resources(), time.monotonic()
         return self._start.run(program, stdin, calls, self.limits, self._resources)
 
 

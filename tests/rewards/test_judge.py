@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ def test_a_rating_becomes_a_score(judge: Rewards, service: Service) -> None:
     }
     (message,) = request["messages"]
     text = message["content"]
+    system = {"role": "system", "content": "S"}
+    found.prompt = replace(found.prompt, text="<|im_start|>", messages=(system, *found.prompt.messages))
+    score_rollouts(judge, [found])
+    assert "<question>\nsystem: S\n\nuser: what?\n</question>" in service.requests[-1]["messages"][0]["content"]
     # What a response writes in braces is not filled in.
     assert (
         "<question>\nwhat?\n</question>" in text and "It is {prompt} {7}." in text and "from 0 (useless) to 10" in text

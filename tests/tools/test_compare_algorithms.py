@@ -189,7 +189,12 @@ def test_failures_are_shown_and_survivors_are_no_mean(
     written(slow.runs[0], 0, [0.125] * 20)
     written(slow.runs[1], -9, [1.0] * 3)
     written(slow.runs[2], 1, [1.0] * 3)
-    assert main([str(sweep_file), "--runs", str(folder), "--report-only"]) == 0
+    document = tmp_path / "page.md"
+    arguments = [str(sweep_file), "--runs", str(folder), "--report-only", "--document", str(document)]
+    assert main(arguments) == REFUSED
+    assert "is to have the lines '<!-- small -->' and '<!-- end of small -->'" in capsys.readouterr().err
+    document.write_text("Before.\n<!-- small -->\nold\n<!-- end of small -->\nAfter.\n")
+    assert main(arguments) == 0
     found = json.loads((folder / "report.json").read_text())
     mine, other = found["curves"]
     # The second seed has stopped at step 12, where the curve ends, and counts in the number with what it had.
@@ -202,6 +207,8 @@ def test_failures_are_shown_and_survivors_are_no_mean(
     assert mine["measures"]["ratio_spread"]["numbers"]["1"] == pytest.approx(math.log(4))
     assert mine["measures"]["routers_changed"]["numbers"]["1"] == pytest.approx(0.2)
     assert mine["measures"]["clip_fraction"]["numbers"] == pytest.approx({"1": 0.105, "2": 0.065, "3": 0.105})
+    assert mine["measures"]["accuracy"]["numbers"] == {"1": 0.75, "2": 0.7, "3": 0.1}
+    assert mine["measures"]["gain"]["numbers"] == pytest.approx({"1": 0.25, "2": 0.2, "3": -0.4})
     assert [run["collapsed"] for run in mine["runs"]] == [False, False, True]
     # Of the other row only the first seed has a result: no interval, and a difference of one pair.
     assert other["measures"]["reward"]["interval"] == {"mean": 0.125, "low": None, "high": None, "n": 1}
@@ -217,6 +224,12 @@ def test_failures_are_shown_and_survivors_are_no_mean(
         "python tools/compare_algorithms.py",
     ):
         assert line in text, line
+    lines = document.read_text().splitlines()
+    assert lines[:2] == ["Before.", "<!-- small -->"] and lines[-2:] == ["<!-- end of small -->", "After."]
+    assert "| | `gspo`, 3 of 3 seeds | `slow`, 1 of 3 seeds |" in lines
+    assert "| reward; mean of the last 10% of steps | 0.5 [-0.121, 1.12] | 0.125<br>-0.125 |" in lines
+    drawn = ElementTree.parse(tmp_path / "images" / "small.svg").getroot()
+    assert len(drawn.findall("{*}svg")) == 5  # accuracy, reward, clip fraction, spread and drift
 
 
 def test_points_are_drawn_against_each_other(sweep_file: Path, tmp_path: Path) -> None:
