@@ -55,7 +55,7 @@ def test_a_failing_service_is_counted_and_a_refusal_stops() -> None:
         settings = (*remote(service, batch_size=1, retries=1, failures=1000), "reward.on_error=count")
         trainer, rows = run(*settings)
         assert [row["reward/lost"] for row in rows if "reward/lost" in row] == [4, 4, 4] and len(failed) == 12
-        assert any("4 rollouts have no reward" in w and "HTTP 500" in w for w in warnings_of(trainer))
+        assert any("4 rollouts without a reward" in w and "HTTP 500" in w for w in warnings_of(trainer))
         refuses.set()
         with pytest.raises(DataError, match=r"(?s)could not be scored.*HTTP 401: \{\"error\": \"expired\"\}"):
             run(*settings)
