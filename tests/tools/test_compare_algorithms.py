@@ -33,7 +33,7 @@ base: base.yaml
 settings: [train.steps=2]
 rows:
   gspo: [algorithm.variant=gspo, algorithm.routing_replay=compare]
-  slow: [algorithm.variant=grpo, train.warm_start_steps=150]
+  slow: [algorithm.variant=grpo, train.warm_start_steps=100]
 seeds: [1, 2]
 """
 BASE = """
@@ -67,7 +67,7 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     def interrupt() -> None:
         since = time.monotonic()
         while time.monotonic() - since < 60 * time_factor():
-            if log.exists() and "warm start 50/150" in log.read_text():
+            if log.exists() and "warm start 50/100" in log.read_text():
                 return os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
@@ -86,7 +86,7 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     runs = list(load_sweep(sweep_file, folder).runs)
     assert [run.state for run in runs] == ["finished"] * 4
     assert [[row["step"] for row in run.rows()] for run in runs] == [[0, 1, 2]] * 4
-    assert "continuing" in log.read_text() and log.read_text().count("warm start 50/150") == 1
+    assert "continuing" in log.read_text() and log.read_text().count("warm start 50/100") == 1
     assert cut_off.outcome()["status"] == 0
 
     text = (folder / "report.html").read_text()
@@ -239,7 +239,7 @@ points: {"1": [algorithm.updates_per_rollout=1, algorithm.routing_replay=none], 
 axis: updates
 """
     rows = SWEEP.replace("slow: [algorithm.variant=grpo,", "slow: {points: ['4'], settings: [algorithm.variant=grpo,")
-    sweep_file.write_text(rows.replace("steps=150]", "steps=150]}") + points)
+    sweep_file.write_text(rows.replace("steps=100]", "steps=100]}") + points)
     folder = tmp_path / "runs"
     sweep = load_sweep(sweep_file, folder)
     assert [curve.name for curve in sweep.curves] == ["gspo/1", "gspo/4", "slow/4"]
