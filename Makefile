@@ -130,7 +130,8 @@ test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families wit
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
 		tests/mcore/test_hugging_face.py tests/monitor/test_sinks.py \
-		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
+		tests/rewards/test_reward_model.py tests/rollout/test_stopping.py tests/rollout/test_sampling.py tests/test_score.py \
+		tests/test_convert.py tests/test_real_model.py $(ARGS)
 	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
 		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
@@ -210,7 +211,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot,remote,server]'
+.venv/.installed: PACKAGE = -e '.[code,data,dev,json,math,plot,remote,server]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers

@@ -38,8 +38,9 @@ parallel: {ep: 2}
 precision: {device: cpu}
 data: {train: "task:sort_digits", eval: "task:sort_digits", task: {min_length: 1, max_length: 4}, eval_size: 6,
        tokenizer: "characters:0123456789>"}
-rollout: {prompts_per_step: 4, group_size: 4, max_new_tokens: 4}
-algorithm: {clip_low: 1.0e-2, clip_high: 1.2e-2, kl_coef: 0.05, updates_per_rollout: 2, routing_replay: R2}
+rollout: {prompts_per_step: 4, group_size: 4, max_new_tokens: 4, top_p: 0.95}
+algorithm: {clip_low: 1.0e-2, clip_high: 1.2e-2, kl_coef: 0.05, updates_per_rollout: 2, routing_replay: R2,
+            sampling_mask: true}
 optimizer: {lr: 3.0e-3, lr_decay: cosine}
 train: {steps: 4, warm_start_steps: 25, warm_start_batch: 16, warm_start_lr: 1.0e-2, eval_every: 2,
         tokens_per_micro_batch: 48}

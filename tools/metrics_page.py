@@ -22,7 +22,7 @@ on: with `train.skip_zero_gradient`, those whose advantage is not 0, unless a KL
 Rewards, lengths and accuracy are over all rollouts. Numbers are over all processes, and do not depend on the layout,
 except time and memory.
 
-`NAME` is a reward function, `NN` a layer, from 01. With `logging.tensorboard` or `logging.wandb`, a metric is drawn
+`NAME` is a reward function, `SET` a held-out set of eval.sets, `NN` a layer, from 01, or a number of responses. With `logging.tensorboard` or `logging.wandb`, a metric is drawn
 under the name in the last column, grouped by what stands before the slash. `python tools/plot_run.py RUN` draws a run
 without them.
 

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gspo_megatron.base.errors import plural
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
 from gspo_megatron.build.scoring import open_model
+from gspo_megatron.build.trainer import check_services
 from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import write_json_lines
@@ -45,7 +47,7 @@ class Evaluator:
         results = []
         for each in self.sets:
             started = time.monotonic()
-            self.console.say(f"{each.name}: {each.num_prompts:,} prompts, {each.n} responses each")
+            self.console.say(f"{each.name}: {plural(each.num_prompts, 'prompt')}, {plural(each.n, 'response')} each")
             answered = each.answered(self.source)
             results.append((answered, time.monotonic() - started))
             if self.ranks.is_main:
@@ -83,6 +85,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         )
         source = HeldOutSource(sampler, groups, tokenizer, config.model.vocab_size)
         rewards = rewards_in(inputs.rewards, inputs.sets)
+        check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
         for each in rewards:
             each.use_workers(workers)

@@ -107,14 +107,14 @@ def statistics(
     """lse, log p(y | shard) and, on request, the entropy of every row within this shard, [K, b] (see `merge`), with
     what `store` had room for: the first blocks."""
     fused = getattr(kernels, "linear_statistics", None)
-    workspace = _Workspace(hidden_bH, accumulator(hidden_bH))
+    workspace = Workspace(hidden_bH, accumulator(hidden_bH))
     num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
     rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
-    hidden_bH, columns_b = _padded(hidden_bH, rows), _padded(columns_b, rows, -1)
+    hidden_bH, columns_b = padded(hidden_bH, rows), padded(columns_b, rows, -1)
     factors_bH = hidden_bH.to(factor_dtype(hidden_bH))
     stats: list[Tensor] = []
     kept: list[Kept] = []
-    for number, part in enumerate(_slices(len(weight_vH), width)):
+    for number, part in enumerate(slices(len(weight_vH), width)):
         has_room = len(kept) == number  # the first blocks are kept, without a gap
         kept_bc = store.take(rows, part.stop - part.start) if has_room else None
         if kept_bc is None and fused:
@@ -122,7 +122,7 @@ def statistics(
             columns = columns_b - part.start
             stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
             break
-        z_bc = _logits(factors_bH, weight_vH[part], inverse_temperature, workspace)
+        z_bc = logit_block(factors_bH, weight_vH[part], inverse_temperature, workspace)
         stats_Kb, max_b = kernels.row_statistics(
             z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
         )
@@ -155,20 +155,20 @@ def gradients(
     num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
     rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
     hidden_bH, columns_b, row = (
-        _padded(hidden_bH, rows),
-        _padded(columns_b, rows, -1),
-        row.each(lambda x: _padded(x, rows)),
+        padded(hidden_bH, rows),
+        padded(columns_b, rows, -1),
+        row.each(lambda x: padded(x, rows)),
     )
     d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
-    logits, factors = (_Workspace(hidden_bH, dtype) for dtype in (accumulator(hidden_bH), factor_dtype(hidden_bH)))
+    logits, factors = (Workspace(hidden_bH, dtype) for dtype in (accumulator(hidden_bH), factor_dtype(hidden_bH)))
     entropy = None if row.entropy is None or row.d_entropy is None else (row.entropy, row.d_entropy)
     hidden_bH = hidden_bH.to(factor_dtype(hidden_bH))
-    for number, part in enumerate(_slices(len(weight_vH), width)):
+    for number, part in enumerate(slices(len(weight_vH), width)):
         weight_cH, columns = weight_vH[part].to(hidden_bH.dtype), columns_b - part.start
         if number < len(kept) and entropy is None:
             exp_bc, max_b = kept[number]
             if kept_rows_b is not None:
-                max_b, some_bc = _padded(max_b[kept_rows_b], rows), factors.block(rows, exp_bc.shape[1])
+                max_b, some_bc = padded(max_b[kept_rows_b], rows), factors.block(rows, exp_bc.shape[1])
                 torch.index_select(exp_bc, 0, kept_rows_b, out=some_bc[:num_rows])
                 exp_bc = some_bc
                 exp_bc[num_rows:] = 0
@@ -176,7 +176,7 @@ def gradients(
             _set_at_targets(exp_bc, columns, -row.d_log_probs * row.log_probs.expm1())
             d_bc = exp_bc
         else:
-            z_bc = _logits(hidden_bH, weight_cH, inverse_temperature, logits)
+            z_bc = logit_block(hidden_bH, weight_cH, inverse_temperature, logits)
             d_bc = z_bc if z_bc.dtype == hidden_bH.dtype else factors.block(*z_bc.shape)
             kernels.logit_gradients(z_bc, columns, row.lse, row.d_log_probs, entropy, out_bc=d_bc)
         add_product(d_hidden_bH, d_bc, weight_cH)
@@ -197,7 +197,7 @@ def no_statistics(like: Tensor, num_rows: int, with_entropy: bool) -> Tensor:
 
 def logits(hidden_nH: Tensor, weight_VpH: Tensor) -> Tensor:
     """z = h W^T of this shard, [n, Vp], in the accumulator's dtype."""
-    parts = _slices(len(weight_VpH), block_shape(hidden_nH)[1])
+    parts = slices(len(weight_VpH), block_shape(hidden_nH)[1])
     return torch.cat([product(hidden_nH, weight_VpH[part].T) for part in parts], dim=1)
 
 
@@ -206,7 +206,7 @@ def block_shape(x: Tensor) -> tuple[int, int]:
     return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
-class _Workspace:
+class Workspace:
     """Memory that one block after another uses."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
@@ -218,7 +218,7 @@ class _Workspace:
         return self.memory[: rows * columns].view(rows, columns)
 
 
-def _logits(hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, workspace: _Workspace) -> Tensor:
+def logit_block(hidden_bH: Tensor, weight_cH: Tensor, inverse_temperature: float, workspace: Workspace) -> Tensor:
     z_bc = product(hidden_bH, weight_cH.T, out=workspace.block(len(hidden_bH), len(weight_cH)))
     return z_bc if inverse_temperature == 1 else z_bc.mul_(inverse_temperature)
 
@@ -230,13 +230,13 @@ def _set_at_targets(d_bc: Tensor, columns_b: Tensor, values_b: Tensor) -> None:
     d_bc.scatter_(1, index_b[:, None], values_b1.to(d_bc.dtype))
 
 
-def _padded(x: Tensor, rows: int, value: float = 0) -> Tensor:
+def padded(x: Tensor, rows: int, value: float = 0) -> Tensor:
     if len(x) == rows:
         return x
-    padded = x.new_full((rows, *x.shape[1:]), value)
-    padded[: len(x)] = x
-    return padded
+    longer = x.new_full((rows, *x.shape[1:]), value)
+    longer[: len(x)] = x
+    return longer
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
+def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gspo_megatron.base.batches import IGNORED
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.base.tensors import on_device
-from gspo_megatron.log_probs import backends, blocks
+from gspo_megatron.log_probs import backends, blocks, support
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
 from gspo_megatron.log_probs.products import accumulator
 from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
@@ -56,6 +57,7 @@ def linear_log_probs(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
+    kept_ids: Ragged | None = None,
     backend: str = "auto",
     store_bytes: int = 0,
     skip_zero_rows: bool = True,
@@ -71,6 +73,9 @@ def linear_log_probs(
     group: the ranks that share the vocabulary; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
+    kept_ids: for each row with a target, in order, the ids that its softmax runs over, with its target among them: the
+        others have probability 0 and gradient 0. None: all ids. Given, they take no kernels of `backend`, and their
+        logits are kept for the backward whatever `store_bytes`: 4 bytes an id (8 for float64).
     backend: `torch`; `triton`, for Hopper and newer GPUs in float32, bf16 and fp16; `auto`: Triton where it runs on
         every rank of the group, see `backends.agree`.
     store_bytes: memory for exponentials kept between forward and backward, 2 to 8 bytes for each scored row and column.
@@ -103,15 +108,20 @@ def linear_log_probs(
         sequence_parallel,
         vocab_size,
         store_bytes,
+        kept_ids,
         validate=validate,
     )
     rows = Rows.of(targets_host_N != IGNORED, shards, sequence_parallel=sequence_parallel)
     first_id = shards.rank * len(weight_VpH)
+    number_N = (targets_host_N != IGNORED).cumsum(0) - 1
     call = _Call(
         kernels=backends.choose(backend, hidden_NH, shards.group),
         rows=rows,
         columns_n=on_device(targets_host_N[rows.order_n] - first_id, hidden_NH.device),
         num_columns=min(max(vocab_size - first_id, 0), len(weight_VpH)),
+        first_id=first_id,
+        targets_n=targets_host_N[rows.order_n],
+        kept_ids=None if kept_ids is None else kept_ids[number_N[rows.order_n]],
         inverse_temperature=1.0 / temperature,
         with_entropy=with_entropy,
         store_bytes=store_bytes if torch.is_grad_enabled() else 0,
@@ -149,12 +159,63 @@ class _Call:
     rows: Rows
     columns_n: Tensor
     num_columns: int
+    first_id: int
+    targets_n: Tensor
+    """On the host."""
+    kept_ids: Ragged | None
     inverse_temperature: float
     with_entropy: bool
     store_bytes: int
     skip_zero_rows: bool
     validate: bool
     main_grad: Tensor | None
+
+    def statistics(self, chunk: Chunk, hidden_bH: Tensor, weight_vH: Tensor, store: blocks.Store) -> tuple[Tensor, Any]:
+        """[K, b] of this shard, and what is kept for the backward."""
+        how: dict[str, Any] = {"with_entropy": self.with_entropy}
+        if self.kept_ids is not None:
+            places = self._places(chunk.rows, hidden_bH)
+            return support.statistics(places, hidden_bH, weight_vH, self.inverse_temperature, **how)
+        columns_b = self.columns_n[chunk.rows]
+        return blocks.statistics(
+            self.kernels, hidden_bH, weight_vH, columns_b, self.inverse_temperature, store=store, **how
+        )
+
+    def gradients(
+        self,
+        chunk: Chunk,
+        index_b: Tensor,
+        hidden_bH: Tensor,
+        weight_vH: Tensor,
+        row_n: blocks.RowGradients,
+        kept: Any,
+        **results: Any,
+    ) -> None:
+        """Of rows `index_b` of the n. `results` as in `blocks.gradients`."""
+        on_device_b = on_device(index_b, hidden_bH.device)
+        row, is_whole = row_n.each(itemgetter(on_device_b)), len(index_b) == chunk.num_rows
+        if self.kept_ids is not None:
+            if not is_whole:
+                of_chunk = self._places(chunk.rows, hidden_bH)
+                kept = kept[of_chunk.entries_of(index_b - chunk.rows.start)]
+            places = self._places(index_b, hidden_bH)
+            support.gradients(places, hidden_bH, weight_vH, row, kept, **results)
+            return
+        blocks.gradients(
+            self.kernels,
+            hidden_bH,
+            weight_vH,
+            self.columns_n[on_device_b],
+            self.inverse_temperature,
+            row,
+            kept,
+            None if is_whole else on_device_b - chunk.rows.start,
+            **results,
+        )
+
+    def _places(self, index: Tensor | slice, like: Tensor) -> support.Places:
+        assert self.kept_ids is not None
+        return support.Places(self.kept_ids[index], self.targets_n[index], self.first_id, self.num_columns, like)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -166,15 +227,8 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden_H = rows.gather(hidden_NH)
         stats, ctx.kept = [blocks.no_statistics(hidden_NH, 0, call.with_entropy)], []
         for chunk in ctx.chunks:
-            stats_Kb, kept = blocks.statistics(
-                call.kernels,
-                rows.take(hidden_H, torch.arange(chunk.rows.start, chunk.rows.stop)),
-                weight_VpH[: call.num_columns],
-                call.columns_n[chunk.rows],
-                call.inverse_temperature,
-                with_entropy=call.with_entropy,
-                store=store,
-            )
+            hidden_bH = rows.take(hidden_H, torch.arange(chunk.rows.start, chunk.rows.stop))
+            stats_Kb, kept = call.statistics(chunk, hidden_bH, weight_VpH[: call.num_columns], store)
             stats.append(stats_Kb)
             ctx.kept.append(kept)
         shard_Kn = torch.cat(stats, 1)
@@ -204,22 +258,20 @@ class _LinearLogProbs(torch.autograd.Function):
         if ctx.needs_input_grad[1] and d_weight_VpH is None:
             d_weight_VpH = torch.zeros_like(weight_VpH, dtype=accumulator(weight_VpH))
         d_hidden = GradientReturn(call.rows, hidden_NH)
-        kept, ctx.kept = ctx.kept, [[] for _ in ctx.chunks]  # it is overwritten: a second backward recomputes it
+        kept = ctx.kept
+        if call.kept_ids is None:
+            ctx.kept = [[] for _ in ctx.chunks]  # it is overwritten: a second backward recomputes it
         indices = _rows_with_gradient(ctx.chunks, row_n, skip_zero_rows=call.skip_zero_rows)
         for chunk, kept_of_chunk, index_b in zip(ctx.chunks, kept, indices, strict=True):
             if not len(index_b):
                 continue
-            on_device_b = on_device(index_b, hidden_NH.device)
-            is_whole = len(index_b) == chunk.num_rows
-            blocks.gradients(
-                call.kernels,
+            call.gradients(
+                chunk,
+                index_b,
                 call.rows.take(hidden_H, index_b),
                 weight_VpH[: call.num_columns],
-                call.columns_n[on_device_b],
-                call.inverse_temperature,
-                row_n.each(itemgetter(on_device_b)),
+                row_n,
                 kept_of_chunk,
-                None if is_whole else on_device_b - chunk.rows.start,
                 d_weight_vH=None if d_weight_VpH is None else d_weight_VpH[: call.num_columns],
                 with_hidden=partial(d_hidden.send, chunk, index_b),
             )

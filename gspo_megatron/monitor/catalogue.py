@@ -78,6 +78,25 @@ CATALOGUE = (
         "Falls while reward/mean rises: the policy overfits the training prompts.",
     ),
     Entry(
+        "eval/SET/accuracy",
+        "reward",
+        "Of a set of eval.sets: the share of correct responses, mean over its prompts (mean@n).",
+        "Falls while accuracy rises: the policy overfits.",
+    ),
+    Entry("eval/SET/accuracy_low", "reward", "Lower end of its 95 % interval (docs/evaluation.md)."),
+    Entry("eval/SET/accuracy_high", "reward", "Upper end of it."),
+    Entry("eval/SET/reward", "reward", "Mean reward of the set's responses."),
+    Entry(
+        "eval/SET/pass@NN",
+        "reward",
+        "Probability that one of k responses is correct, without bias: 1 - C(n - c, k) / C(n, k), c of n correct; mean "
+        "over the prompts.",
+        "Falls while accuracy rises: responses lose their variety.",
+    ),
+    Entry("eval/SET/maj@NN", "reward", "Probability that the most frequent answer of k responses is correct."),
+    Entry("eval/SET/response_length", "reward", "Mean tokens of the set's responses."),
+    Entry("eval/SET/truncated_fraction", "reward", "Share of them cut at max_new_tokens."),
+    Entry(
         "groups/zero_variance_fraction",
         "reward",
         "Share of groups in which all advantages are 0.",

@@ -134,8 +134,16 @@ class Variant:
         return dial.parameters()[name]
 
     def warnings(self) -> list[str]:
-        """What is allowed but probably not intended, one sentence each: a clip range too wide to act at this level."""
-        return [warning for dial in self.dials.values() for warning in dial.warnings(self.level)]
+        """What is allowed but probably not intended, one sentence each: a clip range too wide to act at this level, or
+        the dials of another row."""
+        found = [warning for dial in self.dials.values() for warning in dial.warnings(self.level)]
+        own, kinds = VARIANTS.get(self.name, self), [kind for kind in DIALS if kind != "correction"]
+        changed = [kind for kind in kinds if self.dials[kind].name != own.dials[kind].name]
+        for row in VARIANTS.values() if changed else ():
+            if all(self.dials[kind].name == row.dials[kind].name for kind in kinds):
+                given = ", ".join(f"{kind}={self.dials[kind].name}" for kind in changed)
+                found.append(f"{self.name} with {given} has the dials of {row.name!r}; that row has its own parameters")
+        return found
 
 
 def _either(names: Iterable[str]) -> str:

@@ -16,6 +16,8 @@ CONFIDENCE = 0.95
 Z = 1.959963984540054
 """The quantile of the normal distribution that leaves (1 - CONFIDENCE) / 2 above it."""
 RESAMPLES = 2000
+MOST_DRAWN = 1_000_000
+"""Numbers at a time."""
 SEED = 0
 """Of the bootstrap: the same values have the same interval."""
 
@@ -66,7 +68,9 @@ def majority_at_k(answers: Seq[str | None], correct: Seq[float], k: int) -> floa
 def _won(others: Seq[int], silent: int, m: int, left: int) -> float:
     """The number of ways to draw `left` responses from the others so that none has more than m votes; with t others
     that have m, divided by 1 + t."""
-    most_ties = min(len(others), left // m)
+    if silent + sum(min(count, m) for count in others) < left:
+        return 0.0
+    most_ties = min(sum(count >= m for count in others), left // m)
     ways_TL = np.zeros((most_ties + 1, left + 1))
     ways_TL[0] = [math.comb(silent, i) for i in range(left + 1)]
     for count in others:
@@ -91,9 +95,13 @@ def estimate(values: Seq[float]) -> Estimate:
     if np.isin(values_P, (0.0, 1.0)).all():
         return Estimate(mean, *wilson(mean, len(values)), "wilson")
     draws = np.random.default_rng(SEED)
-    # A row at a time: all of them for thousands of prompts would take a gigabyte.
-    means = [values_P[draws.integers(0, len(values_P), len(values_P))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    # Some rows at a time: all of them, for thousands of prompts, would take a gigabyte.
+    rows = max(1, min(RESAMPLES, MOST_DRAWN // len(values_P)))
+    means = [
+        values_P[draws.integers(0, len(values_P), (min(rows, RESAMPLES - done), len(values_P)))].mean(axis=1)
+        for done in range(0, RESAMPLES, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return Estimate(mean, low, high, "bootstrap")
 
 

@@ -14,7 +14,7 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rewards.answers import answer_of
-from gspo_megatron.rewards.rewards import Reward
+from gspo_megatron.rewards.rewards import Reward, Score
 from gspo_megatron.run.estimates import Estimate, estimate, majority_at_k, pass_at_k
 
 
@@ -25,9 +25,11 @@ class HeldOut(Protocol):
 
 
 class Judge(Reward, Protocol):
-    """A reward, and which of its responses are correct."""
+    """A reward, which of its responses are correct, and a trial before the run."""
 
     def accuracy(self, rollout: Rollout) -> float: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,13 @@ class Answered:
 
     def metrics(self) -> dict[str, float]:
         """For a row of metrics.jsonl; of data.eval, accuracy and reward alone."""
+        values = self.values()
         if not self.of.name:
-            values = self.values()
             return {f"eval/{name}": statistics.fmean(values[name]) for name in ("accuracy", "reward")}
-        found = self.estimates()
-        ends = {f"accuracy_{end}": getattr(found["accuracy"], end) for end in ("low", "high")}
-        named = {name: each.value for name, each in found.items()} | ends
-        return {f"eval/{self.of.name}/{name}": value for name, value in named.items()}
+        accuracy = estimate(values["accuracy"])
+        found = {name: statistics.fmean(each) for name, each in values.items()}
+        found |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        return {f"eval/{self.of.name}/{name}": value for name, value in found.items()}
 
     def parts(self) -> dict[str, Answered]:
         """By the values of `EvalSet.by`, in the order of the values."""

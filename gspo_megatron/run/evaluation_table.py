@@ -30,6 +30,7 @@ def _set(answered: Answered, seconds: float) -> dict[str, Any]:
         **asked.sampling._asdict(),
         "seconds": round(seconds, 3),
         "metrics": _estimates(answered),
+        "split_by": asked.by,
         "by": {
             value: {"prompts": len(part.groups), "metrics": _estimates(part)}
             for value, part in answered.parts().items()
@@ -87,7 +88,7 @@ def _details(sets: Mapping[str, Any]) -> Iterator[str]:
     for name, each in sets.items():
         if each["by"]:
             names = list(each["metrics"])
-            yield from (f"## {name} by field", "")
+            yield from (f"## {name} by {each['split_by']}", "")
             yield from _rows(
                 ["value", "prompts", *names],
                 [[v, f"{p['prompts']:,}", *_cells(p["metrics"], names)] for v, p in each["by"].items()],
@@ -96,10 +97,14 @@ def _details(sets: Mapping[str, Any]) -> Iterator[str]:
         yield from _rows(
             ["tokens", "responses", "accuracy"],
             [
-                [f"{b['from']:,} to {b['to']:,}", f"{b['responses']:,}", f"{b['accuracy']:.1%}"]
+                [_range(b["from"], b["to"]), f"{b['responses']:,}", f"{b['accuracy']:.1%}"]
                 for b in each["by_response_length"]
             ],
         )
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def _rows(head: Seq[str], rows: Seq[Seq[str]]) -> Iterator[str]:

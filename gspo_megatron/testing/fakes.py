@@ -32,6 +32,7 @@ from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.evaluation import EvalSet
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState
 from gspo_megatron.run.trainer import Trainer
@@ -290,8 +291,11 @@ class Shelf:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or OneRank()
         self.saved: list[tuple[Position, RunState]] = []
+        self.best: list[Position | None] = []
+        """With each of them, the checkpoint to keep."""
 
     def save(self, position: Position, state: SavedState, *, wait: bool, best: Position | None = None) -> None:
+        self.best.append(best)
         shares = self.ranks.gather([state.tensors()])
         self.saved.append((position, RunState.from_saved(json.loads(json.dumps(state.to_json())), shares)))
 
@@ -309,6 +313,7 @@ def trainer_of(
     eval_prompts: PromptSource | None = None,
     console: Console | None = None,
     state: RunState | None = None,
+    more_sets: Sequence[EvalSet] = (),
     **parts: Any,
 ) -> Trainer:
     """A trainer with fake parts, assembled like a real one. `state`: what it continues from; `parts` go to
@@ -323,6 +328,7 @@ def trainer_of(
         rewards_of(config),
         train_prompts or Prompts(),
         eval_prompts or Prompts(seed=1),
+        more_sets=tuple(more_sets),
     )
     assembled = assemble(
         inputs,

@@ -153,7 +153,14 @@ def test_a_model_that_no_layout_suits() -> None:
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9"),
             ("algorithm.old_log_probs=rollout", "rollout.top_p=0.9", "use algorithm.old_log_probs=auto"),
         ),
-        (("algorithm.old_log_probs=rollout", "rollout.top_k=5"), ("rollout.top_k=5",)),
+        (
+            ("algorithm.old_log_probs=rollout", "rollout.top_k=5"),
+            ("rollout.top_k=5", "or algorithm.sampling_mask=true"),
+        ),
+        (
+            ("algorithm.sampling_mask=true",),
+            ("algorithm.sampling_mask=true has no effect with rollout.top_k=0, rollout.top_p=1.0", "top_p below 1"),
+        ),
         (
             ("guards.ratio_noise=0.01", "algorithm.updates_per_rollout=1"),
             ("guards.ratio_noise=0.01", "algorithm.old_log_probs=recompute"),
@@ -201,7 +208,7 @@ def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], m
         ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
         ("model.aux_loss_coef=0.01", "the gradient depends on the layout"),
         ("rollout.top_p=0.95", "rollout.top_p=0.95: responses come from the truncated distribution, but ratios"),
-        ("rollout.top_k=20", "rollout.top_k=20, rollout.top_p=1.0: responses come from the truncated distribution"),
+        ("rollout.top_k=20", "rollout.top_k=20: responses come from the truncated distribution"),
         (
             "data.prompt_template={prompt} \\boxed{answer}",
             "writes the answer into the prompt; for the literal text write {{answer}}",
@@ -212,6 +219,12 @@ def test_what_works_but_is_hardly_meant_is_a_warning(override: str, part: str) -
     common = ["train.warm_start_steps=1", "data.train=a.jsonl", "data.eval=b.jsonl"]
     usual = load_config(None, common)
     assert config_warnings(usual, Algorithm.of(usual)) == []
+    if override.startswith("rollout.top"):
+        masked = load_config(
+            None, [*common, override, "algorithm.sampling_mask=true", "algorithm.old_log_probs=rollout"]
+        )
+        check_config(masked, 1)
+        assert config_warnings(masked, Algorithm.of(masked)) == []
     config = load_config(None, [*common, override])
     check_config(config, 1)
     (warning,) = config_warnings(config, Algorithm.of(config))

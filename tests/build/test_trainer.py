@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from gspo_megatron.build.trainer import check_same_settings, device_of, open_tra
 from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.log_probs import backends
 from gspo_megatron.monitor.console import Console
+from gspo_megatron.testing.commands import forked
 from gspo_megatron.testing.local_ranks import run_distributed
 
 SMALL = ("precision.device=cpu", "precision.dtype=fp32", "data.eval_size=1", "logging.tensorboard=false")
@@ -56,3 +59,14 @@ def test_the_ranks_of_a_run_agree_on_kernels_and_settings(tmp_path: Path) -> Non
     for _, backend, refusal in results:
         assert backend == "torch"
         assert refusal.startswith("rank 1 has other settings than rank 0: train.steps=6, not 5; give every process")
+
+
+def test_a_service_that_does_not_answer_ends_every_rank_before_the_warm_start(tmp_path: Path) -> None:
+    """Only the last of two pipeline stages would ask it."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/score"
+    reward = ("reward.functions={}", f"reward.terms=[{{function: remote, url: '{url}', retries: 0}}]")
+    stages = ("parallel.pp=2", "model.num_layers=2")
+    for status, said in forked(2, (*SMALL, *reward, *stages, f"run.dir={tmp_path}", "train.warm_start_steps=9")):
+        assert status == 2 and f"reward 'remote': {url}: ConnectError" in said and "correct url" in said
+    assert not (tmp_path / "metrics.jsonl").exists() and not list(tmp_path.glob("checkpoints/*"))

@@ -53,10 +53,12 @@ def fill(partial: Path, files: dict[str, bytes]) -> None:
         (partial / name).write_bytes(content)
 
 
-def save_files(store: CheckpointDirectory, position: Position, files: dict[str, bytes]) -> Path:
+def save_files(
+    store: CheckpointDirectory, position: Position, files: dict[str, bytes], best: Position | None = None
+) -> Path:
     partial = store.begin(position, 10_000)
     fill(partial, files)
-    return store.commit(partial)
+    return store.commit(partial, best)
 
 
 def save(store: CheckpointDirectory, position: Position, seed: object = None) -> Path:
@@ -410,6 +412,31 @@ def test_which_checkpoints_go(saved: str, keep: int, keep_every: int, gone: str)
         return [Position(int(a[1:]), 0, 0) if a[0] == "w" else Position(0, int(a), int(b or 0)) for a, _, b in words]
 
     assert outdated(positions(saved), keep=keep, keep_every=keep_every) == positions(gone)
+
+
+def test_the_best_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
+    store = CheckpointDirectory(tmp_path / "checkpoints", keep=1)
+    with pytest.raises(CheckpointError, match=r"checkpoint.load=best: .*best does not exist; a run keeps its best"):
+        store.best()
+    best = None
+    for position, is_best in ((Position(20, 0, 0), True), (step(1), False), (step(2), True), (step(3, 1), False)):
+        best = position if is_best else best
+        save_files(store, position, contents(position), best)
+        names = {name_of(position), name_of(best)} if best else {name_of(position)}
+        assert {path.name for path in store.directory.iterdir()} == {*names, "best", "latest"}
+        assert store.best() == store.directory / name_of(best or position)
+    assert store.open("latest")[0] == store.directory / "step_000003_update_001"
+    # A run that went back to before its best: what is named must be there.
+    shutil.rmtree(store.directory / "step_000002")
+    with pytest.raises(CheckpointError, match="best names 'step_000002', which is not there"):
+        store.best()
+    save_files(store, step(4), contents(4), step(2))
+    assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step_000004"]
+    (store.directory / "best").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        store.best()
+    save_files(store, step(5), contents(5))
+    assert not (store.directory / "best").exists(), "nothing is kept any more"
 
 
 def test_a_store_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:

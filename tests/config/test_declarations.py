@@ -19,6 +19,14 @@ from gspo_megatron.objective.kl import KL_ESTIMATORS
 from gspo_megatron.train import main
 
 SETTINGS = settings_of(Config)
+ENTRIES = {key: entry for s in SETTINGS.values() for key, entry in s.declared_entries().items()}
+"""Of mappings."""
+
+
+@dataclass
+class House:
+    rooms: float = setting(2.0, "Rooms.", least=1)
+    owner: str | None = setting(None, "Who lives there.")
 
 
 @dataclass
@@ -30,6 +38,7 @@ class Zoo:
     share: float = setting(0.5, "Share of honey.", above=0, most=1)
     rations: dict[str, float] = setting({"honey": 1.0}, "Kilograms | a day.")
     notes: dict[str, Any] = setting({}, "Anything.")
+    house: dict[str, Any] = setting({}, "A house.", entries=House)
 
 
 @dataclass
@@ -47,7 +56,19 @@ def test_types_are_the_resolved_annotations() -> None:
         "zoo.share": float,
         "zoo.rations": dict[str, float],
         "zoo.notes": dict[str, Any],
+        "zoo.house": dict[str, Any],
     }
+
+
+def test_entries_of_a_mapping_that_are_declared_follow_their_declarations() -> None:
+    complaint = settings_of(ZooConfig)["zoo.house"].complaint
+    assert complaint({}) is complaint({"rooms": 3, "owner": None}) is complaint({"rooms": 1.5, "owner": "Ann"}) is None
+    assert complaint({"rooms": 0}) == "zoo.house.rooms=0 must be at least 1; the default is 2.0"
+    assert complaint({"rooms": True}) == "zoo.house.rooms=True must be a value of type float"
+    assert complaint({"owner": 3}) == "zoo.house.owner=3 must be a value of type str or null"
+    assert complaint({"room": 3}) == (
+        "unknown config key 'zoo.house.room'; did you mean 'rooms'? Keys of zoo.house: rooms, owner"
+    )
 
 
 def test_every_instance_has_a_mapping_of_its_own() -> None:
@@ -93,13 +114,16 @@ class Bare:
     bears: int = 2
 
 
-@pytest.mark.parametrize("key", SETTINGS)
+@pytest.mark.parametrize("key", [*SETTINGS, *ENTRIES])
 def test_every_declaration_is_one_that_a_user_can_act_on(key: str) -> None:
     """The default passes its own rule and can be given on the command line; the help is a sentence or two."""
-    declared = SETTINGS[key]
+    declared = {**SETTINGS, **ENTRIES}[key]
     assert declared.complaint(declared.default) is None
     text = declared.default if isinstance(declared.default, str) else json.dumps(declared.default)
-    if not declared.is_mapping:
+    if key in ENTRIES:
+        mapping, _, name = key.rpartition(".")
+        assert SETTINGS[mapping].complaint({name: declared.default}) is None
+    elif not declared.is_mapping:
         assert load_config(None, [f"{key}={text}"]) == Config()
     assert declared.help.endswith(".") and declared.help.isprintable()
 
@@ -133,6 +157,9 @@ def test_a_line_of_the_page() -> None:
         "| `zoo.share` | number | `0.5` | above 0 and at most 1 | Share of honey. |",
         '| `zoo.rations` | names with numbers | `{"honey": 1.0}` |  | Kilograms \\| a day. |',
         "| `zoo.notes` | names with values | `{}` |  | Anything. |",
+        "| `zoo.house` | names with values | `{}` |  | A house. |",
+        "| `zoo.house.rooms` | number | `2.0` | at least 1 | Rooms. |",
+        "| `zoo.house.owner` | text or null | `null` |  | Who lives there. |",
     ]
 
 
@@ -142,7 +169,7 @@ def test_the_page_in_the_repository_is_the_one_that_the_declarations_make() -> N
 
 def test_the_page_lists_what_a_user_can_set_and_nothing_else() -> None:
     listed = [line.split("`")[1] for line in page().splitlines() if line.startswith("| `")]
-    assert listed == list(SETTINGS)
+    assert listed == [name for key, s in SETTINGS.items() for name in (key, *s.declared_entries())]
     assert not {*RENAMED, *REMOVED} & set(listed)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import Sequence, UpdateBatch
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
@@ -40,6 +41,9 @@ SETTINGS = (
     "optimizer.clip_grad=1e9",
 )
 VARIANTS = ("gspo", "gspo_sum", "gmpo", "vespo", "gspo_token", "dapo")
+MASKED = ("vespo", "dapo")
+"""Here every trained token was drawn from some of the ids only. Every layout has one of them, but for dp2 ep2."""
+VOCAB_SIZE = 13
 LAYOUTS = {
     "one process": (1, ()),
     "dp2 ep2": (2, ("parallel.ep=2",)),
@@ -51,17 +55,23 @@ LAYOUTS = {
 }
 
 
-def sequences() -> list[Sequence]:
+def sequences(*, masked: bool = False) -> list[Sequence]:
     """Conversations: spans of trained tokens with gaps between them, one sequence without any."""
     draw, made = random.Random(11), []
     for number in range(12):
         length = draw.randint(4, 15)
         trained = torch.tensor([False, *(draw.random() < 0.55 for _ in range(length - 1))]) & (number != 4)
         old = torch.tensor([-2.6 + draw.gauss(0, 0.3) for _ in range(int(trained.sum()))], dtype=torch.float64)
-        tokens = torch.tensor([draw.randrange(2, 13) for _ in range(length)])
+        tokens = torch.tensor([draw.randrange(2, VOCAB_SIZE) for _ in range(length)])
         # Advantages are float32 in a micro-batch: these have no rounding.
         advantage = draw.choice([-1.5, -0.5, 0.25, 1.0])
         made.append(Sequence(tokens, trained, advantage, {"old_log_probs": old}))
+        if masked:
+            others = random.Random(number)
+            kept = [{t, *others.sample(range(VOCAB_SIZE), others.randrange(9))} for t in tokens[trained].tolist()]
+            made[-1].columns["support"] = Ragged.of([sorted(of_token) for of_token in kept])
+            counts = made[-1].columns["support"].counts_R
+            made[-1].columns["old_log_probs"] = old + 2.6 - counts.log()
     assert max(int((s.trained[1:] & ~s.trained[:-1]).sum()) for s in made) > 2, "some have three spans and more"
     return made
 
@@ -77,7 +87,7 @@ def open_policy(world_size: int, *settings: str) -> tuple[MegatronPolicy, Algori
 def update(world_size: int, settings: tuple[str, ...], variant: str) -> tuple[float, list[tuple[Any, Tensor]]]:
     """(loss, slices of gradients) of one update, as this rank has them."""
     policy, algorithm = open_policy(world_size, f"algorithm.variant={variant}", "algorithm.kl_coef=0", *settings)
-    made, ranks = sequences(), policy.groups
+    made, ranks = sequences(masked=variant in MASKED), policy.groups
     share = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "cp_rank": ranks.cp_rank, "cp_size": ranks.cp_size}
     micro_batches = pack(made, pad_id=0, max_tokens=48, rules=packing_rules(policy.config), **share)
     counts = [s.num_trained for s in made if s.num_trained]
@@ -91,12 +101,17 @@ def by_hand(variant: str) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradients by name) of the same, one sequence after the other."""
     policy, _ = open_policy(1, f"algorithm.variant={variant}")
     [model] = policy.model
-    new, made = [], sequences()
+    new, made = [], sequences(masked=variant in MASKED)
     for s in made:
         length = len(s)
         tokens = packed(torch.arange(length), torch.tensor([0, length]), length)
         hidden = model(s.tokens, tokens).squeeze(1)
-        log_probs = (hidden @ model.head_weight().T)[:, :13].log_softmax(dim=-1)
+        logits = (hidden @ model.head_weight().T)[:, :VOCAB_SIZE]
+        if variant in MASKED:
+            for t, kept in zip(s.trained.nonzero().flatten().tolist(), s.columns["support"].tolist(), strict=True):
+                outside = torch.tensor([v not in kept for v in range(VOCAB_SIZE)])
+                logits = logits.masked_fill((torch.arange(length) == t - 1)[:, None] & outside, -torch.inf)
+        log_probs = logits.log_softmax(dim=-1)
         new.append([log_probs[t - 1, s.tokens[t]] for t in range(length) if s.trained[t]])
     stacked = [torch.stack(y) if y else torch.empty(0) for y in new]
     old = [s.columns["old_log_probs"] for s in made]

@@ -32,7 +32,13 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
         1,
         [
             *(*SMALL, *few, *sizes, "data.tokenizer=characters:0123456789>", f"run.dir={tmp_path / 'run'}"),
-            *("train.steps=1", "train.warm_start_steps=1", "algorithm.kl_coef=0.1", "algorithm.entropy_coef=0.01"),
+            *(
+                "train.steps=1",
+                "train.warm_start_steps=1",
+                "algorithm.kl_coef=0.1",
+                "algorithm.kl_in=reward",
+                "algorithm.entropy_coef=0.01",
+            ),
             *("model.aux_loss_coef=0.01", "algorithm.routing_replay=compare", "logging.tensorboard=false"),
             *(
                 "algorithm.correction=token_tis",
@@ -40,6 +46,7 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
                 "data.curriculum=1",
                 "rollout.dynamic_sampling=1",
                 "data.eval=task:sort_digits",
+                "eval.sets.more={source: 'task:sort_digits', size: 2, n: 2}",
             ),
         ],
     )

@@ -141,12 +141,20 @@ def test_its_loss_and_gradient_are_those_of_its_equation():
         ("mine", {"clip": "ppo", "clip_low": 0.1}, r"clip 'ppo' needs clip.high: no default"),
         ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\? Known: ppo, .*gate"),
         ("grpo", {"aggregate": "fixed_length"}, r"aggregate 'fixed_length' needs aggregate.length: no default"),
+        ("gspo", {"aggregate": "token_mean"}, r"would weight it by the length .* as the row 'luspo' does on purpose"),
         ("gspo", {"dials": {"aggregate.length": 8}}, r"aggregate 'sequence_mean' has no parameter 'length'"),
     ],
 )
 def test_what_is_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         resolve_variant(name, **overrides)
+
+
+def test_the_dials_of_another_row_are_named():
+    [note] = resolve_variant("gspo", aggregate="sequence_sum").warnings()
+    assert note == "gspo with aggregate=sequence_sum has the dials of 'luspo'; that row has its own parameters"
+    assert [n for row in VARIANTS for n in resolve_variant(row).warnings()] == []
+    assert resolve_variant("gspo", baseline="mean", correction="token_tis").warnings() == []
 
 
 def test_a_clip_without_bounds_has_no_clip_low():

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gspo_megatron.rollout.native.sampling import Decoding, _cumulative, next_tokens, uniforms
+from gspo_megatron.rollout.native.sampling import distribution as distribution_of
 
 GOLDEN = {
     (0, 0, 0): 0.9045419551356693,
@@ -241,6 +242,36 @@ def test_cumulative_sums_do_not_depend_on_how_they_are_added() -> None:
     units = (probabilities * 2**50).long()
     by_halves = torch.cat([units[:, :2048].cumsum(-1), units[:, 2048:].cumsum(-1) + units[:, :2048].sum(-1, True)], 1)
     assert torch.equal(_cumulative(probabilities), by_halves)
+
+
+@pytest.mark.parametrize(
+    "how", [Decoding(top_k=3), Decoding(top_p=0.3), Decoding(top_p=0.95), Decoding(top_k=40, top_p=0.8)], ids=str
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_transformers_keeps_the_same_ids(how: Decoding, ties: bool) -> None:
+    """Of ids with equal logits at the edge, transformers' top-k keeps all and its top-p some; here the lowest are kept,
+    and there are never more than k."""
+    warpers = pytest.importorskip("transformers").generation.logits_process
+    logits = 2 * torch.randn(50, 200, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits = logits.round() if ties else logits
+    theirs = logits
+    if how.top_k:
+        theirs = warpers.TopKLogitsWarper(how.top_k)(None, theirs)
+    if how.top_p < 1:
+        theirs = warpers.TopPLogitsWarper(how.top_p)(None, theirs)
+    ours, theirs = distribution_of(logits, how) > -torch.inf, theirs > -torch.inf
+    if not ties:
+        assert torch.equal(ours, theirs)
+    else:
+        values = [logits.masked_fill(~kept, torch.inf).amin(1) for kept in (ours, theirs)]
+        if not (how.top_k and how.top_p < 1):  # else their mass is that of more ids
+            assert torch.equal(*values), "the same edge"
+        least = values[0][:, None]
+        assert ours[logits > least].all(), "all above the edge"
+        at_edge = logits == least
+        lowest_first = (at_edge & ~ours).cumsum(1)[at_edge & ours]
+        assert not lowest_first.any(), "of those at the edge, the lowest ids"
+        assert not how.top_k or int(ours.sum(1).max()) <= how.top_k
 
 
 @pytest.mark.parametrize(("above", "kept"), [(-1e-9, 2), (1e-9, 3)])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import COLUMNS, Column, Prompt, Rollout, RolloutGroup, Sequence
 from gspo_megatron.base.errors import CheckpointError, GuardError
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.checkpoint.tensors import read_tensors, write_tensors
 from gspo_megatron.config.loading import load_config
@@ -56,6 +57,11 @@ def experts(number: int, position: Tensor) -> Tensor:
     return torch.stack([torch.full_like(position, number), position, 7 * position], dim=1)
 
 
+def support(number: int, position: Tensor) -> Ragged:
+    """The column of this name: up to three numbers a token."""
+    return Ragged.of([[number, p, 7 * p][: (number + p) % 4] for p in position.tolist()])
+
+
 def make_step() -> StepState:
     """16 rollouts in groups of 2, their sequences with up to four trained spans, one of them with none."""
     draw, groups = random.Random(5), []
@@ -65,7 +71,11 @@ def make_step() -> StepState:
         trained = torch.tensor([False, *(draw.random() < 0.6 for _ in range(length - 1))]) & (number != 3)
         position = torch.arange(length)
         tokens = torch.tensor([draw.randrange(2, 13) for _ in range(length)])
-        columns = {"quality": quality(number, position[trained]), "experts": experts(number, position)}
+        columns = {
+            "quality": quality(number, position[trained]),
+            "support": support(number, position[trained]),
+            "experts": experts(number, position),
+        }
         sequences.append(Sequence(tokens, trained, draw.gauss(0, 1), columns))
         if number % GROUP == 0:
             groups.append(RolloutGroup(Prompt(number, f"prompt {number}", (1, 2), "answer"), []))
@@ -96,6 +106,8 @@ def packed_and_saved(world_size: int, settings: tuple[str, ...]) -> tuple[int, d
             number_S = torch.tensor([mini_batch[i] for i in m.index], dtype=torch.int64)
             number_R, position_R = number_S[m.sequence_R], m.positions_T[m.rows_R] + 1
             assert torch.equal(m.columns["quality"], 1000.0 * number_R + position_R)
+            for i, kept in enumerate(m.columns["support"].each() if m.index else ()):
+                assert kept.tolist() == support(int(number_R[i]), position_R[i : i + 1]).tolist()
             assert m.columns["experts"].shape == (len(m.tokens_T), 3)
             known = m.columns["experts"][:, 1] >= 0
             assert torch.equal(m.columns["experts"][known, 1], m.positions_T[known])
@@ -141,7 +153,8 @@ def test_it_is_packed_saved_and_resumed(layout: str, tmp_path: Path) -> None:
                 found, expected.sequences, expected.rollouts, strict=True
             ):
                 assert torch.equal(tokens, s.tokens) and torch.equal(trained, s.trained) and advantage == s.advantage
-                assert columns.keys() == {"quality", "experts"}
+                assert columns.keys() == {"quality", "experts", "support"}
+                assert columns.pop("support").tolist() == s.columns["support"].tolist()
                 for name, values in columns.items():
                     assert torch.equal(values, s.columns[name])
                 assert rest == [r.tokens, r.log_probs, r.text, r.prompt]
@@ -181,4 +194,7 @@ def test_a_value_that_is_missing_is_not_made_up(monkeypatch: pytest.MonkeyPatch)
     snapshot = step.snapshot(OneRank())
     broken = {name: values[1:] if name.startswith("quality") else values for name, values in snapshot.tensors.items()}
     with pytest.raises(CheckpointError, match=r"quality of sequence \d+ of step 7 is known for \d+ of \d+ tokens"):
+        StepState.restore(snapshot.about, [broken], OneRank(), torch.float64)
+    broken = snapshot.tensors | {"support.counts": snapshot.tensors["support.counts"][1:]}
+    with pytest.raises(CheckpointError, match="does not fit together"):
         StepState.restore(snapshot.about, [broken], OneRank(), torch.float64)
