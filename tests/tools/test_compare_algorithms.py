@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from compare_algorithms import main
 from sweep import Run, load_sweep
-from sweep_page import page, ticks
+from sweep_page import markdown, page, picture, ticks
 from sweep_results import Interval, results, t_probability, t_quantile
 
 from gspo_megatron.base.errors import ConfigError
@@ -303,6 +303,12 @@ def test_the_sweeps_in_the_folder_can_start() -> None:
     assert [file.stem for file in sweeps] == ["figure2", "updates"]
     for file in sweeps:
         assert len(list(load_sweep(file).runs)) >= 15
+
+
+def test_the_study_has_the_committed_numbers() -> None:
+    found = json.loads((ROOT / "benchmarks/results/figure2.json").read_text())
+    assert markdown(found) in (ROOT / "docs/study.md").read_text()
+    assert picture(found) == (ROOT / "docs/images/figure2.svg").read_text()
 
 
 # --- statistics ---
