@@ -87,6 +87,7 @@ bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer,
 
 study: .venv/.installed ## Compare algorithms over seeds (docs/study.md), two runs at a time; hours, Ctrl-C and the same command go on
 	.venv/bin/python tools/compare_algorithms.py examples/sweeps/figure2.yaml --document docs/study.md $(ARGS)
+	cp runs/figure2/report.json benchmarks/results/figure2.json
 	.venv/bin/python -W ignore -m benchmarks.ratio_spread --output benchmarks/results/ratio_spread.json --markdown docs/study.md
 	.venv/bin/python tools/compare_algorithms.py examples/sweeps/updates.yaml $(ARGS)
 
