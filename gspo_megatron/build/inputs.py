@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
+from gspo_megatron.build.environments import environment_of
 from gspo_megatron.build.rewards import RunRewards, rewards_of
 from gspo_megatron.build.suitability import check_prompts
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
@@ -19,6 +20,8 @@ from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from gspo_megatron.environments.environment import Environment
+from gspo_megatron.environments.single_turn import SingleTurn
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
@@ -46,6 +49,7 @@ class Inputs(ModelInputs):
     train_prompts: PromptSource
     eval_prompts: PromptSource
     warnings: tuple[str, ...] = ()
+    environment: Environment = field(default_factory=SingleTurn)
 
 
 def settle_model(config: Config, world_size: int) -> ModelInputs:
@@ -98,15 +102,18 @@ def settle(config: Config, world_size: int) -> Inputs:
     model = settle_model(config, world_size)
     config, tokenizer = model.config, model.tokenizer
     config = with_rewards(config)
-    stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
+    environment = environment_of(config, tokenizer)
+    stops_of([*config.rollout.stop, *environment.stop], tokenizer)  # which refuses what cannot end a response
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
     warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
-    return Inputs(config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings))
+    return Inputs(
+        config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings), environment
+    )
 
 
 def with_rewards(config: Config) -> Config:

@@ -70,7 +70,7 @@ def open_trainer(
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
             policy,
-            stops=stops_of(config.rollout.stop, tokenizer),
+            stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),
             pad_id=tokenizer.pad_id,
             stop=stop,
             sign_of_life=console.sign_of_life,
@@ -125,6 +125,7 @@ def open_trainer(
             yield trainer
         finally:
             inputs.rewards.close()
+            inputs.environment.close()
             if writer:
                 writer.close()
 

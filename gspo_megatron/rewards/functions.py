@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, Callable[[Rollout], Any]] = {
     "prompt": lambda rollout: rollout.prompt.text,
     "response": lambda rollout: rollout.text,
     "answer": lambda rollout: rollout.prompt.answer,
-    "messages": lambda rollout: list(rollout.prompt.messages),
+    "messages": lambda rollout: rollout.messages,
     "metadata": lambda rollout: rollout.prompt.metadata,
     "truncated": lambda rollout: rollout.truncated,
     "tokens": lambda rollout: rollout.tokens,

@@ -39,7 +39,9 @@ def sequences_of(
     sequences = []
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
-        sequences.append(Sequence.after_prompt(tokens, len(rollout.prompt.tokens), advantage))
+        sequences.append(Sequence.after_prompt(tokens, length := len(rollout.prompt.tokens), advantage))
+        for begin, end in rollout.outside:
+            sequences[-1].trained[length + begin : length + end] = False
         column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
         sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
     return sequences
