@@ -43,7 +43,7 @@ gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenize
 		--output runs/gsm8k/tokenizer.model
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/gsm8k_tiny.yaml \
 		data.train=$(GSM8K)/train.jsonl data.eval=$(GSM8K)/test.jsonl $(ARGS)
-	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.6M-parameter MoE"
+	.venv/bin/python tools/plot_run.py runs/gsm8k --output runs/gsm8k/plot.png --title "GSM8K, 3.9M-parameter MoE"
 
 STEP = -m benchmarks.step --config examples/cpu_tiny_moe.yaml
 ALONE = parallel.ep=1
@@ -205,7 +205,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot]'
+.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot,remote,server]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers

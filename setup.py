@@ -36,6 +36,9 @@ setup(
         # For the rewards of these names.
         "json": ["jsonschema"],
         "math": ["math-verify"],
+        "remote": ["httpx"],
+        # For the service in examples/reward_server.
+        "server": ["fastapi", "uvicorn"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "trl": ["accelerate", "datasets", "transformers", "trl"],

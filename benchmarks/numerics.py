@@ -77,7 +77,6 @@ LAYOUTS = ("tp=2", "ep=2", "pp=2", "cp=2")
 PROMPT = 8
 """Tokens of a prompt."""
 LEARNT = 128
-"""Tokens of a text that the model is trained on."""
 SUCCESSORS = (0.7, 0.2, 0.07, 0.03)
 """Probabilities of the tokens that may follow a token in the language."""
 CLIP = VARIANTS["gspo"].clip
@@ -98,6 +97,8 @@ class Size(NamedTuple):
     vocab_size: int
     updates: int
     """That train the model."""
+    learnt: int = LEARNT
+    """Tokens of a text that the model is trained on."""
 
     @property
     def lengths(self) -> list[int]:
@@ -162,7 +163,7 @@ def train(config: Config, size: Size) -> dict[str, Any]:
 
         loss = float("nan")
         for _ in range(size.updates):
-            texts = [Trained.after_prompt(language.text(LEARNT), 1) for _ in range(8)]
+            texts = [Trained.after_prompt(language.text(size.learnt), 1) for _ in range(8)]
             metrics = policy.update(packer.update_batch(texts), likelihood, lr=config.optimizer.lr)
             loss = float(metrics["loss"].total)
         checkpoints.save(Position(0, 1, 0), PlainState({}), wait=True)
@@ -234,9 +235,9 @@ def measure(size: Size, models: Sequence[str], layouts: Sequence[str], folder: s
             *MODELS[model],
             f"run.dir={folder}/{model}",
             f"model.vocab_size={size.vocab_size}",
-            f"model.max_sequence_length={max(PROMPT + size.tokens, LEARNT)}",
+            f"model.max_sequence_length={max(PROMPT + size.tokens, size.learnt)}",
             f"rollout.max_new_tokens={size.tokens}",
-            f"train.tokens_per_micro_batch={4 * max(PROMPT + size.tokens, LEARNT)}",
+            f"train.tokens_per_micro_batch={4 * max(PROMPT + size.tokens, size.learnt)}",
             "optimizer.lr=3e-3",
         ]
 

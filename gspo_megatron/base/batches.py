@@ -249,6 +249,17 @@ class UpdateBatch:
     num_tokens: int
 
 
+class Sampling(NamedTuple):
+    """How held-out responses are sampled: at temperature 0 each token is the most likely one. `seed`: of their random
+    numbers, which no training rollout shares."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+
+
 class Taken(NamedTuple):
     """What a run has used up, each in its own unit: settings that say how much a step takes may change in between."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import MicroBatch, Position, Prompt, Rollout, UpdateBatch
+from gspo_megatron.base.batches import MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms, Metric
 
 Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
@@ -64,12 +64,14 @@ class Sampler(Protocol):
         ids: Seq[int],
         *,
         greedy: bool = False,
+        sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
         begun: Seq[int] = (),
     ) -> list[Rollout]:
-        """One rollout for each (prompt, rollout id), in order. `ended` is called with each as soon as it has ended,
-        on every rank of the model that samples it. `begun`: of each prompt, how many of its last tokens belong to the
-        response already (none by default): they count against its length, and positions go on after them."""
+        """One rollout for each (prompt, rollout id), in order, sampled as the settings say, or as `sampling` does.
+        `ended` is called with each as soon as it has ended, on every rank of the model that samples it. `begun`: of
+        each prompt, how many of its last tokens belong to the response already (none by default): they count against
+        its length, and positions go on after them."""
 
 
 class Ranks(Protocol):
@@ -108,8 +110,9 @@ class SavedState(Protocol):
 class Checkpoints(Protocol):
     """Saves a run. All ranks call every method together."""
 
-    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
-        """Saves the policy and `state`. Without `wait` it may return before the files are written."""
+    def save(self, position: Position, state: SavedState, *, wait: bool, best: Position | None = None) -> None:
+        """Saves the policy and `state`. Without `wait` it may return before the files are written. `best`: the
+        position of a checkpoint to keep, this one or an earlier one."""
 
     def finish(self, *, wait: bool = True) -> None:
         """Completes a save in progress. Without `wait`, only as far as that needs no waiting."""

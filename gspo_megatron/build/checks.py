@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
+from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, GuardConfig, OptimizerConfig, TrainConfig
+from gspo_megatron.config.sections import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -42,7 +44,9 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_optimizer(config.optimizer)
     _check_guards(config.guards)
     _check_data(config)
+    _check_evaluation(config)
     _check_batches(config, algorithm)
+    _check_kl(config, algorithm)
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
@@ -164,7 +168,7 @@ def _check_sources(config: Config) -> None:
             f"data.eval=null with data.train={shown(d.train)}: only a generated task has held-out prompts of its own; "
             "set data.eval to a file of prompts that training does not see"
         )
-    used = [*train, *sources_of(config, "eval")]
+    used = [*train, *sources_of(config, "eval"), *(spec.source for spec in set_specs(config))]
     for key in SETTINGS:
         readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
         read_by = [source for source in used if key in SOURCES[scheme_of(source.spec.source)].reads]
@@ -179,6 +183,25 @@ def _check_sources(config: Config) -> None:
                 f"data.{key}={getattr(d, key)!r} has no effect: data.train={shown(d.train)} and "
                 f"data.eval={shown(d.eval or d.train)} do not read it, only sources of kind {readers} do; remove it"
             )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Metrics that decide something are those of a set, and of enough evaluations."""
+    known, e = metric_names(config), config.eval
+    watched = {"checkpoint.keep_best": config.checkpoint.keep_best, "eval.stop_metric": e.stop_metric}
+    for key, name in watched.items():
+        if name is not None and name not in known:
+            near = did_you_mean(name, known) or "."
+            raise ConfigError(
+                f"{key}={name} is not a metric that an evaluation raises{near} There are {', '.join(known)}"
+            )
+    if e.patience and not config.train.eval_every:
+        raise ConfigError(
+            f"eval.patience={e.patience} has no effect with train.eval_every=0: there is no evaluation before the last "
+            "step; set train.eval_every"
+        )
+    if not e.patience and e.stop_metric != EvalConfig().stop_metric:
+        raise ConfigError(f"eval.stop_metric={e.stop_metric} has no effect with eval.patience=0; set eval.patience")
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:
@@ -210,6 +233,11 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"rollout.prompts_per_step={r.prompts_per_step} is not divisible by algorithm.updates_per_rollout="
             f"{a.updates_per_rollout}; every mini-batch holds complete groups"
         )
+    if r.dynamic_sampling and r.group_size == 1:
+        raise ConfigError(
+            f"rollout.dynamic_sampling={r.dynamic_sampling} with rollout.group_size=1: the rewards of a group of one "
+            "never differ, so every group would be replaced; use a group_size of 4 to 16, or dynamic_sampling=0"
+        )
     if r.max_new_tokens >= m.max_sequence_length:
         raise ConfigError(
             f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
@@ -231,6 +259,32 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
             "log-probs are of the truncated distribution, the trainer's of the full one; use "
             "algorithm.old_log_probs=auto"
+        )
+
+
+def _check_kl(config: Config, algorithm: Algorithm) -> None:
+    a, baseline = config.algorithm, algorithm.variant.baseline.name
+    if not algorithm.kl_in_reward:
+        return
+    if not algorithm.needs_reference:
+        raise ConfigError(
+            "algorithm.kl_in=reward has no effect with algorithm.kl_coef=0; set that above 0, such as "
+            "1e-3, or remove kl_in"
+        )
+    if a.kl_estimator.endswith("+"):
+        raise ConfigError(
+            f"algorithm.kl_estimator={a.kl_estimator} is a value with another gradient, and a reward has none: with "
+            f"algorithm.kl_in=reward use {a.kl_estimator.removesuffix('+')}"
+        )
+    if a.drop_truncated:
+        raise ConfigError(
+            "algorithm.kl_in=reward with algorithm.drop_truncated=true: truncated responses are not scored, so their "
+            "rewards, which count in the baseline of their group, would lack the penalty; set one of them off"
+        )
+    if baseline == "mean_normalised":
+        raise ConfigError(
+            "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
+            "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
         )
 
 
@@ -329,7 +383,12 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "
             f"micro-batch, so the gradient depends on the layout"
         )
-    if algorithm.kl_estimator == "k1" and algorithm.needs_reference:
+    if algorithm.kl_in_reward and algorithm.kl_estimator in ("k2", "k3"):
+        notes.append(
+            f"algorithm.kl_estimator={algorithm.kl_estimator} with algorithm.kl_in=reward: the expected gradient is "
+            "not that of the divergence; k1 has it"
+        )
+    if algorithm.kl_estimator == "k1" and algorithm.needs_reference and not algorithm.kl_in_reward:
         notes.append(
             "algorithm.kl_estimator=k1: the expected gradient of this loss term is 0, so it adds only noise; use k2, "
             "k3 or k1+"

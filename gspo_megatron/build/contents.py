@@ -18,6 +18,7 @@ OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 def contents_of(inputs: Inputs) -> Contents:
     """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
     digests = {"data.train": inputs.train_prompts.digest, "data.eval": inputs.eval_prompts.digest}
+    digests |= {f"eval.sets.{each.name}": each.prompts.digest for each in inputs.more_sets}
     digests = {name: digest for name, digest in digests.items() if digest}
     for name, files in _files(inputs):
         with suppress(OSError):

@@ -51,7 +51,7 @@ def sources_of(config: Config, split: str) -> list[NamedSource]:
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise ConfigError(f"{key} is an empty list; name a source")
-    found = [_source_of(config, split, f"{key}[{i}]" if value is entries else key, e) for i, e in enumerate(entries)]
+    found = [source_of(config, split, f"{key}[{i}]" if value is entries else key, e) for i, e in enumerate(entries)]
     if split == "eval" and len(found) > 1:
         raise ConfigError(f"{key} has {len(found)} sources; evaluation takes one: set data.eval to it")
     names = [source.name for source in found]
@@ -73,25 +73,34 @@ def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSour
     """
     named = sources_of(config, split)
     if uses_chat(config):  # data.chat_date is that of the sources with a chat template
-        named = [s if _is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
-    opened = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
-    if len(opened) == 1 and not named[0].name:
-        return opened[0]
-    return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, opened, strict=True)])
+        named = [s if is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
+    found = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
+    if len(found) == 1 and not named[0].name:
+        return found[0]
+    return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, found, strict=True)])
+
+
+def opened(source: NamedSource, config: Config, tokenizer: Tokenizer) -> PromptSource:
+    """The prompts of one source. Raises as `open_prompts` does."""
+    spec = source.spec if is_chat(source) else replace(source.spec, chat_date=None)
+    return open_source(spec, tokenizer, seed=config.run.seed)
 
 
 def uses_chat(config: Config) -> bool:
     """Whether a source has prompts that a chat template writes."""
-    return any(_is_chat(source) for split in ("train", "eval") for source in sources_of(config, split))
+    of_sets = (entry for entry in config.eval.sets.values() if isinstance(entry, Mapping))
+    return any(is_chat(source) for split in ("train", "eval") for source in sources_of(config, split)) or any(
+        entry.get("chat") or entry.get("messages_field") for entry in of_sets
+    )
 
 
-def _is_chat(source: NamedSource) -> bool:
+def is_chat(source: NamedSource) -> bool:
     return source.spec.chat or source.spec.messages_field is not None
 
 
 def chat_templates(config: Config, tokenizer: Tokenizer) -> list[ChatTemplate]:
     """The different ones that the sources' conversations are written with; none where all prompts are text."""
-    sources = (source for split in ("train", "eval") for source in sources_of(config, split) if _is_chat(source))
+    sources = (source for split in ("train", "eval") for source in sources_of(config, split) if is_chat(source))
     found = [chat for source in sources if (chat := chat_of(source.spec, tokenizer)) is not None]
     return list({json.dumps(chat.identity, sort_keys=True): chat for chat in found}.values())
 
@@ -116,7 +125,14 @@ def shown(sources: Any) -> str:
     return shortened(", ".join(str(e.get("source")) if isinstance(e, Mapping) else str(e) for e in entries))
 
 
-def _source_of(config: Config, split: str, place: str, entry: Any) -> NamedSource:
+def source_of(
+    config: Config, split: str, place: str, entry: Any, *, longest_response: int | None = None
+) -> NamedSource:
+    """The source that `entry` of the setting `place` describes.
+
+    Raises:
+        ConfigError: it is not a source, or a setting of it cannot be used.
+    """
     entry = {"source": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or not isinstance(entry.get("source"), str) or not entry["source"]:
         raise ConfigError(
@@ -138,7 +154,7 @@ def _source_of(config: Config, split: str, place: str, entry: Any) -> NamedSourc
         source=entry["source"],
         split=split,
         size=None if split == "train" else d.eval_size,
-        max_prompt_tokens=prompt_limit(config),
+        max_prompt_tokens=prompt_limit(config, longest_response),
         **{key: getattr(d, key) for key in (*SETTINGS, "chat_date")},
         cache=Cache(Path(config.run.cache)) if config.run.cache else Cache(),
     )
@@ -166,7 +182,7 @@ def _name_of(source: str) -> str:
     return Path(source.rstrip("/").rpartition(":")[2]).name.split(".")[0]
 
 
-def prompt_limit(config: Config) -> int:
-    """Longest prompt in tokens that leaves room for rollout.max_new_tokens."""
-    room = config.model.max_sequence_length - config.rollout.max_new_tokens
+def prompt_limit(config: Config, longest_response: int | None = None) -> int:
+    """Longest prompt in tokens that leaves room for a response, by default of rollout.max_new_tokens."""
+    room = config.model.max_sequence_length - (longest_response or config.rollout.max_new_tokens)
     return min(room, config.data.max_prompt_tokens or room)

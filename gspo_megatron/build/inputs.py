@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
 from gspo_megatron.build.environments import environment_of
+from gspo_megatron.build.eval_sets import DEFAULT, default_set, open_sets, set_specs
 from gspo_megatron.build.rewards import RunRewards, rewards_of
-from gspo_megatron.build.suitability import check_prompts
+from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import check_folder
@@ -25,6 +27,7 @@ from gspo_megatron.environments.single_turn import SingleTurn
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.evaluation import EvalSet
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,23 @@ class Inputs(ModelInputs):
 
     Attributes:
         warnings: what works but is probably not intended.
+        more_sets: those of eval.sets.
     """
 
     rewards: RunRewards
     train_prompts: PromptSource
     eval_prompts: PromptSource
+    warnings: tuple[str, ...] = ()
+    more_sets: tuple[EvalSet, ...] = ()
+    environment: Environment = field(default_factory=SingleTurn)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs(ModelInputs):
+    """The same with what an evaluation needs."""
+
+    rewards: RunRewards
+    sets: tuple[EvalSet, ...]
     warnings: tuple[str, ...] = ()
     environment: Environment = field(default_factory=SingleTurn)
 
@@ -61,6 +76,9 @@ def settle_model(config: Config, world_size: int) -> ModelInputs:
         DataError: a tokenizer that cannot be used.
         CheckpointError: model.hf is not a whole model.
     """
+    if config.checkpoint.load == "best":
+        best = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=1).best()
+        config = replaced(config, {"checkpoint.load": str(best)})
     layout, algorithm = check_config(config, world_size), Algorithm.of(config)
     config = replaced(config, {"data.tokenizer": tokenizer_spec(config)})
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -97,23 +115,56 @@ def settle(config: Config, world_size: int) -> Inputs:
 
     Raises:
         ConfigError: a setting, or a combination of settings, that cannot work.
+        DataError: a tokenizer, prompts or a reward that cannot be used.
+    """
+    model = settle_model(config, world_size)
+    config, tokenizer, rewards, environment = _with_rewards(model)
+    sets = tuple(open_sets(config, set_specs(config), tokenizer, rewards))
+    train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
+    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
+    warnings += config_warnings(config, model.algorithm)
+    warnings += check_prompts(config, train, tokenizer, rewards)
+    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
+    warnings += [text for each in sets for text in left_out(f"eval.sets.{each.name}", each.prompts)]
+    of_model = (config, model.layout, model.algorithm, tokenizer)
+    return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets, environment)
+
+
+def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()) -> EvaluationInputs:
+    """`settle_model`, and opens rewards and held-out sets: those called `names`, or all.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a name that no set has.
         DataError: a tokenizer or prompts that cannot be used.
     """
     model = settle_model(config, world_size)
-    config, tokenizer = model.config, model.tokenizer
-    config = with_rewards(config)
+    config, tokenizer, rewards, environment = _with_rewards(model)
+    specs = set_specs(config)
+    known = [DEFAULT, *(spec.name for spec in specs)]
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known) or ""
+            raise ConfigError(f"no held-out set is called {name!r}{near}; there are {', '.join(known)}")
+    wanted = names or known
+    sets = []
+    if DEFAULT in wanted:
+        prompts = open_prompts(config, "eval", tokenizer)
+        sets.append(default_set(config, prompts, rewards, DEFAULT))
+    sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
+    warnings = [text for each in sets for text in left_out(each.name, each.prompts)]
+    of_model = (config, model.layout, model.algorithm, tokenizer)
+    return EvaluationInputs(*of_model, rewards, tuple(sets), tuple(warnings), environment)
+
+
+def _with_rewards(model: ModelInputs) -> tuple[Config, Tokenizer, RunRewards, Environment]:
+    """The settings with reward.functions and data.chat_date filled in, the tokenizer, the rewards, and who answers."""
+    config, tokenizer = with_rewards(model.config), model.tokenizer
     rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
     environment = environment_of(config, tokenizer)
     stops_of([*config.rollout.stop, *environment.stop], tokenizer)  # which refuses what cannot end a response
-    train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
-    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
-    warnings += config_warnings(config, model.algorithm)
-    warnings += check_prompts(config, train, tokenizer, rewards)
-    return Inputs(
-        config, model.layout, model.algorithm, tokenizer, rewards, train, evaluation, tuple(warnings), environment
-    )
+    return config, tokenizer, rewards, environment
 
 
 def with_rewards(config: Config) -> Config:

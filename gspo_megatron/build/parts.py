@@ -8,6 +8,7 @@ from pathlib import Path
 from gspo_megatron.base.batches import Taken
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.environments import in_conversation
+from gspo_megatron.build.eval_sets import default_set
 from gspo_megatron.build.inputs import Inputs, ModelInputs
 from gspo_megatron.data.curriculum import Curriculum
 from gspo_megatron.data.order import OrderedPrompts
@@ -16,6 +17,8 @@ from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.collective import CollectiveSource
+from gspo_megatron.rollout.dynamic_sampling import DynamicSampling
+from gspo_megatron.rollout.source import RolloutSource
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards
 from gspo_megatron.run.save_request import SaveRequest
@@ -60,7 +63,7 @@ def assemble(
         curriculum = Curriculum(visits, retry, inputs.rewards.accuracy)
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
-    source = CollectiveSource(
+    source: RolloutSource = CollectiveSource(
         sampler=in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks),
         ranks=ranks,
         reward=inputs.rewards,
@@ -71,6 +74,9 @@ def assemble(
         group_size=r.group_size,
         vocab_size=vocab_size,
     )
+    if r.dynamic_sampling:
+        source = DynamicSampling(source, r.prompts_per_step, r.dynamic_sampling, inputs.rewards.accuracy)
+    sets = [default_set(config, inputs.eval_prompts, inputs.rewards), *inputs.more_sets]
     packer = packer_of(inputs, ranks)
     watch = Guards(config, ranks, writer, console.warn, guards)
     asked_by = Path(config.run.dir) / "save" if ranks.is_main else None
@@ -82,7 +88,7 @@ def assemble(
         source=source,
         packer=packer,
         warm_start=WarmStart(config, policy, ranks, prompts, inputs.tokenizer, packer, watch, console, note),
-        evaluation=Evaluation(source, inputs.eval_prompts, config.data.eval_size, inputs.rewards.accuracy),
+        evaluation=Evaluation(source, sets, writer, config.eval.rollouts),
         accuracy=inputs.rewards.accuracy,
         guards=watch,
         contents=contents or Contents({}, inputs.train_prompts.size),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.data import sources_of
-from gspo_megatron.config.sections import Config
+from gspo_megatron.config.sections import CodeConfig, Config
 from gspo_megatron.rewards.rewards import Reward, Rewards, Score
+from gspo_megatron.rewards.sandbox import interpreter, settled
 
 
 class RunRewards(Reward, Protocol):
@@ -18,9 +21,14 @@ class RunRewards(Reward, Protocol):
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
+    @property
+    def judged_by(self) -> str: ...
+
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def use_workers(self, count: int) -> None: ...
+
+    def check_services(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -33,8 +41,10 @@ class RewardsBySource:
     by_source: Mapping[str, Rewards]
 
     groups_at_once: int = field(init=False)
+    most_lost: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.most_lost = self.others.most_lost
         self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
@@ -48,6 +58,10 @@ class RewardsBySource:
     def check_answer(self, prompt: Prompt) -> None:
         self._of(prompt).check_answer(prompt)
 
+    @property
+    def judged_by(self) -> str:
+        return self.others.judged_by
+
     def accuracy(self, rollout: Rollout) -> float:
         return self._of(rollout.prompt).accuracy(rollout)
 
@@ -55,6 +69,10 @@ class RewardsBySource:
         for rewards in self._all:
             rewards.use_workers(count)
         self.__post_init__()
+
+    def check_services(self) -> None:
+        for rewards in self._all:
+            rewards.check_services()
 
     def close(self) -> None:
         for rewards in self._all:
@@ -68,6 +86,42 @@ class RewardsBySource:
         return self.by_source.get(prompt.source, self.others)
 
 
+def code_sandbox(config: Config) -> dict[str, Any] | None:
+    """How the reward `code` runs programs, with what reward.code.isolation=auto stands for on this machine; None where
+    no prompt has that reward.
+
+    Raises:
+        ConfigError: the isolation does not work here, or a setting has no effect.
+    """
+    r, code = config.reward, CodeConfig(**config.reward.code)
+    functions = [*r.functions, *(term.get("function") for term in r.terms)]
+    functions += [name for split in ("train", "eval") for s in sources_of(config, split) for name in s.reward or ()]
+    sets = [entry for entry in config.eval.sets.values() if isinstance(entry, dict)]
+    functions += [name for entry in sets for name in entry.get("reward") or ()]
+    if "code" not in functions:
+        if r.code:
+            raise ConfigError(f"reward.code={r.code} has no effect without the reward code; remove it")
+        return None
+    total = 0.8 * r.timeout_s
+    if 2 * code.seconds > total:
+        raise ConfigError(
+            f"reward.code.seconds={code.seconds:g}: twice that, the most a run of a program may take, must be at most "
+            f"0.8 * reward.timeout_s={total:g} s; raise reward.timeout_s"
+        )
+    return {**asdict(code), "isolation": settled(code.isolation, code.python), "total_seconds": total}
+
+
+def describe_sandbox(config: Config) -> str | None:
+    """What the programs of responses run in."""
+    if (sandbox := code_sandbox(config)) is None:
+        return None
+    python = interpreter(sandbox["python"])
+    limits = f"{sandbox['seconds']:g} s, {sandbox['memory_gib']:g} GiB"
+    if sandbox["isolation"] == "none":
+        return f"programs of responses run UNPROTECTED, as reward.code.isolation=none asks ({limits})"
+    return f"programs of responses run on Python {python.version} in a sandbox: {sandbox['isolation']} ({limits})"
+
+
 def rewards_of(config: Config) -> RunRewards:
     """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
 
@@ -75,11 +129,23 @@ def rewards_of(config: Config) -> RunRewards:
         ConfigError: a reward that cannot be used.
     """
     r = config.reward
-    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
-    how |= {"seed": config.run.seed}
-    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **how)
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config))
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
         return others
-    by_source = {name: Rewards(functions, None, r.on_error, **how) for name, functions in own.items()}
-    return RewardsBySource(others, by_source)
+    return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})
+
+
+def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:
+    """Of a source, or a held-out set, that has its own. Raises as `rewards_of` does."""
+    return Rewards(functions, None, config.reward.on_error, **_how(config))
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """How functions that need processes are called."""
+    r = config.reward
+    how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
+    how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
+    if (sandbox := code_sandbox(config)) is not None:
+        how["defaults"] = {"code": {"sandbox": sandbox}}
+    return how

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.base.errors import CheckpointError, ConfigError
 from gspo_megatron.build.inputs import ModelInputs
@@ -19,13 +20,13 @@ from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.scoring import Scorer
 
 
-def check_weights(config: Config) -> None:
+def check_weights(config: Config, results: str = "log-probs") -> None:
     """Raises:
     ConfigError: no setting names weights.
     """
     if config.checkpoint.load == "none" and not config.model.hf:
         raise ConfigError(
-            "checkpoint.load=none: the log-probs would be those of random weights; name a checkpoint, "
+            f"checkpoint.load=none: the {results} would be those of random weights; name a checkpoint, "
             "checkpoint.load=latest for the newest one of run.dir, or a Hugging Face folder by model.hf"
         )
 
@@ -43,13 +44,25 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
     Raises:
         CheckpointError: they cannot be loaded.
     """
+    with open_model(inputs, device, console) as (model, groups, _):
+        yield Scorer(model, groups, packer_of(inputs, groups), console)
+
+
+@contextmanager
+def open_model(inputs: ModelInputs, device: Device, console: Console) -> Iterator[tuple[Any, Any, Path]]:
+    """A `MegatronModel` with the weights that the settings name, its `Groups`, and where the weights are. Collective.
+
+    Raises:
+        CheckpointError: they cannot be loaded.
+    """
     from gspo_megatron.mcore.hugging_face import load_folder
     from gspo_megatron.mcore.loading import CheckpointReader
     from gspo_megatron.mcore.policy import MegatronModel
 
     config = inputs.config
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, _):
-        model = MegatronModel(config, groups, device, use_te, agreed_scoring(inputs.algorithm.scoring, device, console))
+        scoring, num_ids = agreed_scoring(inputs.algorithm.scoring, device, console), inputs.tokenizer.vocab_size
+        model = MegatronModel(config, groups, device, use_te, scoring, num_ids=num_ids)
         for chunk in model.model:
             chunk.requires_grad_(False).eval()
         directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)
@@ -62,4 +75,4 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
                 f"checkpoint.load={config.checkpoint.load}: nothing was saved in {directory.directory}"
             )
         console.say(f"weights of {path}")
-        yield Scorer(model, groups, packer_of(inputs, groups), console)
+        yield model, groups, Path(path)

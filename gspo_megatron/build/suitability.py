@@ -3,9 +3,10 @@ step that draws them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt
+from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import DataError, shortened
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.rewards import RunRewards
@@ -61,6 +62,49 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
         f"{shortened(tokenizer.decode(first.tokens), 60)!r}; it normalises text or lacks characters, and the model "
         "sees what it makes of them; tools/train_tokenizer.py trains one that keeps all"
     ]
+
+
+def try_rewards(
+    config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: RunRewards
+) -> list[str]:
+    """Scores a response to the first prompt of every source, as a step would: a reward that fails whatever it is given
+    is found here, not after a warm start. Not with reward.isolate=false: such functions may need what is not built yet.
+
+    Returns:
+        Warnings: what went wrong, where the run would go on.
+
+    Raises:
+        DataError: a reward fails, and reward.on_error is stop.
+    """
+    if not config.reward.isolate:
+        return []
+    found = []
+    for source in sources:
+        for index in range(len(source.parts) if isinstance(source, Mixture) else 1):
+            asked = _made_up(source[index], tokenizer)
+            (score,) = rewards.score([asked])
+            if not score.error:
+                continue
+            what = (
+                f"prompt {asked.prompt.id} ({shortened(asked.prompt.text, 60)!r}), tried with the response "
+                f"{shortened(asked.text, 60)!r}: {score.error}"
+            )
+            if config.reward.on_error == "stop" and not score.lost:
+                raise DataError(f"{what}; correct it, or set reward.on_error=count to count such a reward as 0")
+            found.append(f"{what}; such a reward counts as 0, and a run that loses most of its rewards stops")
+    return found
+
+
+def _made_up(prompt: Prompt, tokenizer: Tokenizer) -> Rollout:
+    """A response that a model might give: the written solution, else the answer, else the prompt's own words."""
+    text = prompt.solution or prompt.answer
+    try:
+        tokens = tokenizer.encode(text)
+    except DataError:
+        tokens = []
+    if not tokens:
+        text, tokens = prompt.text, list(prompt.tokens)
+    return Rollout(0, prompt, tokens, [], truncated=False, policy_version=0, text=text)
 
 
 def _check_solution(prompt: Prompt, tokenizer: Tokenizer) -> None:

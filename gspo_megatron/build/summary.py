@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.rewards import describe_sandbox
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.mixture import Mixture
@@ -26,6 +27,8 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     yield f"prompts: {number} from {shown(c.data.train)}; held out {held_out:,} from {held_out_from}"
     if isinstance(inputs.train_prompts, Mixture):
         yield from _describe_sources(inputs.train_prompts)
+    if (sandbox := describe_sandbox(c)) is not None:
+        yield sandbox
     warm = f"{c.train.warm_start_steps} warm-start updates, then " if c.train.warm_start_steps else ""
     rollouts = f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} rollouts"
     yield f"{warm}{c.train.steps} steps of {rollouts}, {c.algorithm.updates_per_rollout} updates each"

@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.contents import contents_of
+from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
+from gspo_megatron.build.rewards import RunRewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.checkpoint.names import CHECKPOINTS
@@ -66,6 +68,7 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
+        check_services(inputs.rewards, groups.is_reporter)
         scoring = agreed_scoring(algorithm.scoring, device, console)
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
@@ -117,15 +120,17 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        inputs.rewards.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
+        rewards = rewards_in(inputs.rewards, inputs.more_sets)
+        for each in rewards:
+            each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
-            inputs.rewards.close()
-            inputs.environment.close()
+            for each in (*rewards, inputs.environment):
+                each.close()
             if writer:
                 writer.close()
 
@@ -195,6 +200,26 @@ def check_same_settings(config: Config) -> None:
                 f"rank {rank} has other settings than rank 0: {'; '.join(differing[:3])}; give every process the same "
                 "file and overrides (data.chat_date, where only the day differs)"
             )
+
+
+def check_services(rewards: RunRewards, scores: bool) -> None:
+    """Asks the services that rewards need for a trial, before a model is built. `scores`: this rank will ask them.
+    Collective.
+
+    Raises:
+        ConfigError: one gives no score, on every rank.
+    """
+    complaint = ""
+    if scores:
+        try:
+            rewards.check_services()
+        except ConfigError as error:
+            complaint = str(error)
+    heard = [complaint] * dist.get_world_size()
+    if len(heard) > 1:
+        dist.all_gather_object(heard, complaint)
+    if found := next(filter(None, heard), ""):
+        raise ConfigError(found)
 
 
 def check_machine(config: Config, device: Device) -> None:

@@ -11,7 +11,7 @@ several nodes write into `partial`, on a shared file system, the caller waits fo
 Newest means written last: every manifest holds a number, one more than any other in the directory had. A run that
 continues from an early checkpoint writes newer ones at lower steps than those it had left behind, and resumes from the
 newer ones. File times are not used. The file `latest` names the newest for people and scripts; it is checked, never
-trusted.
+trusted. The file `best` names the one that is kept for its evaluation.
 
 Names: step_000010            a checkpoint; it is complete as soon as it has this name
        step_000010.tmp        being written or deleted, or left so by a process that died; the next begin removes it
@@ -27,27 +27,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.base.batches import Position
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, shortened
 from gspo_megatron.base.files import read_regular, sync
 from gspo_megatron.checkpoint.manifest import looks_intact, number_of, seal, verify, write_synced
 from gspo_megatron.checkpoint.names import BEFORE, PARTIAL, name_of, position_of, position_of_path, progress
 
-POINTER = "latest"
+POINTER, BEST = "latest", "best"
 SPARE_BYTES = 16 << 20
 """What must stay free besides a checkpoint and a twentieth of its size: for metrics, rollouts, the next manifest."""
 
 
-def outdated(saved: Sequence[Position], *, keep: int, keep_every: int = 0) -> list[Position]:
+def outdated(
+    saved: Sequence[Position], *, keep: int, keep_every: int = 0, best: Position | None = None
+) -> list[Position]:
     """Which of the checkpoints `saved`, in the order they were written, to delete now that the last one is complete.
 
-    The last `keep` stay, and those after every `keep_every`-th step. Those at later steps than the one just written
-    stay too: they were left behind by a run that continued from an early checkpoint, until it reaches them again.
+    The last `keep` stay, those after every `keep_every`-th step, and `best`. Those at later steps than the one just
+    written stay too: they were left behind by a run that continued from an early checkpoint, until it reaches them
+    again.
     """
     past = [position for position in saved if progress(position) <= progress(saved[-1])]
     return [
         position
         for position in past[:-keep]
         if not (keep_every and position.steps and not position.updates and position.steps % keep_every == 0)
+        and not (best and name_of(position) == name_of(best))
     ]
 
 
@@ -90,8 +94,9 @@ class CheckpointDirectory:
             ) from error
         return partial
 
-    def commit(self, partial: Path) -> Path:
-        """Turns the directory from `begin`, now filled, into the newest checkpoint; then deletes outdated ones.
+    def commit(self, partial: Path, best: Position | None = None) -> Path:
+        """Turns the directory from `begin`, now filled, into the newest checkpoint; then deletes outdated ones. The
+        file `best` names the checkpoint of that position, which stays, if there is one.
 
         If the process dies in here, the newest checkpoint is the previous one or this one, intact. An existing one at
         this position is replaced.
@@ -107,17 +112,39 @@ class CheckpointDirectory:
                 os.rename(final, final.with_suffix(f"{BEFORE}{number}"))
             os.rename(partial, final)
             sync(self.directory)
-            fresh = self.directory / (POINTER + PARTIAL)
-            write_synced(fresh, f"{final.name}\n".encode())
-            os.replace(fresh, self.directory / POINTER)
+            self._point(POINTER, final.name)
+            if best and (self.directory / name_of(best)).is_dir():
+                self._point(BEST, name_of(best))
+            else:
+                (self.directory / BEST).unlink(missing_ok=True)
             sync(self.directory)
-            self._retire()
+            self._retire(best)
         except OSError as error:
             raise CheckpointError(
                 f"{partial} could not be completed ({error}); earlier checkpoints are unchanged; free some space, "
                 f"make {self.directory} writable, or move run.dir elsewhere"
             ) from error
         return final
+
+    def _point(self, pointer: str, name: str) -> None:
+        fresh = self.directory / (pointer + PARTIAL)
+        write_synced(fresh, f"{name}\n".encode())
+        os.replace(fresh, self.directory / pointer)
+
+    def best(self) -> Path:
+        """The checkpoint that the file `best` names.
+
+        Raises:
+            CheckpointError: it names none.
+        """
+        name = self._pointed_to(BEST)
+        if not position_of(name) or not (self.directory / name).is_dir():
+            raise CheckpointError(
+                f"checkpoint.load=best: {self.directory / BEST} "
+                + (f"names {shortened(repr(name), 60)}, which is not there" if name else "does not exist")
+                + "; a run keeps its best checkpoint with checkpoint.keep_best=eval/accuracy; otherwise use latest"
+            )
+        return self.directory / name
 
     def is_empty(self) -> bool:
         """Whether there is no checkpoint, intact or not."""
@@ -141,7 +168,7 @@ class CheckpointDirectory:
     def newest_intact(self) -> tuple[Path | None, list[str]]:
         """`newest`, and what is wrong with `latest`, too."""
         newest, problems = self.newest()
-        found, expected = self._pointed_to(), newest.name if newest else ""
+        found, expected = self._pointed_to(POINTER), newest.name if newest else ""
         if found != expected:
             named = f"names {found!r}" if found else "is missing or empty"
             problems.append(f"{self.directory / POINTER} {named}; the newest intact checkpoint is {expected or 'none'}")
@@ -190,19 +217,20 @@ class CheckpointDirectory:
         found = [path for path in paths if not path.suffix or path.suffix.startswith(BEFORE)]
         return sorted(found, key=lambda path: (number_of(path), progress(position_of_path(path))))
 
-    def _pointed_to(self) -> str:
+    def _pointed_to(self, pointer: str) -> str:
         try:
-            return read_regular(self.directory / POINTER).decode(errors="replace").strip()
+            return read_regular(self.directory / pointer).decode(errors="replace").strip()
         except OSError:
             return ""
 
-    def _retire(self) -> None:
+    def _retire(self, best: Position | None) -> None:
         """Deletes outdated checkpoints. A visibly damaged one neither counts as kept nor is deleted: its owner may want
         to look at it."""
         paths = self._all()
         replaced = [path for path in paths if path.suffix and path.with_suffix("").exists()]
         whole = [path for path in paths if path not in replaced and looks_intact(path)]
-        gone = outdated([position_of_path(path) for path in whole], keep=self.keep, keep_every=self.keep_every)
+        saved = [position_of_path(path) for path in whole]
+        gone = outdated(saved, keep=self.keep, keep_every=self.keep_every, best=best)
         for path in [*replaced, *(path for path in whole if position_of_path(path) in gone)]:
             # A half-deleted checkpoint must not keep its name. Files that another process still reads may be slow to
             # disappear (NFS): the next begin tries again.

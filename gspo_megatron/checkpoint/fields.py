@@ -32,6 +32,9 @@ OBJECTS = Field(
     "an object of objects", lambda value: type(value) is dict and all(type(x) is dict for x in value.values())
 )
 NUMBERS = Field("a list of numbers", lambda value: type(value) is list and all(map(_is_number, value)))
+NUMBERS_BY_NAME = Field(
+    "an object of numbers", lambda value: type(value) is dict and all(map(_is_number, value.values()))
+)
 BY_COUNT = Field(
     "objects with lists of counts by a count",
     lambda value: OBJECTS.fits(value) and all(_is_by_count(key, x[key]) for x in value.values() for key in x),

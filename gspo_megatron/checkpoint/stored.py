@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -86,14 +87,14 @@ class StoredTensor:
             return False
         file, first = self.raw
         numbers = into.detach().view(-1)
-        space, finite = memoryview(numbers.view(torch.uint8).numpy()), Finite(numbers)
+        space, finite = numbers.view(torch.uint8).numpy().data, Finite(numbers)
         place = first + start * (into.nbytes // max(1, end - start))
         for at in range(0, len(space), BLOCK_BYTES):
             block = space[at : at + BLOCK_BYTES]
             if os.preadv(file.fileno(), [block], place + at) != len(block):
                 raise CheckpointError(f"{self.file}: {self.name} ends early; another process changed the file")
             # At once: the block is still in the processor's cache.
-            if not self.allow_nan and not finite(at // numbers.itemsize, (at + len(block)) // numbers.itemsize):
+            if not self.allow_nan and not finite(slice(at // into.itemsize, (at + len(block)) // into.itemsize)):
                 self.check(numbers)
         return True
 
@@ -123,9 +124,9 @@ class Finite:
         integers = numbers.view(signed).numpy()
         self._bounds = ((integers, infinity), (integers.view(unsigned), infinity + (1 << 8 * numbers.itemsize - 1)))
 
-    def __call__(self, start: int = 0, end: int | None = None) -> bool:
-        """Of the rows from `start` to `end`."""
-        return all(int(np.maximum.reduce(each[start:end], None, initial=0)) < bound for each, bound in self._bounds)
+    def __call__(self, rows: slice | EllipsisType = ...) -> bool:
+        """Of these rows; by default, of all."""
+        return all(int(np.maximum.reduce(each[rows], None, initial=0)) < bound for each, bound in self._bounds)
 
 
 def all_finite(numbers: Tensor) -> bool:

@@ -38,10 +38,12 @@ def setting(
     most: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    entries: type | None = None,
 ) -> Default:
     """A dataclass field with its help, a sentence or two of plain text, and the rules for its value. None, where the
-    type allows it, always passes."""
-    rules = {"help": help, "least": least, "above": above, "most": most, "below": below, "choices": choices}
+    type allows it, always passes. `entries`: a dataclass of settings that declares the entries of a mapping."""
+    rules: dict[str, Any] = {"help": help, "choices": choices, "entries": entries}
+    rules |= {"least": least, "above": above, "most": most, "below": below}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=rules)
     return field(default=default, metadata=rules)
@@ -60,6 +62,7 @@ class Setting:
     most: float | None
     below: float | None
     choices: tuple[str, ...]
+    entries: type | None = None
 
     @property
     def is_mapping(self) -> bool:
@@ -105,11 +108,28 @@ class Setting:
             return f"{self.key}={shortened(_digits(value))} must be {self.range}; the default is {default}"
         return None
 
+    def declared_entries(self) -> dict[str, Setting]:
+        """Those of a mapping, where they are declared, by their own keys."""
+        return _settings_in(self.key, self.entries) if self.entries else {}
+
     def _complaint_of_mapping(self, entries: dict[str, Any]) -> str | None:
+        if self.entries:
+            return next(filter(None, (self._complaint_of_entry(name, entries[name]) for name in entries)), None)
         for name, value in entries.items():
             if float in self.kinds and not (isinstance(value, float) and math.isfinite(value)):
                 return f"{self.key}.{name}={value} must be a finite number"
         return None
+
+    def _complaint_of_entry(self, name: str, value: Any) -> str | None:
+        declared = self.declared_entries()
+        if (entry := declared.get(f"{self.key}.{name}")) is None:
+            names = [key.rpartition(".")[2] for key in declared]
+            near = did_you_mean(str(name), names) or "."
+            return f"unknown config key '{self.key}.{name}'{near} Keys of {self.key}: {', '.join(names)}"
+        if not (type(value) in entry.kinds or (type(value) is int and float in entry.kinds)):
+            words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in entry.kinds)
+            return f"{entry.key}={shortened(repr(value))} must be a value of type {words}"
+        return entry.complaint(value)
 
     def _complaint_of_list(self, items: list[Any]) -> str | None:
         """Lists hold texts and token ids, or mappings, which whoever reads them checks."""
@@ -133,12 +153,15 @@ def _digits(value: Any) -> str:
 @cache
 def settings_of(config: type) -> dict[str, Setting]:
     """Every setting of a dataclass of sections by its key, in the order of their declaration."""
-    found = {}
-    for section, section_type in get_type_hints(config).items():
-        types = get_type_hints(section_type)
-        for f in fields(section_type):
-            key = f"{section}.{f.name}"
-            assert "help" in f.metadata, f"{key} is not declared: write {f.name}: {f.type} = setting(default, help)"
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            found[key] = Setting(key, types[f.name], default, **f.metadata)
+    sections = get_type_hints(config).items()
+    return {key: found for name, section in sections for key, found in _settings_in(name, section).items()}
+
+
+def _settings_in(name: str, section: type) -> dict[str, Setting]:
+    found, types = {}, get_type_hints(section)
+    for f in fields(section):
+        key = f"{name}.{f.name}"
+        assert "help" in f.metadata, f"{key} is not declared: write {f.name}: {f.type} = setting(default, help)"
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        found[key] = Setting(key, types[f.name], default, **f.metadata)
     return found

@@ -36,6 +36,8 @@ REFUSED = {
 
 PATHS = ("run.dir", "run.cache", "model.hf", "data.train", "data.eval", "data.tokenizer", "checkpoint.load")
 """Settings that may be a path, in which a leading ~ is the home folder."""
+SOURCES_BY_NAME = ("eval.sets",)
+"""Settings that map names to sources."""
 PATH_IN = {"source": "data.train", "prompt_template": "data.prompt_template"}
 """Names of a source's own settings that are read like these."""
 LITERAL = ("data.prompt_template",)
@@ -47,12 +49,13 @@ Values = dict[str, dict[str, Any]]
 """Values by section and key."""
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, hf: str | None = None) -> Config:
     """Defaults < preset or Hugging Face folder < YAML file < `section.key=value` overrides, every value checked on its
     own.
 
     A mapping (`reward.functions`, `algorithm.dials`, `data.task`) replaces the one of a lower layer;
-    `reward.functions.NAME=weight`, where NAME may contain dots, adds an entry to it.
+    `reward.functions.NAME=weight`, where NAME may contain dots, adds an entry to it. With `hf`, the model is that of
+    the folder, whatever sizes the file names.
 
     Raises:
         ConfigError: a missing file, an unknown section or key (suggests the closest name), a value of the wrong type or
@@ -61,6 +64,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     asked: Values = {}
     for section, values in (_read_yaml(Path(path)) if path is not None else {}).items():
         asked[section] = {key: _meant(_declared(section, key), value) for key, value in values.items()}
+    if hf is not None:
+        asked["model"] = _without_sizes(asked.get("model", {}), folder_settings(hf)) | {"hf": hf}
     for override in overrides:
         section, key, name, value = _read_override(override)
         keys = asked.setdefault(section, {})
@@ -72,6 +77,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     config = _typed({"model": base}, {**asked, "model": own})
     check_values(config)
     return config
+
+
+def _without_sizes(model: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of section `model` that do not say which model it is. A shorter max_sequence_length stays."""
+    kept = {key: value for key, value in model.items() if key not in ("preset", "hf", *found)}
+    length = model.get("max_sequence_length")
+    if isinstance(length, int) and length < found["max_sequence_length"]:
+        kept["max_sequence_length"] = length
+    return kept
 
 
 def _base_model(model: ModelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +237,9 @@ def _read_override(override: str) -> tuple[str, str, str | None, Any]:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except Exception as error:
         raise ConfigError(f"override {override!r} is not YAML: {_one_line(error)}") from error
-    return section, key, name, value if name is not None else _meant(setting, value)
+    if name is None:
+        return section, key, name, _meant(setting, value)
+    return section, key, name, _meant_source(value) if setting.key in SOURCES_BY_NAME else value
 
 
 def _meant(setting: Setting, value: Any) -> Any:
@@ -232,6 +248,8 @@ def _meant(setting: Setting, value: Any) -> Any:
     Raises:
         ConfigError: the setting is a mapping or a list and the value is not.
     """
+    if setting.key in SOURCES_BY_NAME and isinstance(value, Mapping):
+        return {name: _meant_source(item) for name, item in value.items()}
     if setting.is_mapping and not isinstance(value, Mapping):
         raise ConfigError(f"{setting.key} must be a mapping of names to values, got {value!r}")
     if setting.is_list and not isinstance(value, list):
@@ -243,6 +261,15 @@ def _meant(setting: Setting, value: Any) -> Any:
     if setting.type is Any and isinstance(value, list):
         return [_meant(setting, item) for item in value]
     if setting.type is Any and isinstance(value, Mapping):
+        return _meant_source(value)
+    return value
+
+
+def _meant_source(value: Any) -> Any:
+    """A source, as text or with settings of its own."""
+    if isinstance(value, str):
+        return _meant_text("data.train", value)
+    if isinstance(value, Mapping):
         texts = {name: _meant_text(PATH_IN.get(str(name), ""), v) for name, v in value.items() if isinstance(v, str)}
         return {**value, **texts}
     return value

@@ -2,8 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of section `model`, in model.py; `make docs` writes docs/settings.md from these
-declarations. Rules that involve several settings, or the number of processes, are in build/checks.py.
+A setting is declared once, here or, of sections `model` and `guards`, in model.py and guards.py; `make docs` writes
+docs/settings.md from these declarations. Rules that involve several settings, or the number of processes, are in
+build/checks.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
 
 
@@ -164,6 +166,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
+    with data.eval: before the first step, after the last, and every train.eval_every steps."""
+
+    sets: dict[str, Any] = setting(
+        {},
+        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
+        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
+        "reward, by (a field to split results by), and settings of section data for itself.",
+    )
+    rollouts: int = setting(
+        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
+    )
+    patience: int = setting(
+        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
+    )
+    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -195,7 +217,35 @@ class RolloutConfig:
         above=0,
         most=1e6,
     )
+    dynamic_sampling: int = setting(
+        0,
+        "Replace groups whose rewards are all equal by those of further prompts, in up to this many further rounds of "
+        "sampling (DAPO). What is missing then is filled with such groups. 0: off.",
+        least=0,
+    )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """How the reward `code` runs the programs of responses."""
+
+    isolation: str = setting(
+        "auto",
+        "What keeps them from the machine. auto: bwrap, else landlock, else the run does not start. none: nothing; "
+        "they may do whatever you may.",
+        choices=("auto", "bwrap", "landlock", "none"),
+    )
+    python: str | None = setting(None, "The Python that they run on. null: the one of the run, with its packages.")
+    seconds: float = setting(
+        5.0,
+        "Computing that one run of a program may take, rounded up to whole seconds; waiting included, twice that. All "
+        "tests of a program together: 0.8 * reward.timeout_s.",
+        above=0,
+        most=1e5,
+    )
+    memory_gib: float = setting(1.0, "Address space that it may have.", least=0.05, most=2**20)
+    output_mib: float = setting(1.0, "How much it may print.", above=0, most=1024)
 
 
 @dataclass(frozen=True)
@@ -236,6 +286,14 @@ class RewardConfig:
         most=1e6,
     )
     memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
+    most_lost: float = setting(
+        0.5,
+        "The run stops at a step of which a larger share of rollouts is lost: their processes hung or ended, or the "
+        "sandbox of their programs failed.",
+        least=0,
+        most=1,
+    )
+    code: dict[str, Any] = setting({}, "The sandbox of the reward `code`:", entries=CodeConfig)
 
 
 @dataclass(frozen=True)
@@ -255,6 +313,12 @@ class AlgorithmConfig:
         "Estimator of that divergence, by John Schulman's name for it. With +: its value, and the gradient of k2, "
         "which is that of the divergence.",
         choices=("k1", "k2", "k3", "k1+", "k3+"),
+    )
+    kl_in: str = setting(
+        "loss",
+        "Where that divergence counts: as a term of the loss, or, summed over a response, subtracted from its reward "
+        "before rewards become advantages.",
+        choices=("loss", "reward"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)
     dials: dict[str, float] = setting(
@@ -382,9 +446,15 @@ class CheckpointConfig:
     )
     keep: int = setting(2, "How many of the newest checkpoints to keep.", least=1)
     keep_every: int = setting(0, "Checkpoints of steps divisible by this are never deleted. 0: off.", least=0)
+    keep_best: str | None = setting(
+        None,
+        "A metric of evaluations, such as eval/accuracy: each evaluation with a new largest value saves the run, and "
+        "that checkpoint stays until a better one; the file RUN/checkpoints/best names it. null: off.",
+    )
     load: str = setting(
         "none",
-        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), a path, or none.",
+        "latest (the newest intact checkpoint of run.dir; a fresh start where nothing was saved), best (the one of "
+        "keep_best), a path, or none.",
     )
     allow_other_variant: bool = setting(
         False, "Go on from a checkpoint of another algorithm.variant, which is refused otherwise."
@@ -397,34 +467,6 @@ class CheckpointConfig:
         600.0,
         "Seconds to save after SIGTERM, SIGINT or SIGUSR1; then the run prints all stacks and exits.",
         above=0,
-    )
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """Checks while running. `stop` ends the run with status 70, `skip` skips the update; either way its rollouts are
-    written to guards/."""
-
-    on_nonfinite: str = setting(
-        "stop",
-        "What a non-finite loss or gradient does. A non-finite log-prob before the updates always stops the run.",
-        choices=("stop", "skip"),
-    )
-    grad_norm_spike: float = setting(
-        0.0,
-        "A gradient norm is a spike above this many times the median of the last 20 updates. 0: off; else above 1.",
-    )
-    on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
-    ratio_noise: float = setting(
-        0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
-    )
-    on_memory: str = setting(
-        "stop",
-        "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",
-        choices=("stop", "warn"),
-    )
-    check_replicas_every: int = setting(
-        0, "Steps between checks that all copies of a parameter are equal. 0: off.", least=0
     )
 
 
@@ -451,6 +493,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

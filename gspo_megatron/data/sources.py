@@ -77,6 +77,11 @@ class DataSpec:
         """What follows the scheme."""
         return self.source.removeprefix(f"{scheme_of(self.source)}:")
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether its prompts are of a task, which has as many as are asked for."""
+        return scheme_of(self.source) == "task"
+
 
 class Source(NamedTuple):
     """A row of SOURCES.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -48,6 +49,8 @@ class MegatronModel:
         self.config, self.groups, self.device, self.use_te = config, groups, device, use_te
         self.scoring, self.num_ids = scoring, num_ids
         self._model = build_model(config, groups, device, use_te, num_ids=num_ids)
+        self.chunks: list[Any] = self._model
+        """The same as they are called in a forward."""
         self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if device.dtype == torch.float64 else torch.float32

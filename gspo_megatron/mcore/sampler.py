@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from gspo_megatron.base.batches import IntArray, Prompt, Rollout
+from gspo_megatron.base.batches import IntArray, Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.base.tensors import all_on_device
 from gspo_megatron.layout.layout import packing_rules, sampler_token_multiple
@@ -36,7 +36,7 @@ from gspo_megatron.log_probs import vocab_parallel_logits
 from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.kv_cache import KVCache
 from gspo_megatron.mcore.packed_tokens import CachedPrompt, CachedTokens, cached_tokens
-from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.mcore.policy import MegatronModel
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 from gspo_megatron.rollout.native.stopping import Stops, StopTable
@@ -76,7 +76,7 @@ class MegatronSampler:
 
     def __init__(
         self,
-        policy: MegatronPolicy,
+        policy: MegatronModel,
         *,
         stops: Stops,
         pad_id: int,
@@ -84,7 +84,8 @@ class MegatronSampler:
         sign_of_life: Callable[[Callable[[], str]], None] = lambda text: None,
     ) -> None:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
-        self.settings, self.seed = policy.config.rollout, policy.config.run.seed
+        self.settings = r = policy.config.rollout
+        self.as_in_training = Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, policy.config.run.seed)
         self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
@@ -102,6 +103,7 @@ class MegatronSampler:
         ids: Sequence[int],
         *,
         greedy: bool = False,
+        sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
         begun: Sequence[int] = (),
     ) -> list[Rollout]:
@@ -110,12 +112,14 @@ class MegatronSampler:
         Raises:
             StopRequested: on all ranks, once `stop` has returned True on one.
         """
-        decoding = Decoding(self.settings.temperature, self.settings.top_k, self.settings.top_p, greedy)
+        how = sampling or self.as_in_training
+        # Of greedy tokens, only the log-prob depends on a temperature.
+        decoding = Decoding(how.temperature or self.settings.temperature, how.top_k, how.top_p, greedy)
         scheduler = DecodeScheduler(
             prompts,
             ids,
             max_rows=self.settings.max_batch,
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=how.max_new_tokens,
             max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
             num_micro_batches=self.num_micro_batches,
             stops=self.stops,
@@ -128,7 +132,7 @@ class MegatronSampler:
         try:
             *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
-                just_ended, (*num_tokens, stop) = self._forward(cache, scheduler, num_tokens, decoding)
+                just_ended, (*num_tokens, stop) = self._forward(cache, scheduler, num_tokens, decoding, how.seed)
                 for index in just_ended:
                     rollouts[index] = scheduler.rollout(index, self.policy.version)
                     ended(rollouts[index])
@@ -141,7 +145,7 @@ class MegatronSampler:
         return [rollouts[index] for index in range(len(prompts))]
 
     def _forward(
-        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding
+        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding, seed: int
     ) -> tuple[list[int], list[int]]:
         """Draws a token for every rollout that continues or is admitted. `num_tokens` are the tokens of each
         micro-batch on the rank with the most. Returns which rollouts have ended, and the tokens of the next forward,
@@ -153,7 +157,7 @@ class MegatronSampler:
             ForwardInputs(
                 copied_from_rows=torch.from_numpy(row_copy.from_rows),
                 copied_to_rows=torch.from_numpy(row_copy.to_rows),
-                feeds=tuple(self._feed(scheduler, *each) for each in zip(micro_batches, num_tokens, strict=True)),
+                feeds=tuple(self._feed(scheduler, seed, *each) for each in zip(micro_batches, num_tokens, strict=True)),
                 may_continue_B=torch.from_numpy(may_continue.astype(np.int64)),
                 state_B=torch.from_numpy(scheduler.states[rollout_index]),
                 max_continuing_W=torch.from_numpy(scheduler.max_continuing_W),
@@ -171,7 +175,7 @@ class MegatronSampler:
         ended = scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
         return ended.tolist(), next_counts.astype(np.int64).tolist()
 
-    def _feed(self, scheduler: DecodeScheduler, micro_batch: DecodeMicroBatch, num_tokens: int) -> Feed:
+    def _feed(self, scheduler: DecodeScheduler, seed: int, micro_batch: DecodeMicroBatch, num_tokens: int) -> Feed:
         """The newest tokens of the rollouts that continue, the prompts of those that are admitted, and padding."""
         continuing, admissions = micro_batch.continuing, micro_batch.admissions
         rollout_index = micro_batch.rollout_index
@@ -190,7 +194,7 @@ class MegatronSampler:
             cached=cached_tokens(micro_batch.first_row, scheduler.positions(continuing), prompts, padded),
             last_token_B=_joined(np.arange(len(continuing)), np.repeat(last_of_prompt, sharing)),
             uniforms_B=torch.from_numpy(
-                uniforms(self.seed, scheduler.ids[rollout_index], scheduler.response_positions(rollout_index))
+                uniforms(seed, scheduler.ids[rollout_index], scheduler.response_positions(rollout_index))
             ),
         )
 

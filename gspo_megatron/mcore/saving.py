@@ -73,6 +73,7 @@ class Saving:
     directory: Path
     work: Future[Any]
     completing: bool = False
+    best: Position | None = None
 
 
 class MegatronCheckpoints(CheckpointReader):
@@ -88,8 +89,8 @@ class MegatronCheckpoints(CheckpointReader):
 
     # ------------------------------------------------------------------------------------------------------- saving
 
-    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
-        """Saves the policy, the optimizer, the reference and `state`.
+    def save(self, position: Position, state: SavedState, *, wait: bool, best: Position | None = None) -> None:
+        """Saves the policy, the optimizer, the reference and `state`; of all checkpoints, that of `best` is kept.
 
         With `wait`, the checkpoint is complete on return. Otherwise a thread writes a copy in host memory: the
         checkpoint is complete after `finish`, which raises any failure.
@@ -116,7 +117,8 @@ class MegatronCheckpoints(CheckpointReader):
         }
         if not wait:
             tensors = self._host.of(tensors)
-        self._saving = Saving(directory, self._writer.submit(self._write, directory, about, tensors, of_state))
+        work = self._writer.submit(self._write, directory, about, tensors, of_state)
+        self._saving = Saving(directory, work, best=best)
         if wait:
             self.finish()
 
@@ -135,7 +137,9 @@ class MegatronCheckpoints(CheckpointReader):
             self._saving = None
             self.groups.fail_together(f"{saving.directory} could not be written", saving.work.exception())
             if not saving.completing:
-                commit = partial(self.directory.commit, saving.directory) if self.groups.is_main else lambda: None
+                commit = (
+                    partial(self.directory.commit, saving.directory, saving.best) if self.groups.is_main else _nothing
+                )
                 self._saving = Saving(saving.directory, self._writer.submit(commit), completing=True)
 
     def _write(
@@ -226,3 +230,7 @@ class MegatronCheckpoints(CheckpointReader):
                 files.read(f"exp_avg.{name}", shard, adam.exp_avg)
                 files.read(f"exp_avg_sq.{name}", shard, adam.exp_avg_sq)
         self._read_weights(files, "reference", self.policy.reference or [])
+
+
+def _nothing() -> None:
+    """What a rank does that completes no checkpoint."""

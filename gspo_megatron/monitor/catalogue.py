@@ -85,6 +85,31 @@ CATALOGUE = (
     ),
     Entry("groups/all_right_fraction", "reward", "Share of groups in which every rollout is correct.", "Too easy."),
     Entry("groups/all_wrong_fraction", "reward", "Share of groups in which none is.", "Too hard."),
+    # Dynamic sampling (rollout.dynamic_sampling). All other numbers are of the groups that the step trains on.
+    Entry(
+        "groups/rounds",
+        "reward",
+        "Rounds of sampling of the step.",
+        "1 + rollout.dynamic_sampling: the bound is reached.",
+    ),
+    Entry(
+        "groups/kept_fraction",
+        "reward",
+        "Share of the sampled groups whose rewards differ.",
+        "Falling: few prompts still teach, and a step costs its inverse.",
+    ),
+    Entry("groups/dropped_all_right", "reward", "Groups with equal rewards in which every rollout is correct."),
+    Entry("groups/dropped_all_wrong", "reward", "Groups with equal rewards in which none is."),
+    Entry(
+        "groups/surplus", "reward", "Groups whose rewards differ beyond rollout.prompts_per_step; they are not used."
+    ),
+    Entry(
+        "groups/filled",
+        "reward",
+        "Groups with equal rewards that complete the batch, since the bound was reached.",
+        "Above 0, often: raise rollout.dynamic_sampling, or change the prompts.",
+    ),
+    Entry("groups/unused_tokens", "time", "Tokens of the responses that were sampled and are not trained on."),
     # Responses.
     Entry("response_length/mean", "reward", "Tokens of a response with its EOS; mean over all rollouts."),
     Entry("response_length/p50", "reward", "Their median."),
@@ -169,6 +194,13 @@ CATALOGUE = (
         "Estimate (algorithm.kl_estimator) of KL(policy || reference), mean over live tokens; null without a "
         "reference.",
         "Growing without reward: the policy drifts.",
+    ),
+    Entry(
+        "kl/penalty",
+        "train",
+        "Mean over all rollouts of what algorithm.kl_in=reward subtracts from the reward: algorithm.kl_coef times the "
+        "estimated KL of a whole response. reward/mean is without it.",
+        "As large as the differences between rewards: the policy learns to stay where it is.",
     ),
     Entry(
         "entropy",

@@ -86,13 +86,18 @@ class RunWriter:
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """rollouts/step_000001.jsonl, one object per rollout."""
-        _write_json_lines(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rows)
+        write_json_lines(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rows)
+
+    def held_out(self, name: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """rollouts/eval_NAME_step_000001.jsonl, one object per held-out response; eval_step_... of data.eval."""
+        file = f"eval_{name}_step_{step:06d}.jsonl" if name else f"eval_step_{step:06d}.jsonl"
+        write_json_lines(self.run_dir / "rollouts" / file, rows)
 
     def offenders(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """guards/NAME.jsonl: what a guard objected to. Non-finite numbers are written as in Python, NaN or Infinity."""
         with _written(self.run_dir / "guards"):
             (self.run_dir / "guards").mkdir(exist_ok=True)
-        _write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
+        write_json_lines(self.run_dir / "guards" / f"{name}.jsonl", rows)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -114,7 +119,7 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with _written(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(_json_line(row))

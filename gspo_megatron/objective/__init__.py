@@ -3,7 +3,7 @@
 variants.py says how an algorithm is composed of dials, and how to add one.
 """
 
-from gspo_megatron.objective.advantage import BASELINES, group_advantages
+from gspo_megatron.objective.advantage import BASELINES, group_advantages, rewards_differ
 from gspo_megatron.objective.kl import KL_ESTIMATORS
 from gspo_megatron.objective.loss import LikelihoodObjective, PolicyObjective
 from gspo_megatron.objective.segments import Segments
@@ -19,4 +19,5 @@ __all__ = [
     "Variant",
     "group_advantages",
     "resolve_variant",
+    "rewards_differ",
 ]

@@ -152,6 +152,11 @@ def group_advantages(
     return advantages_S.to(torch.promote_types(rewards_S.dtype, torch.float32))
 
 
+def rewards_differ(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of one group differ, by the rule of `group_advantages`: if not, its advantages are 0."""
+    return max(rewards) - min(rewards) > EQUAL * max(map(abs, rewards))
+
+
 def _varied(rewards_S: Tensor, groups: Groups) -> Tensor:
     """Whether the rewards of each sequence's group differ."""
 

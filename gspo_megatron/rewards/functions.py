@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
-from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 from gspo_megatron.rewards.user_code import described, plain
 
 if TYPE_CHECKING:
@@ -40,11 +40,22 @@ Arguments = dict[str, Any]
 
 class Outcome(NamedTuple):
     """What a reward gave for a rollout: `values` has its score and, by name, its other parts; or why it gave nothing.
-    `lost`: its process hung, ended or ran out of memory, which says nothing about later rollouts."""
+    `lost`: its process hung, ended or ran out of memory, or its service gave no answer, which says nothing about later
+    rollouts. `stops`: no later rollout can have a score either."""
 
     values: dict[str, float]
     error: str = ""
     lost: bool = False
+    stops: bool = False
+
+
+class NotJudged(Exception):
+    """A reward could not judge a rollout, through no fault of the response: its value is 0, the rollout counts as lost.
+    `values` as in `Outcome`."""
+
+    def __init__(self, message: str, values: dict[str, float]) -> None:
+        super().__init__(message)
+        self.values = values
 
 
 class RewardFunction(NamedTuple):
@@ -104,7 +115,7 @@ def find(name: str, parameters: Mapping[str, Any] | None = None) -> RewardFuncti
     """
     module, colon, attribute = IN_WORKERS.get(name, name).partition(":")
     if not colon and name not in REWARDS:
-        known = (*REWARDS, *IN_WORKERS)
+        known = (*REWARDS, *IN_WORKERS, *SERVICES)
         raise ConfigError(
             f"unknown reward {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}, "
             f"and your own as 'module:function', called with what it names of {', '.join(ARGUMENTS)}"
@@ -167,6 +178,8 @@ class Caller:
 
 
 def _failed(error: BaseException) -> Outcome:
+    if isinstance(error, NotJudged):
+        return Outcome(error.values, plain(str(error)), lost=True)
     return Outcome({}, described(error), lost=isinstance(error, MemoryError))
 
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from gspo_megatron.rewards.rules import MARKER, NUMBER, boxed_content, decimal_of
+from gspo_megatron.rewards.rules import NUMBER, decimal_of, final_expression
 
 try:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -68,14 +68,6 @@ def math(*, response: str, answer: str, seconds: float = 5.0) -> dict[str, float
     expected = final_expression(answer)
     verdict = verdict_of(final_expression(response), answer.strip() if expected is None else expected, seconds)
     return {"score": float(verdict == "right"), **{name: float(name == verdict) for name in VERDICTS}}
-
-
-def final_expression(text: str) -> str | None:
-    """What its last box holds, or what follows its last marker on that line."""
-    boxed = boxed_content(text)
-    if boxed is None and MARKER in text:
-        return text.rpartition(MARKER)[2].partition("\n")[0].strip()
-    return boxed
 
 
 def verdict_of(found: str | None, expected: str, seconds: float) -> str:

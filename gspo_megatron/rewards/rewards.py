@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from threading import Lock
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.rewards.functions import ARGUMENTS, SCORE, Arguments, Caller, Outcome, find
-from gspo_megatron.rewards.rules import IN_WORKERS
+from gspo_megatron.rewards.rules import IN_WORKERS, SERVICES
+from gspo_megatron.rewards.services import open_service
 from gspo_megatron.rewards.terms import Term, terms_of
 from gspo_megatron.rewards.user_code import contained
 from gspo_megatron.rewards.workers import WorkerPool
 
 LISTED_ERRORS = 3
-MOST_LOST = 0.5
-"""A step of which a larger share of rollouts is lost has a reward that does not work."""
 
 
 class Score(NamedTuple):
@@ -37,6 +38,8 @@ class Reward(Protocol):
     groups_at_once: int
     """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread that
     samples."""
+    most_lost: float
+    """The run stops at a step of which a larger share of rollouts is lost."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """One score for each rollout of a group, in order. A reward of NaN means that a rollout could not be scored,
@@ -48,12 +51,13 @@ class Rewards:
 
     A function of f_t(prompt, response, answer, ...) is one of REWARDS, or a user's `module:function`. Rules are called
     in this process, a user's functions, and rules that can take any time, in processes of their own (`workers.py`);
-    `isolate=False` calls a user's functions here, too. `accuracy` is the term that decides whether a response is
-    correct (default: the first that is no gate).
+    `isolate=False` calls a user's functions here, too. Services (`services.py`) are asked by threads; `environment` has
+    their tokens. `accuracy` is the term that decides whether a response is correct (default: the first that is no
+    gate). `defaults`: parameters by function, below those of a term.
 
     A function that raises, or returns anything but finite numbers, is noted in the score's `error`; its value is then 0
     with on_error="count", and NaN with "stop", so that `refuse_unscored` stops the run. Where a process hung or ended,
-    the value is 0 either way.
+    or a service gave no answer, the value is 0 either way; where a service refuses the run, NaN.
 
     Raises:
         ConfigError: an unknown name, a function that cannot be imported or called, or a weight that is not finite.
@@ -66,15 +70,18 @@ class Rewards:
         on_error: str = "stop",
         *,
         terms: Seq[Mapping[str, Any]] = (),
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
         isolate: bool = True,
         workers: int = 1,
         timeout_s: float = 60.0,
         memory_gib: float = 4.0,
         seed: int = 0,
+        most_lost: float = 0.5,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if on_error not in ("stop", "count"):
             raise ConfigError(f"reward.on_error={on_error!r} must be 'stop' or 'count'")
-        self.terms = terms_of(functions, terms)
+        self.terms = terms_of(functions, terms, defaults or {})
         self._accuracy = accuracy or next((t.name for t in self.terms if not t.gate), self.terms[0].name)
         if self._accuracy not in [term.name for term in self.terms]:
             raise ConfigError(
@@ -82,9 +89,14 @@ class Rewards:
                 "one of them, or add it with weight 0"
             )
         self._stop = on_error == "stop"
-        self._pooled = [t for t in self.terms if (isolate if t.is_users else _takes_any_time(t))]
+        self.most_lost = most_lost
+        asked = [t for t in self.terms if t.function in SERVICES]
+        called = [t for t in self.terms if t not in asked]
+        self._pooled = [t for t in called if (isolate if t.is_users else _takes_any_time(t))]
         with contained():
-            self._here = {t.name: find(t.function, t.parameters) for t in self.terms if t not in self._pooled}
+            self._here = {t.name: find(t.function, t.parameters) for t in called if t not in self._pooled}
+        self._services = {t.name: open_service(t.function, t.parameters, environment) for t in asked}
+        self._one_at_a_time = Lock()
         self._call = Caller((Exception, SystemExit))  # sys.exit in a reward must not end the run as done
         self._pool = WorkerPool(
             {term.name: (term.function, term.parameters) for term in self._pooled},
@@ -98,11 +110,26 @@ class Rewards:
     def use_workers(self, count: int) -> None:
         """Calls functions in up to `count` processes, where any needs one."""
         self._pool.grow(count)
-        self.groups_at_once = count if self._pooled else 0
+        waiting = [service.groups_at_once for service in self._services.values()]
+        self.groups_at_once = max([count if self._pooled else 0, *waiting])
+
+    def check_services(self) -> None:
+        """Asks every service for a trial.
+
+        Raises:
+            ConfigError: one gives none.
+        """
+        for name, service in self._services.items():
+            try:
+                service.check()
+            except ConfigError as error:
+                raise ConfigError(f"reward {name!r}: {error}") from error
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, and what waits for services."""
         self._pool.close()
+        for service in self._services.values():
+            service.close()
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`. The terms are raw values, before weights."""
@@ -116,20 +143,23 @@ class Rewards:
         return [self._total(sheet) for sheet in sheets]
 
     def _fill(self, sheets: Seq[_Sheet], stage: Seq[Term]) -> None:
-        """Scores the terms up to a gate. Those in other processes are begun first."""
-        pooled = {term.name: self._begun(term, sheets) for term in stage if term in self._pooled}
+        """Scores the terms up to a gate. Those that others compute are begun first."""
+        begun = {term.name: self._begun(term, sheets) for term in stage if term.name not in self._here}
         for term in stage:
-            outcomes = self._ended(pooled[term.name]) if term.name in pooled else self._scored_here(term, sheets)
+            outcomes = self._ended(begun[term.name]) if term.name in begun else self._scored_here(term, sheets)
             for sheet, outcome in zip(sheets, outcomes, strict=True):
                 self._note(sheet, term, outcome)
 
     def _begun(self, term: Term, sheets: Seq[_Sheet]) -> list[Future[list[Outcome]]]:
+        if not sheets:
+            return []
+        if service := self._services.get(term.name):
+            return [service.submit([s.arguments(service.takes) for s in sheets], [s.rollout.id for s in sheets])]
         called = self._called[term.name]
         calls = [sheets] if called.batch or called.is_async else [[sheet] for sheet in sheets]
         return [
             self._pool.submit(term.name, [s.arguments(called.takes) for s in call], [s.rollout.id for s in call])
             for call in calls
-            if call
         ]
 
     def _ended(self, calls: Seq[Future[list[Outcome]]]) -> list[Outcome]:
@@ -140,7 +170,9 @@ class Rewards:
         items = [sheet.arguments(function.takes) for sheet in sheets]
         if not term.is_users or not sheets:
             return self._call(function, items) if items else []
-        with contained():
+        # Where other terms are waited for, groups are scored in several threads; a user's function may not be made for
+        # that.
+        with self._one_at_a_time, contained():
             return self._call(function, items)
 
     def _note(self, sheet: _Sheet, term: Term, outcome: Outcome) -> None:
@@ -149,7 +181,8 @@ class Rewards:
         sheet.lost |= outcome.lost
         if outcome.error:
             sheet.errors.append(f"reward {term.name!r} failed: {outcome.error}")
-            sheet.terms[term.name] = math.nan if self._stop and not outcome.lost else 0.0
+            unscored = outcome.stops or (self._stop and not outcome.lost)
+            sheet.terms[term.name] = math.nan if unscored else 0.0
         sheet.passed = not term.gate or sheet.terms[term.name] >= 1
 
     def _total(self, sheet: _Sheet) -> Score:
@@ -158,7 +191,7 @@ class Rewards:
         return Score(total, {**terms, **sheet.terms}, "; ".join(sheet.errors), sheet.lost)
 
     def check_answer(self, prompt: Prompt) -> None:
-        """Whether the rewards by rule can read a prompt's answer. A user's own are not called ahead of the run.
+        """Whether the rewards by rule can read a prompt's answer. A user's own are not called for every prompt.
 
         Raises:
             DataError: one cannot.
@@ -172,6 +205,11 @@ class Rewards:
                         f"prompt {prompt.id} ({prompt.text[:60]!r}): reward {term.name!r} cannot judge it: "
                         f"{outcome.error}; use another reward, correct the answer, or set reward.on_error=count"
                     )
+
+    @property
+    def judged_by(self) -> str:
+        """The function that decides whether a response is correct."""
+        return next(term.function for term in self.terms if term.name == self._accuracy)
 
     def accuracy(self, rollout: Rollout) -> float:
         """1 when the accuracy reward's raw value is at least 1, else 0."""
@@ -203,13 +241,13 @@ def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
         rollout.reward, rollout.reward_terms, rollout.reward_error, rollout.reward_lost = score
 
 
-def refuse_unscored(rollouts: Seq[Rollout]) -> None:
-    """Stops the run when a rollout could not be scored, or so many processes hung or ended that the reward cannot work.
+def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
+    """Stops the run when a rollout could not be scored, or so many are lost that the reward cannot work.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
 
     Raises:
-        DataError: a rollout has an error and a reward of NaN, or more than MOST_LOST of all are lost.
+        DataError: a rollout has an error and a reward of NaN, or a larger share than `most_lost` are lost.
     """
     failed = [rollout for rollout in rollouts if rollout.reward_error and math.isnan(rollout.reward)]
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
@@ -218,11 +256,11 @@ def refuse_unscored(rollouts: Seq[Rollout]) -> None:
             f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
             f"count such a reward as 0. The first of them:\n{listed(failed)}"
         )
-    if len(lost) > MOST_LOST * len(rollouts):
+    if len(lost) > most_lost * len(rollouts):
         raise DataError(
-            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes that were to compute "
-            "them; fix the reward, or, where it ran into a limit, raise reward.timeout_s or reward.memory_gib. The "
-            f"first of them:\n{listed(lost)}"
+            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes or services that "
+            f"were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, or, where it ran "
+            f"into a limit, raise that. The first of them:\n{listed(lost)}"
         )
 
 

@@ -29,10 +29,10 @@ def final_number(*, prompt: str, response: str, answer: str) -> float:
     Raises:
         ValueError: an answer without such a number.
     """
-    expected = _marked_number(answer if MARKER in answer else f"{MARKER} {answer}")
+    expected = marked_number(answer if MARKER in answer else f"{MARKER} {answer}")
     if expected is None:
         raise ValueError(f"the answer {answer[-60:]!r} is not a number and does not end in '{MARKER} number'")
-    return float(_marked_number(response) == expected)
+    return float(marked_number(response) == expected)
 
 
 def last_number(*, prompt: str, response: str, answer: str) -> float:
@@ -41,10 +41,10 @@ def last_number(*, prompt: str, response: str, answer: str) -> float:
     Raises:
         ValueError: an answer without a number.
     """
-    expected = _last_number(answer)
+    expected = last_number_of(answer)
     if expected is None:
         raise ValueError(f"the answer {answer[-60:]!r} has no number")
-    return float(_last_number(response) == expected)
+    return float(last_number_of(response) == expected)
 
 
 def boxed(*, prompt: str, response: str, answer: str) -> float:
@@ -65,7 +65,7 @@ def answer_format(*, response: str, pattern: str | None = None) -> float:
     if pattern is not None:
         return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
     last_line = response.strip().rpartition("\n")[2]
-    well_formed = last_line.startswith(MARKER) and _marked_number(last_line) is not None
+    well_formed = last_line.startswith(MARKER) and marked_number(last_line) is not None
     return float(well_formed and response.count(MARKER) == 1)
 
 
@@ -129,20 +129,25 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 IN_WORKERS = {
+    "code": "gspo_megatron.rewards.code:code",
     "math": "gspo_megatron.rewards.math:math",
     "json_schema": "gspo_megatron.rewards.structure:json_schema",
 }
 """Rules that may run for hours on a hostile response, or need other packages: called in processes of their own."""
+SERVICES = {
+    "remote": "gspo_megatron.rewards.remote:Remote",
+}
+"""Rewards that another program computes (`services.py`)."""
 
 
-def _marked_number(text: str) -> Decimal | None:
+def marked_number(text: str) -> Decimal | None:
     """The number that fills the rest of the line after the last marker: `72`, `-1,200.50`, `$5.`"""
     _, marker, tail = text.rpartition(MARKER)
     number = NUMBER.fullmatch(tail.partition("\n")[0].strip())
     return decimal_of(number) if marker and number else None
 
 
-def _last_number(text: str) -> Decimal | None:
+def last_number_of(text: str) -> Decimal | None:
     """The sign of `5-3` is a minus between two numbers."""
     numbers = list(SIGNED_ALONE.finditer(text))
     return decimal_of(numbers[-1]) if numbers else None
@@ -157,6 +162,14 @@ def boxed_content(text: str) -> str | None:
         if depth == 0:
             return tail[:i]
     return None
+
+
+def final_expression(text: str) -> str | None:
+    """What its last box holds, or what follows its last marker on that line."""
+    boxed = boxed_content(text)
+    if boxed is None and MARKER in text:
+        return text.rpartition(MARKER)[2].partition("\n")[0].strip()
+    return boxed
 
 
 def decimal_of(number: re.Match[str]) -> Decimal:

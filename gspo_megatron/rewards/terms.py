@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
-from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS
+from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,12 @@ KINDS: dict[str, tuple[type, ...]] = {"name": (str,), "function": (str,), "weigh
 """Keys of an entry of reward.terms that are not the function's parameters, and the types of their values."""
 
 
-def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] = ()) -> list[Term]:
-    """Those of reward.functions, name: weight, then those of reward.terms.
+def terms_of(
+    functions: Mapping[str, float],
+    terms: Sequence[Mapping[str, Any]] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Term]:
+    """Those of reward.functions, name: weight, then those of reward.terms. `defaults`: parameters by function.
 
     Raises:
         ConfigError: there is none, a name comes twice, or a weight is not finite.
@@ -47,7 +51,7 @@ def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] 
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
         raise ConfigError(
-            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS))} or 'module:function'"
+            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS, *SERVICES))} or 'module:function'"
         )
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
@@ -58,7 +62,8 @@ def terms_of(functions: Mapping[str, float], terms: Sequence[Mapping[str, Any]] 
         raise ConfigError(
             f"reward.terms: {found[0].name!r} is a gate to nothing; give it a weight, or add a term after it"
         )
-    return found
+    known = defaults or {}
+    return [replace(t, parameters={**known.get(t.function, {}), **t.parameters}) for t in found]
 
 
 def _term(given: Mapping[str, Any]) -> Term:

@@ -135,8 +135,9 @@ def _end(jobs: queue.SimpleQueue[Job | None], keepers: Sequence[_Keeper]) -> Non
         while True:  # who waits for one of them is told
             if (job := jobs.get_nowait()) is not None:
                 job.result.cancel()
-    for keeper in keepers:
+    for _ in keepers:  # before waiting for any: another may take the first
         jobs.put(None)
+    for keeper in keepers:
         keeper.end()
 
 

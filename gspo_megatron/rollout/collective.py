@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
@@ -16,67 +17,42 @@ from gspo_megatron.rollout.group_scores import GroupScores
 
 
 @dataclass
-class CollectiveSource:
-    """`RolloutSource` over a `Sampler`.
+class HeldOutSource:
+    """Responses to held-out prompts, over a `Sampler`.
 
     Attributes:
-        next_id: the id of the next rollout.
         vocab_size: number of ids that the embedding has.
     """
 
     sampler: Sampler
     ranks: Ranks
-    reward: Reward
     tokenizer: Tokenizer
-    prompts: OrderedPrompts
-    next_id: int
-    prompts_per_step: int
-    group_size: int
     vocab_size: int
 
-    @property
-    def taken(self) -> Taken:
-        """See `RolloutSource.taken`."""
-        curriculum = self.prompts.curriculum
-        return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
+    def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
+        """See `RolloutSource.held_out`. Ids count from 0: the seed is another than that of `groups`."""
+        return self._scored([(p, i * n + j) for i, p in enumerate(prompts) for j in range(n)], n, reward, sampling)
 
-    @property
-    def set_aside(self) -> int | None:
-        """See `RolloutSource.set_aside`."""
-        return self.prompts.curriculum.set_aside if self.prompts.curriculum else None
-
-    def groups(self, step: int) -> list[RolloutGroup]:
-        """See `RolloutSource.groups`. Rollouts are numbered through the run; the number seeds a rollout's random
-        numbers."""
-        prompts, size = self.prompts.next(self.prompts_per_step), self.group_size
-        asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
-        rollouts = self._scored(asked, size, greedy=False)
-        groups = [RolloutGroup(prompt, rollouts[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
-        # Not before: a run that is stopped in between samples the same again.
-        self.prompts.pass_on(groups)
-        self.next_id += len(asked)
-        return groups
-
-    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
-        """See `RolloutSource.greedy`."""
-        return self._scored([(p, i) for i, p in enumerate(prompts)], 1, greedy=True)
-
-    def _scored(self, asked: Seq[tuple[Prompt, int]], together: int, *, greedy: bool) -> list[Rollout]:
-        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together`
-        consecutive items go to one rank."""
+    def _scored(
+        self, asked: Seq[tuple[Prompt, int]], together: int, reward: Reward, sampling: Sampling | None = None
+    ) -> list[RolloutGroup]:
+        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together` consecutive items
+        are a group, and go to one rank."""
         for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
             checked_tokens(prompt, (), self.vocab_size)
         mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
-        generate = partial(self.sampler.generate, [p for p, _ in mine], [i for _, i in mine], greedy=greedy)
+        prompts, ids = [prompt for prompt, _ in mine], [number for _, number in mine]
+        greedy = sampling is not None and sampling.temperature == 0
+        generate = partial(self.sampler.generate, prompts, ids, greedy=greedy, sampling=sampling)
         if self.ranks.is_reporter:
-            with GroupScores(self.reward, self._decode, first_id=asked[0][1], size=together) as scores:
+            with GroupScores(reward, self._decode, first_id=asked[0][1], size=together) as scores:
                 rollouts = generate(ended=scores.add)
                 scores.finish()
         else:
             rollouts = generate()
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
-        refuse_unscored(gathered)
-        return gathered
+        refuse_unscored(gathered, reward.most_lost)
+        return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
 
     def _decode(self, rollout: Rollout) -> None:
         rollout.text = text_of(self.tokenizer, rollout.last_turn)
@@ -87,3 +63,41 @@ class CollectiveSource:
         ranks = self.ranks
         rank, count = ranks.dp_rank * ranks.cp_size + ranks.cp_rank, ranks.dp_size * ranks.cp_size
         return range(rank * stride, stop, count * stride)
+
+
+@dataclass
+class CollectiveSource(HeldOutSource):
+    """`RolloutSource` over a `Sampler`.
+
+    Attributes:
+        next_id: the id of the next rollout.
+    """
+
+    reward: Reward
+    prompts: OrderedPrompts
+    next_id: int
+    prompts_per_step: int
+    group_size: int
+
+    @property
+    def taken(self) -> Taken:
+        """See `RolloutSource.taken`."""
+        curriculum = self.prompts.curriculum
+        return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """See `RolloutSource.metrics`."""
+        curriculum = self.prompts.curriculum
+        return {"prompts/set_aside": curriculum.set_aside} if curriculum else {}
+
+    def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
+        """See `RolloutSource.groups`. Rollouts are numbered through the run; the number seeds a rollout's random
+        numbers."""
+        prompts, size = self.prompts.next(count or self.prompts_per_step), self.group_size
+        asked = [(p, self.next_id + i * size + j) for i, p in enumerate(prompts) for j in range(size)]
+        groups = self._scored(asked, size, self.reward)
+        # Not before: a run that is stopped in between samples the same again.
+        self.prompts.pass_on(groups)
+        self.next_id += len(asked)
+        return groups

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
-from gspo_megatron.base.batches import Prompt, Rollout
+from gspo_megatron.base.batches import Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.chat import ChatTemplate
@@ -61,6 +62,7 @@ class ConversationSampler:
         ids: Seq[int],
         *,
         greedy: bool = False,
+        sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
         begun: Seq[int] = (),
     ) -> list[Rollout]:
@@ -70,10 +72,12 @@ class ConversationSampler:
             StopRequested: as the sampler of turns.
             DataError: the environment failed in more than MOST_FAILED of all conversations; on all ranks.
         """
-        rollouts = self.sampler.generate(prompts, ids, greedy=greedy, begun=begun)
+        most = sampling.max_new_tokens if sampling else self.max_new_tokens
+        sample = partial(self.sampler.generate, greedy=greedy, sampling=sampling)
+        rollouts = sample(prompts, ids, begun=begun)
         due, turns, failed, total = rollouts, 1, [], 0
         while True:
-            replies: list[Reply] = self.ranks.gather(self._replies(due, turns) if self.ranks.is_reporter else [])
+            replies: list[Reply] = self.ranks.gather(self._replies(due, turns, most) if self.ranks.is_reporter else [])
             total = total or len(replies)
             failed += [reply for reply in replies if reply.error]
             own = {reply.id: reply for reply in replies}
@@ -86,18 +90,10 @@ class ConversationSampler:
             due = [rollout for rollout in due if own[rollout.id].tokens is not None]
             for rollout in due:
                 self._add(rollout, own[rollout.id].tokens or [])
-            self._sample_turn(due, greedy)
+            _sample_turn(sample, due)
             turns += 1
         _refuse_failing(failed, total)
         return rollouts
-
-    def _sample_turn(self, due: Seq[Rollout], greedy: bool) -> None:
-        so_far = [replace(r.prompt, tokens=(*r.prompt.tokens, *r.tokens)) for r in due]
-        drawn = self.sampler.generate(so_far, [r.id for r in due], greedy=greedy, begun=[len(r.tokens) for r in due])
-        for rollout, turn in zip(due, drawn, strict=True):
-            rollout.tokens += turn.tokens
-            rollout.log_probs += turn.log_probs
-            rollout.truncated = turn.truncated
 
     def _add(self, rollout: Rollout, tokens: Seq[int]) -> None:
         begin = len(rollout.tokens)
@@ -106,7 +102,7 @@ class ConversationSampler:
 
     # ------------------------------------------------------------------------------------------- on reporters
 
-    def _replies(self, due: Seq[Rollout], turns: int) -> list[Reply]:
+    def _replies(self, due: Seq[Rollout], turns: int, most: int) -> list[Reply]:
         """Asks the environment about the turns just sampled, and notes what was said."""
         for rollout in due:
             rollout.text = text_of(self.tokenizer, rollout.last_turn)
@@ -114,9 +110,9 @@ class ConversationSampler:
         # A turn that was cut has not said what it meant to.
         asked = [rollout for rollout in due if not rollout.truncated]
         answered = dict(zip([r.id for r in asked], self.environment.replies(asked) if asked else [], strict=True))
-        return [self._reply(r, answered[r.id], turns) if r.id in answered else Reply(r.id) for r in due]
+        return [self._reply(r, answered[r.id], turns, most) if r.id in answered else Reply(r.id) for r in due]
 
-    def _reply(self, rollout: Rollout, turn: Turn, turns: int) -> Reply:
+    def _reply(self, rollout: Rollout, turn: Turn, turns: int, most: int) -> Reply:
         rollout.tool_calls += turn.calls
         rollout.tool_errors += turn.failed
         rollout.environment_error = turn.error
@@ -127,7 +123,7 @@ class ConversationSampler:
         except Exception as error:  # a text that the tokenizer or the template refuses, each in its own way
             rollout.environment_error = f"its answer {turn.content[:60]!r} cannot be used ({error})"
             return Reply(rollout.id, cut=True, error=rollout.environment_error)
-        if turns == self.max_turns or len(rollout.tokens) + len(tokens) >= self.max_new_tokens:
+        if turns == self.max_turns or len(rollout.tokens) + len(tokens) >= most:
             return Reply(rollout.id, cut=True)
         rollout.turns.append({"role": turn.role, "content": turn.content, "sampled": False})
         return Reply(rollout.id, tokens)
@@ -143,6 +139,16 @@ class ConversationSampler:
         # The template ends the turn with the token that the model has ended it with already.
         ended_itself = rollout.tokens[-1] in self.tokenizer.stop_ids and tokens[:1] == rollout.tokens[-1:]
         return tokens[1:] if ended_itself else tokens
+
+
+def _sample_turn(sample: Callable[..., list[Rollout]], due: Seq[Rollout]) -> None:
+    """The next turn of each: what has been said so far is its prompt."""
+    so_far = [replace(r.prompt, tokens=(*r.prompt.tokens, *r.tokens)) for r in due]
+    drawn = sample(so_far, [r.id for r in due], begun=[len(r.tokens) for r in due])
+    for rollout, turn in zip(due, drawn, strict=True):
+        rollout.tokens += turn.tokens
+        rollout.log_probs += turn.log_probs
+        rollout.truncated = turn.truncated
 
 
 def _refuse_failing(failed: Seq[Reply], total: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Taken
+from gspo_megatron.base.batches import Prompt, RolloutGroup, Sampling, Taken
+from gspo_megatron.rewards.rewards import Reward
 
 
 class RolloutSource(Protocol):
@@ -16,16 +18,17 @@ class RolloutSource(Protocol):
         """What the groups so far have used up. A checkpoint holds it; the source of a continued run begins there."""
 
     @property
-    def set_aside(self) -> int | None:
-        """How many prompts are set aside by data.curriculum; None without one."""
+    def metrics(self) -> Mapping[str, float]:
+        """What the last groups do not tell of how they were found."""
 
-    def groups(self, step: int) -> list[RolloutGroup]:
-        """The rollout groups of a step.
+    def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
+        """The rollout groups of a step: those of `count` prompts, by default rollout.prompts_per_step.
 
         Raises:
             StopRequested: the run was asked to stop.
             DataError: a rollout could not be scored, or a prompt has an id that the embedding does not have.
         """
 
-    def greedy(self, prompts: Seq[Prompt]) -> list[Rollout]:
-        """The most likely response to each prompt, in order. Raises as `groups` does."""
+    def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
+        """`n` responses to each prompt, in order, scored by `reward`. Takes nothing of what `groups` takes; raises as
+        it does."""

@@ -18,6 +18,7 @@ class Algorithm:
 
     Attributes:
         variant: the row of the table of algorithms, with the settings' overrides.
+        kl_in_reward: the KL to the reference is subtracted from the reward, and is no term of the loss.
         updates_per_rollout: mini-batches that a rollout batch is split into, each used for one update.
         old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
             `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
@@ -32,6 +33,7 @@ class Algorithm:
 
     variant: Variant
     kl_estimator: str
+    kl_in_reward: bool
     entropy_coef: float
     updates_per_rollout: int
     old_log_probs: str
@@ -61,10 +63,13 @@ class Algorithm:
             correction=a.correction,
         )
         variant = _following(variant, config)
-        by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1
+        in_reward = a.kl_in == "reward"
+        # A reward is known before an update, and so are the log-probs that it depends on.
+        by_itself = a.old_log_probs == "auto" and a.updates_per_rollout == 1 and not in_reward
         return cls(
             variant=variant,
             kl_estimator=a.kl_estimator,
+            kl_in_reward=in_reward,
             entropy_coef=a.entropy_coef,
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
@@ -88,11 +93,15 @@ class Algorithm:
             parameters = ", ".join(f"{name} {value:g}" for name, value in given.items())
             dials.append(f"{kind} {dial.name}" + (f" ({parameters})" if parameters else ""))
         kl = f"KL {self.kl_estimator} to the reference with weight {self.variant.kl_coef:g}"
+        kl += " in the reward" if self.kl_in_reward else ""
         return f"{self.variant.name}: {', '.join(dials)}, {kl if self.needs_reference else 'no KL term'}"
 
     @property
     def objective(self) -> PolicyObjective:
-        return PolicyObjective(self.variant, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef)
+        kl_coef = 0.0 if self.kl_in_reward else None  # measured in either case
+        return PolicyObjective(
+            self.variant, kl_coef=kl_coef, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef
+        )
 
     @property
     def needs_reference(self) -> bool:

@@ -25,6 +25,7 @@ CUTTING = (
     "algorithm.updates_per_rollout",
     "algorithm.variant",
     "algorithm.kl_coef",
+    "algorithm.kl_in",
     "algorithm.entropy_coef",
     "algorithm.routing_replay",
     "model.aux_loss_coef",

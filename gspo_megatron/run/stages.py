@@ -6,6 +6,7 @@ S  sequences      R  trained tokens
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gspo_megatron.base.metrics import LossTerms, Metric, merge, on_host, values
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sources import checked_tokens
-from gspo_megatron.objective import PolicyObjective, Segments, group_advantages
+from gspo_megatron.objective import KL_ESTIMATORS, PolicyObjective, Segments, group_advantages
 from gspo_megatron.objective.corrections import drift_by_position, gap_to_sampler
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.step_state import StepState
@@ -33,9 +34,7 @@ def sequences_of(
         DataError: a token id that the embedding does not have.
     """
     rollouts = [r for g in groups for r in g.rollouts]
-    group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    advantages = group_advantages(rewards, group_ids, baseline=algorithm.variant.baseline).tolist()
+    advantages = advantages_of(groups, [r.reward for r in rollouts], algorithm)
     sequences = []
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
@@ -45,6 +44,14 @@ def sequences_of(
         column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
         sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
     return sequences
+
+
+def advantages_of(groups: Seq[RolloutGroup], rewards: Seq[float], algorithm: Algorithm) -> list[float]:
+    """Of each rollout, group by group."""
+    group_ids = [i for i, g in enumerate(groups) for _ in g.rollouts]
+    rewards_S = torch.tensor(rewards, dtype=torch.float64)
+    advantages: list[float] = group_advantages(rewards_S, group_ids, baseline=algorithm.variant.baseline).tolist()
+    return advantages
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,31 @@ def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> No
         scored = policy.log_probs(micro_batches, **how)
         for micro_batch, log_probs_R in zip(micro_batches, scored, strict=True):
             micro_batch.columns[column] = log_probs_R
+
+
+def penalise(step: StepState, algorithm: Algorithm, ranks: Ranks) -> None:
+    """A = baseline(R'), R'_i = R_i - kl_coef sum_t KL(old || ref)_it        (2203.02155 Eq. 2, k1 of a whole response)
+
+    Replaces the advantages of the step, whose batches hold all of its sequences, scored. Equal on all ranks."""
+    shares: list[tuple[int, float]] = []
+    for mini_batch, batch in zip(step.mini_batches, step.batches, strict=True):
+        for m in batch.micro_batches:
+            kl_R = KL_ESTIMATORS[algorithm.kl_estimator](
+                *(m.columns[c].cpu().double() for c in ("old_log_probs", "ref_log_probs"))
+            )
+            kl_S = kl_R.new_zeros(len(m.index)).index_add(0, m.sequence_R.cpu(), kl_R)
+            shares += zip([mini_batch[i] for i in m.index], kl_S.tolist(), strict=True)
+    penalties = [0.0] * len(step.sequences)
+    # Under context parallel a rank has a share of every sequence.
+    for number, kl in ranks.gather(shares):
+        penalties[number] += algorithm.variant.kl_coef * kl
+    rewards = [rollout.reward - penalty for rollout, penalty in zip(step.rollouts, penalties, strict=True)]
+    for sequence, advantage in zip(step.sequences, advantages_of(step.groups, rewards, algorithm), strict=True):
+        sequence.advantage = advantage
+    for mini_batch, batch in zip(step.mini_batches, step.batches, strict=True):
+        for m in batch.micro_batches:
+            m.advantages_S = m.advantages_S.new_tensor([step.sequences[mini_batch[i]].advantage for i in m.index])
+    step.noted["kl/penalty"] = statistics.fmean(penalties)
 
 
 def segments_of(micro_batch: MicroBatch, ranks: Ranks) -> Segments:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from gspo_megatron.checkpoint.fields import (
     LIST,
     NUMBER,
     NUMBERS,
+    NUMBERS_BY_NAME,
     OBJECT,
     OBJECTS,
     TEXT,
@@ -32,6 +33,7 @@ from gspo_megatron.checkpoint.fields import (
 )
 from gspo_megatron.config.loading import RENAMED, to_yaml
 from gspo_megatron.config.sections import Config
+from gspo_megatron.run.best import Record
 from gspo_megatron.run.step_state import StepSnapshot
 
 
@@ -63,14 +65,16 @@ STATE = {
     "taken": optional(OBJECT),
     "contents": optional(OBJECT),
     "warm_start_loss": optional(NUMBER),
+    "records": optional(OBJECTS),
 }
 PARTS = {
     "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
     "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
-    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBERS_BY_NAME)},
 }
 """The fields of a state in JSON, and of its objects."""
+RECORD = {"value": NUMBER, "step": COUNT, "since": COUNT}
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class RunState:
         guards: what the guards remember.
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
         warm_start_loss: of the last update of a warm start.
+        records: the best evaluation so far, by metric.
     """
 
     position: Position
@@ -110,6 +115,7 @@ class RunState:
     step: StepSnapshot | SavedStep | None = None
     config_sha256: str = ""
     warm_start_loss: float | None = None
+    records: Mapping[str, Record] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -123,6 +129,7 @@ class RunState:
         taken: Taken = NOTHING,
         contents: Contents | None = None,
         warm_start_loss: float | None = None,
+        records: Mapping[str, Record] | None = None,
     ) -> RunState:
         return cls(
             position,
@@ -134,6 +141,7 @@ class RunState:
             step,
             config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
             warm_start_loss=warm_start_loss,
+            records=dict(records or {}),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -151,6 +159,7 @@ class RunState:
             "taken": self.taken._asdict(),
             "contents": None if self.contents is None else asdict(self.contents),
             "warm_start_loss": self.warm_start_loss,
+            "records": {name: record._asdict() for name, record in self.records.items()},
             "step": None if self.step is None else self.step.about,
         }
 
@@ -170,6 +179,9 @@ class RunState:
         for name, fields in PARTS.items():
             if about.get(name) is not None:
                 check_fields(about[name], fields, f"{where}, {name}")
+        records = about.get("records") or {}
+        for name, record in records.items():
+            check_fields(record, RECORD, f"{where}, records, {name}")
         guards, step = about["guards"], about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
@@ -189,6 +201,7 @@ class RunState:
             None if step is None else SavedStep(step, tuple(shares)),
             about["config_sha256"],
             about.get("warm_start_loss"),
+            {name: Record(**{key: record[key] for key in RECORD}) for name, record in records.items()},
         )
 
 

@@ -48,6 +48,7 @@ class StepState:
         mini_batches: of each update, which sequences take part in it.
         batches: of each update, what this rank computes.
         updates: metrics of the updates that are done, as this rank has them.
+        noted: metrics of the step that neither its rollouts nor its updates tell.
     """
 
     number: int
@@ -56,6 +57,7 @@ class StepState:
     mini_batches: list[list[int]] = field(default_factory=list)
     batches: list[UpdateBatch] = field(default_factory=list)
     updates: list[dict[str, Metric]] = field(default_factory=list)
+    noted: dict[str, float] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -88,6 +90,7 @@ class StepState:
             "groups/all_right_fraction": statistics.fmean(min(g) >= 1 for g in right_by_group),
             "groups/all_wrong_fraction": statistics.fmean(max(g) < 1 for g in right_by_group),
             "tokens": sum(len(s) for s in self.sequences),
+            **self.noted,
             **_means_of_terms(rollouts),
             **_of_conversations(rollouts),
             **self._metrics_by_source(right_by_group),
@@ -167,6 +170,7 @@ class StepState:
             "prompts": [asdict(group.prompt) for group in self.groups],
             "rollouts": [[_without_tokens(rollout) for rollout in group.rollouts] for group in self.groups],
             "updates": ranks.gather([mine]),
+            "noted": self.noted,
         }
         tensors: dict[str, Tensor] = {}
         if ranks.is_reporter:
@@ -235,6 +239,8 @@ class StepState:
         step = cls(about["number"], groups, sequences)
         step.set_columns([_values_of(share, dtype) for share in shares])
         step.updates = _metrics_of(about["updates"], ranks)
+        # Checkpoints of earlier versions have none.
+        step.noted = dict(about.get("noted") or {})
         return step
 
 

@@ -4,7 +4,8 @@ One step (`Trainer.step`):
     1. sample      G rollouts for each of the step's prompts, with rewards, the same on every process
     2. advantages  of each rollout relative to its group
     3. pack        groups into mini-batches (one update each), their sequences with a gradient into micro-batches
-    4. score       old log-probs with the trainer's own forward, reference log-probs when KL is on
+    4. score       old log-probs with the trainer's own forward, reference log-probs when KL is on; advantages once more
+                   where KL is in the reward
     5. update      once per mini-batch
 """
 
@@ -28,6 +29,7 @@ from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.source import RolloutSource
 from gspo_megatron.run import stages
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.best import Records
 from gspo_megatron.run.clock import Clock
 from gspo_megatron.run.concerns import Concerns
 from gspo_megatron.run.evaluation import Evaluation
@@ -92,6 +94,9 @@ class Trainer:
         self.step_state: StepState | None = None
         self.began = False
         """Whether the first step has begun: the reference is frozen and row 0 is written."""
+        # Those of another run's directory are no checkpoints of this one.
+        records = continuation.state.records if continuation.state and continuation.own else {}
+        self.records = Records(self.config, records)
         if state := continuation.state:
             self.warm_updates, self.completed_steps, _ = state.position
             self.began, self.warm_start_loss = state.began, state.warm_start_loss
@@ -119,17 +124,18 @@ class Trainer:
                 self.save(wait=True)
             if not self.began:
                 self.begin()
-            while self.completed_steps < train.steps:
+            while self.completed_steps < train.steps and not self.records.stopped():
                 self.safe_point()
                 step = self.completed_steps + 1
                 row = self.step(step)
                 self.guards.check_replicas(step, self.policy)
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-                    row |= self.evaluate()
+                    row |= self.evaluate(step)
                 self.completed_steps, self.step_state = step, None
                 self.record(row)
                 every = self.config.checkpoint.save_every
-                if every and step % every == 0:
+                is_best = "time/eval_s" in row and self.records.note(row)
+                if is_best or (every and step % every == 0):
                     self.save(wait=not self.config.checkpoint.asynchronous)
                 self.export(step)
         except StopRequested:
@@ -140,6 +146,8 @@ class Trainer:
                 parts.checkpoints.finish()
             raise
         self.save(wait=True)
+        if why := self.records.stopped():
+            parts.console.say(f"stopped early: {why}")
         if parts.exports:
             parts.exports.at_end(self.completed_steps)
         parts.console.summary()
@@ -161,8 +169,11 @@ class Trainer:
         self.policy.begin(with_reference=self.algorithm.needs_reference)
         self.guards.begin()
         learned = {} if self.warm_start_loss is None else {"warm_start/loss": self.warm_start_loss}
-        self.record({"step": 0, "policy_version": self.policy.version, **learned, **self.evaluate()})
+        row = {"step": 0, "policy_version": self.policy.version, **learned, **self.evaluate(0)}
+        self.record(row)
         self.began = True
+        if self.records.note(row):
+            self.save(wait=not self.config.checkpoint.asynchronous)
 
     @property
     def position(self) -> Position:
@@ -216,8 +227,11 @@ class Trainer:
                 taken=self.parts.source.taken,
                 contents=self.parts.contents,
                 warm_start_loss=self.warm_start_loss,
+                records=self.records.held,
             )
-            checkpoints.save(self.position, state, wait=wait)
+            best_step = self.records.best_step
+            best = None if best_step is None else Position(self.warm_updates, best_step, 0)
+            checkpoints.save(self.position, state, wait=wait, best=best)
             self.saved = self.position
         if wait:
             checkpoints.finish()
@@ -235,7 +249,8 @@ class Trainer:
             step = self.step_state
             if step is None or step.number != number:
                 groups = self.sample(number)
-                step = self.step_state = StepState(number, groups, self.advantages(groups))
+                noted = dict(self.parts.source.metrics)
+                step = self.step_state = StepState(number, groups, self.advantages(groups), noted=noted)
                 self.pack(step)
                 self.score(step)
             metrics = self.update(step)
@@ -262,12 +277,14 @@ class Trainer:
         self.parts.packer.pack(step, drop_zero_advantage=a.drops_zero_advantage, drop_truncated=a.drops_truncated)
 
     def score(self, step: StepState) -> None:
-        """4. Old and reference log-probs, if the algorithm needs them."""
+        """4. Old and reference log-probs, if the algorithm needs them, and what a reward loses by their distance."""
         self.note(f"step {step.number}, scoring")
         with self.clock.timed("log_probs"):
             stages.score(step.batches, self.policy, self.algorithm)
         self.complete_save()
         self.guards.check_columns(step)
+        if self.algorithm.kl_in_reward:
+            stages.penalise(step, self.algorithm, self.ranks)
 
     def update(self, step: StepState) -> dict[str, float]:
         """5. The remaining updates of the step, each subject to the guards; returns the metrics of all."""
@@ -293,10 +310,10 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- measurement
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         self.note(f"the evaluation of policy version {self.policy.version}")
         with self.saved_first():
-            return self.parts.evaluation()
+            return self.parts.evaluation(step)
 
     @contextmanager
     def saved_first(self) -> Iterator[None]:
@@ -323,8 +340,6 @@ class Trainer:
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]
             rows = [rollout_row(r, s) for r, s in zip(shown, step.sequences, strict=False)]
             self.parts.writer.rollouts(step.number, rows)
-        if (set_aside := self.parts.source.set_aside) is not None:
-            row["prompts/set_aside"] = set_aside
         row |= {"policy_version": self.policy.version, "lr": self.learning_rate(self.policy.version - 1)}
         row |= self.parts.throughput(step, self.clock.seconds["step"])
         return row | {f"time/{name}_s": seconds for name, seconds in self.clock.seconds.items()}

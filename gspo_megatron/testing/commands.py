@@ -57,7 +57,7 @@ def metrics(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def rollouts(run: Path) -> list[list[dict[str, Any]]]:
     """The rollouts of every step."""
-    return [_json_lines(path) for path in sorted((run / "rollouts").iterdir())]
+    return [_json_lines(path) for path in sorted((run / "rollouts").glob("step_*.jsonl"))]
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

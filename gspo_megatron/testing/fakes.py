@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, UpdateBatch
+from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.environments import environment_of
@@ -227,20 +227,22 @@ class TableSampler:
         ids: Sequence[int],
         *,
         greedy: bool = False,
+        sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
         begun: Sequence[int] = (),
     ) -> list[Rollout]:
         self.policy.calls.append("sample greedily" if greedy else "sample")
         self.ids.append(list(ids))
         self.prompts.append([p.id for p in prompts])
-        how = Decoding(self.config.rollout.temperature, greedy=greedy)
+        r = self.config.rollout
+        own = sampling or Sampling(r.temperature, 1.0, 0, r.max_new_tokens, self.config.run.seed)
+        how = Decoding(own.temperature or r.temperature, own.top_k, own.top_p, greedy)
         rollouts = [Rollout(i, p, [], [], True, self.policy.version) for p, i in zip(prompts, ids, strict=True)]
         first = dict(zip(ids, begun or [0] * len(ids), strict=True))
-        most = self.config.rollout.max_new_tokens
-        while going_on := [r for r in rollouts if r.truncated and first[r.id] + len(r.tokens) < most]:
+        while going_on := [r for r in rollouts if r.truncated and first[r.id] + len(r.tokens) < own.max_new_tokens]:
             rollout_ids = np.array([r.id for r in going_on], dtype=np.int64)
             positions = np.array([first[r.id] + len(r.tokens) for r in going_on], dtype=np.int64)
-            u_B = torch.from_numpy(uniforms(self.config.run.seed, rollout_ids, positions))
+            u_B = torch.from_numpy(uniforms(own.seed, rollout_ids, positions))
             before = [(r.prompt.tokens + tuple(r.tokens))[-1] for r in going_on]
             tokens_B, log_probs_B = next_tokens(self.policy.logits_VV[before], u_B, how)
             for rollout, token, log_prob in zip(going_on, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
@@ -293,7 +295,7 @@ class Shelf:
         self.ranks = ranks or OneRank()
         self.saved: list[tuple[Position, RunState]] = []
 
-    def save(self, position: Position, state: SavedState, *, wait: bool) -> None:
+    def save(self, position: Position, state: SavedState, *, wait: bool, best: Position | None = None) -> None:
         shares = self.ranks.gather([state.tensors()])
         self.saved.append((position, RunState.from_saved(json.loads(json.dumps(state.to_json())), shares)))
 

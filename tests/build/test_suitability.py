@@ -51,3 +51,32 @@ def test_a_tokenizer_that_changes_prompts_is_warned_of(tmp_path: Path) -> None:
     assert "changes 1 of the first 2 prompts" in warning and "'What is x²?' becomes 'What is x2?'" in warning
     plain = trained("plain.model", normalization_rule_name="identity")
     assert not [text for text in settled(tmp_path, plain, prompt="What is x²?").warnings if "changes" in text]
+
+
+def test_a_reward_that_always_fails_is_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm start of hours would come before the first step that calls it."""
+    (tmp_path / "early.py").write_text(
+        "import os\n\n"
+        "def raises(response, answer, metadata):\n    return len(response) / metadata['level']\n\n"
+        "def text(response):\n    return response\n\n"
+        "def ends(response):\n    os._exit(3)\n\n"
+        "def good(response, tokens):\n    return len(tokens) / len(response)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def found(function: str, *settings: str) -> list[str]:
+        inputs = settled(tmp_path, f"reward.functions.early:{function}=1", *settings)
+        inputs.rewards.close()
+        return [text for text in inputs.warnings if "tried with" in text]
+
+    with pytest.raises(
+        DataError, match=r"prompt 0 \('What is 6\*7\?'\), tried with the response '42': reward 'early:r"
+    ):
+        found("raises")
+    for settings in (["data.train=task:reverse"], ["data.eval=[{source: 'task:addition', reward: 'early:text'}]"]):
+        with pytest.raises(DataError, match=r"'early:text' failed: TypeError: it returned .* \(str\).*on_error=count"):
+            found("good" if "eval" in settings[0] else "text", *settings)
+    assert all("KeyError: 'level'; such a reward counts" in text for text in found("raises", "reward.on_error=count"))
+    train, held_out = found("ends")
+    assert "its process ended with status 3" in train and "prompt 0" in held_out
+    assert not found("good") and not found("raises", "reward.isolate=false")

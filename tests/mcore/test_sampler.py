@@ -142,9 +142,9 @@ def sampled_and_recomputed(world_size: int, dtype: str, overrides: tuple[str, ..
     drawn = sampler.generate(PROMPTS * 8, range(40))
     ranks, tokenizer = policy.groups, CharacterTokenizer("abcdefghijk")
     talking = ConversationSampler(sampler, ranks, Answers(), tokenizer, None, max_turns=8, max_new_tokens=11)
-    sampler.settings = replace(sampler.settings, max_new_tokens=11)
+    longer = sampler.as_in_training._replace(max_new_tokens=11)
     mine = range(ranks.dp_rank, 15, ranks.dp_size)
-    own = talking.generate([PROMPTS[i % 5] for i in mine], [100 + i for i in mine])
+    own = talking.generate([PROMPTS[i % 5] for i in mine], [100 + i for i in mine], sampling=longer)
     conversations = sorted(ranks.gather(own), key=lambda r: r.id)
     drawn += conversations
     groups = [RolloutGroup(r.prompt, [replace(r, reward=0.0)]) for r in drawn]

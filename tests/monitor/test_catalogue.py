@@ -38,6 +38,7 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
                 "algorithm.correction=token_tis",
                 f"data.train={sources}",
                 "data.curriculum=1",
+                "rollout.dynamic_sampling=1",
                 "data.eval=task:sort_digits",
             ),
         ],

@@ -106,7 +106,7 @@ def test_a_pattern_that_backtracks_for_ever_costs_one_reward() -> None:
         ([{"function": "format", "gate": 1}], "gate=1 in .* must be a value of type bool"),
         ([{"function": "format", "weight": "2"}], "weight='2' in .* must be a value of type int or float"),
         ([{"function": "format", "gate": True}], "'format' is a gate to nothing"),
-        ([{"function": "format", "pattern": "("}], "no regular expression"),
+        ([{"function": "format", "pattern": "("}], "is not a regular expression"),
         ([{"function": "exact_match"}, {"function": "exact_match"}], "two terms are called 'exact_match'"),
         ([{"function": "MODULE:no_signature"}], "nothing gives its parameter 'threshold' a value; known are prompt, "),
         ([{"function": "MODULE:by_position"}], "nothing gives its parameter 'response'"),

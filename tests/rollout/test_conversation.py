@@ -12,10 +12,12 @@ import torch
 from gspo_megatron.base.batches import Position, Rollout
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.build.eval_sets import default_set
+from gspo_megatron.build.rewards import rewards_of
 from gspo_megatron.environments.environment import DONE, Turn
 from gspo_megatron.monitor.catalogue import OF_THE_MACHINE, entry_of
 from gspo_megatron.run.trainer import Trainer
-from gspo_megatron.testing.fakes import TOKENIZER, Replicas, Shelf, config_of, trainer_of
+from gspo_megatron.testing.fakes import TOKENIZER, Prompts, Replicas, Shelf, config_of, trainer_of
 from tests.run.test_trainer import Rows
 
 SETTINGS = ("model.max_sequence_length=12", "rollout.max_new_tokens=9", "rollout.environment=calculator")
@@ -121,7 +123,8 @@ def test_a_run_stopped_between_two_updates_goes_on_to_the_same_end() -> None:
 def test_evaluation_asks_the_environment_too() -> None:
     environment = Echo()
     trainer = trainer_of(config_of(*SETTINGS), environment=environment)
-    found = trainer.parts.source.greedy([trainer.parts.evaluation.prompts[i] for i in range(5)])
+    asked = default_set(trainer.config, Prompts(5), rewards_of(trainer.config))
+    found = [rollout for group in asked.answered(trainer.parts.source).groups for rollout in group.rollouts]
     assert {text for _, text in environment.asked} and len(environment.asked) >= 5
     assert [rollout.id for rollout in found] == [0, 1, 2, 3, 4] and all(rollout.turns for rollout in found)
 

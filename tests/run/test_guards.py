@@ -175,8 +175,8 @@ class Waiting(Shelf):
         super().__init__()
         self.writing = False
 
-    def save(self, position: Any, state: SavedState, *, wait: bool) -> None:
-        super().save(position, state, wait=wait)
+    def save(self, position: Any, state: SavedState, *, wait: bool, best: Any = None) -> None:
+        super().save(position, state, wait=wait, best=best)
         self.writing = True
 
     def finish(self, *, wait: bool = True) -> None:

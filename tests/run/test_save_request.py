@@ -54,8 +54,8 @@ def test_touching_a_file_saves_once(tmp_path: Path) -> None:
             return super().generate(prompts, ids, greedy=greedy, **how)
 
     class Watching(Shelf):
-        def save(self, position, state, *, wait):
-            super().save(position, state, wait=wait)
+        def save(self, position, state, *, wait, best=None):
+            super().save(position, state, wait=wait, best=best)
             events.append(f"save, wait {wait}, file {asked.exists()}")
 
         def finish(self, *, wait=True):

@@ -1,0 +1,205 @@
+"""Whether the program in a response passes tests, run in a sandbox (`sandbox.py`).
+
+A test is one of
+
+    {"input": "3 4\\n", "output": "7\\n"}                    run as a script: standard input, standard output
+    {"call": "add", "args": [3, 4], "expected": 7}           a function of it; `Solution.add`: of a new Solution()
+
+What is expected stays out of the sandbox: a program can print and return, and its results are compared here. That it
+ended, with whatever status, is no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from gspo_megatron.rewards.functions import NotJudged
+from gspo_megatron.rewards.launcher import OUT_OF_MEMORY
+from gspo_megatron.rewards.sandbox import Ended, Limits, Sandbox
+
+VERDICTS = ("right", "wrong", "no_program", "timed_out", "memory", "crashed", "sandbox_failed")
+FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+TOLERANCE = 1e-6
+"""Of floats that functions return, relative and absolute."""
+
+
+def code(
+    *,
+    response: str,
+    answer: str,
+    metadata: Mapping[str, Any] | None = None,
+    tests: str = "tests",
+    fenced: bool = True,
+    all_or_nothing: bool = True,
+    sandbox: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """1 when the program in the response's last fenced block passes the row's tests; with `all_or_nothing=False`, the
+    share that it passes.
+
+    The tests are a list in the row's field `tests`, or, without it, the answer as JSON. `fenced=False` takes the whole
+    response as the program. Besides the score, the verdict of VERDICTS is 1: `right`, or what became of the first test
+    that the program does not pass. After a test that timed out, the others are not run and count as not passed.
+
+    Args:
+        sandbox: isolation, python, seconds, memory_gib, output_mib (see reward.code.*), and total_seconds: for all
+            tests of a program.
+
+    Raises:
+        NotJudged: the sandbox failed; says nothing about the program.
+        ValueError: a row without tests that can be read.
+    """
+    cases = _cases(metadata, answer, tests)
+    program = _program(response) if fenced else response
+    if program is None:
+        return _result("no_program", 0.0)
+    verdicts = _Judge(sandbox or {}).verdicts(program, cases)
+    verdict = next((v for v in verdicts if v != "right"), "right")
+    share = verdicts.count("right") / len(cases)
+    return _result(verdict, float(share == 1) if all_or_nothing else share)
+
+
+def _result(verdict: str, score: float) -> dict[str, float]:
+    return {"score": score, **{name: float(name == verdict) for name in VERDICTS}}
+
+
+def _program(response: str) -> str | None:
+    blocks = FENCED.findall(response)
+    return blocks[-1] if blocks else None
+
+
+def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[Mapping[str, Any]]:
+    """
+    Raises:
+        ValueError: there is no test, or one that is not of a known form.
+    """
+    where, found = f"its field {name!r}", (metadata or {}).get(name)
+    if found is None:
+        where, found = "its answer", answer
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}); expected a list of tests, {EXAMPLES}") from None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{where} is no list of tests; write one such as [{EXAMPLES}]")
+    for case in found:
+        is_script = isinstance(case, Mapping) and all(isinstance(case.get(key), str) for key in ("input", "output"))
+        is_call = (
+            isinstance(case, Mapping)
+            and isinstance(case.get("call"), str)
+            and isinstance(case.get("args"), list)
+            and "expected" in case
+        )
+        if not (is_script or is_call):
+            raise ValueError(f"the test {json.dumps(case, default=str)[:100]} in {where} is not like {EXAMPLES}")
+    return found
+
+
+EXAMPLES = '{"input": "3 4", "output": "7"} or {"call": "add", "args": [3, 4], "expected": 7}'
+
+
+class _Judge:
+    """Runs programs against tests."""
+
+    def __init__(self, how: Mapping[str, Any]) -> None:
+        limits = Limits(
+            how.get("seconds", 5.0), int(how.get("memory_gib", 1.0) * 2**30), int(how.get("output_mib", 1.0) * 2**20)
+        )
+        self._sandbox = _sandbox(how.get("isolation", "auto"), limits, how.get("python"))
+        self._end = time.monotonic() + how.get("total_seconds", math.inf)
+
+    def verdicts(self, program: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+        """One for each test that was run: first the scripts, each in a process of its own, then all calls in one."""
+        found: list[str] = []
+        calls = [case for case in cases if "call" in case]
+        for case in cases:
+            if "call" not in case:
+                ended = self._ended(program, case["input"].encode())
+                found.append(_verdict(ended) or ("right" if _same_text(ended.output, case["output"]) else "wrong"))
+                if found[-1] == "timed_out":
+                    return found
+        if calls:
+            ended = self._ended(program, b"", [(case["call"], case["args"]) for case in calls])
+            found += _verdicts_of_calls(ended, calls)
+        return found
+
+    def _ended(self, program: str, stdin: bytes, calls: Sequence[tuple[str, list[Any]]] | None = None) -> Ended:
+        if time.monotonic() > self._end:
+            return Ended("timed_out", 0, b"", "")
+        ended = self._sandbox.run(program, stdin, calls)
+        if ended.how == "sandbox_failed":
+            raise NotJudged(f"the sandbox failed: {ended.errors.strip()[-300:]}", _result("sandbox_failed", 0.0))
+        return ended
+
+
+@lru_cache
+def _sandbox(isolation: str, limits: Limits, python: str | None) -> Sandbox:
+    return Sandbox(isolation, limits, python)
+
+
+def _verdict(ended: Ended) -> str:
+    """What a run of a program says without its output; empty where that decides."""
+    if ended.how == "timed_out":
+        return "timed_out"
+    if ended.status == OUT_OF_MEMORY:
+        return "memory"
+    return "crashed" if ended.how != "exited" or ended.status != 0 else ""
+
+
+def _same_text(output: bytes, expected: str) -> bool:
+    """White space at the ends of lines, and empty lines at the end, aside."""
+    found = output.decode(errors="replace")
+    return [[line.rstrip() for line in text.rstrip().splitlines()] for text in (found,)] == [
+        [line.rstrip() for line in expected.rstrip().splitlines()]
+    ]
+
+
+def _verdicts_of_calls(ended: Ended, calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    results = [_parsed(line) for line in ended.output.splitlines(keepends=True) if line.endswith(b"\n")][: len(calls)]
+    found = [_verdict_of_call(result, case["expected"]) for result, case in zip(results, calls)]  # noqa: B905
+    missing = len(calls) - len(found)
+    return found + [_verdict(ended) or "crashed"] * missing
+
+
+def _verdict_of_call(result: Any, expected: Any) -> str:
+    match result:
+        case [value]:
+            return "right" if _equal(value, expected) else "wrong"
+        case {"error": "MemoryError"}:
+            return "memory"
+        case {"error": _}:
+            return "crashed"
+    return "wrong"
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """As JSON: a tuple is a list. Where a float is expected, to TOLERANCE."""
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_equal, found, expected))
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_equal(found[key], value) for key, value in expected.items())
+        )
+    if isinstance(expected, float) and type(found) in (int, float):
+        try:
+            return math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        except OverflowError:  # an int that no float holds
+            return False
+    return (type(found) is type(expected) and bool(found == expected)) or (
+        type(found) is float and type(expected) is int and found == expected
+    )

@@ -1,0 +1,216 @@
+"""The reward `code`: verdicts over programs of responses, and what a program cannot do to its score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gspo_megatron.base.batches import Prompt, Rollout
+from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.build.inputs import settle
+from gspo_megatron.build.rewards import code_sandbox
+from gspo_megatron.build.summary import describe_start
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.rewards import code
+from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
+from gspo_megatron.testing.time_limits import time_factor
+from tests.support.small import SMALL
+
+SUMS = [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1", "output": "2"}]
+ADD = [{"call": "add", "args": [3, 4], "expected": 7}, {"call": "add", "args": ["a", "b"], "expected": "ab"}]
+SANDBOX = {"isolation": "auto", "seconds": 0.5 * time_factor(), "memory_gib": 0.25, "output_mib": 0.1}
+
+CASES: dict[str, tuple[str, list[dict[str, Any]], str, float]] = {
+    # name: program, tests, verdict, share of tests passed
+    "script": ("a, b = map(int, input().split()); print(a + b, '', sep=' \\n')", SUMS, "right", 1),
+    "one_right": ("print(7)", SUMS, "wrong", 0.5),
+    "spins": ("while True: pass", SUMS, "timed_out", 0),
+    "all_memory": ("x = bytearray(8 << 30)", SUMS, "memory", 0),
+    "raises": ("1 / 0", SUMS, "crashed", 0),
+    "no_syntax": ("def f(: pass", SUMS, "crashed", 0),
+    "floods": ("while True: print('x' * 9999)", SUMS, "crashed", 0),
+    "function": ("def add(a, b): print('noise'); return a + b", ADD, "right", 1),
+    "method": (
+        "class Solution:\n    def add(self, a, b): return a + b",
+        [{**case, "call": "Solution.add"} for case in ADD],
+        "right",
+        1,
+    ),
+    "wrong_function": ("def add(a, b): return 7", ADD, "wrong", 0.5),
+    "raises_once": ("def add(a, b): return a + b + 0", ADD, "crashed", 0.5),
+    "hangs_in_second": ("def add(a, b):\n    while a == 'a': pass\n    return a + b", ADD, "timed_out", 0.5),
+    "memory_in_call": ("def add(a, b): return bytearray(8 << 30)", ADD, "memory", 0),
+    "not_json": ("def add(a, b): return {1, 2}", ADD, "crashed", 0),
+    "no_function": ("x = 1", ADD, "crashed", 0),
+    "guarded": ("def add(a, b): return a + b\nif __name__ == '__main__': print(input())", ADD, "right", 1),
+    # What models try where a test's own code, its status or its output decide.
+    "exits_at_once": ("import os; print('ALL TESTS PASSED'); os._exit(0)", ADD, "crashed", 0),
+    "says_it_passed": ("print('passed'); import sys; sys.exit(0)", SUMS, "wrong", 0),
+    "equals_anything": (
+        "class Yes(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Yes(1)",
+        ADD,
+        "wrong",
+        0,
+    ),
+    "forges_results": (
+        "import os\nfor fd in range(3, 9):\n"
+        "    try: os.write(fd, b'[true]\\n{\"right\": 1}\\n' * 9)\n    except OSError: pass\nos._exit(0)",
+        ADD,
+        "wrong",
+        0,
+    ),
+    "forges_a_failure": ("import os, sys; os.write(2, b'sandbox_failed'); os._exit(255)", SUMS, "crashed", 0),
+    "looks_for_answers": (
+        "import gc, re\nfound = re.findall('SECRET-[0-9]+', repr(gc.get_objects()))\nprint(*found[:1])",
+        [{"input": "", "output": "SECRET-4711"}],
+        "wrong",
+        0,
+    ),
+    "nests_deeply": ("def add(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    return x", ADD, "wrong", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def rewards() -> Iterator[Rewards]:
+    terms = [{"function": "code", "all_or_nothing": False}]
+    found = Rewards({}, terms=terms, defaults={"code": {"sandbox": SANDBOX}}, workers=4)
+    yield found
+    found.close()
+
+
+def rollout(text: str, tests: Any, id: int = 0) -> Rollout:
+    return Rollout(id, Prompt(id, "Write it.", (1,), "", metadata={"tests": tests}), [1], [0.0], False, 0, text=text)
+
+
+def fenced(program: str) -> str:
+    return f"First an idea:\n```python\nprint('not this one')\n```\nNow:\n```python\n{program}\n```\nDone."
+
+
+def test_every_program_gets_its_verdict(rewards: Rewards) -> None:
+    rollouts = [rollout(fenced(program), tests, i) for i, (program, tests, *_) in enumerate(CASES.values())]
+    score_rollouts(rewards, rollouts)
+    found = {}
+    for name, r in zip(CASES, rollouts, strict=True):
+        (verdict,) = [v for v in code.VERDICTS if r.reward_terms[f"code/{v}"]]
+        found[name] = (verdict, r.reward_terms["code"])
+        assert r.reward == r.reward_terms["code"] and not r.reward_error
+    assert found == {name: (verdict, share) for name, (_, _, verdict, share) in CASES.items()}
+
+
+def test_where_the_program_is() -> None:
+    def verdict(response: str, **how: Any) -> str:
+        values = code.code(response=response, answer=json.dumps(SUMS), sandbox=SANDBOX, **how)
+        return next(name for name in code.VERDICTS if values[name])
+
+    half = code.code(response=fenced("print(7)"), answer=json.dumps(SUMS), sandbox=SANDBOX)
+    assert half["score"] == 0 and half["wrong"] == 1  # all or nothing
+    program = "a, b = map(int, input().split())\nprint(a + b)"
+    assert verdict(fenced(program)) == "right"
+    assert verdict(program) == "no_program" and verdict(program, fenced=False) == "right"
+    assert verdict(f"```py\n{program}") == "no_program"  # the response was cut
+    assert verdict(f"  ```python3\n  {program}".replace("\n", "\n  ").replace("  a,", "a,") + "\n  ```") == "crashed"
+    assert verdict(f"```\r\n{program}\r\n```".replace("\r", "")) == "right"
+
+
+@pytest.mark.parametrize(
+    "found, expected, equal",
+    [
+        (7, 7, True),
+        (7.0, 7, True),
+        (7, 7.0, True),
+        (True, 1, False),
+        (1, True, False),
+        ("7", 7, False),
+        ([1, [2]], [1, [2]], True),
+        ([1], [1, 2], False),
+        ({"a": 1}, {"a": 1.0}, True),
+        ({"a": 1}, {"b": 1}, False),
+        (0.1 + 0.2, 0.3, True),
+        (0.3001, 0.3, False),
+        (10**400, 1.0, False),
+        (float("nan"), 1.0, False),
+        (None, None, True),
+        (None, [], False),
+    ],
+)
+def test_what_is_equal(found: Any, expected: Any, equal: bool) -> None:
+    assert code._equal(found, expected) is equal
+
+
+@pytest.mark.parametrize(
+    "tests, said",
+    [
+        ("", "its answer is not JSON"),
+        ("[]", "is no list of tests"),
+        ('{"input": "1"}', "is no list of tests"),
+        ('[{"input": "1"}]', "is not like"),
+        ('[{"input": 1, "output": "2"}]', "is not like"),
+        ('[{"call": "f", "args": 3, "expected": 1}]', "is not like"),
+        ('[{"call": "f", "args": []}]', "is not like"),
+        ("[3]", "is not like"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_named(tests: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        code.code(response="", answer=tests, sandbox=SANDBOX)
+
+
+def test_a_sandbox_that_fails_is_not_the_programs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It worked when the run started, and later does not."""
+    monkeypatch.setattr(code, "_sandbox", lambda *_: _Broken())
+    with pytest.raises(code.NotJudged, match="the sandbox failed: no room") as failed:
+        code.code(response=fenced("print(1)"), answer=json.dumps(SUMS), sandbox={})
+    assert failed.value.values == {**dict.fromkeys(code.VERDICTS, 0.0), "sandbox_failed": 1.0, "score": 0.0}
+
+
+class _Broken:
+    def run(self, *_: Any) -> Any:
+        return code.Ended("sandbox_failed", 1, b"", "no room")
+
+
+def test_lost_rollouts_stop_the_run_above_a_share() -> None:
+    python = "tests.rewards.test_code:not_judged"
+    rewards = Rewards({python: 1.0}, on_error="stop", isolate=False)
+    rollouts = [rollout("lost" if i < 2 else "fine", SUMS, i) for i in range(8)]
+    score_rollouts(rewards, rollouts)
+    assert [r.reward for r in rollouts] == [0, 0] + [1] * 6 and [r.reward_lost for r in rollouts[:3]] == [1, 1, 0]
+    assert rollouts[0].reward_terms == {python: 0.0, f"{python}/sandbox_failed": 1.0}
+    refuse_unscored(rollouts, 0.25)
+    with pytest.raises(DataError, match=r"(?s)2 of 8 rollouts were lost.*reward.most_lost=0.2.*no room"):
+        refuse_unscored(rollouts, 0.2)
+
+
+def not_judged(response: str) -> float:
+    if response == "lost":
+        raise code.NotJudged("no room", {"score": 0.0, "sandbox_failed": 1.0})
+    return 1.0
+
+
+def test_settings() -> None:
+    def config(*overrides: str) -> Any:
+        return load_config(None, [*SMALL, "model.vocab_size=null", *overrides])
+
+    assert code_sandbox(config()) is None
+    asked = config("reward.functions={code: 1}", "reward.code.isolation=none", "reward.code.seconds=2")
+    assert asked.reward.code == {"isolation": "none", "seconds": 2}
+    sandbox = code_sandbox(asked)
+    assert sandbox is not None and sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
+    assert any("UNPROTECTED" in line for line in describe_start(settle(asked, 1)))
+    asked = config("reward.terms=[{function: code}]")
+    assert code_sandbox(asked)["isolation"] in ("bwrap", "landlock")  # type: ignore[index]
+    for overrides, said in (
+        (["reward.code.isolation=chroot"], "is not one of auto, bwrap, landlock, none"),
+        (["reward.code.isolate=none"], "did you mean 'isolation'"),
+        (["reward.code.seconds=long"], "must be a value of type float"),
+        (["reward.code.seconds=-1"], "must be above 0"),
+        (["reward.code=[1]"], "must be a mapping"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config("reward.functions={code: 1}", *overrides)
+    with pytest.raises(ConfigError, match="no effect without the reward code"):
+        code_sandbox(config("reward.code.isolation=none"))
+    with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
+        code_sandbox(config("reward.functions={code: 1}", "reward.code.seconds=30"))

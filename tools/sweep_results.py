@@ -1,0 +1,211 @@
+"""The numbers of a sweep: curves over steps, final values and their confidence intervals over seeds, as JSON.
+
+The interval of n seeds is mean ± t(n - 1) s / sqrt(n): Student's 95 % interval, s the standard deviation with n - 1. It
+takes the seeds' values as normally distributed. A bootstrap does not, but with three to ten seeds its intervals are
+too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sweep import Curve, Run, Sweep
+
+Row = Mapping[str, Any]
+
+LEVEL = 0.95
+LAST = 0.1
+"""The share of a run's rows whose mean is its final value, where that is not one measurement."""
+COLLAPSED = 0.5
+
+
+class Measure(NamedTuple):
+    """What is drawn over steps and, as one number a run, compared.
+
+    Attributes:
+        of: its value in a row of metrics.jsonl, or None.
+        number: a run's number: `final`, the last measured; `end`, the mean of its last rows; `mean`, of all its rows.
+    """
+
+    key: str
+    title: str
+    of: Callable[[Row], float | None]
+    number: str
+
+    def values(self, rows: Sequence[Row]) -> dict[int, float]:
+        """By step, where measured."""
+        found = ((row["step"], self.of(row)) for row in rows)
+        return {step: value for step, value in found if value is not None}
+
+    def number_of(self, rows: Sequence[Row]) -> float | None:
+        values = list(self.values(rows).values())
+        if not values:
+            return None
+        last = {"final": 1, "end": max(1, round(LAST * len(values))), "mean": len(values)}[self.number]
+        return statistics.fmean(values[-last:])
+
+
+def metric(key: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(key)
+
+
+def ratio_spread(row: Row) -> float | None:
+    low, high = row.get("ratio/min"), row.get("ratio/max")
+    return math.log(high / low) if low and high and low > 0 else None
+
+
+def routers_changed(row: Row) -> float | None:
+    """The mean of router/changed_fraction over the layers."""
+    layers = [value for key, value in row.items() if key.startswith("router/changed_fraction/") and value is not None]
+    return statistics.fmean(layers) if layers else None
+
+
+MEASURES = (
+    Measure("accuracy", "held-out accuracy", metric("eval/accuracy"), "final"),
+    Measure("reward", "reward", metric("reward/mean"), "end"),
+    Measure("clip_fraction", "clip fraction", metric("clip_fraction"), "mean"),
+    Measure("ratio_spread", "ratio spread, log(max / min)", ratio_spread, "mean"),
+    Measure("routers_changed", "router drift, share of changed choices", routers_changed, "mean"),
+    Measure("grad_norm", "gradient norm", metric("grad_norm"), "mean"),
+    Measure("kl_old", "KL to the old policy, nats a token", metric("kl/old"), "mean"),
+    Measure("entropy", "entropy, nats a token", metric("entropy"), "end"),
+)
+NUMBERS = {"final": "at the end", "end": f"mean of the last {LAST:.0%} of steps", "mean": "mean of all steps"}
+
+
+class Interval(NamedTuple):
+    """A mean over n seeds and its confidence interval, which one seed does not have."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        n, mean = len(values), statistics.fmean(values)
+        if n < 2:
+            return cls(mean, None, None, n)
+        half = t_quantile(0.5 + LEVEL / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+        return cls(mean, mean - half, mean + half, n)
+
+
+@cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """The t above 0 below which Student's distribution has this probability, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """P(T <= t) of Student's distribution, t at least 0 and whole degrees (Abramowitz and Stegun, 26.7.3-4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine, term, total = math.cos(angle), 1.0, 0.0
+    if degrees % 2:
+        term = cosine
+        for k in range(1, degrees - 1, 2):
+            total += term
+            term *= cosine**2 * (k + 1) / (k + 2)
+        between = 2 / math.pi * (angle + math.sin(angle) * total)
+    else:
+        for k in range(0, degrees - 1, 2):
+            total += term
+            term *= cosine**2 * (k + 1) / (k + 2)
+        between = math.sin(angle) * total
+    return 0.5 + between / 2
+
+
+def results(sweep: Sweep, command: str) -> dict[str, Any]:
+    """Everything that the page shows. `command` made the runs, and continues them."""
+    curves = [_curve(curve, command) for curve in sweep.curves]
+    for curve in curves:
+        first = next(other for other in curves if other["point"] == curve["point"])
+        curve["against"] = {"row": first["row"], **_differences(curve, first)}
+    return {
+        "title": sweep.title,
+        "about": sweep.about,
+        "command": command,
+        "axis": sweep.axis,
+        "points": sweep.points,
+        "interval": f"Student's t over seeds, {LEVEL:.0%}",
+        "made": datetime.now(timezone.utc).strftime("%d %B %Y"),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        "measures": {measure.key: {"title": measure.title, "number": NUMBERS[measure.number]} for measure in MEASURES},
+        "curves": curves,
+    }
+
+
+def _curve(curve: Curve, command: str) -> dict[str, Any]:
+    rows = {run.seed: run.rows() for run in curve.runs}
+    # A run that is still to be continued has no end, and its curve is not to be compared with whole ones.
+    whole = {run.seed: rows[run.seed] for run in curve.runs if run.has_result}
+    measures = {}
+    for measure in MEASURES:
+        seeds = {seed: measure.values(found) for seed, found in whole.items()}
+        numbers = {seed: measure.number_of(found) for seed, found in whole.items()}
+        known = [number for number in numbers.values() if number is not None]
+        measures[measure.key] = {
+            **_band(list(seeds.values())),
+            "seeds": {seed: {"steps": list(values), "values": list(values.values())} for seed, values in seeds.items()},
+            "numbers": numbers,
+            "interval": Interval.of(known)._asdict() if known else None,
+        }
+    return {
+        "row": curve.row,
+        "point": curve.point,
+        "name": curve.name,
+        "repeat": f"{command} --rows {curve.name}",
+        "runs": [_about(run, rows[run.seed]) for run in curve.runs],
+        "measures": measures,
+    }
+
+
+def _band(seeds: Sequence[Mapping[int, float]]) -> dict[str, Any]:
+    """Mean and interval at every step that all seeds have: where one has stopped, the others' mean would be of the
+    survivors."""
+    common = sorted(set.intersection(*(set(values) for values in seeds))) if seeds else []
+    intervals = [Interval.of([values[step] for values in seeds]) for step in common]
+    return {"steps": common, **{part: [getattr(i, part) for i in intervals] for part in ("mean", "low", "high")}}
+
+
+def _about(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
+    outcome = run.outcome()
+    accuracies = list(MEASURES[0].values(rows).values())
+    return {
+        "seed": run.seed,
+        "state": run.state,
+        "status": outcome.get("status"),
+        "seconds": outcome.get("seconds"),
+        "steps": rows[-1]["step"] if rows else 0,
+        "collapsed": bool(accuracies) and accuracies[-1] < COLLAPSED * max(accuracies),
+        "said": outcome.get("said", ""),
+        "command": run.command,
+    }
+
+
+def _differences(curve: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every measure, curve minus first, seed by seed: prompts and initial weights of a seed are the same in both."""
+    found: dict[str, Any] = {}
+    for key, mine in curve["measures"].items():
+        theirs = first["measures"][key]["numbers"]
+        pairs = [(value, theirs.get(seed)) for seed, value in mine["numbers"].items()]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        found[key] = Interval.of(differences)._asdict() if differences and curve is not first else None
+    return found
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {len(names)} cores of {names[0]}" if names else "CPU"
