@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -85,6 +85,11 @@ bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer,
 	.venv-trl/bin/python -m benchmarks.step --from $(RUNS)_trl.json $(RUNS)_trl_all.json $(RUNS)_trl_2threads.json \
 		--markdown docs/benchmarks.md
 
+study: .venv/.installed ## Compare algorithms over seeds (docs/study.md), two runs at a time; hours, Ctrl-C and the same command go on
+	.venv/bin/python tools/compare_algorithms.py examples/sweeps/figure2.yaml --document docs/study.md $(ARGS)
+	.venv/bin/python -W ignore -m benchmarks.ratio_spread --output benchmarks/results/ratio_spread.json --markdown docs/study.md
+	.venv/bin/python tools/compare_algorithms.py examples/sweeps/updates.yaml $(ARGS)
+
 planner: .venv/.installed ## Write the tables of docs/planner.md: published numbers, scaling; minutes
 	.venv/bin/python -m benchmarks.planner
 
@@ -125,7 +130,7 @@ test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families wit
 	.venv-hf/bin/python -m pytest $(WORKERS) tests/data/test_hugging_face.py tests/data/test_chat_templates.py tests/data/test_rows.py \
 		tests/models/test_families.py tests/mcore/test_weights.py tests/mcore/test_against_transformers.py \
 		tests/mcore/test_hugging_face.py tests/monitor/test_sinks.py \
-		tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
+		tests/rewards/test_reward_model.py tests/rollout/test_stopping.py tests/test_score.py tests/test_convert.py tests/test_real_model.py $(ARGS)
 	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
 		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
@@ -205,7 +210,7 @@ endif
 
 # An environment of its own: torch first, then Megatron-Core, then this package.
 .venv/.installed: MEGATRON = -r requirements/megatron.txt
-.venv/.installed: PACKAGE = -e '.[data,dev,json,math,plot,remote,server]'
+.venv/.installed: PACKAGE = -e '.[code,data,dev,json,math,plot,remote,server]'
 .venv-cuda/.installed: TORCH = -r requirements/torch-cuda.txt
 .venv-cuda/.installed: MEGATRON = --no-deps --ignore-requires-python -r requirements/megatron-next.txt
 .venv-cuda/.installed: PACKAGE = -c requirements/trl.txt -e '.[dev]' transformers

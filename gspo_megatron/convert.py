@@ -16,7 +16,8 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.build.command import KNOWN_ERRORS, Parser, report, reported
-from gspo_megatron.build.convert import DTYPES, TEXT, inspect_folder, to_folder, verify_folder
+from gspo_megatron.build.convert import TEXT, inspect_folder, to_folder, verify_folder
+from gspo_megatron.checkpoint.export import EXPORTED
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.run.stop import FAILED, QUIT
 
@@ -60,7 +61,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", help="a run's checkpoint to a Hugging Face folder")
     to_hf.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step_000010, or RUN for its newest one")
     to_hf.add_argument("out", type=Path, help="the folder to write")
-    to_hf.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="number format of the weights")
+    to_hf.add_argument("--dtype", choices=tuple(EXPORTED), default="bf16", help="number format of the weights")
     to_hf.add_argument("--like", type=Path, help="folder whose config.json and tokenizer it gets; default: the run's")
     to_hf.add_argument("--max-file-gb", type=file_size, default=5.0, help="largest safetensors file (default: 5)")
     look = commands.add_parser("inspect", help="what a folder holds and becomes")

@@ -74,7 +74,7 @@ def test_pins_answer_setup(metadata, python):
     pins = {**read_pins("pins.txt", python), **read_pins("torch.txt", python), **read_pins("megatron.txt", python)}
     extras = metadata["extras_require"]
     named = [*metadata["install_requires"]]
-    for name in ("dev", "data", "json", "math", "plot", "remote", "server"):
+    for name in ("dev", "code", "data", "json", "math", "plot", "remote", "server"):
         named += extras[name]
     for requirement in map(Requirement, named):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

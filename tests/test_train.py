@@ -107,14 +107,14 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     assert plan.startswith("2 processes = tp 1 x pp 1 x cp 1 x dp 2; experts: ep 2 x etp 1 x edp 1\n")
     m = resolved.model
     assert f"parameters: {count_parameters(m.shape).total:,} in total" in plan
-    assert "memory estimate, GiB" in plan
+    assert "memory estimate, MiB" in plan and "0.00" not in plan and "a checkpoint has 9.6 MiB; on disk" in plan
     assert not run_dir.exists()
 
 
 def test_a_layout_that_does_not_fit_ends_with_status_2_and_one_line() -> None:
     done = command("--config", DEMO)
     assert done.returncode == 2
-    assert done.stderr.startswith("ConfigError: etp(1) * ep(2) * pp(1) = 2 does not divide the 1 processes; start a")
+    assert done.stderr.startswith("ConfigError: etp(1) * ep(2) * pp(1) = 2 does not divide the 1 process; start a")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
 
@@ -195,7 +195,7 @@ def test_a_run_that_does_not_fit_ends_before_anything_is_allocated(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (("parallel.tp=2",), ("ConfigError: tp(2) * pp(1) * cp(1) = 2 does not divide the 1 processes",)),
+        (("parallel.tp=2",), ("ConfigError: tp(2) * pp(1) * cp(1) = 2 does not divide the 1 process;",)),
         (("optimizer.lrr=1",), ("ConfigError: unknown config key 'optimizer.lrr'; did you mean 'lr'?",)),
         (("precision.dtype=fp33",), ("ConfigError: precision.dtype='fp33' is not one of fp32, bf16, fp64",)),
         (("precision.device=gpu",), ("ConfigError: precision.device='gpu' is not one of auto, cpu, cuda",)),
@@ -255,6 +255,8 @@ def test_a_bad_line_of_a_file_is_named(
 def test_files_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     near = DEMO.replace("moe.yaml", "mo.yaml")
     assert f"config file {near!r} does not exist; did you mean {DEMO!r}?" in refused(capsys, "--config", near)
+    assert "config file '\\x1b[31m.yaml' does not exist" in refused(capsys, "--config", "\x1b[31m.yaml")
+    assert refused(capsys, "\x1b\0=1").startswith("ConfigError: override '\\x1b\\x00=1'")
     path = tmp_path / "config.yaml"
     path.write_text("run: {seed: 1\nmodel: {}\n")
     assert f"config file {str(path)!r} is not YAML" in refused(capsys, "--config", str(path))

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError, plural, printable
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle, tokenizer_spec
 from gspo_megatron.build.trainer import device_of, open_trainer
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = check(options)
     except (ConfigError, DataError, RankError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
     show(rows, options.worst)
     return 0 if all(row.ok for row in rows) else 1
@@ -406,7 +406,7 @@ def check(options: argparse.Namespace) -> list[Row]:
     for name, layout in layouts.items():
         inputs = settle(load_config(options.config, [*settings, *layout.overrides]), layout.world_size)
         config = inputs.config
-        print(f"{name}: {layout.world_size} processes = {inputs.layout}, {config.precision.dtype}", flush=True)
+        print(f"{name}: {plural(layout.world_size, 'process')} = {inputs.layout}, {config.precision.dtype}", flush=True)
         given = reports["reference"].rollouts if reports else None
         reports[name] = run(config, layout.world_size, options.timeout_s, given)
     return compare(reports["reference"], reports["layout"], config.precision.dtype)

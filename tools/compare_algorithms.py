@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from sweep import Run, Sweep, load_sweep
-from sweep_page import page
+from sweep_page import markdown, page, picture
 from sweep_results import results
 
 import gspo_megatron
@@ -107,13 +109,24 @@ def finish(run: Run, status: int, seconds: float) -> None:
         print(said, file=sys.stderr, flush=True)
 
 
-def write_report(sweep: Sweep, folder: Path, command: str) -> None:
+def write_report(sweep: Sweep, folder: Path, command: str) -> dict[str, Any]:
+    """Writes report.json and report.html, and returns what is in them."""
     found = results(sweep, command)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.json", json.dumps(found, indent=1) + "\n"), ("report.html", page(found))):
         with written_aside(folder / name) as file:
             file.write(text)
     print(f"{folder / 'report.html'}, {folder / 'report.json'}")
+    return found
+
+
+def write_into(document: Path, name: str, found: dict[str, Any]) -> None:
+    """The table of numbers between the marks `name` of a Markdown page, and the curves into images/ beside it."""
+    marks, old = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL), document.read_text()
+    if not marks.search(old):
+        raise ConfigError(f"{document} has no lines '<!-- {name} -->' and '<!-- end of {name} -->' to write between")
+    (document.parent / "images" / f"{name}.svg").write_text(picture(found))
+    document.write_text(marks.sub(lambda _: markdown(found), old))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW[/POINT]", help="only these curves")
     parser.add_argument("--seeds", type=int, help="only the first N seeds", metavar="N")
     parser.add_argument("--report-only", action="store_true", help="report what is there, and start nothing")
+    parser.add_argument(
+        "--document", type=Path, help="Markdown page whose table, and picture, of the sweep is replaced"
+    )
     options = parser.parse_args(argv)
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
         parser.error("--jobs and --seeds must be 1 or more")
@@ -136,7 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = list(sweep.runs)
     to_the_end = options.report_only or run_all(runs, options.jobs)
     place = ["--runs", str(folder)] if options.runs else []
-    write_report(sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place]))
+    found = write_report(
+        sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place])
+    )
+    if options.document:
+        write_into(options.document, options.sweep.stem, found)
     states = {run.state for run in runs} if not options.report_only else set()
     if "failed" in states:
         return FAILED

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import mock_cuda
 import torch
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, plural, printable
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.trainer import wants_transformer_engine
 from gspo_megatron.config.loading import load_config
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = chosen(options.ranks, layout)
         result = built(config, layout, ranks)
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        print(printable(f"ConfigError: {error}"), file=sys.stderr)
         return 2
     what = {"config": options.config, "ranks": options.ranks, "overrides": overrides}
     show(what | result)
@@ -170,7 +170,7 @@ def built(config: Config, layout: Layout, ranks: Sequence[int]) -> dict[str, Any
     return {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in PACKAGES},
-        "layout": f"{layout.world_size} processes = {layout}",
+        "layout": f"{plural(layout.world_size, 'process')} = {layout}",
         "num_layers": shape.num_layers,
         "precision": p.dtype if p.fp8 == "none" else f"fp8 {p.fp8}",
         "layers": "Transformer Engine" if use_te else "Megatron-Core",

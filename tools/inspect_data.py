@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError, DataError, shortened
+from gspo_megatron.base.errors import ConfigError, DataError, plural, printable, shortened
 from gspo_megatron.build.data import NamedSource, sources_of
 from gspo_megatron.build.inputs import tokenizer_spec, with_rewards
 from gspo_megatron.build.rewards import rewards_of
@@ -91,7 +91,7 @@ def inspect_source(
 
 
 def _report(config: Config, source: NamedSource, tokenizer: Tokenizer, found: Found, rows: int) -> Iterator[str]:
-    yield f"== {source.name or source.spec.source}: {len(found.solutions) + len(found.unwritten):,} prompts"
+    yield f"== {source.name or source.spec.source}: {plural(len(found.solutions) + len(found.unwritten), 'prompt')}"
     for number, prompt in enumerate(found.prompts[:rows], start=1):
         yield from _row(number, prompt, tokenizer)
     if found.lengths:
@@ -116,7 +116,7 @@ def _report(config: Config, source: NamedSource, tokenizer: Tokenizer, found: Fo
 def _row(number: int, prompt: Prompt, tokenizer: Tokenizer) -> Iterator[str]:
     pieces = " ".join(repr(tokenizer.piece(token))[1:-1] for token in prompt.tokens[:SHOWN_TOKENS])
     more = f" ... ({len(prompt.tokens) - SHOWN_TOKENS} more)" if len(prompt.tokens) > SHOWN_TOKENS else ""
-    yield f"-- prompt {number}: {len(prompt.tokens)} tokens"
+    yield f"-- prompt {number}: {plural(len(prompt.tokens), 'token')}"
     # A prompt may hold NUL, or what steers a terminal.
     yield from (f"   | {line}" for line in plain(prompt.text, SHOWN_CHARACTERS).split("\n"))
     yield f"   pieces:   {pieces}{more}"
@@ -151,7 +151,8 @@ def judge(rewards: Reward, prompts: Sequence[Prompt]) -> tuple[bool, Iterator[st
     tells = good[0] > good[1]
 
     def report() -> Iterator[str]:
-        yield f"-- rewards of {len(cases)} written solutions: mean {good[0]:g}; of wrong answers: mean {good[1]:g}"
+        solutions = plural(len(cases), "written solution")
+        yield f"-- rewards of {solutions}: mean {good[0]:g}; of wrong answers: mean {good[1]:g}"
         if not tells:
             yield "   the reward does not tell right from wrong; look at what it expects of a response"
         for said, scored in (("the written solution", right), ("a wrong answer", wrong)):
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return inspect(load_config(options.config, options.overrides), options)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
 
 

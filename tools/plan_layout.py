@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, printable
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config, DataConfig
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--choose {options.choose}: only {len(best)} layouts fit")
         check_config(best[options.choose - 1].config, options.gpus)
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        print(printable(f"ConfigError: {error}"), file=sys.stderr)
         return 2
     print(
         f"{options.model} on {options.gpus} {gpu.name} ({cluster.node} joined by NVLink), {options.precision}: "

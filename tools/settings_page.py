@@ -41,7 +41,8 @@ def page(config: type = Config) -> str:
 
 
 def _section(name: str, section: type, settings: dict[str, Setting]) -> str:
-    rows = [_row(setting) for key, setting in settings.items() if key.startswith(f"{name}.")]
+    own = [setting for key, setting in settings.items() if key.startswith(f"{name}.")]
+    rows = [_row(row) for setting in own for row in (setting, *setting.declared_entries().values())]
     about = textwrap.fill(" ".join((section.__doc__ or "").split()), WIDTH, break_on_hyphens=False)
     head = ("| Key | Type | Default | Range or choices | Meaning |", "|---|---|---|---|---|")
     return "\n".join([f"## {name}", "", about, "", *head, *rows, ""])

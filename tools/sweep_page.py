@@ -1,4 +1,7 @@
-"""The page of a sweep's results: one HTML file that needs no other, without scripts. Curves are inline SVG."""
+"""The page of a sweep's results: one HTML file that needs no other, without scripts. Curves are inline SVG.
+
+For the documentation, the same as a table in Markdown and as a picture.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 
 def page(found: Found) -> str:
     """The page of what `sweep_results.results` found."""
-    rows = list(dict.fromkeys(curve["row"] for curve in found["curves"]))
-    look = {row: (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i, row in enumerate(rows)}
+    look = _look(found)
     parts = [
         f"<h1>{escape(found['title'])}</h1>",
         f"<p>{escape(found['about'])}</p>",
@@ -55,7 +57,58 @@ def page(found: Found) -> str:
     )
 
 
+def markdown(found: Found) -> str:
+    """The numbers as tables for a Markdown page, one for each point: a line a measure, a column a row of the sweep."""
+    names = ", ".join(" ".join(version) for version in found["versions"].items())
+    first = found["curves"][0]["row"]
+    text = (
+        f"`{found['command']}`, {found['machine']}; {names}; {found['made']}. In brackets: {found['interval']}. Second "
+        f"line: the difference to `{first}`, seed by seed.\n"
+    )
+    for point in found["points"]:
+        curves = [curve for curve in found["curves"] if curve["point"] == point]
+        heads = " | ".join(f"`{curve['name']}`, {_seeds(curve)} seeds" for curve in curves)
+        text += f"\n| | {heads} |\n| --- |{' ---: |' * len(curves)}\n"
+        for key, measure in found["measures"].items():
+            cells = [f"{measure['title']}; {measure['number']}"]
+            for curve in curves:
+                difference = curve["against"][key]
+                change = f"<br>{_interval(difference, signed=True)}" if difference else ""
+                cells.append(_interval(curve["measures"][key]["interval"]) + change)
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def picture(found: Found) -> str:
+    """The curves of the first point, three in a row, as one SVG file."""
+    look = _look(found)
+    panels = list(_over_steps(found, found["points"][0], look))
+    size = (3 * WIDTH, HEIGHT * -(-len(panels) // 3) + 24)
+    parts = [f'<rect width="{size[0]}" height="{size[1]}" fill="#fff"/>']
+    for i, (row, (colour, dash)) in enumerate(look.items()):
+        line = f'<path d="M{LEFT + 200 * i} 12h36" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"/>'
+        parts.append(f'{line}<text x="{LEFT + 200 * i + 42}" y="16">{escape(row)}</text>')
+    for i, panel in enumerate(panels):
+        inner = panel.removeprefix("<figure><svg").removesuffix("</figure>")
+        place = f'x="{i % 3 * WIDTH}" y="{24 + i // 3 * HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+        parts.append(f"<svg {place}{inner}")
+    style = "<style>text { font: 11px system-ui, sans-serif; fill: #333 }</style>"
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" role="img"'
+    return f'{frame} aria-label="{escape(found["title"], quote=True)}">{style}{"".join(parts)}</svg>\n'
+
+
 # --- text and tables ---
+
+
+def _look(found: Found) -> dict[str, tuple[str, str]]:
+    """Colour and dashes of every row."""
+    rows = dict.fromkeys(curve["row"] for curve in found["curves"])
+    return {row: (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i, row in enumerate(rows)}
+
+
+def _seeds(curve: Found) -> str:
+    done = sum(run["state"] in ("finished", "stopped by a guard") for run in curve["runs"])
+    return f"{done} of {len(curve['runs'])}"
 
 
 def _versions(found: Found) -> str:
@@ -70,8 +123,8 @@ def _legend(look: Mapping[str, tuple[str, str]]) -> str:
     ]
     return (
         f'<ul class="legend">{"".join(items)}</ul>\n<p>A line is the mean over seeds, its band the 95&nbsp;% '
-        "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where the first seed "
-        "ends.</p>"
+        "confidence interval of that mean (Student's t). Thin lines are single seeds. Mean and band end where "
+        "the first seed ends. Axes span the seeds: a band that reaches further is cut off.</p>"
     )
 
 
@@ -101,8 +154,7 @@ def _numbers(found: Found) -> str:
     )
     rows = []
     for curve in found["curves"]:
-        done = sum(run["state"] in ("finished", "stopped by a guard") for run in curve["runs"])
-        cells = [f'<th scope="row">{escape(curve["name"])}</th>', f"<td>{done} of {len(curve['runs'])}</td>"]
+        cells = [f'<th scope="row">{escape(curve["name"])}</th>', f"<td>{_seeds(curve)}</td>"]
         for key, measure in curve["measures"].items():
             difference = curve["against"][key]
             text = _interval(measure["interval"])
@@ -215,7 +267,8 @@ def _bars(found: Found, look: Mapping[str, tuple[str, str]]) -> str:
 
 
 class Plot:
-    """Lines and bands over x, as SVG. The axes span what was drawn.
+    """Lines and bands over x, as SVG. The axes span the lines; a band that reaches further is cut off, since that of
+    two or three seeds would leave no room for anything else.
 
     Args:
         names: of the places 0, 1, ... on x; none: x is a number.
@@ -241,12 +294,13 @@ class Plot:
     def band(self, xs: Sequence[float], low: Sequence[float | None], high: Sequence[float | None], colour: str) -> None:
         edges = [(x, a, b) for x, a, b in zip(xs, low, high, strict=True) if a is not None and b is not None]
         points = [*((x, b) for x, _, b in edges), *((x, a) for x, a, _ in reversed(edges))]
-        self._add(points, f'fill="{colour}" stroke="none"', 0.15)
+        self._add(points, f'fill="{colour}" stroke="none"', 0.15, in_full=False)
 
-    def _add(self, points: Sequence[tuple[float, float]], style: str, opacity: float) -> None:
+    def _add(self, points: Sequence[tuple[float, float]], style: str, opacity: float, *, in_full: bool = True) -> None:
         if points:
-            self._xs += [x for x, _ in points]
-            self._ys += [y for _, y in points]
+            if in_full:
+                self._xs += [x for x, _ in points]
+                self._ys += [y for _, y in points]
             self._drawn.append(lambda: f'<path d="{self._path(points)}" {style} opacity="{opacity}"/>')
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -258,7 +312,7 @@ class Plot:
 
     def _y(self, y: float) -> float:
         low, high = min(self._ys), max(self._ys)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / ((high - low) or 1)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (min(max(y, low), high) - low) / ((high - low) or 1)
 
     def figure(self, described: str) -> str:
         low, high = min(self._ys), max(self._ys)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.base.tensors import on_device
 
 IntArray = NDArray[np.int64]
@@ -59,7 +60,8 @@ class Rollout:
     a response that nothing ended is truncated, and so is a conversation that a limit ended.
     `outside` are the tokens from the environment, as [begin, end) within `tokens`; one pair, which may be empty, lies
     between any two turns. `log_probs` are natural logarithms, one per token that was sampled, of the distribution it
-    was drawn from. `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
+    was drawn from; `support` has the ids to which that gave a probability, where top-k or top-p left some out and they
+    were recorded. `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
 
     `text` is that of the last turn. `turns` tells the whole conversation, {role, content, sampled} each; it is empty
     without an environment.
@@ -83,6 +85,7 @@ class Rollout:
     tool_errors: int = 0
     """Calls that a tool could not answer, such as a division by 0."""
     environment_error: str = ""
+    support: Ragged | None = field(default=None, compare=False, repr=False)
 
     @property
     def last_turn(self) -> list[int]:
@@ -124,6 +127,7 @@ class Column:
         every_token: every token of the sequence has a value, not only the trained ones.
         fill: the value in padding, where every token has a value.
         finite: a non-finite value stops the run before it is trained on.
+        ragged: a value is a list of integers of any length; values of several tokens are `Ragged`, not a tensor.
     """
 
     name: str
@@ -134,6 +138,7 @@ class Column:
     every_token: bool = False
     fill: float = 0.0
     finite: bool = True
+    ragged: bool = False
 
 
 COLUMNS: dict[str, Column] = {
@@ -145,6 +150,8 @@ COLUMNS: dict[str, Column] = {
         Column("sampler_log_probs", "log-prob of the sampler", finite=False),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
+        # The ids that a token was drawn from.
+        Column("support", "kept id", of_model=True, finite=False, ragged=True),
     )
 }
 """Packing, the state of a step, guards and checkpoints loop over this table: new per-token data is one more row."""
@@ -160,17 +167,17 @@ class Sequence:
         trained: [L] bool. A token is predicted from those before it, so the first one is never trained.
         advantage: of the whole sequence.
         columns: by name (a key of COLUMNS), one value per trained token in order, [R, *shape], or one per token,
-            [L, *shape].
+            [L, *shape]: a tensor, or Ragged.
     """
 
     tokens: Tensor
     trained: Tensor
     advantage: float = 0.0
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def after_prompt(
-        cls, tokens: Seq[int], prompt_length: int, advantage: float = 0.0, columns: dict[str, Tensor] | None = None
+        cls, tokens: Seq[int], prompt_length: int, advantage: float = 0.0, columns: dict[str, Any] | None = None
     ) -> Sequence:
         """A prompt of `prompt_length` tokens and a response, every token of which is trained."""
         trained = torch.arange(len(tokens)) >= prompt_length
@@ -213,7 +220,7 @@ class MicroBatch:
     tokens per sequence, `index` the sequences' positions in the list that was packed.
 
     `columns` holds the sequences' columns by name: [R, *shape] in the order of `rows_R`, or [T, *shape] where every
-    token has a value. A column that the sequences do not have yet is absent.
+    token has a value; a ragged one is `Ragged`. A column that the sequences do not have yet is absent.
 
     With context parallelism each rank holds a part of every sequence (`data.packing.zigzag`): T and R then count the
     tokens of this rank's part, while `cu_seqlens`, `max_seqlen` and `trained_lengths` describe whole sequences.
@@ -230,14 +237,15 @@ class MicroBatch:
     sequence_R: Tensor
     index: list[int]
     advantages_S: Tensor
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`, through non-blocking copies. `targets_T` stays on the
-        host, where `log_probs` decides which rows it needs."""
+        """The same micro-batch with its tensors on `device`, through non-blocking copies. `targets_T` and ragged
+        columns stay on the host, where `log_probs` decides which rows it needs."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "targets_T"}
         moved: dict[str, Any] = {k: on_device(v, device) for k, v in tensors.items()}
-        return replace(self, **moved, columns={name: on_device(v, device) for name, v in self.columns.items()})
+        columns = {k: on_device(v, device) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        return replace(self, **moved, columns=columns)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar
@@ -31,6 +32,8 @@ class GuardError(RuntimeError):
     """A guard stopped the run: a non-finite number, or replicas that differ. Says what was found, and where."""
 
 
+CLOSE = 0.65
+"""How like a name another has to be to be suggested (difflib's ratio): `question` for `solution`, 0.63, misleads."""
 LONGEST_VALUE = 200
 """Characters of a value that a message shows."""
 
@@ -40,9 +43,27 @@ def shortened(text: str, most: int = LONGEST_VALUE) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def printable(text: str) -> str:
+    """The text with NUL, escapes and whatever else steers a terminal written out, as in `\\x1b`; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`, `1,024 processes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def memory_size(gib: float) -> str:
+    """`79.6 GiB`; below 0.1 GiB `12.0 MiB`."""
+    return f"{gib:,.1f} GiB" if gib >= 0.1 else f"{1024 * gib:,.1f} MiB"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the closest of `names`, or an empty string when none is close."""
-    near = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    """`; did you mean 'x'?` with the closest of `names`, or one that has it as a part, `clip.low` for `low`; an empty
+    string when none is close."""
+    known = list(names)
+    near = get_close_matches(name, known, n=1, cutoff=CLOSE) or [k for k in known if name in re.split("[._]", k)]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

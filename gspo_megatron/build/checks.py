@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from datetime import date
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
 from gspo_megatron.config.model import ModelConfig
-from gspo_megatron.config.sections import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from gspo_megatron.config.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from gspo_megatron.data.examples import fields_of
 from gspo_megatron.data.sources import SOURCES, scheme_of
 from gspo_megatron.device.precision import RECIPES, expects_te_layers
@@ -24,6 +25,7 @@ from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.models.presets import DEMOS, PRESETS
 from gspo_megatron.models.rope import beyond_trained_length
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.concerns import RULES, Limit
 
 HOPPER = (9, 0)
 
@@ -42,7 +44,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_kernels(config)
     layout = layout_of(config, world_size)
     _check_optimizer(config.optimizer)
-    _check_guards(config.guards)
+    _check_guards(config.guards, algorithm)
     _check_data(config)
     _check_evaluation(config)
     _check_batches(config, algorithm)
@@ -112,7 +114,7 @@ def _check_precision(config: Config) -> None:
         )
     if ends > a_stage:
         raise ConfigError(
-            f"precision.first_last_layers_bf16={ends} exceeds the {a_stage} layers of a pipeline stage "
+            f"precision.first_last_layers_bf16={ends} exceeds the {plural(a_stage, 'layer')} of a pipeline stage "
             f"(model.num_layers / parallel.pp), which is as many as Megatron-Core allows; set it to {a_stage} or fewer"
         )
 
@@ -214,7 +216,7 @@ def _check_optimizer(o: OptimizerConfig) -> None:
         raise ConfigError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.lr={o.lr}; the decay goes from lr to min_lr")
 
 
-def _check_guards(g: GuardConfig) -> None:
+def _check_guards(g: GuardConfig, algorithm: Algorithm) -> None:
     if g.grad_norm_spike and g.grad_norm_spike <= 1:
         raise ConfigError(
             f"guards.grad_norm_spike={g.grad_norm_spike} would refuse ordinary updates; set it above 1, such as 10, or "
@@ -224,6 +226,26 @@ def _check_guards(g: GuardConfig) -> None:
         raise ConfigError(
             f"guards.on_spike={g.on_spike} has no effect with guards.grad_norm_spike=0; set that above 1, such as 10"
         )
+    if 0 < g.length_growth <= 1:
+        raise ConfigError(
+            f"guards.length_growth={g.length_growth} would object to ordinary steps; set it above 1, such as 3, or to "
+            "0 to switch the rule off"
+        )
+    if g.kl_ref and not algorithm.needs_reference:
+        raise ConfigError(
+            f"guards.kl_ref={g.kl_ref} has no effect with algorithm.kl_coef=0, which keeps no reference; set kl_coef "
+            "above 0, or kl_ref to 0"
+        )
+    if g.sampler_far != GuardConfig().sampler_far and g.sampler_far and algorithm.old_log_probs == "sampler":
+        raise ConfigError(
+            f"guards.sampler_far={g.sampler_far} has no effect with algorithm.old_log_probs=rollout, which compares "
+            "nothing with the sampler; remove it"
+        )
+    rules = {rule.name: rule for rule in RULES}
+    for name in g.stop_on:
+        rule = lookup(rules, name, "rule of guards.stop_on")
+        if isinstance(rule, Limit) and not getattr(g, name):
+            raise ConfigError(f"guards.stop_on has {name}, which guards.{name}=0 switches off; set that, or remove it")
 
 
 def _check_batches(config: Config, algorithm: Algorithm) -> None:
@@ -254,11 +276,16 @@ def _check_batches(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.correction={a.correction} with algorithm.old_log_probs=rollout: the old log-probs are the "
             "sampler's own, so every weight is 1; set algorithm.old_log_probs=recompute, or remove the correction"
         )
-    if a.old_log_probs == "rollout" and (r.top_k > 0 or r.top_p < 1):
+    if a.old_log_probs == "rollout" and r.truncates and not a.sampling_mask:
         raise ConfigError(
-            f"algorithm.old_log_probs=rollout with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}: the sampler's "
-            "log-probs are of the truncated distribution, the trainer's of the full one; use "
-            "algorithm.old_log_probs=auto"
+            f"algorithm.old_log_probs=rollout with {_truncation(config)}: the sampler's log-probs are of the truncated "
+            "distribution, the trainer's of the full one; use algorithm.old_log_probs=auto, or "
+            "algorithm.sampling_mask=true"
+        )
+    if a.sampling_mask and not r.truncates:
+        raise ConfigError(
+            f"algorithm.sampling_mask=true has no effect with rollout.top_k={r.top_k}, rollout.top_p={r.top_p}, which "
+            "keep every id; set sampling_mask=false, or top_p below 1"
         )
 
 
@@ -286,6 +313,13 @@ def _check_kl(config: Config, algorithm: Algorithm) -> None:
             "algorithm.kl_in=reward with the baseline mean_normalised: a reward less its penalty may be negative, and "
             "this baseline divides by the mean; use algorithm.kl_in=loss, or another algorithm.advantage"
         )
+
+
+def _truncation(config: Config) -> str:
+    """The settings by which sampling leaves tokens out, in words; empty where none does."""
+    r = config.rollout
+    acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
+    return ", ".join(setting for setting, acts in acting.items() if acts)
 
 
 def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
@@ -334,16 +368,21 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
             f"{algorithm.updates_per_rollout} updates of a rollout batch only the first is on-policy; set "
             "algorithm.updates_per_rollout=1"
         )
+    if algorithm.old_log_probs != "sampler" and algorithm.updates_per_rollout == 1 and algorithm.variant.clip.corrects:
+        notes.append(
+            f"algorithm.updates_per_rollout=1: the one update of a rollout batch finds ratios of 1, so the clip of "
+            f"algorithm.variant={algorithm.variant.name} never acts; use 2 or more to use rollouts for several updates"
+        )
     if config.rollout.group_size == 1 and algorithm.variant.baseline.scope == "group":
         notes.append(
             "rollout.group_size=1: a group of one is its own mean, every advantage is 0 and no step has a gradient; "
             "use 4 to 16"
         )
-    if config.rollout.top_k > 0 or config.rollout.top_p < 1:
+    if config.rollout.truncates and not config.algorithm.sampling_mask:
         notes.append(
-            f"rollout.top_k={config.rollout.top_k}, rollout.top_p={config.rollout.top_p}: responses come from the "
-            "truncated distribution, but ratios and gradients are of the full one, so the policy that is improved is "
-            "not the one that was sampled; set top_k=0 and top_p=1"
+            f"{_truncation(config)}: responses come from the truncated distribution, but ratios and gradients are of "
+            "the full one, so the policy that is improved is not the one that was sampled; set "
+            "algorithm.sampling_mask=true, or top_k=0 and top_p=1"
         )
     starts_from = config.model.hf or config.train.warm_start_steps or config.checkpoint.load != "none"
     if config.train.steps and not starts_from:

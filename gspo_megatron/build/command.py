@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError, printable
 from gspo_megatron.device import torchrun
 from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED_BY_GUARD
 
@@ -30,6 +30,7 @@ def reported(error: Exception) -> int:
 
 def report(error: str) -> None:
     """Says why the command ends: once for the processes of a node, and in torchrun's report."""
+    error = printable(error)
     if torchrun.leave_message(error):
         print(error, file=sys.stderr)
 

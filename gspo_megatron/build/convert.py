@@ -9,16 +9,14 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
-import torch
-
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, memory_size, plural
 from gspo_megatron.build.inputs import settle_model
 from gspo_megatron.build.scoring import open_scorer
 from gspo_megatron.build.trainer import device_of, folder_files
 from gspo_megatron.checkpoint.contents import files_of, read_about, saved_sections
 from gspo_megatron.checkpoint.conversion import CheckpointWeights, ResumableExport, source_of
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
-from gspo_megatron.checkpoint.export import FILE_BYTES, FolderFiles
+from gspo_megatron.checkpoint.export import EXPORTED, FILE_BYTES, FolderFiles
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import Row, inspect
 from gspo_megatron.checkpoint.manifest import verify
@@ -34,7 +32,6 @@ from gspo_megatron.models.families import family_of
 from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.monitor.console import Console
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT = (
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey? From 9:40 to 13:00 there are 3 hours and 20 "
     "minutes, and 5 more to 13:05, so it takes 3 hours and 25 minutes, that is 205 minutes.\n\n"
@@ -93,7 +90,7 @@ def to_folder(
     saved = saved_sections(checkpoint, about)
     shape = shape_of(saved["model"])
     files = files_beside(saved, shape, like)
-    weights = CheckpointWeights(files_of(checkpoint, about), shape, family_of(shape).rules, DTYPES[dtype])
+    weights = CheckpointWeights(files_of(checkpoint, about), shape, family_of(shape).rules, EXPORTED[dtype])
     export = ResumableExport(out, source_of(checkpoint), file_bytes=file_bytes)
     export.begin(weights.stored)
     total = sum(stored.num_bytes for stored in weights.stored.values())
@@ -101,9 +98,9 @@ def to_folder(
         console.say(f"{len(export.kept):,} of {len(weights.stored):,} tensors were written before")
     with console.progress(total, f"{checkpoint.name} -> {out}") as advance:
         weights.write(export, advance)
-    export.commit(files.content(DTYPES[dtype]), files.copied)
+    export.commit(files.content(EXPORTED[dtype]), files.copied)
     parameters = count_parameters(shape).total
-    console.say(f"{out}: {checkpoint.name}, {parameters:,} parameters in {dtype}, {total / (1 << 30):.2f} GiB")
+    console.say(f"{out}: {checkpoint.name}, {parameters:,} parameters in {dtype}, {memory_size(total / (1 << 30))}")
 
 
 def shape_of(saved: dict[str, Any]) -> ModelShape:
@@ -214,7 +211,7 @@ def verify_folder(path: Path, text: str, console: Console) -> Verdict:
     tokenizer = load_tokenizer(str(path))
     tokens = tokenizer.encode_prompt(text)[: config.model.max_sequence_length]
     if len(tokens) < 2:
-        raise DataError(f"the text {text[:60]!r} has {len(tokens)} tokens; a comparison needs at least 2")
+        raise DataError(f"the text {text[:60]!r} has {plural(len(tokens), 'token')}; a comparison needs at least 2")
     longest = max(len(tokens), config.model.max_sequence_length)
     config = load_config(
         None,
@@ -230,7 +227,7 @@ def verify_folder(path: Path, text: str, console: Console) -> Verdict:
     verdict = Verdict(tokens, ours, theirs)
     here = tokenizer.decode([tokens[verdict.worst + 1]])
     console.say(
-        f"{len(ours)} tokens: the worst difference of a log-prob is {verdict.difference:.1e}, at token "
+        f"{plural(len(ours), 'token')}: the worst difference of a log-prob is {verdict.difference:.1e}, at token "
         f"{verdict.worst + 1} ({here!r}: {ours[verdict.worst]:.5f} here, {theirs[verdict.worst]:.5f} by transformers)"
     )
     return verdict

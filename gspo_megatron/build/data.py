@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean, shortened
+from gspo_megatron.base.errors import ConfigError, did_you_mean, plural, shortened
 from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
@@ -115,7 +115,7 @@ def left_out(key: str, prompts: PromptSource) -> Iterator[str]:
             (first, *_), *_ = prompts.about["places"].values()
             yield f"{key}: rows left out: {counted(prompts.dropped)}; the first of them: {first}"
         if prompts.duplicates:
-            again = f"{prompts.duplicates:,} prompts have the text of an earlier one"
+            again = f"{plural(prompts.duplicates, 'prompt')} with the text of an earlier one"
             yield f"{key}: {again}; data.duplicates=drop leaves them out"
 
 

@@ -15,6 +15,7 @@ from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
 from gspo_megatron.build.scoring import open_model
+from gspo_megatron.build.trainer import check_services
 from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import write_json_lines
@@ -85,6 +86,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
         source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
         rewards = rewards_in(inputs.rewards, inputs.sets)
+        check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
         for each in rewards:
             each.use_workers(workers)

@@ -124,8 +124,9 @@ def settle(config: Config, world_size: int) -> Inputs:
     warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
-    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
     warnings += [text for each in sets for text in left_out(f"eval.sets.{each.name}", each.prompts)]
+    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
+    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets, environment)
 
@@ -152,6 +153,7 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
         sets.append(default_set(config, prompts, rewards, DEFAULT))
     sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
     warnings = [text for each in sets for text in left_out(each.name, each.prompts)]
+    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return EvaluationInputs(*of_model, rewards, tuple(sets), tuple(warnings), environment)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.data import sources_of
-from gspo_megatron.config.sections import CodeConfig, Config
+from gspo_megatron.build.programs import CODE, check_programs, sandbox_of
+from gspo_megatron.config.sections import Config
 from gspo_megatron.rewards.rewards import Reward, Rewards, Score
-from gspo_megatron.rewards.sandbox import interpreter, settled
 
 
 class RunRewards(Reward, Protocol):
@@ -29,6 +28,8 @@ class RunRewards(Reward, Protocol):
     def use_workers(self, count: int) -> None: ...
 
     def check_services(self) -> None: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
 
     def close(self) -> None: ...
 
@@ -70,6 +71,9 @@ class RewardsBySource:
             rewards.use_workers(count)
         self.__post_init__()
 
+    def try_functions(self, rollout: Rollout) -> Score:
+        return self._of(rollout.prompt).try_functions(rollout)
+
     def check_services(self) -> None:
         for rewards in self._all:
             rewards.check_services()
@@ -86,42 +90,6 @@ class RewardsBySource:
         return self.by_source.get(prompt.source, self.others)
 
 
-def code_sandbox(config: Config) -> dict[str, Any] | None:
-    """How the reward `code` runs programs, with what reward.code.isolation=auto stands for on this machine; None where
-    no prompt has that reward.
-
-    Raises:
-        ConfigError: the isolation does not work here, or a setting has no effect.
-    """
-    r, code = config.reward, CodeConfig(**config.reward.code)
-    functions = [*r.functions, *(term.get("function") for term in r.terms)]
-    functions += [name for split in ("train", "eval") for s in sources_of(config, split) for name in s.reward or ()]
-    sets = [entry for entry in config.eval.sets.values() if isinstance(entry, dict)]
-    functions += [name for entry in sets for name in entry.get("reward") or ()]
-    if "code" not in functions:
-        if r.code:
-            raise ConfigError(f"reward.code={r.code} has no effect without the reward code; remove it")
-        return None
-    total = 0.8 * r.timeout_s
-    if 2 * code.seconds > total:
-        raise ConfigError(
-            f"reward.code.seconds={code.seconds:g}: twice that, the most a run of a program may take, must be at most "
-            f"0.8 * reward.timeout_s={total:g} s; raise reward.timeout_s"
-        )
-    return {**asdict(code), "isolation": settled(code.isolation, code.python), "total_seconds": total}
-
-
-def describe_sandbox(config: Config) -> str | None:
-    """What the programs of responses run in."""
-    if (sandbox := code_sandbox(config)) is None:
-        return None
-    python = interpreter(sandbox["python"])
-    limits = f"{sandbox['seconds']:g} s, {sandbox['memory_gib']:g} GiB"
-    if sandbox["isolation"] == "none":
-        return f"programs of responses run UNPROTECTED, as reward.code.isolation=none asks ({limits})"
-    return f"programs of responses run on Python {python.version} in a sandbox: {sandbox['isolation']} ({limits})"
-
-
 def rewards_of(config: Config) -> RunRewards:
     """With one process for functions that need processes; `build.trainer` has as many started as a run uses.
 
@@ -129,7 +97,9 @@ def rewards_of(config: Config) -> RunRewards:
         ConfigError: a reward that cannot be used.
     """
     r = config.reward
-    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config))
+    check_programs(config)
+    names = [*r.functions, *(term.get("function") for term in r.terms)]
+    others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config, names))
     own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
     if not own:
         return others
@@ -138,14 +108,14 @@ def rewards_of(config: Config) -> RunRewards:
 
 def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:
     """Of a source, or a held-out set, that has its own. Raises as `rewards_of` does."""
-    return Rewards(functions, None, config.reward.on_error, **_how(config))
+    return Rewards(functions, None, config.reward.on_error, **_how(config, functions))
 
 
-def _how(config: Config) -> dict[str, Any]:
+def _how(config: Config, functions: Iterable[Any]) -> dict[str, Any]:
     """How functions that need processes are called."""
     r = config.reward
     how: dict[str, Any] = {"isolate": r.isolate, "timeout_s": r.timeout_s, "memory_gib": r.memory_gib}
     how |= {"seed": config.run.seed, "most_lost": r.most_lost, "environment": os.environ}
-    if (sandbox := code_sandbox(config)) is not None:
-        how["defaults"] = {"code": {"sandbox": sandbox}}
+    if CODE in functions:
+        how["defaults"] = {CODE: {"sandbox": sandbox_of(config)}}
     return how

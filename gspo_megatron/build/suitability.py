@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import DataError, shortened
+from gspo_megatron.base.errors import DataError, plural, shortened
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.rewards import RunRewards
 from gspo_megatron.config.sections import Config
@@ -15,6 +15,7 @@ from gspo_megatron.data.mixture import Mixture
 from gspo_megatron.data.prompts import RowPrompts
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from gspo_megatron.run.evaluation import Judge
 
 VERSION = 1
 """Of these checks: another one does them again on data in the cache."""
@@ -57,16 +58,14 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
         return []
     first = changed[0]
     return [
-        f"the tokenizer {config.data.tokenizer} changes {len(changed)} of the first {len(some)} prompts of "
+        f"the tokenizer {config.data.tokenizer} changes {len(changed)} of the first {plural(len(some), 'prompt')} of "
         f"{shown(config.data.train)}, the first: {shortened(first.text, 60)!r} becomes "
         f"{shortened(tokenizer.decode(first.tokens), 60)!r}; it normalises text or lacks characters, and the model "
         "sees what it makes of them; tools/train_tokenizer.py trains one that keeps all"
     ]
 
 
-def try_rewards(
-    config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: RunRewards
-) -> list[str]:
+def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: Judge) -> list[str]:
     """Scores a response to the first prompt of every source, as a step would: a reward that fails whatever it is given
     is found here, not after a warm start. Not with reward.isolate=false: such functions may need what is not built yet.
 
@@ -82,7 +81,7 @@ def try_rewards(
     for source in sources:
         for index in range(len(source.parts) if isinstance(source, Mixture) else 1):
             asked = _made_up(source[index], tokenizer)
-            (score,) = rewards.score([asked])
+            score = rewards.try_functions(asked)
             if not score.error:
                 continue
             what = (

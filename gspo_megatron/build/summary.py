@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from gspo_megatron.base.errors import plural
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.inputs import Inputs
-from gspo_megatron.build.rewards import describe_sandbox
+from gspo_megatron.build.programs import describe_sandbox
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.mixture import Mixture
@@ -27,17 +28,17 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     yield f"prompts: {number} from {shown(c.data.train)}; held out {held_out:,} from {held_out_from}"
     if isinstance(inputs.train_prompts, Mixture):
         yield from _describe_sources(inputs.train_prompts)
-    if (sandbox := describe_sandbox(c)) is not None:
-        yield sandbox
-    warm = f"{c.train.warm_start_steps} warm-start updates, then " if c.train.warm_start_steps else ""
-    rollouts = f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} rollouts"
-    yield f"{warm}{c.train.steps} steps of {rollouts}, {c.algorithm.updates_per_rollout} updates each"
+    yield from describe_sandbox(c)
+    warm = f"{plural(c.train.warm_start_steps, 'warm-start update')}, then " if c.train.warm_start_steps else ""
+    rollouts = f"{plural(c.rollout.prompts_per_step, 'prompt')} x {plural(c.rollout.group_size, 'rollout')}"
+    updates = plural(c.algorithm.updates_per_rollout, "update")
+    yield f"{warm}{plural(c.train.steps, 'step')} of {rollouts}, {updates} each"
 
 
 def _describe_sources(mixture: Mixture) -> Iterator[str]:
     total = sum(part.weight for part in mixture.parts)
     for part in mixture.parts:
-        number = "endless" if part.prompts.size is None else f"{part.prompts.size:,} prompts"
+        number = "endless" if part.prompts.size is None else plural(part.prompts.size, "prompt")
         yield f"  {part.name}: {number}, {part.weight / total:.1%} of those taken"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +68,8 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
-        check_services(inputs.rewards, groups.is_reporter)
+        rewards = rewards_in(inputs.rewards, inputs.more_sets)
+        check_services(rewards, groups.is_reporter)
         scoring = agreed_scoring(algorithm.scoring, device, console)
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
@@ -120,7 +121,6 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        rewards = rewards_in(inputs.rewards, inputs.more_sets)
         for each in rewards:
             each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
@@ -202,7 +202,7 @@ def check_same_settings(config: Config) -> None:
             )
 
 
-def check_services(rewards: RunRewards, scores: bool) -> None:
+def check_services(rewards: Iterable[RunRewards], scores: bool) -> None:
     """Asks the services that rewards need for a trial, before a model is built. `scores`: this rank will ask them.
     Collective.
 
@@ -212,7 +212,8 @@ def check_services(rewards: RunRewards, scores: bool) -> None:
     complaint = ""
     if scores:
         try:
-            rewards.check_services()
+            for each in rewards:
+                each.check_services()
         except ConfigError as error:
             complaint = str(error)
     heard = [complaint] * dist.get_world_size()

@@ -23,14 +23,17 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, memory_size
 from gspo_megatron.checkpoint.hugging_face import INDEX, SINGLE, read_json
 from gspo_megatron.checkpoint.manifest import sync, write_synced
 from gspo_megatron.checkpoint.names import PARTIAL
+from gspo_megatron.checkpoint.stored import FLOATS
 
 FILE_BYTES = 5_000_000_000
 """Of weights in a file, as on the hub. A larger tensor has one of its own."""
-FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Number formats of the weights in a folder: values of train.hf_dtype, and of `convert to-hf --dtype`."""
+FORMATS = {dtype: name for name, dtype in FLOATS.items()}
 NOT_COPIED = ("quantization_config", "auto_map")
 """Keys of config.json that do not hold for what is written: other number formats, and code in files of its own."""
 TOKENIZER_FILES = (
@@ -138,8 +141,8 @@ class Export:
             free = shutil.disk_usage(self.path.parent).free
             if free < needed:
                 raise CheckpointError(
-                    f"{self.path.parent} has {free / (1 << 30):.1f} GiB free, {self.path.name} needs "
-                    f"{needed / (1 << 30):.1f}; free some space, or move run.dir to a larger disk"
+                    f"{self.path.parent} has {memory_size(free / (1 << 30))} free, {self.path.name} needs "
+                    f"{memory_size(needed / (1 << 30))}; free some space, or move run.dir to a larger disk"
                 )
             self.partial.mkdir()
         except OSError as error:
@@ -165,7 +168,7 @@ class Export:
         except (OSError, MemoryError) as error:
             raise self._unwritable(error) from error
         except RuntimeError as error:  # torch's, on any device
-            reason = f"{name} with {stored.num_bytes / (1 << 30):.1f} GiB: {str(error).splitlines()[0]}"
+            reason = f"{name} with {memory_size(stored.num_bytes / (1 << 30))}: {str(error).splitlines()[0]}"
             raise self._unwritable(MemoryError(reason)) from error
 
     def commit(self, content: Mapping[str, Mapping[str, Any]], copied: Iterable[Path] = ()) -> Path:

@@ -32,9 +32,15 @@ OBJECTS = Field(
     "an object of objects", lambda value: type(value) is dict and all(type(x) is dict for x in value.values())
 )
 NUMBERS = Field("a list of numbers", lambda value: type(value) is list and all(map(_is_number, value)))
-NUMBERS_BY_NAME = Field(
-    "an object of numbers", lambda value: type(value) is dict and all(map(_is_number, value.values()))
-)
+
+
+def _by_name(field: Field, is_a: str) -> Field:
+    return Field(is_a, lambda value: type(value) is dict and all(map(field.fits, value.values())))
+
+
+NUMBER_BY_NAME = _by_name(NUMBER, "an object of numbers")
+COUNT_BY_NAME = _by_name(COUNT, "an object of whole numbers from 0 to 2^53")
+NUMBERS_BY_NAME = _by_name(NUMBERS, "an object of lists of numbers")
 BY_COUNT = Field(
     "objects with lists of counts by a count",
     lambda value: OBJECTS.fits(value) and all(_is_by_count(key, x[key]) for x in value.values() for key in x),

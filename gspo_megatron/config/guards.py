@@ -25,6 +25,34 @@ class GuardConfig:
     ratio_noise: float = setting(
         0.0, "Stop when a ratio of a step's first update differs from 1 by more than this. 0: off.", least=0
     )
+    entropy_drop: float = setting(
+        0.0,
+        "Warn when the entropy is below this share of its mean over the first 5 steps, such as 0.1. 0: off.",
+        least=0,
+        below=1,
+    )
+    length_growth: float = setting(
+        3.0,
+        "Warn when the mean length of responses is above this many times its median over the last 20 steps. 0: off; "
+        "else above 1.",
+        least=0,
+    )
+    kl_old: float = setting(
+        0.5, "Warn when kl/old, how far the updates of a step move the policy, is above this. 0: off.", least=0
+    )
+    kl_ref: float = setting(0.0, "Warn when kl/ref is above this. 0: off.", least=0)
+    sampler_far: float = setting(
+        0.1,
+        "Warn when sampler/far_fraction, the share of tokens that are twice or half as likely for the sampler, is "
+        "above this. 0: off.",
+        least=0,
+        below=1,
+    )
+    stop_on: list[str] = setting(
+        [],
+        "Rules that stop the run where they would warn, by name, such as [entropy_drop, kl_ref]; docs/stability.md "
+        "lists them.",
+    )
     on_memory: str = setting(
         "stop",
         "What an estimate of more memory than a GPU has free does at the start: refuse to run, or warn.",

@@ -2,9 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of sections `model` and `guards`, in model.py and guards.py; `make docs` writes
-docs/settings.md from these declarations. Rules that involve several settings, or the number of processes, are in
-build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+`make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
+processes, are in build/checks.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -166,26 +168,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out sets besides data.eval, and what their metrics decide; docs/evaluation.md has more. They are measured
-    with data.eval: before the first step, after the last, and every train.eval_every steps."""
-
-    sets: dict[str, Any] = setting(
-        {},
-        "Sets by name, each a source as in data.train, or {source: ..., n: 8}, with size (prompts; null: all), n "
-        "(responses to each), k (of pass@k and maj@k, such as [1, 8]), temperature, top_p, top_k, max_new_tokens, "
-        "reward, by (a field to split results by), and settings of section data for itself.",
-    )
-    rollouts: int = setting(
-        64, "Responses of each set, and of data.eval, written to rollouts/eval_*.jsonl. -1: all.", least=-1
-    )
-    patience: int = setting(
-        0, "End the run after this many evaluations in a row without a new largest eval.stop_metric. 0: off.", least=0
-    )
-    stop_metric: str = setting("eval/accuracy", "The metric that eval.patience watches.")
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -225,75 +207,10 @@ class RolloutConfig:
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
-
-@dataclass(frozen=True)
-class CodeConfig:
-    """How the reward `code` runs the programs of responses."""
-
-    isolation: str = setting(
-        "auto",
-        "What keeps them from the machine. auto: bwrap, else landlock, else the run does not start. none: nothing; "
-        "they may do whatever you may.",
-        choices=("auto", "bwrap", "landlock", "none"),
-    )
-    python: str | None = setting(None, "The Python that they run on. null: the one of the run, with its packages.")
-    seconds: float = setting(
-        5.0,
-        "Computing that one run of a program may take, rounded up to whole seconds; waiting included, twice that. All "
-        "tests of a program together: 0.8 * reward.timeout_s.",
-        above=0,
-        most=1e5,
-    )
-    memory_gib: float = setting(1.0, "Address space that it may have.", least=0.05, most=2**20)
-    output_mib: float = setting(1.0, "How much it may print.", above=0, most=1024)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How responses are scored."""
-
-    functions: dict[str, float] = setting(
-        {},
-        "Weights by name: a built-in reward, or package.module:function. With reward.terms empty, too: the generated "
-        "task's own reward, or exact_match for a file.",
-    )
-    terms: list[dict[str, Any]] = setting(
-        [],
-        "More of them, each {function: NAME}, with name (default: the function), weight (1; of a gate, 0), gate (where "
-        "the value is below 1, all later terms are 0), and the function's own parameters.",
-    )
-    accuracy: str | None = setting(
-        None, "The function whose value of 1 or more counts as correct in eval/accuracy. null: the first one."
-    )
-    on_error: str = setting(
-        "stop",
-        "When a function raises or returns something other than a number: stop the run, or count it as reward 0.",
-        choices=("stop", "count"),
-    )
-    isolate: bool = setting(
-        True, "Call functions of your own in processes of their own. false: in the training process, unprotected."
-    )
-    workers: int = setting(
-        0,
-        "Such processes on each rank that scores. 0: the cores of the node divided by the ranks that score on it.",
-        least=0,
-        most=1024,
-    )
-    timeout_s: float = setting(
-        60.0,
-        "How long such a call may take; then the process is replaced, and the rollout's reward is 0.",
-        above=0,
-        most=1e6,
-    )
-    memory_gib: float = setting(4.0, "Memory that such a process may have of its own. 0: any.", least=0, most=2**20)
-    most_lost: float = setting(
-        0.5,
-        "The run stops at a step of which a larger share of rollouts is lost: their processes hung or ended, or the "
-        "sandbox of their programs failed.",
-        least=0,
-        most=1,
-    )
-    code: dict[str, Any] = setting({}, "The sandbox of the reward `code`:", entries=CodeConfig)
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
@@ -350,6 +267,12 @@ class AlgorithmConfig:
         "Source of the old log-probs. recompute: a forward of the trainer before the updates. auto: the same, except "
         "where a rollout batch has one update, whose own forward gives them. rollout: the sampler.",
         choices=("auto", "recompute", "rollout"),
+    )
+    sampling_mask: bool = setting(
+        False,
+        "Record which ids rollout.top_k and rollout.top_p kept for every sampled token, and score and train its "
+        "probability among them: the distribution that was sampled. It takes 4 bytes for each id kept, which top_k "
+        "bounds.",
     )
     routing_replay: str = setting(
         "none",

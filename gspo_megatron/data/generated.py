@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gspo_megatron.base.batches import Prompt
-from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean, plural
 from gspo_megatron.data.token_ids import Tokenizer
 
 PARAMETERS = ("min_length", "max_length")
@@ -167,8 +167,9 @@ def eval_examples(task: Task, seed: int, size: int) -> list[Example]:
             fruitless = 0
         if fruitless == MAX_FRUITLESS_DRAWS:
             raise DataError(
-                f"task {task.name} with lengths {task.min_length}-{task.max_length} has about {len(examples)} "
-                f"held-out prompts, but {size} were requested; lower data.eval_size or raise data.task.max_length"
+                f"task {task.name} with lengths {task.min_length}-{task.max_length} has about "
+                f"{plural(len(examples), 'held-out prompt')}, but {size} were requested; lower data.eval_size or raise "
+                "data.task.max_length"
             )
     return list(examples.values())
 

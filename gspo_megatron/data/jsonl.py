@@ -90,7 +90,9 @@ def read_line(line: bytes, place: str) -> Record | None:
         text = line.decode("utf-8-sig")
         record = json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{place}: not JSON in UTF-8 ({error}); expected one object per line", "not JSON") from error
+        # Its own line would be 1, after the place, which has the file's.
+        why = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RowError(f"{place}: not JSON in UTF-8 ({why}); expected one object per line", "not JSON") from error
     if isinstance(record, dict):
         return record
     if text.strip():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import COLUMNS, IGNORED, MicroBatch, PackingRules, Sequence
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.ragged import joined
 
 Plan = list[list[list[int]]]
 """plan[rank][micro-batch] -> indices of sequences."""
@@ -175,6 +176,9 @@ def build_micro_batch(
             continue
         counts = lengths if column.every_token else trained_lengths
         assert [len(of_sequence) for of_sequence in values] == counts, f"{name} does not have one value per token"
+        if column.ragged:
+            columns[name] = joined(values)[held_R]
+            continue
         dtype = column.dtype or (values[0].dtype if values else torch.float32)
         shape = tuple(values[0].shape[1:]) if column.of_model else column.shape
         if column.every_token:

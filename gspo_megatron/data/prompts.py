@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gspo_megatron.base.batches import Prompt
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError, plural
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.data.cache import ArrayWriter, Cache, arrays, sha256_of
 from gspo_megatron.data.examples import Example, RowReader
@@ -243,7 +243,7 @@ def _encoded(tokenizer: Tokenizer, text: str, place: str, *, of_chat: bool) -> l
 def _check_length(tokens: list[int], filters: Filters, place: str) -> None:
     if len(tokens) > filters.max_tokens:
         raise RowError(
-            f"{place}: the prompt has {len(tokens)} tokens, the limit is {filters.max_tokens} "
+            f"{place}: the prompt has {plural(len(tokens), 'token')}, the limit is {filters.max_tokens} "
             "(data.max_prompt_tokens, or what rollout.max_new_tokens leaves of model.max_sequence_length); raise it, "
             "or leave such prompts out with data.overlong=drop",
             "too long",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gspo_megatron.base.errors import DataError
+from gspo_megatron.base.errors import DataError, plural
 from gspo_megatron.data.jsonl import read_records
 from gspo_megatron.data.rows import text_field
 from gspo_megatron.data.token_ids import Tokenizer
@@ -65,8 +65,8 @@ def _given(record: dict[str, Any], place: str) -> tuple[list[int], int]:
         raise DataError(f"{place}: field 'tokens' is {str(tokens)[:60]}; expected a list of token ids")
     if type(prompt_length) is not int or not 0 <= prompt_length <= len(tokens):
         raise DataError(
-            f"{place}: field 'prompt_length' is {prompt_length!r}; expected how many of the {len(tokens)} tokens are "
-            "the prompt"
+            f"{place}: field 'prompt_length' is {prompt_length!r}; expected how many of the "
+            f"{plural(len(tokens), 'token')} are the prompt"
         )
     return tokens, prompt_length
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from gspo_megatron.base.errors import DataError
+from gspo_megatron.base.errors import DataError, plural
 from gspo_megatron.data import hugging_face
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
 from gspo_megatron.data.token_ids import Tokenizer, checked_ids
@@ -56,8 +56,8 @@ class CharacterTokenizer:
             (char,) = error.args
             raise DataError(
                 f"character {char!r} at position {text.index(char)} of {text[:60]!r} is not in the alphabet of "
-                f"{len(self._ids)} characters; add it to 'characters:<alphabet>', or train a SentencePiece model "
-                "with tools/train_tokenizer.py"
+                f"{plural(len(self._ids), 'character')}; add it to 'characters:<alphabet>', or train a "
+                "SentencePiece model with tools/train_tokenizer.py"
             ) from None
 
     encode_prompt = encode

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from gspo_megatron.base.errors import plural
 from gspo_megatron.device.cuda import set_variables, variables_of
 from gspo_megatron.device.facts import Facts, Gpu, Package, text_of
 from gspo_megatron.device.machine import Needs, Problem, driver_problem, has_capability, problems
@@ -264,9 +265,9 @@ def disk(f: Facts) -> Finding:
 
 
 def host(f: Facts) -> Finding:
-    found = f"{f.cores} cores, {f.host_memory_gib:.0f} GiB"
+    found = f"{plural(f.cores, 'core')}, {f.host_memory_gib:.0f} GiB"
     if f.cores < len(f.gpus):
-        problem = f"fewer cores than the {len(f.gpus)} processes of the GPUs"
+        problem = f"fewer cores than the {plural(len(f.gpus), 'process')} of the GPUs"
         return Finding(State.LIMIT, found, problem, "srun --cpus-per-task, docker run --cpus")
     return ok(found)
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 from math import ceil, isqrt, lcm, prod
 
 from gspo_megatron.base.batches import PackingRules
+from gspo_megatron.base.errors import plural
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.stages import broken_stages, layers_of_chunks, stage_layers
@@ -53,8 +54,8 @@ class Layout:
         return [layer for chunk in layers_of_chunks(self.stage_layers(num_layers), self.vpp)[stage] for layer in chunk]
 
     def __str__(self) -> str:
-        outer = [f"{name} {size}" for name, size in (("first", self.first), ("last", self.last)) if size is not None]
-        notes = [f"vpp {self.vpp}"] * (self.vpp > 1) + [f"{size} layers" for size in outer]
+        outer = [(name, size) for name, size in (("first", self.first), ("last", self.last)) if size is not None]
+        notes = [f"vpp {self.vpp}"] * (self.vpp > 1) + [f"{name} {plural(size, 'layer')}" for name, size in outer]
         pipeline = f"pp {self.pp}" + (f" ({', '.join(notes)})" if notes else "")
         dense = f"tp {self.tp} x {pipeline} x cp {self.cp} x dp {self.dp}"
         return f"{dense}; experts: ep {self.ep} x etp {self.etp} x edp {self.edp}"
@@ -90,8 +91,8 @@ def broken_rules(config: Config, layout: Layout) -> Iterator[str]:
         if layout.world_size % _ranks(layout, axes):
             both = lcm(_ranks(layout, dense), _ranks(layout, experts))
             yield (
-                f"{_product(layout, axes)} does not divide the {layout.world_size} processes; start a multiple of "
-                f"{both}, such as {_nearest_multiples(layout.world_size, both)}"
+                f"{_product(layout, axes)} does not divide the {plural(layout.world_size, 'process')}; start a "
+                f"multiple of {both}, such as {_nearest_multiples(layout.world_size, both)}"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, memory_size, plural
 from gspo_megatron.config.sections import Config
 from gspo_megatron.layout.layout import Layout, broken_rules
 from gspo_megatron.layout.memory import (
@@ -20,23 +20,24 @@ from gspo_megatron.layout.memory import (
 
 
 def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> str:
-    """The layout, parameters in total and on the fullest rank, and a memory estimate in GiB by phase with its
-    assumptions."""
+    """The layout, parameters in total and on the fullest rank, and a memory estimate by phase with its assumptions."""
     m = config.model.shape
     n = counts_of(m)[0]
     dense, experts = parameters_per_rank(m, layout)
     memory = fullest_stage(config, layout, with_reference=with_reference)
     stages = layout.stage_layers(m.num_layers)
+    unit, size = ("GiB", GIB) if memory.peak >= GIB else ("MiB", GIB / 1024)
     return "\n".join(
         (
-            f"layout: {layout.world_size} processes = {layout}",
+            f"layout: {plural(layout.world_size, 'process')} = {layout}",
             f"layers of the pipeline stages: {_runs(stages)}",
             f"parameters: {n.total:,} in total, {n.active(m.experts_per_token):,} active per token, "
             f"{dense + experts:,} on the rank with the most ({dense:,} dense, {experts:,} expert)",
-            f"memory estimate, GiB on each GPU of the stage with the largest peak ({memory.stage + 1} of {layout.pp}):",
-            *(f"  {phase:<8} {_parts(memory, phase)}" for phase in memory.phases),
+            f"memory estimate, {unit} on each GPU of the stage with the largest peak "
+            f"({memory.stage + 1} of {layout.pp}):",
+            *(f"  {phase:<8} {_parts(memory, phase, size)}" for phase in memory.phases),
             f"  {_disk(config, checkpoint_bytes(config, with_reference=with_reference) / GIB)}",
-            f"  while a checkpoint is written, each process keeps {memory.host / GIB:.2f} GiB in host memory",
+            f"  while a checkpoint is written, each process keeps {memory_size(memory.host / GIB)} in host memory",
             "  assumes micro-batches of train.tokens_per_micro_batch, balanced routing, and rollouts of full length; "
             f"fragmentation, communication buffers and the device's driver take 2 to {RESERVED_GIB:.0f} GiB more on a "
             "GPU",
@@ -47,14 +48,15 @@ def describe_plan(config: Config, layout: Layout, *, with_reference: bool) -> st
 def _disk(config: Config, each_gib: float) -> str:
     """A checkpoint is complete before an older one is deleted."""
     keep, every = config.checkpoint.keep, config.checkpoint.keep_every
-    kept = f"on disk checkpoint.keep={keep} takes {keep * each_gib:,.1f}, {(keep + 1) * each_gib:,.1f} during a save"
-    forever = f", and one more stays for every {every} steps (checkpoint.keep_every)" if every else ""
-    return f"a checkpoint has {each_gib:,.1f} GiB; {kept}{forever}"
+    kept = f"on disk checkpoint.keep={keep} takes {memory_size(keep * each_gib)}, "
+    kept += f"{memory_size((keep + 1) * each_gib)} during a save"
+    forever = f", and one more stays for every {plural(every, 'step')} (checkpoint.keep_every)" if every else ""
+    return f"a checkpoint has {memory_size(each_gib)}; {kept}{forever}"
 
 
-def _parts(memory: Memory, phase: str) -> str:
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.of(phase).items())
-    return f"{parts}; total {memory.total(phase) / GIB:.2f}"
+def _parts(memory: Memory, phase: str, unit: float) -> str:
+    parts = ", ".join(f"{name} {size / unit:.2f}" for name, size in memory.of(phase).items())
+    return f"{parts}; total {memory.total(phase) / unit:.2f}"
 
 
 def _runs(stages: tuple[int, ...]) -> str:
@@ -77,19 +79,19 @@ def memory_verdict(config: Config, layout: Layout, available_gib: float, *, with
     """
     memory = fullest_stage(config, layout, with_reference=with_reference)
     phase = max(memory.phases, key=memory.total)
-    needed = memory.total(phase) / GIB
-    where = f"{phase} needs {needed:.1f} GiB on each GPU of stage {memory.stage + 1} of {layout.pp}"
+    needed, there = memory.total(phase) / GIB, memory_size(available_gib)
+    where = f"{phase} needs {memory_size(needed)} on each GPU of stage {memory.stage + 1} of {layout.pp}"
     if needed <= available_gib - RESERVED_GIB:
-        return f"fits: {where}; {available_gib:.1f} GiB are there"
+        return f"fits: {where}; {there} are there"
     if needed <= available_gib:
         return (
-            f"barely fits: {where}, and {available_gib:.1f} GiB are there, of which communication buffers and "
+            f"barely fits: {where}, and {there} are there, of which communication buffers and "
             f"fragmentation take up to {RESERVED_GIB:.0f}; {_advice(config, layout, needed, needed, with_reference)}"
         )
     largest = sorted(memory.of(phase).items(), key=lambda part: -part[1])[:3]
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    parts = ", ".join(f"{name} {memory_size(size / GIB)}" for name, size in largest)
     raise ConfigError(
-        f"not enough memory: {where} ({parts}, ...), and {available_gib:.1f} GiB are there; "
+        f"not enough memory: {where} ({parts}, ...), and {there} are there; "
         f"{_advice(config, layout, needed, available_gib - RESERVED_GIB, with_reference)}"
     )
 
@@ -106,7 +108,9 @@ def _advice(config: Config, layout: Layout, needed: float, available_gib: float,
         return "no single setting helps; use more GPUs (tools/plan_layout.py searches for a layout)"
     found.sort()
     enough, others = ([each for each in found if (each[0] <= available_gib) == fits] for fits in (True, False))
-    listed = [", or ".join(f"{settings} ({left:.1f} GiB)" for left, settings in some[:4]) for some in (enough, others)]
+    listed = [
+        ", or ".join(f"{settings} ({memory_size(left)})" for left, settings in some[:4]) for some in (enough, others)
+    ]
     if not enough:
         return f"no single setting is enough (tools/plan_layout.py searches for a layout); these help: {listed[1]}"
     return f"set {listed[0]}" + (f"; not enough alone: {listed[1]}" if others else "")

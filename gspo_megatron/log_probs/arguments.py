@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import IGNORED
 from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.base.tensors import on_device
 from gspo_megatron.log_probs.rows import Rows
 from gspo_megatron.log_probs.shards import Shards
@@ -26,6 +27,7 @@ def checked_targets(
     sequence_parallel: bool,
     vocab_size: int | None,
     store_bytes: int,
+    support: Ragged | None = None,
     *,
     validate: bool,
 ) -> tuple[int, Tensor]:
@@ -35,7 +37,8 @@ def checked_targets(
 
     Raises:
         ConfigError: a setting or shape that cannot work.
-        DataError: with `validate`, a target that is not an id, or ranks whose arguments differ.
+        DataError: with `validate`, a target that is not an id or not in its row's support, or ranks whose arguments
+            differ.
     """
     num_ids = shards.size * len(weight_VpH)
     targets_host_N, objection = targets_N.cpu(), None
@@ -43,8 +46,14 @@ def checked_targets(
         _check_settings(
             hidden_NH, weight_VpH, targets_N, shards, temperature, sequence_parallel, vocab_size, store_bytes
         )
+        scored_n = (targets_host_N != IGNORED).nonzero().flatten()
+        if support is not None and len(support) != len(scored_n):
+            raise ConfigError(
+                f"support has {len(support)} lists of ids for {len(scored_n)} scored rows; pass one for each of them"
+            )
         if validate:
             _check_targets(targets_host_N, num_ids if vocab_size is None else vocab_size)
+            _check_support(support, targets_host_N, scored_n, num_ids if vocab_size is None else vocab_size)
     except (ConfigError, DataError) as error:
         if not validate:
             raise
@@ -54,6 +63,7 @@ def checked_targets(
             "the number of rows": len(targets_N),
             "the number of scored rows": int((targets_host_N != IGNORED).sum()),
             "the sum of row * target": int((targets_host_N.flatten() * torch.arange(targets_N.numel())).sum()),
+            "the sum of the ids kept": 0 if support is None else int(support.ids_E.sum()),
             "the hidden size": hidden_NH.shape[-1],
             "the shard of the vocabulary": len(weight_VpH),
         }
@@ -135,6 +145,19 @@ def _check_targets(targets_N: Tensor, vocab_size: int) -> None:
         raise DataError(
             f"target {int(targets_N[row])} of row {row} is neither an id in [0, {vocab_size}) nor IGNORED ({IGNORED}); "
             "does the tokenizer belong to this model?"
+        )
+
+
+def _check_support(support: Ragged | None, targets_N: Tensor, scored_n: Tensor, vocab_size: int) -> None:
+    if support is None:
+        return
+    if len(bad := ((support.ids_E < 0) | (support.ids_E >= vocab_size)).nonzero()):
+        raise DataError(f"support has the id {int(support.ids_E[bad[0]])}, which is not in [0, {vocab_size})")
+    if len(lacking := support.lacks(targets_N[scored_n]).nonzero()):
+        row = int(scored_n[lacking[0]])
+        raise DataError(
+            f"target {int(targets_N[row])} of row {row} is not among the ids that its softmax runs over: its "
+            "probability is 0; pass the ids that were kept when it was sampled"
         )
 
 

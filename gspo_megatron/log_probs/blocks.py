@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gspo_megatron.log_probs.products import accumulator, add_product, factor_dtype, padded_rows, product
 from gspo_megatron.log_probs.shards import merge
+from gspo_megatron.log_probs.support import Places
 from gspo_megatron.log_probs.torch_kernels import position
 
 # (b, c). A CPU core is fastest when a block fits its cache; an accelerator when a block outweighs the kernel launches.
@@ -103,10 +104,11 @@ def statistics(
     *,
     with_entropy: bool,
     store: Store,
+    support: Places | None = None,
 ) -> tuple[Tensor, list[Kept]]:
     """lse, log p(y | shard) and, on request, the entropy of every row within this shard, [K, b] (see `merge`), with
-    what `store` had room for: the first blocks."""
-    fused = getattr(kernels, "linear_statistics", None)
+    what `store` had room for: the first blocks. `support`: the ids that count, None: all."""
+    fused = None if support else getattr(kernels, "linear_statistics", None)
     workspace = _Workspace(hidden_bH, accumulator(hidden_bH))
     num_rows, width = len(hidden_bH), block_shape(hidden_bH)[1]
     rows = padded_rows(num_rows, hidden_bH, min(width, len(weight_vH)))
@@ -123,6 +125,8 @@ def statistics(
             stats.append(fused(hidden_bH, rest_vH, columns, inverse_temperature, with_entropy=with_entropy))
             break
         z_bc = _logits(factors_bH, weight_vH[part], inverse_temperature, workspace)
+        if support:
+            support.keep(number, z_bc)
         stats_Kb, max_b = kernels.row_statistics(
             z_bc, columns_b - part.start, with_entropy=with_entropy, kept_bc=kept_bc
         )
@@ -145,6 +149,7 @@ def gradients(
     *,
     d_weight_vH: Tensor | None,
     with_hidden: Callable[[Tensor], None],
+    support: Places | None = None,
 ) -> None:
     """d_hidden = D W and d_weight += D^T h (where it is wanted), with D = dL/d(h W^T) computed block by block, from
     what is `kept` or from h and W. `kept_rows_b`: positions of the rows in what is kept; None: all of them, in order.
@@ -177,6 +182,8 @@ def gradients(
             d_bc = exp_bc
         else:
             z_bc = _logits(hidden_bH, weight_cH, inverse_temperature, logits)
+            if support:
+                support.keep(number, z_bc)
             d_bc = z_bc if z_bc.dtype == hidden_bH.dtype else factors.block(*z_bc.shape)
             kernels.logit_gradients(z_bc, columns, row.lse, row.d_log_probs, entropy, out_bc=d_bc)
         add_product(d_hidden_bH, d_bc, weight_cH)

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gspo_megatron.base.batches import IGNORED
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.base.tensors import on_device
 from gspo_megatron.log_probs import backends, blocks
 from gspo_megatron.log_probs.arguments import check_lse, checked_targets
 from gspo_megatron.log_probs.products import accumulator
 from gspo_megatron.log_probs.rows import Chunk, GradientReturn, Rows
 from gspo_megatron.log_probs.shards import Shards, merge
+from gspo_megatron.log_probs.support import Places
 
 
 class Scoring(NamedTuple):
@@ -56,6 +58,7 @@ def linear_log_probs(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
+    support: Ragged | None = None,
     backend: str = "auto",
     store_bytes: int = 0,
     skip_zero_rows: bool = True,
@@ -71,6 +74,8 @@ def linear_log_probs(
     group: the ranks that share the vocabulary; None: this process holds all of it.
     vocab_size: number of true ids (default t * Vp). Columns beyond it have probability 0 and gradient 0, so that
         results do not depend on how the matrix was padded.
+    support: for each row with a target, in order, the ids that its softmax runs over, with its target among them: the
+        others have probability 0 and gradient 0. None: all ids. The fused forward of Triton is then not used.
     backend: `torch`; `triton`, for Hopper and newer GPUs in float32, bf16 and fp16; `auto`: Triton where it runs on
         every rank of the group, see `backends.agree`.
     store_bytes: memory for exponentials kept between forward and backward, 2 to 8 bytes for each scored row and column.
@@ -103,15 +108,19 @@ def linear_log_probs(
         sequence_parallel,
         vocab_size,
         store_bytes,
+        support,
         validate=validate,
     )
     rows = Rows.of(targets_host_N != IGNORED, shards, sequence_parallel=sequence_parallel)
     first_id = shards.rank * len(weight_VpH)
+    number_N = (targets_host_N != IGNORED).cumsum(0) - 1
     call = _Call(
         kernels=backends.choose(backend, hidden_NH, shards.group),
         rows=rows,
         columns_n=on_device(targets_host_N[rows.order_n] - first_id, hidden_NH.device),
         num_columns=min(max(vocab_size - first_id, 0), len(weight_VpH)),
+        first_id=first_id,
+        support=None if support is None else support[number_N[rows.order_n]],
         inverse_temperature=1.0 / temperature,
         with_entropy=with_entropy,
         store_bytes=store_bytes if torch.is_grad_enabled() else 0,
@@ -149,12 +158,21 @@ class _Call:
     rows: Rows
     columns_n: Tensor
     num_columns: int
+    first_id: int
+    support: Ragged | None
     inverse_temperature: float
     with_entropy: bool
     store_bytes: int
     skip_zero_rows: bool
     validate: bool
     main_grad: Tensor | None
+
+    def places(self, index: Tensor | slice, like: Tensor) -> Places | None:
+        """Of the support of some of the n rows."""
+        if self.support is None:
+            return None
+        width = blocks.block_shape(like)[1]
+        return Places(self.support[index], self.first_id, self.num_columns, width, like.device)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -174,6 +192,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 call.inverse_temperature,
                 with_entropy=call.with_entropy,
                 store=store,
+                support=call.places(chunk.rows, hidden_NH),
             )
             stats.append(stats_Kb)
             ctx.kept.append(kept)
@@ -222,6 +241,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 None if is_whole else on_device_b - chunk.rows.start,
                 d_weight_vH=None if d_weight_VpH is None else d_weight_VpH[: call.num_columns],
                 with_hidden=partial(d_hidden.send, chunk, index_b),
+                support=call.places(index_b, hidden_NH),
             )
         if call.main_grad is not None:
             return d_hidden.finish(), _added_to_main_grad(weight_VpH), None

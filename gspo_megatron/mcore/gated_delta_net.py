@@ -30,7 +30,7 @@ from gspo_megatron.mcore.attention import attend_cached, collect, spread
 from gspo_megatron.mcore.context_parallel import own, whole
 from gspo_megatron.mcore.delta_rule import delta_rule_step, gated_delta_rule
 from gspo_megatron.mcore.kv_cache import CacheUse
-from gspo_megatron.mcore.latent_attention import linear
+from gspo_megatron.mcore.latent_attention import linear, linear_back
 from gspo_megatron.mcore.packed_tokens import PackedTokens
 
 
@@ -91,17 +91,7 @@ class GatedDeltaNet(torch.nn.Module):
         for parameter in (self.conv1d.weight, self.A_log, self.dt_bias):
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # counted in the gradient norm on every rank
         self.out_norm = submodules.norm(config, self.value_dim, eps=config.layernorm_epsilon)
-        self.out_proj = linear(
-            submodules.out_proj,
-            values,
-            config.hidden_size,
-            config,
-            "out_proj",
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=pg_collection.tp,
-        )
+        self.out_proj = linear_back(submodules.out_proj, values, config, "out_proj", pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedTokens, **_: Any

@@ -9,16 +9,13 @@ from typing import Any
 import torch
 
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.checkpoint.export import Export, FolderFiles, Stored
+from gspo_megatron.checkpoint.export import EXPORTED, Export, FolderFiles, Stored
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
 from gspo_megatron.checkpoint.inspection import check_folder
 from gspo_megatron.checkpoint.quantised import FP8
 from gspo_megatron.mcore.groups import MAIN
 from gspo_megatron.mcore.policy import MegatronModel, MegatronPolicy
 from gspo_megatron.models.families import family_of
-
-EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Values of train.hf_dtype."""
 
 
 def load_folder(policy: MegatronModel, path: str | Path, *, allow_nan: bool = False) -> list[str]:

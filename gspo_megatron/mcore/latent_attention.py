@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -96,16 +97,8 @@ class LatentAttention(torch.nn.Module):
             cp_comm_type=kwargs.get("cp_comm_type"),
             pg_collection=pg_collection,
         )
-        self.linear_proj = linear(
-            submodules.linear_proj,
-            heads * config.v_head_dim,
-            hidden,
-            config,
-            "proj",
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=pg_collection.tp,
+        self.linear_proj = linear_back(
+            submodules.linear_proj, heads * config.v_head_dim, config, "proj", pg_collection.tp
         )
 
     def forward(
@@ -217,6 +210,23 @@ def linear(
     settings = {"init_method": config.init_method, "skip_bias_add": False, **kwargs}
     return build_module(
         module, size_in, size_out, config=config, bias=False, is_expert=False, tp_comm_buffer_name=name, **settings
+    )
+
+
+def linear_back(
+    module: Any, size_in: int, config: TransformerConfig, name: str, group: dist.ProcessGroup
+) -> torch.nn.Module:
+    """The linear layer from heads, which tensor-parallel ranks share, back to the hidden size."""
+    return linear(
+        module,
+        size_in,
+        config.hidden_size,
+        config,
+        name,
+        init_method=config.output_layer_init_method,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        tp_group=group,
     )
 
 

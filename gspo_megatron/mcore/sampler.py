@@ -8,6 +8,7 @@ How one forward goes:
    of earlier tokens, the last stage draws tokens, and the other stages receive them.
 5. `_agree_on_next` counts the tokens of the next forward on the device, and all ranks take the largest counts.
 6. The host waits once, for one tensor: tokens, log-probs, and the agreed counts. `DecodeScheduler.record` stores them.
+   With algorithm.sampling_mask it then fetches the ids that top-k and top-p have kept, too.
 
 Works on any layout. Experts are shared over data-parallel ranks, so every rank of the world takes part in every
 forward, until the last rollout of all ranks has ended. The ranks of a context-parallel group hold the same weights and
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import StopRequested
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.base.tensors import all_on_device
 from gspo_megatron.layout.layout import packing_rules, sampler_token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
@@ -37,7 +39,7 @@ from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.kv_cache import KVCache
 from gspo_megatron.mcore.packed_tokens import CachedPrompt, CachedTokens, cached_tokens
 from gspo_megatron.mcore.policy import MegatronModel
-from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
+from gspo_megatron.rollout.native.sampling import Decoding, distribution, draw, uniforms
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 from gspo_megatron.rollout.native.stopping import Stops, StopTable
 
@@ -86,6 +88,7 @@ class MegatronSampler:
         self.policy, self.groups, self.device = policy, policy.groups, policy.device.torch_device
         self.settings = r = policy.config.rollout
         self.as_in_training = Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, policy.config.run.seed)
+        self.records_support = policy.config.algorithm.sampling_mask and self.groups.is_reporter
         self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
@@ -168,11 +171,11 @@ class MegatronSampler:
         )
         if row_copy.length:
             cache.copy_rows(inputs.copied_from_rows, inputs.copied_to_rows, row_copy.length)
-        drawn_2B = self._draw(cache, inputs.feeds, decoding)
+        drawn_2B, kept = self._draw(cache, inputs.feeds, decoding)
         agreed = self._agree_on_next(inputs, drawn_2B[0])
         received = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
         tokens, log_probs, next_counts = np.split(received, [len(rollout_index), 2 * len(rollout_index)])
-        ended = scheduler.record(rollout_index, tokens.astype(np.int64), log_probs)
+        ended = scheduler.record(rollout_index, tokens.astype(np.int64), log_probs, _support(kept))
         return ended.tolist(), next_counts.astype(np.int64).tolist()
 
     def _feed(self, scheduler: DecodeScheduler, seed: int, micro_batch: DecodeMicroBatch, num_tokens: int) -> Feed:
@@ -198,11 +201,13 @@ class MegatronSampler:
             ),
         )
 
-    def _draw(self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding) -> Tensor:
-        """[2, B] float64: token and log-prob drawn for each rollout, micro-batch by micro-batch."""
+    def _draw(self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding) -> tuple[Tensor, list[Tensor]]:
+        """[2, B] float64: token and log-prob drawn for each rollout, micro-batch by micro-batch; and for each
+        micro-batch, where they are recorded, which ids the tokens were drawn from, bool [., V]."""
         head = self.policy.model[-1]
+        kept: list[Tensor] = []
 
-        def draw(feed: Feed, hidden: Tensor) -> Tensor:
+        def drawn_of(feed: Feed, hidden: Tensor) -> Tensor:
             if head.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden)
             logits = vocab_parallel_logits(
@@ -211,14 +216,17 @@ class MegatronSampler:
                 group=self.groups.tp if self.groups.layout.tp > 1 else None,
                 vocab_size=head.true_vocab_size,
             )
-            token_B, log_prob_B = next_tokens(logits, feed.uniforms_B, decoding)
+            log_probs_BV = distribution(logits, decoding)
+            if self.records_support and not decoding.greedy:
+                kept.append(log_probs_BV > -torch.inf)
+            token_B, log_prob_B = draw(log_probs_BV, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])
 
-        steps = [((feed.tokens_T, feed.cached.packed(cache)), partial(draw, feed)) for feed in feeds]
+        steps = [((feed.tokens_T, feed.cached.packed(cache)), partial(drawn_of, feed)) for feed in feeds]
         drawn = schedule.forward(self.policy.chunks, steps)
         num_rollouts = sum(len(feed.uniforms_B) for feed in feeds)
         joined = torch.cat(drawn, 1) if drawn else torch.empty(2, num_rollouts, dtype=torch.float64, device=self.device)
-        return self.groups.from_last_stage(joined)
+        return self.groups.from_last_stage(joined), kept
 
     def _agree_on_next(self, inputs: ForwardInputs, tokens_B: Tensor) -> Tensor:
         """[M + 1], the maximum over all ranks: the tokens of each micro-batch of the next forward, and whether to
@@ -234,6 +242,14 @@ class MegatronSampler:
     def _padded(self, num_tokens: int) -> int:
         """`num_tokens` rounded up to a positive multiple of self.multiple."""
         return max(-(-num_tokens // self.multiple), 1) * self.multiple
+
+
+def _support(kept: Sequence[Tensor]) -> Ragged | None:
+    """The ids marked in [., V] of every micro-batch. The host waits for the device once more."""
+    if not kept:
+        return None
+    kept_BV = torch.cat(list(kept))
+    return Ragged(kept_BV.nonzero()[:, 1].int().cpu(), kept_BV.sum(1).int().cpu())
 
 
 def _joined(*arrays: IntArray | Sequence[int]) -> Tensor:

@@ -125,6 +125,7 @@ def response_log_probs(
         group=groups.tp if groups.layout.tp > 1 else None,
         sequence_parallel=module.config.sequence_parallel,
         vocab_size=module.true_vocab_size,
+        support=micro_batch.columns.get("support"),
         # Token ids are checked with the prompts, ranks of a group build the same micro-batches, and run/guards.py
         # checks the loss and the gradient.
         validate=False,

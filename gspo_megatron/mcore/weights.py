@@ -24,7 +24,6 @@ from gspo_megatron.models.names import (
     reading_order,
     sizes_on_hub,
     stacked_in,
-    to_our_slice,
     to_theirs,
 )
 from gspo_megatron.models.shape import ModelShape
@@ -126,7 +125,7 @@ def load_weights(
                 continue
             slicing = {"dim": place.dim, "index": place.index, "count": place.count}
             if not stacked_in(rule.op, theirs, tensor, shape, **slicing):
-                tensor.copy_(to_our_slice(rule.op, theirs, shape, **slicing))
+                tensor.copy_(rule.op.to_our_slice(theirs, shape, **slicing))
 
 
 def _check_sizes(rule: NameRule, ours: str, theirs: Sequence[Sliceable], shape: ModelShape) -> None:

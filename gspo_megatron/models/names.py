@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Op(Protocol):
-    """One of our whole tensors <-> the tensors on the hub with the same numbers. Each method is the other's inverse."""
+    """One of our whole tensors <-> the tensors on the hub with the same numbers. `to_ours` and `to_theirs` are each
+    other's inverse."""
+
+    gives_views: ClassVar[bool] = False
+    """Whether `to_theirs` returns views of any slice of ours, which are the same slices of theirs."""
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         """In the order of the rule's names; may be views of `ours`."""
@@ -31,10 +35,21 @@ class Op(Protocol):
     def to_ours(self, theirs: Sequence[Tensor], shape: ModelShape) -> Tensor:
         """The inverse."""
 
+    def to_our_slice(
+        self, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
+    ) -> Tensor:
+        """Slice `index` of `count` along `dim` of ours, from the same slice of each of theirs: cutting and `to_ours`
+        commute, since tensor parallel cuts between query groups, and gate and up each into parts."""
+        heads, groups = shape.num_attention_heads // count, shape.num_query_groups // count
+        of_slice = replace(shape, num_attention_heads=heads, num_query_groups=groups) if dim == 0 else shape
+        return self.to_ours([_part(x, dim, index, count) for x in theirs], of_slice)
+
 
 @dataclass(frozen=True)
-class Copy:
+class Copy(Op):
     """The same tensor."""
+
+    gives_views = True
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         return (ours,)
@@ -45,7 +60,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class QKV:
+class QKV(Op):
     """[q_1 .. q_n, k, v] for each query group, one group after the other <-> all queries, all keys, all values.
 
     Each block has head_dim rows; n = num_attention_heads / num_query_groups. Weights [rows, H] and biases [rows].
@@ -63,7 +78,7 @@ class QKV:
 
 
 @dataclass(frozen=True)
-class GatedQKV:
+class GatedQKV(Op):
     """[q_1 .. q_n, gate_1 .. gate_n, k, v] for each query group, one group after the other <-> each head's [q, gate],
     all keys, all values. Blocks and n as in QKV."""
 
@@ -84,10 +99,9 @@ class GatedQKV:
 
 
 @dataclass(frozen=True)
-class KeyHeadChannels:
+class KeyHeadChannels(Op):
     """[q, k, v_1 .. v_r] for each key head of a gated delta net, one after the other <-> all queries, all keys, all
-    values, stacked by rows in one tensor; r = value heads / key heads. The parts that tensor parallel makes do not
-    commute with it."""
+    values, stacked by rows in one tensor; r = value heads / key heads."""
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         heads, d = shape.linear_num_key_heads, shape.linear_key_head_dim
@@ -101,10 +115,18 @@ class KeyHeadChannels:
         parts = whole.split([keys, keys, len(whole) - 2 * keys])
         return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
+    def to_our_slice(
+        self, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
+    ) -> Tensor:
+        """From the whole of theirs: a slice of theirs has other channels than one of ours."""
+        return self.to_ours([_part(x, dim, 0, 1) for x in theirs], shape).chunk(count, dim)[index]
+
 
 @dataclass(frozen=True)
-class GateUp:
+class GateUp(Op):
     """[gate; up], stacked by rows <-> gate, up."""
+
+    gives_views = True
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         return ours.chunk(2)
@@ -114,7 +136,7 @@ class GateUp:
 
 
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(Op):
     """The transposed matrix."""
 
     def to_theirs(self, ours: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
@@ -126,7 +148,7 @@ class Transpose:
 
 
 @dataclass(frozen=True)
-class InterleavedGateUp:
+class InterleavedGateUp(Op):
     """[gate; up], stacked by rows <-> rows of gate and up in turns, as columns of a matrix. Weights [rows, H] <->
     [H, rows] and biases [rows]. The parts that tensor parallel makes do not commute with it."""
 
@@ -223,19 +245,6 @@ class NameRule:
         return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
 
 
-def to_our_slice(
-    op: Op, theirs: Sequence[Sliceable], shape: ModelShape, *, dim: int = 0, index: int = 0, count: int = 1
-) -> Tensor:
-    """Slice `index` of `count` along `dim` of our tensor, from the same slice of each of theirs: cutting and `op`
-    commute, since tensor parallel cuts between query groups, and gate and up each into parts. Where they do not, from
-    the whole of theirs."""
-    if isinstance(op, KeyHeadChannels):
-        return op.to_ours([_part(x, dim, 0, 1) for x in theirs], shape).chunk(count, dim)[index]
-    heads, groups = shape.num_attention_heads // count, shape.num_query_groups // count
-    of_slice = replace(shape, num_attention_heads=heads, num_query_groups=groups) if dim == 0 else shape
-    return op.to_ours([_part(x, dim, index, count) for x in theirs], of_slice)
-
-
 def _part(x: Sliceable, dim: int, index: int, count: int) -> Tensor:
     return x[_cut(x.get_shape(), dim, index, count)]
 
@@ -257,9 +266,9 @@ def stacked_in(
     index: int = 0,
     count: int = 1,
 ) -> bool:
-    """Sets `ours` to what `to_our_slice` would return, where each of theirs is a part of it, without putting them
+    """Sets `ours` to what `op.to_our_slice` would return, where each of theirs is a part of it, without putting them
     together elsewhere first. Otherwise, or where a size differs, returns False and leaves `ours` alone."""
-    views = op.to_theirs(ours, shape) if isinstance(op, (Copy, GateUp)) else ()
+    views = op.to_theirs(ours, shape) if op.gives_views else ()
     cuts = [_cut(x.get_shape(), dim, index, count) for x in theirs]
     if [list(view.shape) for view in views] != [[part.stop - part.start for part in cut] for cut in cuts]:
         return False

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
+from gspo_megatron.base.errors import plural, printable
+
 QUIET_S = 60
 """Without a line for so long, a run says how far its sampling is."""
 WIDE = 140
@@ -42,11 +44,11 @@ class Console:
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
-        self._out.print(escape(text))
+        self._out.print(escape(printable(text)))
         self._last = time.monotonic()
 
     def warn(self, text: str) -> None:
-        self._out.print(f"[yellow]warning:[/] {escape(text)}")
+        self._out.print(f"[yellow]warning:[/] {escape(printable(text))}")
         self._last = time.monotonic()
 
     def sign_of_life(self, text: Callable[[], str]) -> None:
@@ -105,7 +107,7 @@ class Console:
         if len(self._evaluations) > 1:
             before, after = (f"{e['eval/accuracy']:.1%}" for e in (self._evaluations[0], self._evaluations[-1]))
             table.add_row("held-out accuracy (greedy)", before, after)
-        steps = f"{tenth} step{'s' if tenth > 1 else ''}"
+        steps = plural(tenth, "step")
         table.add_row(f"reward (mean of {steps})", _mean(first, "reward/mean"), _mean(last, "reward/mean"))
         table.add_row("clip fraction", _mean(first, "clip_fraction"), _mean(last, "clip_fraction"))
         table.add_row("seconds per step", _mean(first, "time/step_s"), _mean(last, "time/step_s"))

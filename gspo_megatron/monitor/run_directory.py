@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, plural
 from gspo_megatron.config.loading import to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.catalogue import board_name
@@ -62,7 +62,7 @@ class RunWriter:
         if replaced:
             with (self.run_dir / "metrics.replaced.jsonl").open("a") as aside:
                 aside.writelines(replaced)
-            self.moved.append(f"{len(replaced)} rows of its metrics are now in metrics.replaced.jsonl")
+            self.moved.append(f"{plural(len(replaced), 'row')} of its metrics moved to metrics.replaced.jsonl")
         fresh = self._path.with_suffix(".tmp")
         with fresh.open("w") as file:
             file.writelines(kept)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, plural
 
 BEAT_S = 1.0
 SILENT_BEATS = 5
@@ -128,7 +128,7 @@ class RankWatchdog:
                 f"rank {rank} (host {note.host}) last reported {time.time() - note.time:.0f} s ago in {note.where}"
                 for rank, note in ((rank, notes[rank]) for rank in silent[:NAMED])
             ]
-            more = [f"{len(silent) - NAMED} more ranks are silent"] if len(silent) > NAMED else []
+            more = [f"and {plural(len(silent) - NAMED, 'more rank')}"] if len(silent) > NAMED else []
             return "; ".join([*found, *more, here])
         if failed and (first := min(failed, key=lambda rank: notes[rank].time)) != self._rank:
             note = notes[first]

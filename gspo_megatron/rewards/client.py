@@ -146,7 +146,8 @@ class Client:
             Failure: it does not.
         """
         request_id = uuid.uuid4().hex  # the same in every try: a service may keep its answer
-        content = json.dumps(body, default=str).encode()
+        # Half a surrogate pair, which some servers refuse, becomes a question mark.
+        content = json.dumps(body, default=str, ensure_ascii=False).encode(errors="replace")
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
         async with self._slots:
             self._refuse_while_open()

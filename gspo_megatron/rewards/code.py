@@ -85,9 +85,9 @@ def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[M
         try:
             found = json.loads(found)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}); expected a list of tests, {EXAMPLES}") from None
+            raise ValueError(f"{where} is not JSON ({error}); expected tests such as {EXAMPLES}") from None
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{where} is no list of tests; write one such as [{EXAMPLES}]")
+        raise ValueError(f"{where} is no list of tests such as {EXAMPLES}")
     for case in found:
         is_script = isinstance(case, Mapping) and all(isinstance(case.get(key), str) for key in ("input", "output"))
         is_call = (
@@ -97,11 +97,13 @@ def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[M
             and "expected" in case
         )
         if not (is_script or is_call):
-            raise ValueError(f"the test {json.dumps(case, default=str)[:100]} in {where} is not like {EXAMPLES}")
+            raise ValueError(
+                f"the test {json.dumps(case, default=str)[:100]} in {where} is not like those of {EXAMPLES}"
+            )
     return found
 
 
-EXAMPLES = '{"input": "3 4", "output": "7"} or {"call": "add", "args": [3, 4], "expected": 7}'
+EXAMPLES = '[{"input": "3 4", "output": "7"}] or [{"call": "add", "args": [3, 4], "expected": 7}]'
 
 
 class _Judge:

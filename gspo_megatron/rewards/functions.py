@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gspo_megatron.base.errors import ConfigError, did_you_mean
+from gspo_megatron.base.errors import ConfigError, did_you_mean, plural
 from gspo_megatron.rewards.rules import IN_WORKERS, REWARDS, SERVICES
 from gspo_megatron.rewards.user_code import described, plain
 
@@ -189,12 +189,20 @@ def _outcomes(function: RewardFunction, value: Any, count: int) -> list[Outcome]
         TypeError, ValueError: a result that is no score.
     """
     if not function.batch:
-        return [Outcome(parts(value))]
+        return [outcome_of(value)]
     if type(value) not in (list, tuple):
         raise TypeError(f"it returned {_shown(value)}; expected a list with a score for each response")
     if len(value) != count:
-        raise ValueError(f"it returned {len(value)} scores for {count} responses")
-    return [Outcome(parts(v)) for v in value]
+        raise ValueError(f"it returned {plural(len(value), 'score')} for {plural(count, 'response')}")
+    return [outcome_of(v) for v in value]
+
+
+def outcome_of(value: Any) -> Outcome:
+    """Of what was returned for one rollout: a score, or an exception that says why there is none."""
+    try:
+        return _failed(value) if isinstance(value, Exception) else Outcome(parts(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        return _failed(error)
 
 
 def parts(value: Any) -> dict[str, float]:

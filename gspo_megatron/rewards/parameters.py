@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 Declared = TypeVar("Declared")
 
 
-def number(default: float, *, least: float = -math.inf, above: float = -math.inf) -> Any:
+def number(default: float | None, *, least: float = -math.inf, above: float = -math.inf) -> Any:
     """A field whose value must be at least `least`, or above `above`, and finite."""
     return field(default=default, metadata={"least": least, "above": above})
 
@@ -53,5 +53,7 @@ def _check(declared: Any, value: Any) -> None:
         raise ConfigError(f"{name}={shown} must be a value of type {words}")
     least, above = (declared.metadata.get(bound, -math.inf) for bound in ("least", "above"))
     if type(value) in (int, float) and not (value >= least and value > above and value < math.inf):
-        rule = f"at least {least:g}" if math.isfinite(least) else f"above {above:g}" if math.isfinite(above) else "finite"
+        rule = (
+            f"at least {least:g}" if math.isfinite(least) else f"above {above:g}" if math.isfinite(above) else "finite"
+        )
         raise ConfigError(f"{name}={shown} must be {rule}, and finite")

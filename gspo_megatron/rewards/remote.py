@@ -9,7 +9,6 @@ no scores: that is the trial before a run. examples/reward_server is such a serv
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Any
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.rewards.client import Client, Endpoint, Failure
-from gspo_megatron.rewards.functions import ARGUMENTS, Arguments, Outcome, parts
+from gspo_megatron.rewards.functions import ARGUMENTS, Arguments, Outcome, outcome_of
 from gspo_megatron.rewards.parameters import number, read
-from gspo_megatron.rewards.user_code import described, plain
+from gspo_megatron.rewards.user_code import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +51,15 @@ class Remote:
         self._client = Client(self._parameters, environment)
         self.takes, self.groups_at_once = tuple(self._parameters.fields), self._parameters.concurrency
 
-    def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> Future[list[Outcome]]:
+    def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> list[Future[list[Outcome]]]:
         rollouts = [{"id": id, **item} for id, item in zip(ids, items, strict=True)]
-        return self._client.start(self._scored(rollouts))
+        size = self._parameters.batch_size
+        return [self._client.start(self._scored(rollouts[i : i + size])) for i in range(0, len(rollouts), size)]
 
     async def _scored(self, rollouts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        size = self._parameters.batch_size
-        batches = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        return [outcome for found in await asyncio.gather(*map(self._batch, batches)) for outcome in found]
-
-    async def _batch(self, rollouts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         try:
             reply = await self._client.post(self._parameters.url, {"rollouts": rollouts})
-            return [_outcome(score) for score in _scores(reply, len(rollouts))]
+            return [outcome_of(_complaint(score) or score) for score in _scores(reply, len(rollouts))]
         except Failure as failure:
             return [failure.outcome] * len(rollouts)
 
@@ -87,6 +82,10 @@ class Remote:
         self._client.close()
 
 
+class ServiceError(Exception):
+    """What a service says of a rollout that it cannot judge."""
+
+
 def _scores(reply: Any, count: int) -> list[Any]:
     """
     Raises:
@@ -100,10 +99,7 @@ def _scores(reply: Any, count: int) -> list[Any]:
     return scores
 
 
-def _outcome(score: Any) -> Outcome:
+def _complaint(score: Any) -> ServiceError | None:
     if isinstance(score, dict) and score.keys() == {"error"}:
-        return Outcome({}, f"the service says: {plain(str(score['error']), 300)}")
-    try:
-        return Outcome(parts(score))
-    except (TypeError, ValueError, OverflowError) as error:
-        return Outcome({}, described(error))
+        return ServiceError(str(score["error"]))
+    return None

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
-from gspo_megatron.base.errors import ConfigError, DataError
+from gspo_megatron.base.errors import ConfigError, DataError, plural
 from gspo_megatron.rewards.functions import ARGUMENTS, SCORE, Arguments, Caller, Outcome, find
 from gspo_megatron.rewards.rules import IN_WORKERS, SERVICES
 from gspo_megatron.rewards.services import open_service
@@ -133,11 +133,19 @@ class Rewards:
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`. The terms are raw values, before weights."""
+        return self._scores(rollouts, self.terms)
+
+    def try_functions(self, rollout: Rollout) -> Score:
+        """The score as far as functions compute it; `check_services` tries the services, where a run needs them."""
+        (score,) = self._scores([rollout], [term for term in self.terms if term.name not in self._services])
+        return score
+
+    def _scores(self, rollouts: Seq[Rollout], terms: Seq[Term]) -> list[Score]:
         sheets = [_Sheet(rollout) for rollout in rollouts]
         stage: list[Term] = []
-        for term in self.terms:
+        for term in terms:
             stage.append(term)
-            if term.gate or term is self.terms[-1]:
+            if term.gate or term is terms[-1]:
                 self._fill([sheet for sheet in sheets if sheet.passed], stage)
                 stage = []
         return [self._total(sheet) for sheet in sheets]
@@ -154,7 +162,7 @@ class Rewards:
         if not sheets:
             return []
         if service := self._services.get(term.name):
-            return [service.submit([s.arguments(service.takes) for s in sheets], [s.rollout.id for s in sheets])]
+            return service.submit([s.arguments(service.takes) for s in sheets], [s.rollout.id for s in sheets])
         called = self._called[term.name]
         calls = [sheets] if called.batch or called.is_async else [[sheet] for sheet in sheets]
         return [
@@ -253,14 +261,14 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
     if failed:
         raise DataError(
-            f"{len(failed)} rollouts could not be scored; fix the reward or the data, or set reward.on_error=count to "
-            f"count such a reward as 0. The first of them:\n{listed(failed)}"
+            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data, or set "
+            f"reward.on_error=count to count such a reward as 0. The first of them:\n{listed(failed)}"
         )
     if len(lost) > most_lost * len(rollouts):
         raise DataError(
-            f"the rewards of {len(lost)} of {len(rollouts)} rollouts were lost with the processes or services that "
-            f"were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, or, where it ran "
-            f"into a limit, raise that. The first of them:\n{listed(lost)}"
+            f"the rewards of {len(lost)} of {plural(len(rollouts), 'rollout')} were lost with the processes or "
+            f"services that were to compute them, a larger share than reward.most_lost={most_lost:g}; fix the reward, "
+            f"or, where it ran into a limit, raise that. The first of them:\n{listed(lost)}"
         )
 
 

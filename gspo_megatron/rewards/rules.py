@@ -136,6 +136,8 @@ IN_WORKERS = {
 """Rules that may run for hours on a hostile response, or need other packages: called in processes of their own."""
 SERVICES = {
     "remote": "gspo_megatron.rewards.remote:Remote",
+    "judge": "gspo_megatron.rewards.judge:Judge",
+    "reward_model": "gspo_megatron.rewards.reward_model:RewardModel",
 }
 """Rewards that another program computes (`services.py`)."""
 

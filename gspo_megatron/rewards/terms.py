@@ -50,9 +50,8 @@ def terms_of(
     """
     found = [Term(name, name, weight) for name, weight in functions.items()] + [_term(term) for term in terms]
     if not found:
-        raise ConfigError(
-            f"reward.functions is empty; add one of {', '.join((*REWARDS, *IN_WORKERS, *SERVICES))} or 'module:function'"
-        )
+        known = ", ".join((*REWARDS, *IN_WORKERS, *SERVICES))
+        raise ConfigError(f"reward.functions is empty; add one of {known} or 'module:function'")
     for i, term in enumerate(found):
         if not math.isfinite(term.weight):
             raise ConfigError(f"the weight {term.weight} of reward {term.name!r} must be a finite number")
@@ -62,8 +61,8 @@ def terms_of(
         raise ConfigError(
             f"reward.terms: {found[0].name!r} is a gate to nothing; give it a weight, or add a term after it"
         )
-    known = defaults or {}
-    return [replace(t, parameters={**known.get(t.function, {}), **t.parameters}) for t in found]
+    below = defaults or {}
+    return [replace(t, parameters={**below.get(t.function, {}), **t.parameters}) for t in found]
 
 
 def _term(given: Mapping[str, Any]) -> Term:

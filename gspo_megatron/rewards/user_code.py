@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gspo_megatron.base.errors import shortened
+from gspo_megatron.base.errors import printable, shortened
 
 
 @contextmanager
@@ -39,4 +39,4 @@ def described(error: BaseException) -> str:
 
 def plain(text: str, most: int = 2000) -> str:
     """Text of a user's code, short and without characters that steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, most))
+    return printable(shortened(text, most))

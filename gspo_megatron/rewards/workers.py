@@ -68,8 +68,8 @@ class Job(NamedTuple):
 class WorkerPool:
     """Up to `workers` processes that call `functions`: (name as for `functions.find`, parameters) by term.
 
-    A call may take `timeout_s`; a process may have `memory_gib` of its own, 0: any. The first process starts, and
-    imports the functions, when they are first asked for.
+    A call may take `timeout_s`, a setting called `limit`; a process may have `memory_gib` of its own, 0: any. The first
+    process starts, and imports the functions, when they are first asked for.
 
     Raises:
         ConfigError: by `functions` and `submit`: a function cannot be imported or called.
@@ -83,8 +83,10 @@ class WorkerPool:
         timeout_s: float = 60.0,
         memory_gib: float = 4.0,
         seed: int = 0,
+        limit: str = "reward.timeout_s",
     ) -> None:
-        self._setup = {"functions": functions, "timeout_s": timeout_s, "memory": int(memory_gib * 2**30), "seed": seed}
+        self._setup = {"functions": functions, "timeout_s": timeout_s, "limit": limit, "seed": seed}
+        self._setup["memory"] = int(memory_gib * 2**30)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._keepers: list[_Keeper] = []
         self._functions: dict[str, Called] | None = None
@@ -190,7 +192,7 @@ class _Keeper:
         worker = self._running()
         # An async function gives up by itself, at the time-out; it is not to be blamed for that.
         limit = self._setup["timeout_s"]
-        late = f"gave no result within reward.timeout_s={limit:g} s"
+        late = f"gave no result within {self._setup['limit']}={limit:g} s"
         limit += 2 if worker.functions[job.term].is_async else 0
         found = worker.ask({"term": job.term, "items": job.items, "ids": job.ids}, limit, late)
         return [Outcome(*outcome) for outcome in found]

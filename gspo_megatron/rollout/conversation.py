@@ -19,6 +19,7 @@ from typing import NamedTuple
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.protocols import Ranks, Sampler
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.token_ids import Tokenizer, text_of
 from gspo_megatron.environments.environment import LONGEST, Environment, Turn
@@ -149,6 +150,8 @@ def _sample_turn(sample: Callable[..., list[Rollout]], due: Seq[Rollout]) -> Non
         rollout.tokens += turn.tokens
         rollout.log_probs += turn.log_probs
         rollout.truncated = turn.truncated
+        if rollout.support is not None and turn.support is not None:
+            rollout.support = Ragged.join([rollout.support, turn.support])
 
 
 def _refuse_failing(failed: Seq[Reply], total: int) -> None:

@@ -23,6 +23,7 @@ class Algorithm:
         old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
             `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
         records_experts: the experts that the policy at the start of a step chooses are recorded for the updates.
+        masks_sampling: log-probs are of the ids that top-k and top-p kept when the token was sampled.
         drops_truncated: responses without an end are not trained on.
         balances_load: the router's load-balancing loss is on, so every token has a gradient.
         skip_zero_gradient: leave out what has no gradient, where that is possible.
@@ -38,6 +39,7 @@ class Algorithm:
     updates_per_rollout: int
     old_log_probs: str
     records_experts: bool
+    masks_sampling: bool
     drops_truncated: bool
     balances_load: bool
     skip_zero_gradient: bool
@@ -74,6 +76,7 @@ class Algorithm:
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
             records_experts=a.routing_replay != "none",
+            masks_sampling=a.sampling_mask,
             drops_truncated=a.drop_truncated,
             balances_load=config.model.aux_loss_coef > 0,
             skip_zero_gradient=config.train.skip_zero_gradient,

@@ -14,7 +14,7 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rewards.answers import answer_of
-from gspo_megatron.rewards.rewards import Reward
+from gspo_megatron.rewards.rewards import Reward, Score
 from gspo_megatron.run.estimates import Estimate, estimate, majority_at_k, pass_at_k
 
 
@@ -28,6 +28,8 @@ class Judge(Reward, Protocol):
     """A reward, and which of its responses are correct."""
 
     def accuracy(self, rollout: Rollout) -> float: ...
+
+    def try_functions(self, rollout: Rollout) -> Score: ...
 
 
 @dataclass(frozen=True)

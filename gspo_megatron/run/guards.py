@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from gspo_megatron.base.batches import COLUMNS, Rollout, Sequence
-from gspo_megatron.base.errors import GuardError
+from gspo_megatron.base.errors import GuardError, plural
 from gspo_megatron.base.metrics import Metric
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.concerns import Concerns
 from gspo_megatron.run.state import GuardState
 from gspo_megatron.run.step_state import StepState, rollout_row
 
@@ -59,9 +61,11 @@ class Guards:
         state = state or GuardState()
         self.grad_norms, self.skipped_in_a_row = list(state.grad_norms), state.skipped_in_a_row
         self.objection: Objection | None = None
+        self.concerns = Concerns(Algorithm.of(config), config.guards, state.past, state.streaks)
 
     def state(self) -> GuardState:
-        return GuardState(tuple(self.grad_norms), self.skipped_in_a_row)
+        of_steps = self.concerns
+        return GuardState(tuple(self.grad_norms), self.skipped_in_a_row, dict(of_steps.past), dict(of_steps.streaks))
 
     def begin(self) -> None:
         """Forgets gradient norms: the loss changes here, and its usual norm is not known yet."""
@@ -88,7 +92,7 @@ class Guards:
         elif g.grad_norm_spike and grad_norm > g.grad_norm_spike * usual:
             reason = (
                 f"the gradient norm {grad_norm:.4g} is {grad_norm / usual:.1f} times {usual:.4g}, the median of the "
-                f"last {len(self.grad_norms)} updates (guards.grad_norm_spike={g.grad_norm_spike:g})"
+                f"last {plural(len(self.grad_norms), 'update')} (guards.grad_norm_spike={g.grad_norm_spike:g})"
             )
             self.objection = Objection(reason, g.on_spike)
         elif grad_norm:
@@ -141,28 +145,26 @@ class Guards:
             first = self._not_finite(step.rollouts[offenders[0]], step.sequences[offenders[0]])
         path = self.keep(f"step_{step.number:06d}_log_probs", rows_of(step, offenders))
         raise GuardError(
-            f"step {step.number}: {first}; {len(offenders)} of {len(step.rollouts)} rollouts have a value that is not "
-            f"finite: {path}. The weights, or the forward pass that scored or sampled, are broken: continue from an "
-            "earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
+            f"step {step.number}: {first}; rollouts with a value that is not finite: {len(offenders)} of "
+            f"{len(step.rollouts)}, in {path}. The weights, or the forward pass that scored or sampled, "
+            "are broken: continue from an earlier checkpoint, with a lower optimizer.lr or another precision.dtype"
         )
 
     def _not_finite(self, rollout: Rollout, sequence: Sequence) -> str:
         return not_finite(rollout, sequence, of_sampler=self.sampler_must_be_finite)
 
-    def check_ratio_noise(self, step: int, noise: float) -> None:
-        """Checks max |ratio - 1| of a step's first update.
+    def check_step(self, step: StepState, row: Mapping[str, Any]) -> None:
+        """Warns of what is wrong with a step, by its row of metrics.
 
         Raises:
-            GuardError: it exceeds guards.ratio_noise.
+            GuardError: a rule of guards.stop_on found a fault; the step's rollouts are in guards/.
         """
-        if self.settings.ratio_noise and noise > self.settings.ratio_noise:
-            raise GuardError(
-                f"step {step}: before its first update, ratios differ from 1 by up to {noise:.3g}, more than "
-                f"guards.ratio_noise={self.settings.ratio_noise:g}. The old log-probs are not those of the policy in "
-                "training: with algorithm.old_log_probs=rollout the sampler computes in another precision or order "
-                "(recompute avoids that); otherwise the same forward gave two results, as with dropout, routing that "
-                "depends on the batch, or a failing device"
-            )
+        for concern in self.concerns.of(row, step.groups):
+            if concern.stops:
+                step.collect_columns(self.ranks)
+                path = self.keep(f"step_{step.number:06d}_{concern.rule}", rows_of(step, range(len(step.sequences))))
+                raise GuardError(f"{concern.text}. The step's rollouts are in {path}")
+            self.warn(concern.text)
 
     def check_replicas(self, step: int, policy: Policy) -> None:
         """Compares the copies of every parameter, every guards.check_replicas_every steps.
@@ -173,7 +175,7 @@ class Guards:
         every = self.settings.check_replicas_every
         if every and step % every == 0 and (differing := policy.differing_replicas()):
             raise GuardError(
-                f"after step {step}, {len(differing)} parameters are not equal on all ranks that hold them, the first: "
+                f"after step {step}, copies of {plural(len(differing), 'parameter')} differ between ranks, the first: "
                 f"{differing[0]}. A rank's memory or arithmetic failed, or updates differed between ranks: continue "
                 f"from a checkpoint saved before step {step}, without that rank's host"
             )

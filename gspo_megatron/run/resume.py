@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Taken
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, plural
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.order import position_in
@@ -193,12 +193,14 @@ def taken_from(state: RunState, config: Config, contents: Contents) -> tuple[Tak
     why = f"run.seed={config.run.seed} is another order of the prompts"
     if now != then:
         before = "endless ones" if then is None else f"{then:,}"
-        why = f"data.train={config.data.train} has {now:,} prompts, and had {before} when the run was saved"
+        why = f"data.train={config.data.train} has {plural(now, 'prompt')}, and had {before} when the run was saved"
     return taken, [f"{why}: the next step begins epoch {taken.prompts // now + 1}"]
 
 
 def describe(position: Position) -> str:
     """`step 12 and 2 updates of the next`."""
     if not position.steps and not position.updates:
-        return f"{position.warm_start} updates of the warm start"
-    return f"step {position.steps}" + (f" and {position.updates} updates of the next" if position.updates else "")
+        return f"{plural(position.warm_start, 'update')} of the warm start"
+    return f"step {position.steps}" + (
+        f" and {plural(position.updates, 'update')} of the next" if position.updates else ""
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.base.batches import Sequence
-from gspo_megatron.base.errors import DataError
+from gspo_megatron.base.errors import DataError, plural
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.base.protocols import Ranks, Scores
 from gspo_megatron.data.responses import ADDED, Response
@@ -63,9 +63,11 @@ class Scorer:
                 lines, tokens = lines + len(chunk), tokens + sum(len(each.tokens) for each in chunk)
                 if (now := time.monotonic()) - said > SAY_EVERY_S:
                     said = now
-                    self.console.say(f"{lines:,} of {total:,} lines  {tokens / (now - started):,.0f} tokens/s")
+                    self.console.say(f"{lines:,} of {plural(total, 'line')}  {tokens / (now - started):,.0f} tokens/s")
         seconds = time.monotonic() - started
-        self.console.say(f"{lines:,} lines with {tokens:,} tokens scored in {seconds:.1f} s; written to {path}")
+        self.console.say(
+            f"{plural(lines, 'line')} with {plural(tokens, 'token')} scored in {seconds:.1f} s; written to {path}"
+        )
 
     def log_probs(self, responses: Seq[Response]) -> list[list[float]]:
         """The log-prob of every response token, on every rank.

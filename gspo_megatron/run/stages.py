@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import MicroBatch, PackingRules, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.batches import MicroBatch, PackingRules, Rollout, RolloutGroup, Sequence, UpdateBatch
+from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.metrics import LossTerms, Metric, merge, on_host, values
 from gspo_megatron.base.protocols import Policy, Ranks
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.objective import KL_ESTIMATORS, PolicyObjective, Segments, group_advantages
@@ -31,7 +33,7 @@ def sequences_of(
     """One trainable sequence per rollout, group by group, with its advantage. Log-probs are of `dtype`.
 
     Raises:
-        DataError: a token id that the embedding does not have.
+        DataError: a token id that the embedding does not have, or a missing or wrong support.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     advantages = advantages_of(groups, [r.reward for r in rollouts], algorithm)
@@ -43,6 +45,8 @@ def sequences_of(
             sequences[-1].trained[length + begin : length + end] = False
         column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
         sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
+        if algorithm.masks_sampling:
+            sequences[-1].columns["support"] = checked_support(rollout, vocab_size)
     return sequences
 
 
@@ -52,6 +56,33 @@ def advantages_of(groups: Seq[RolloutGroup], rewards: Seq[float], algorithm: Alg
     rewards_S = torch.tensor(rewards, dtype=torch.float64)
     advantages: list[float] = group_advantages(rewards_S, group_ids, baseline=algorithm.variant.baseline).tolist()
     return advantages
+
+
+def checked_support(rollout: Rollout, vocab_size: int) -> Ragged:
+    """The ids that every token of a rollout was drawn from.
+
+    Raises:
+        DataError: they were not recorded, are not one list for each token, are no ids, or lack the token.
+    """
+    support, tokens = rollout.support, torch.tensor(rollout.tokens, dtype=torch.int64)
+    if support is None:
+        raise DataError(
+            f"rollout {rollout.id} comes without the ids that top-k and top-p kept; what sampled it does not record "
+            "them: set algorithm.sampling_mask=false, with rollout.top_k=0 and rollout.top_p=1"
+        )
+    if len(support) != len(tokens):
+        raise DataError(f"rollout {rollout.id} has {len(tokens)} tokens and kept ids for {len(support)} of them")
+    if len(bad := ((support.ids_E < 0) | (support.ids_E >= vocab_size)).nonzero()):
+        raise DataError(
+            f"rollout {rollout.id}: the kept id {int(support.ids_E[bad[0]])} is not an id in [0, {vocab_size})"
+        )
+    if len(lacking := support.lacks(tokens).nonzero()):
+        place = int(lacking[0])
+        raise DataError(
+            f"rollout {rollout.id}: response token {place} (id {rollout.tokens[place]}) is not among the ids that it "
+            "was drawn from; the recorded ids are of other tokens"
+        )
+    return support
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
 from gspo_megatron.checkpoint.fields import (
     BY_COUNT,
     COUNT,
+    COUNT_BY_NAME,
     COUNTS,
     FLAG,
     LIST,
     NUMBER,
+    NUMBER_BY_NAME,
     NUMBERS,
     NUMBERS_BY_NAME,
     OBJECT,
@@ -39,10 +41,24 @@ from gspo_megatron.run.step_state import StepSnapshot
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guards remember: gradient norms of the last updates, and how many in a row were left out."""
+    """What the guards remember.
+
+    Attributes:
+        grad_norms: of the last updates.
+        skipped_in_a_row: how many updates, up to the last one, were left out.
+        past, streaks: of the rules for steps (`Concerns`).
+    """
 
     grad_norms: tuple[float, ...] = ()
     skipped_in_a_row: int = 0
+    past: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    streaks: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> GuardState:
+        """Earlier versions saved the first two."""
+        past = {name: tuple(values) for name, values in (saved.get("past") or {}).items()}
+        return cls(tuple(saved["grad_norms"]), saved["skipped_in_a_row"], past, saved.get("streaks") or {})
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,15 @@ STATE = {
     "records": optional(OBJECTS),
 }
 PARTS = {
-    "guards": {"grad_norms": NUMBERS, "skipped_in_a_row": COUNT},
+    "guards": {
+        "grad_norms": NUMBERS,
+        "skipped_in_a_row": COUNT,
+        "past": optional(NUMBERS_BY_NAME),
+        "streaks": optional(COUNT_BY_NAME),
+    },
     "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
-    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBERS_BY_NAME)},
+    "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBER_BY_NAME)},
 }
 """The fields of a state in JSON, and of its objects."""
 RECORD = {"value": NUMBER, "step": COUNT, "since": COUNT}
@@ -182,7 +203,7 @@ class RunState:
         records = about.get("records") or {}
         for name, record in records.items():
             check_fields(record, RECORD, f"{where}, records, {name}")
-        guards, step = about["guards"], about.get("step")
+        step = about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
         position = Position(*about["position"])
@@ -193,7 +214,7 @@ class RunState:
             position,
             about["began"],
             settings,
-            GuardState(tuple(guards["grad_norms"]), guards["skipped_in_a_row"]),
+            GuardState.from_json(about["guards"]),
             Taken(taken["prompts"], taken["rollouts"], taken.get("curriculum") or {})
             if taken
             else taken_until(position, settings, inside=step is not None),

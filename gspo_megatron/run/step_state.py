@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,13 @@ from gspo_megatron.base.batches import (
     Sequence,
     UpdateBatch,
 )
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, plural
 from gspo_megatron.base.metrics import Metric, merge, on_host
 from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.base.ragged import Ragged, joined
 
-Values = dict[str, tuple[Tensor, Tensor]]
-"""Column name -> (places of tokens, a value for each)."""
+Values = dict[str, tuple[Tensor, Any]]
+"""Column name -> (places of tokens, a value for each, as the column has them)."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ class StepState:
         """The columns of this rank's micro-batches."""
         lengths_S = torch.tensor([len(s) for s in self.sequences], dtype=torch.int64)
         starts_S = lengths_S.cumsum(0) - lengths_S
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        found: dict[str, list[tuple[Tensor, Any]]] = {}
         for mini_batch, batch in zip(self.mini_batches, self.batches, strict=True):
             numbers = torch.tensor(mini_batch, dtype=torch.int64)
             for m in batch.micro_batches:
@@ -123,7 +124,7 @@ class StepState:
                 for name in m.columns:
                     found.setdefault(name, []).append(_places_and_values(m, starts_S[own], name))
         return {
-            name: (torch.cat([at for at, _ in parts]), torch.cat([values for _, values in parts]))
+            name: (torch.cat([at for at, _ in parts]), joined([values for _, values in parts]))
             for name, parts in found.items()
         }
 
@@ -143,22 +144,22 @@ class StepState:
             parts = [share[name] for share in shares if name in share and len(share[name][0])]
             if not parts:
                 continue
-            values_L = torch.full((sum(lengths), *parts[0][1].shape[1:]), column.fill, dtype=parts[0][1].dtype)
-            known_L = torch.zeros(sum(lengths), dtype=torch.bool)
-            for at, values in parts:
-                values_L[at], known_L[at] = values, True
+            values = joined([values for _, values in parts])
+            # Which of the values is that of a token; -1: none.
+            source_L = torch.full((sum(lengths),), -1)
+            source_L[torch.cat([at for at, _ in parts])] = torch.arange(len(values))
             wanted_L = torch.ones_like(trained_L) if column.every_token else trained_L
-            of_each = zip(values_L.split(lengths), known_L.split(lengths), wanted_L.split(lengths), strict=True)
-            for number, (sequence, (values, known, wanted)) in enumerate(zip(self.sequences, of_each, strict=True)):
-                known = known & wanted
+            of_each = zip(source_L.split(lengths), wanted_L.split(lengths), strict=True)
+            for number, (sequence, (source, wanted)) in enumerate(zip(self.sequences, of_each, strict=True)):
+                known = (source >= 0) & wanted
                 if wanted.any() and not known.any():
                     continue
                 if not torch.equal(known, wanted):
                     raise CheckpointError(
                         f"{name} of sequence {number} of step {self.number} is known for {int(known.sum())} of "
-                        f"{int(wanted.sum())} tokens; continue from an earlier checkpoint"
+                        f"{plural(int(wanted.sum()), 'token')}; continue from an earlier checkpoint"
                     )
-                sequence.columns[name] = values[wanted]
+                sequence.columns[name] = values[source[wanted]]
 
     # ----------------------------------------------------------------------------------------------- in a checkpoint
 
@@ -188,7 +189,7 @@ class StepState:
                 ),
             }
             for name, (at, values) in self.column_values().items():
-                tensors |= {f"{name}.places": at, f"{name}.values": values.cpu()}
+                tensors |= {f"{name}.places": at, **_as_tensors(name, values)}
         return StepSnapshot(about, tensors)
 
     @classmethod
@@ -252,7 +253,7 @@ class StepSnapshot:
     tensors: dict[str, Tensor]
 
 
-def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tensor, Any]:
     """(places of the tokens, their values) of a column of one micro-batch, whose sequences begin at `first_S`. Padding
     has no place."""
     values, positions_T = m.columns[name].cpu(), m.positions_T.cpu()
@@ -290,8 +291,8 @@ def _of_conversations(rollouts: Seq[Rollout]) -> dict[str, float]:
     }
 
 
-KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs")
-"""Fields of a rollout that a snapshot keeps for its group, or as tensors."""
+KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs", "support")
+"""Fields of a rollout that a snapshot keeps for its group, as tensors, or as a column."""
 
 
 def _without_tokens(rollout: Rollout) -> dict[str, Any]:
@@ -305,13 +306,22 @@ def _place_among_reporters(ranks: Ranks) -> tuple[int, int]:
 
 def _values_of(share: Mapping[str, Tensor], dtype: torch.dtype) -> Values:
     return {
-        name: (share[f"{name}.places"], _as_here(share[f"{name}.values"], column, dtype))
+        name: (share[f"{name}.places"], _as_here(share, column, dtype))
         for name, column in COLUMNS.items()
         if f"{name}.places" in share
     }
 
 
-def _as_here(values: Tensor, column: Column, dtype: torch.dtype) -> Tensor:
+def _as_tensors(name: str, values: Any) -> dict[str, Tensor]:
+    if isinstance(values, Ragged):
+        return {f"{name}.values": values.ids_E, f"{name}.counts": values.counts_R}
+    return {f"{name}.values": values.cpu()}
+
+
+def _as_here(share: Mapping[str, Tensor], column: Column, dtype: torch.dtype) -> Any:
+    values = share[f"{column.name}.values"]
+    if column.ragged:
+        return Ragged(values, share[f"{column.name}.counts"])
     return values if column.of_model else values.to(column.dtype or dtype)
 
 
@@ -330,8 +340,9 @@ OF_CONVERSATIONS = ("outside", "turns", "tool_calls", "tool_errors", "environmen
 
 def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
     """One line of rollouts/step_*.jsonl."""
-    row = asdict(rollout)
+    row = asdict(replace(rollout, support=None))
     prompt = row.pop("prompt")
+    del row["support"]
     if not rollout.turns:
         row = {name: value for name, value in row.items() if name not in OF_CONVERSATIONS}
     return {

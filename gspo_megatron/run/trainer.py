@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
-from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested
+from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested, plural
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.sections import Config
@@ -31,7 +31,6 @@ from gspo_megatron.run import stages
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.best import Records
 from gspo_megatron.run.clock import Clock
-from gspo_megatron.run.concerns import Concerns
 from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards, rows_of
 from gspo_megatron.run.learning_rate import LearningRate
@@ -87,7 +86,6 @@ class Trainer:
         self.ranks, self.policy, self.guards, self.note = parts.ranks, parts.policy, parts.guards, parts.note
         self.loss = PolicyLoss(self.algorithm.objective, self.ranks, self.algorithm.needs_reference)
         self.clock, self.pause_s = Clock(), 0.0
-        self.concerns = Concerns(self.algorithm)
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
         self.warm_start_loss: float | None = None
@@ -127,12 +125,14 @@ class Trainer:
             while self.completed_steps < train.steps and not self.records.stopped():
                 self.safe_point()
                 step = self.completed_steps + 1
-                row = self.step(step)
+                row, done = self.step(step), self.step_state
                 self.guards.check_replicas(step, self.policy)
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     row |= self.evaluate(step)
                 self.completed_steps, self.step_state = step, None
                 self.record(row)
+                assert done is not None
+                self.guards.check_step(done, row)
                 every = self.config.checkpoint.save_every
                 is_best = "time/eval_s" in row and self.records.note(row)
                 if is_best or (every and step % every == 0):
@@ -216,7 +216,7 @@ class Trainer:
             return
         start = time.perf_counter()
         if self.position != self.saved:
-            self.note(f"saving after {self.completed_steps} steps")
+            self.note(f"saving after {plural(self.completed_steps, 'step')}")
             inside = self.step_state if self.step_state and self.step_state.updates else None
             state = RunState.of(
                 self.config,
@@ -254,7 +254,6 @@ class Trainer:
                 self.pack(step)
                 self.score(step)
             metrics = self.update(step)
-        self.guards.check_ratio_noise(number, metrics["ratio/first_update_noise"])
         return self.row(step, metrics)
 
     def sample(self, number: int) -> list[RolloutGroup]:
@@ -333,8 +332,6 @@ class Trainer:
         """The step's row of metrics.jsonl. Writes its rollouts, too."""
         of_rollouts = step.metrics(self.parts.accuracy)
         row = {"step": step.number, **metrics, "kl/ref": metrics.get("kl/ref"), **of_rollouts}
-        for concern in self.concerns.of(row, step.groups):
-            self.parts.console.warn(concern)
         if self.parts.writer:
             kept = self.config.logging.rollouts_per_step
             shown = step.rollouts if kept < 0 else step.rollouts[:kept]

@@ -201,7 +201,7 @@ def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], m
         ("rollout.group_size=1", "rollout.group_size=1: a group of one is its own mean"),
         ("model.aux_loss_coef=0.01", "the gradient depends on the layout"),
         ("rollout.top_p=0.95", "rollout.top_p=0.95: responses come from the truncated distribution, but ratios"),
-        ("rollout.top_k=20", "rollout.top_k=20, rollout.top_p=1.0: responses come from the truncated distribution"),
+        ("rollout.top_k=20", "rollout.top_k=20: responses come from the truncated distribution"),
         (
             "data.prompt_template={prompt} \\boxed{answer}",
             "writes the answer into the prompt; for the literal text write {{answer}}",

@@ -116,7 +116,7 @@ def test_duplicates_are_named_or_left_out(folder: Path) -> None:
     path = folder / "math.jsonl"
     path.write_text(path.read_text() * 2)
     texts = settle(load_config(folder / "config.yaml"), 1).warnings
-    assert "data.train, math: 20 prompts have the text of an earlier one; data.duplicates=drop leaves them out" in texts
+    assert "data.train, math: 20 prompts with the text of an earlier one; data.duplicates=drop leaves them out" in texts
     texts = settle(load_config(folder / "config.yaml", ["data.duplicates=drop"]), 1).warnings
     assert any(text.startswith("data.train, math: rows left out: 20 duplicate; the first of them: ") for text in texts)
 

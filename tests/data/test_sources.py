@@ -66,7 +66,10 @@ def test_template_fills_any_field_and_leaves_other_braces_alone(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{'prompt': 1}\n", r"prompts.jsonl:3: not JSON"),
+        (
+            b"{'prompt': 1}\n",
+            r"prompts.jsonl:3: not JSON in UTF-8 \(Expecting .*, character 2\); expected",
+        ),
         (b'{"prompt": "\xff", "answer": ""}\n', r"prompts.jsonl:3: not JSON in UTF-8"),
         (b"[1, 2]\n", r"prompts.jsonl:3: found '\[1, 2\]'; expected a JSON object"),
         (b"null\n", r"prompts.jsonl:3: found 'null'"),

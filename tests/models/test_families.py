@@ -18,7 +18,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.layout.layout import AXES
 from gspo_megatron.models.families import FAMILIES, family_of
 from gspo_megatron.models.family import TokenCount
-from gspo_megatron.models.names import InMemory, read_ours, to_our_slice, to_theirs
+from gspo_megatron.models.names import InMemory, read_ours, to_theirs
 from gspo_megatron.models.presets import PRESETS
 from gspo_megatron.models.shape import OPTIONAL, ModelShape
 from gspo_megatron.models.tensors import hub_tensors
@@ -182,7 +182,7 @@ def test_rules_name_every_tensor_once_both_ways(preset: str, tie: bool) -> None:
         theirs[name] = part
     for name in ours:
         rule, parts = read_ours(family.rules, name, lambda their: InMemory(theirs[their]))
-        back[name] = to_our_slice(rule.op, parts, shape)
+        back[name] = rule.op.to_our_slice(parts, shape)
     assert {name: tuple(part.shape) for name, part in theirs.items()} == HUB_SIZES[shape.family](shape)
     assert hub_tensors(family.rules, shape) == HUB_SIZES[shape.family](shape)
     assert all(torch.equal(back[name], whole) for name, whole in ours.items())

@@ -22,7 +22,6 @@ from gspo_megatron.models.names import (
     NameRule,
     Op,
     find_rule,
-    to_our_slice,
     to_theirs,
 )
 from gspo_megatron.models.shape import ModelShape
@@ -130,7 +129,7 @@ def test_a_slice_of_theirs_is_a_slice_of_ours(
     whole = op.to_ours(theirs, SHAPE)
     for index in range(count):
         parts = [InMemory(x) for x in theirs]
-        found = to_our_slice(op, parts, SHAPE, dim=dim, index=index, count=count)
+        found = op.to_our_slice(parts, SHAPE, dim=dim, index=index, count=count)
         assert torch.equal(found, Place("x", dim, stride, index, count).cut(whole))
 
 

@@ -78,6 +78,6 @@ def test_a_sign_of_life_after_a_minute_without_a_line(
     now = [0.0]
     monkeypatch.setattr("gspo_megatron.monitor.console.time.monotonic", lambda: now[0])
     console = Console()
-    for now[0], said in ((59.0, ""), (60.0, "a\n"), (119.0, ""), (121.0, "a\n")):
-        console.sign_of_life(lambda: "a")
+    for now[0], said in ((59.0, ""), (60.0, "a\\x00\n"), (119.0, ""), (121.0, "a\\x00\n")):
+        console.sign_of_life(lambda: "a\0")
         assert capsys.readouterr().out == said

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from gspo_megatron.rewards import sandbox
+from gspo_megatron.rewards import isolations
 from gspo_megatron.rewards.sandbox import Limits, Sandbox
 from gspo_megatron.testing.time_limits import time_factor
 
@@ -225,7 +225,7 @@ def _ended(box: Sandbox, head: str, name: str) -> tuple[str, str, float]:
 def _become(user: int) -> None:
     if user == os.getuid():
         return
-    sandbox.bwrap()  # where it is: the other user may not be able to import what tells
+    isolations.bwrap()  # where it is: the other user may not be able to import what tells
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)

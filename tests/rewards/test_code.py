@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
-from gspo_megatron.build.inputs import settle
-from gspo_megatron.build.rewards import code_sandbox
-from gspo_megatron.build.summary import describe_start
+from gspo_megatron.build.programs import check_programs, describe_sandbox, sandbox_of
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
+from gspo_megatron.rewards.sandbox import settled
+from gspo_megatron.testing.commands import metrics, torchrun
 from gspo_megatron.testing.time_limits import time_factor
 from tests.support.small import SMALL
 
@@ -193,14 +194,14 @@ def test_settings() -> None:
     def config(*overrides: str) -> Any:
         return load_config(None, [*SMALL, "model.vocab_size=null", *overrides])
 
-    assert code_sandbox(config()) is None
+    check_programs(config())
     asked = config("reward.functions={code: 1}", "reward.code.isolation=none", "reward.code.seconds=2")
     assert asked.reward.code == {"isolation": "none", "seconds": 2}
-    sandbox = code_sandbox(asked)
-    assert sandbox is not None and sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
-    assert any("UNPROTECTED" in line for line in describe_start(settle(asked, 1)))
+    sandbox = sandbox_of(asked)
+    assert sandbox["total_seconds"] == 48 and sandbox["memory_gib"] == 1
+    assert any("no sandbox" in line for line in describe_sandbox(asked))
     asked = config("reward.terms=[{function: code}]")
-    assert code_sandbox(asked)["isolation"] in ("bwrap", "landlock")  # type: ignore[index]
+    assert sandbox_of(asked)["isolation"] in ("bwrap", "landlock")
     for overrides, said in (
         (["reward.code.isolation=chroot"], "is not one of auto, bwrap, landlock, none"),
         (["reward.code.isolate=none"], "did you mean 'isolation'"),
@@ -211,6 +212,25 @@ def test_settings() -> None:
         with pytest.raises(ConfigError, match=said):
             config("reward.functions={code: 1}", *overrides)
     with pytest.raises(ConfigError, match="no effect without the reward code"):
-        code_sandbox(config("reward.code.isolation=none"))
+        check_programs(config("reward.code.isolation=none"))
     with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
-        code_sandbox(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+        sandbox_of(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+
+
+def test_a_run_is_rewarded_for_programs(tmp_path: Path) -> None:
+    """Responses of random digits and signs: some are a program, and end without a word."""
+    rows = [{"prompt": f"{i}>", "answer": "", "tests": [{"input": "", "output": ""}]} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_the_model = [setting for setting in SMALL if "vocab_size" not in setting]
+    settings = [f"run.dir={tmp_path / 'run'}", f"data.train={data}", f"data.eval={data}", "data.eval_size=2"]
+    settings += ["data.tokenizer=characters:0123456789>", "model.max_sequence_length=16", "rollout.max_new_tokens=4"]
+    settings += ["rollout.prompts_per_step=4", "rollout.group_size=4", "train.steps=1", "logging.tensorboard=false"]
+    settings += ["reward.terms=[{function: code, fenced: false}]", "reward.workers=2"]
+    status, printed = torchrun(1, [*of_the_model, *settings])
+    assert status == 0, printed
+    assert f"sandbox {settled('auto')}" in " ".join(printed.split())
+    (step,) = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    shares = [step[f"reward/code/{verdict}"] for verdict in code.VERDICTS]
+    assert sum(shares) == pytest.approx(1) and step["reward/code/sandbox_failed"] == 0
+    assert 0 < step["reward/code/crashed"] < 1 and step["reward/code/right"] == step["reward/mean"]

@@ -62,12 +62,13 @@ def test_a_group_is_sent_in_batches_with_token_and_request_id(opened: Callable[.
     with serving(parts) as service:
         rewards = opened(service, environment={"JUDGE": " secret\n"}, token_variable="JUDGE", batch_size=2)
         rewards.check_services()
-        found = scored(rewards, "a", "b\ud800", "c")
+        found = scored(rewards, "a", "né\ud800", "c")
     assert [r.reward for r in found] == [0, 1, 2] and found[0].reward_terms == {"remote": 0, "remote/cut": 1}
     trial, *batches = service.requests
     assert trial == {"rollouts": []} and sorted(len(b["rollouts"]) for b in batches) == [1, 2]
-    sent = next(r for b in batches for r in b["rollouts"] if r["id"] == 0)
-    assert sent == {
+    sent = {r["id"]: r for b in batches for r in b["rollouts"]}
+    assert sent[1]["response"] == "né?"
+    assert sent[0] == {
         **{"id": 0, "prompt": "what?", "response": "a", "answer": "a", "truncated": True, "metadata": {"level": 3}},
         "messages": [{"role": "user", "content": "what?"}],
     }
@@ -85,7 +86,7 @@ def test_a_group_is_sent_in_batches_with_token_and_request_id(opened: Callable[.
         (10**400, "OverflowError"),
         ({"score": [1]}, r"it returned \[1\] \(list\)"),
         ({"mean": 1}, "expected a number, or a dict with a 'score'"),
-        ({"error": "does not \x1b[31mcompile"}, r"the service says: does not \\x1b\[31mcompile"),
+        ({"error": "does not \x1b[31mcompile"}, r"ServiceError: does not \\x1b\[31mcompile"),
     ],
 )
 def test_what_is_no_score_is_an_error_of_its_rollout(opened: Callable[..., Rewards], score: Any, error: str) -> None:
@@ -129,9 +130,7 @@ def test_a_useless_answer_is_an_error_of_its_rollouts(
         (Answer(b"{", drip=True), "no answer within timeout_s=0.3 s (try 3 of 3"),
     ],
 )
-def test_no_answer_costs_the_rollouts_their_rewards(
-    opened: Callable[..., Rewards], answer: Answer, error: str
-) -> None:
+def test_no_answer_costs_the_rollouts_their_rewards(opened: Callable[..., Rewards], answer: Answer, error: str) -> None:
     with serving(lambda *_: answer) as service:
         found = scored(opened(service, "stop", timeout_s=0.3), "one", "two")
     assert [(r.reward, r.reward_lost) for r in found] == [(0, True)] * 2 and error in found[1].reward_error
@@ -141,7 +140,7 @@ def test_no_answer_costs_the_rollouts_their_rewards(
 
 
 @pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 2", b"\x00\x01garbage\r\n\r\n"])
-def test_what_does_not_speak_http_costs_the_rollouts_their_rewards(opened: Callable[..., Rewards], reply: bytes) -> None:
+def test_what_does_not_speak_http_costs_the_rollout_its_reward(opened: Callable[..., Rewards], reply: bytes) -> None:
     def answer() -> None:
         for _ in range(3):
             connection, _ = server.accept()
@@ -159,14 +158,14 @@ def test_what_does_not_speak_http_costs_the_rollouts_their_rewards(opened: Calla
 
 def test_a_failing_service_is_asked_again_and_its_time_is_kept(opened: Callable[..., Rewards]) -> None:
     def answer(request: Any, number: int) -> Answer:
-        return Answer({}, 429, {"Retry-After": "1"}) if number < 1 else Answer({}, 502) if number < 2 else lengths(request)
+        return (
+            Answer({}, 429, {"Retry-After": "1"}) if number < 1 else Answer({}, 502) if number < 2 else lengths(request)
+        )
 
     with serving(answer) as service:
         (found,) = scored(opened(service), "four")
         assert found.reward == 4 and not found.reward_error
         assert service.times[1] - service.times[0] >= 1.0 and len(service.times) == 3
-        (lost,) = scored(opened(service, max_wait_s=0.5), "four")
-    assert lost.reward == 4
     with serving(lambda *_: Answer({}, 429, {"Retry-After": "3600"})) as service:
         (lost,) = scored(opened(service), "four")
     assert lost.reward_lost and "asks to wait 3600 s, more than max_wait_s=60" in lost.reward_error
@@ -189,9 +188,7 @@ def test_retry_after() -> None:
         (Answer({}, 307, {"Location": "/other"}), "sends to '/other'; set url"),
     ],
 )
-def test_wrong_settings_stop_the_run(
-    opened: Callable[..., Rewards], answer: Answer, error: str, on_error: str
-) -> None:
+def test_wrong_settings_stop_the_run(opened: Callable[..., Rewards], answer: Answer, error: str, on_error: str) -> None:
     with serving(lambda *_: answer) as service:
         rewards = opened(service, on_error, token_variable="KEY", environment={"KEY": "wr0ng"})
         with pytest.raises(ConfigError, match="reward 'remote': ") as refused:

@@ -217,7 +217,7 @@ def test_a_failing_reward_stops_the_run_and_names_the_rollout(user_module: None,
     failed = rollout("a", "a", id=1234, prompt="How many?")
     score_rollouts(rewards, [failed])
     assert math.isnan(failed.reward)
-    message = rf"(?s)1 rollouts.*rollout 1234, prompt 5 'How many\?': reward '{name}' failed: .*{reason}"
+    message = rf"(?s)^1 rollout could not.*rollout 1234, prompt 5 'How many\?': reward '{name}' failed: .*{reason}"
     with pytest.raises(DataError, match=message):
         refuse_unscored([rollout("b"), failed])
 

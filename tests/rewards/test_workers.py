@@ -174,7 +174,7 @@ def test_a_batch_gets_lists_and_returns_one(pool: WorkerPool) -> None:
         {"score": 2.0 * i} for i in range(3)
     ]
     errors = [o.error for o in pool.submit("too_few", [{"response": "a"}] * 3, [0, 1, 2]).result()]
-    assert errors == ["ValueError: it returned 1 scores for 3 responses"] * 3
+    assert errors == ["ValueError: it returned 1 score for 3 responses"] * 3
 
 
 def test_async_calls_run_together_and_one_that_blocks_is_found(pool: WorkerPool) -> None:

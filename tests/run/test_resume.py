@@ -136,7 +136,7 @@ def test_what_an_earlier_run_left_is_named_with_its_new_place(tmp_path: Path) ->
     assert opened(0, True) == []
     assert opened(0, True) == [
         "its rollouts/ is now rollouts.replaced_1/",
-        "3 rows of its metrics are now in metrics.replaced.jsonl",
+        "3 rows of its metrics moved to metrics.replaced.jsonl",
     ]
 
 

@@ -78,12 +78,16 @@ class Rows(RunWriter):
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.samples: dict[int, list[dict[str, Any]]] = {}
+        self.answers: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
     def metrics(self, row: Any) -> None:
         self.rows.append(dict(row))
 
     def rollouts(self, step: int, rows: Any) -> None:
         self.samples[step] = list(rows)
+
+    def held_out(self, name: str, step: int, rows: Any) -> None:
+        self.answers[name, step] = list(rows)
 
 
 def run(*overrides: str, ranks: Ranks | None = None, **parts: Any) -> tuple[Trainer, list[dict[str, Any]]]:
@@ -552,7 +556,7 @@ def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
         assert all(row["grad_norm"] == 0 for row in rows[1:])
         assert torch.equal(policy_of(trainer).logits_VV, before)
         first, *later = warnings_of(trainer)
-        assert "step 1: within each of the 8 groups all rewards are equal (in the first group 3)" in first
+        assert "step 1: within each group all rewards are equal (in the first of 8: 3)" in first
         assert [warning.partition(":")[0] for warning in later] == ["step 20", "step 40"]
         assert "as in the 19 steps before" in later[0]
     else:

@@ -262,7 +262,7 @@ def test_the_command_prints_a_table_and_nothing_else(config: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     reference, layout, *table = done.stdout.splitlines()
-    assert reference.startswith("reference: 1 processes = tp 1 ") and layout.startswith("layout: 2 processes = tp 2 ")
+    assert reference.startswith("reference: 1 process = tp 1 ") and layout.startswith("layout: 2 processes = tp 2 ")
     assert {"rollouts", "loss", "grad_norm", "log_probs", "entropy"} <= {line.split(" ")[0] for line in table}
     worst = table[table.index(next(line for line in table if line.startswith("gradients of 33 parameters"))) + 1 :]
     assert len(worst) == 5 and worst[-2:] == ["", "EQUAL"]
@@ -316,7 +316,7 @@ train: {tokens_per_micro_batch: 48}
         (["--layout", "pp=2,last=4"], "pp 2 (last 4 layers)"),
         (["--layout", "pp=2,first=2,last=3"], "pp 2 (first 2 layers, last 3 layers)"),
         (["--layout", "pp=2,vpp=2,first=2", "model.num_layers=6"], "pp 2 (vpp 2, first 2 layers)"),
-        (["--layout", "pp=3,first=1,last=2"], "pp 3 (first 1 layers, last 2 layers)"),
+        (["--layout", "pp=3,first=1,last=2"], "pp 3 (first 1 layer, last 2 layers)"),
         (["--layout", "pp=3,vpp=2,last=4", "model.num_layers=8"], "pp 3 (vpp 2, last 4 layers)"),
     ],
 )

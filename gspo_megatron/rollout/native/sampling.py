@@ -48,23 +48,29 @@ class Decoding:
 
 
 def next_tokens(logits_BV: Tensor, uniforms_B: Tensor, how: Decoding) -> tuple[Tensor, Tensor]:
-    """(tokens [B] int64, log-probs [B] float64) by inverting the cumulative distribution at u.
+    """(tokens [B] int64, log-probs [B] float64), drawn by `draw` from `distribution`."""
+    return draw(distribution(logits_BV, how), uniforms_B, how)
 
-    The log-prob is the natural logarithm of the probability with which the token was drawn: after temperature, top-k
-    and top-p (renormalised). Greedy takes the most likely token, the lowest id among equals, and reports its log-prob
-    under softmax(logits / temperature).
-    """
+
+def distribution(logits_BV: Tensor, how: Decoding) -> Tensor:
+    """Natural logarithms of the probabilities with which tokens are drawn, float64: after temperature, top-k and top-p
+    (renormalised), -inf where these leave a token out. Greedy: of softmax(logits / temperature)."""
     # In float64 throughout: a float32 log_softmax over 152k ids is off by 8e-5, a quarter of GSPO's clip band.
     log_probs_BV = torch.log_softmax(logits_BV.double() / how.temperature, dim=-1)
+    return log_probs_BV if how.greedy else _truncate(log_probs_BV, how)
+
+
+def draw(log_probs_BV: Tensor, uniforms_B: Tensor, how: Decoding) -> tuple[Tensor, Tensor]:
+    """(tokens [B] int64, their log-probs [B]) by inverting the cumulative distribution at u. Greedy takes the most
+    likely token, the lowest id among equals."""
     if how.greedy:
         tokens_B = log_probs_BV.argmax(dim=-1)
     else:
-        log_probs_BV = _truncate(log_probs_BV, how)
         cumulative_BV = _cumulative(log_probs_BV.exp())
         thresholds_B1 = (uniforms_B.double() * cumulative_BV[:, -1]).long()[:, None]
         # The first token whose cumulative mass exceeds the threshold; a token of probability 0 never does it first.
         tokens_B = (
-            torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=logits_BV.size(1) - 1)
+            torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=log_probs_BV.size(1) - 1)
         )
     return tokens_B, log_probs_BV.gather(1, tokens_B[:, None]).squeeze(1)
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.rollout.native.stopping import StopTable
 
 Integers = TypeVar("Integers", IntArray, Tensor)
@@ -119,6 +120,7 @@ class DecodeScheduler:
         # One row per rollout, as long as the longest response: memory that is never written to is never taken.
         self._tokens = np.empty((len(prompts), max_new_tokens), dtype=np.int64)
         self._log_probs = np.empty((len(prompts), max_new_tokens))
+        self._supports: dict[int, list[Ragged]] = {}
         largest_candidate = max(1, max_rows // 4)
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -187,11 +189,21 @@ class DecodeScheduler:
             self._plan_admissions()
         return micro_batches
 
-    def record(self, rollout_index: IntArray, tokens: IntArray, log_probs: NDArray[np.float64]) -> IntArray:
-        """Records what was drawn for `rollout_index`, all active rollouts in any order. Of those that continue, the
-        last move to the rows that have become free. Returns those that have ended."""
+    def record(
+        self,
+        rollout_index: IntArray,
+        tokens: IntArray,
+        log_probs: NDArray[np.float64],
+        support: Ragged | None = None,
+    ) -> IntArray:
+        """Records what was drawn for `rollout_index`, all active rollouts in any order, and the ids that each token was
+        drawn from. Of those that continue, the last move to the rows that have become free. Returns those that have
+        ended."""
         at = rollout_index, self.counts[rollout_index]
         self._tokens[at], self._log_probs[at] = tokens, log_probs
+        if support is not None:
+            for index, of_token in zip(rollout_index.tolist(), support.each(), strict=True):
+                self._supports.setdefault(index, []).append(of_token)
         self.newest[rollout_index] = tokens
         self.counts[rollout_index] += 1
         self.states[rollout_index] = self.stops.after[self.states[rollout_index], tokens]
@@ -225,4 +237,5 @@ class DecodeScheduler:
             self._log_probs[index, :count].tolist(),
             bool(self.states[index] != self.stops.end),
             policy_version,
+            support=Ragged.join(self._supports.pop(index)) if index in self._supports else None,
         )

@@ -1,0 +1,66 @@
+"""The sandbox of the reward `code`, as settings describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.data import sources_of
+from gspo_megatron.config.reward import CodeConfig
+from gspo_megatron.config.sections import Config
+from gspo_megatron.rewards.isolations import interpreter
+from gspo_megatron.rewards.sandbox import settled
+
+CODE = "code"
+"""The name of the reward."""
+SHARE_OF_A_CALL = 0.8
+"""Of reward.timeout_s, for the tests of a program: beyond that, its process would be ended and its reward lost."""
+
+
+def sandbox_of(config: Config) -> dict[str, Any]:
+    """What the reward is called with, with what reward.code.isolation=auto stands for on this machine.
+
+    Raises:
+        ConfigError: the isolation does not work here, or the times contradict each other.
+    """
+    code, total_s = CodeConfig(**config.reward.code), SHARE_OF_A_CALL * config.reward.timeout_s
+    if 2 * code.seconds > total_s:
+        raise ConfigError(
+            f"reward.code.seconds={code.seconds:g}: twice that, the most a run of a program may take, must be at most "
+            f"{SHARE_OF_A_CALL:g} * reward.timeout_s={total_s:g} s; raise reward.timeout_s"
+        )
+    return {**asdict(code), "isolation": settled(code.isolation, code.python), "total_seconds": total_s}
+
+
+def check_programs(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: settings of a sandbox that nothing runs in.
+    """
+    if config.reward.code and CODE not in _functions(config):
+        raise ConfigError(f"reward.code={config.reward.code} has no effect without the reward {CODE}; remove it")
+
+
+def describe_sandbox(config: Config) -> Iterator[str]:
+    """A line on what the programs of responses run in, where there are any."""
+    if CODE not in _functions(config):
+        return
+    code = sandbox_of(config)
+    version, limits = interpreter(code["python"]).version, f"{code['seconds']:g} s, {code['memory_gib']:g} GiB"
+    is_open = code["isolation"] == "none"
+    where = "no sandbox, as reward.code.isolation=none asks" if is_open else f"sandbox {code['isolation']}"
+    yield f"programs of responses run on Python {version}, each with at most {limits}: {where}"
+
+
+def _functions(config: Config) -> Iterator[Any]:
+    """Of all rewards that the settings name."""
+    yield from config.reward.functions
+    yield from (term.get("function") for term in config.reward.terms)
+    for split in ("train", "eval"):
+        for source in sources_of(config, split):
+            yield from source.reward or ()
+    for entry in config.eval.sets.values():
+        if isinstance(entry, dict) and isinstance(own := entry.get("reward"), (dict, str)):
+            yield from [own] if isinstance(own, str) else own
