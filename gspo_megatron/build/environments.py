@@ -11,6 +11,7 @@ from gspo_megatron.environments.environment import Environment
 from gspo_megatron.environments.environments import find_environment
 from gspo_megatron.environments.single_turn import SingleTurn
 from gspo_megatron.rollout.conversation import ConversationSampler
+from gspo_megatron.rollout.user_environment import UserEnvironment
 
 
 def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
@@ -19,7 +20,16 @@ def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
         ConfigError: an environment that cannot be used, or settings that it makes no use of.
     """
     r = config.rollout
-    environment = find_environment(r.environment, r.environment_arguments)
+    if ":" in r.environment:
+        environment: Environment = UserEnvironment(
+            r.environment,
+            r.environment_arguments,
+            timeout_s=r.reply_timeout_s,
+            memory_gib=config.reward.memory_gib,
+            seed=config.run.seed,
+        )
+    else:
+        environment = find_environment(r.environment, r.environment_arguments)
     if isinstance(environment, SingleTurn):
         for name in ("max_turns", "reply_timeout_s"):
             if getattr(r, name) != getattr(RolloutConfig(), name):
@@ -27,6 +37,11 @@ def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
                     f"rollout.{name}={getattr(r, name)} has no effect with rollout.environment={r.environment}; "
                     "remove it"
                 )
+    elif r.reply_timeout_s != RolloutConfig().reply_timeout_s and not isinstance(environment, UserEnvironment):
+        raise ConfigError(
+            f"rollout.reply_timeout_s={r.reply_timeout_s} has no effect with rollout.environment={r.environment}, only "
+            "with one of your own; remove it"
+        )
     elif len(names := chat_templates(config, tokenizer)) > 1:
         raise ConfigError(
             f"rollout.environment={r.environment}: the sources have {len(names)} different settings of the chat "

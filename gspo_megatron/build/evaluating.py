@@ -88,7 +88,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         rewards = rewards_in(inputs.rewards, inputs.sets)
         check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
-        for each in rewards:
+        for each in (*rewards, inputs.environment):
             each.use_workers(workers)
         try:
             yield Evaluator(source, groups, inputs.sets, weights, console)

@@ -121,7 +121,7 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        for each in rewards:
+        for each in (*rewards, inputs.environment):
             each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.

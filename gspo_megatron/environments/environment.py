@@ -55,8 +55,23 @@ class Environment(Protocol):
     def replies(self, rollouts: Sequence[Rollout]) -> list[Turn]:
         """One answer to the last turn of each rollout, whose `text` it is; `turns` has the conversation so far."""
 
+    def use_workers(self, count: int) -> None:
+        """Answers in up to `count` processes, where it needs any."""
+
     def close(self) -> None:
-        """Ends processes that it has started."""
+        """Ends the processes that it has started."""
+
+
+class InProcess:
+    """What an environment is that needs no process."""
+
+    stop: Sequence[str] = ()
+
+    def use_workers(self, count: int) -> None:
+        """See `Environment.use_workers`."""
+
+    def close(self) -> None:
+        """See `Environment.close`."""
 
 
 def turn_of(value: Any) -> Turn:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gspo_megatron.environments.arithmetic import evaluate, written
-from gspo_megatron.environments.environment import DONE, Turn
+from gspo_megatron.environments.environment import DONE, InProcess, Turn
 
 if TYPE_CHECKING:
     from gspo_megatron.base.batches import Rollout
 
 
-class Calculator:
+class Calculator(InProcess):
     """Writes the result behind a call: `<<48/2>>` becomes `<<48/2>>24`, and the model goes on. A turn that does not end
     with a call is the last.
 
@@ -28,7 +28,7 @@ class Calculator:
         if not begin or not end:
             raise ValueError(f"begin={begin!r} and end={end!r} must not be empty")
         self.begin, self.end, self.error = begin, end, error
-        self.stop: Sequence[str] = (end,)
+        self.stop = (end,)
 
     def replies(self, rollouts: Sequence[Rollout]) -> list[Turn]:
         """See `Environment.replies`."""
@@ -42,6 +42,3 @@ class Calculator:
             return Turn(written(evaluate(expression)), "assistant", calls=1)
         except (ValueError, ZeroDivisionError):
             return Turn(self.error, "assistant", calls=1, failed=1)
-
-    def close(self) -> None:
-        """Nothing to end."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from gspo_megatron.base.batches import Position, Rollout
-from gspo_megatron.base.errors import DataError
+from gspo_megatron.base.batches import Position, Prompt, Rollout
+from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.build.environments import environment_of
 from gspo_megatron.build.eval_sets import default_set
 from gspo_megatron.build.rewards import rewards_of
-from gspo_megatron.environments.environment import DONE, Turn
+from gspo_megatron.environments.environment import DONE, InProcess, Turn
+from gspo_megatron.environments.tools import Calculator
 from gspo_megatron.monitor.catalogue import OF_THE_MACHINE, entry_of
+from gspo_megatron.rollout.user_environment import UserEnvironment
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fakes import TOKENIZER, Prompts, Replicas, Shelf, config_of, trainer_of
 from tests.run.test_trainer import Rows
@@ -24,10 +31,8 @@ SETTINGS = ("model.max_sequence_length=12", "rollout.max_new_tokens=9", "rollout
 OUTSIDE = TOKENIZER.encode("Ba")
 
 
-class Echo:
+class Echo(InProcess):
     """Says `Ba` until the model has had `turns` turns, as long as it ends them itself."""
-
-    stop = ()
 
     def __init__(self, turns: int = 3, answer: Callable[[Rollout], Turn] | None = None) -> None:
         self.turns, self.answer = turns, answer
@@ -41,9 +46,6 @@ class Echo:
         if len(rollout.outside) + 1 == self.turns:
             return DONE
         return self.answer(rollout) if self.answer else Turn("Ba", calls=2, failed=1)
-
-    def close(self) -> None:
-        pass
 
 
 def run(
@@ -164,3 +166,99 @@ def test_an_environment_that_nearly_always_fails_stops_the_run_on_all_ranks() ->
 
     one, two = Replicas(2).run(sample)
     assert one == two and "it is broken" in one and "rollout 32:" in one
+
+
+# ------------------------------------------------------------------------------------------------ a user's own
+
+
+def host(messages: list[dict[str, str]], response: str, answer: str, said: str) -> Any:
+    """An environment that does what the rollout's answer says."""
+    wrong: dict[str, Callable[[], Any]] = {
+        "raises": lambda: 1 // 0,
+        "hangs": lambda: time.sleep(1000),
+        "exits": lambda: sys.exit(0),
+        "dies": lambda: os._exit(3),
+        "is a set": lambda: {1, 2},
+        "is a number": lambda: 3,
+        "has no such field": lambda: {"text": "x"},
+        "ends": lambda: None,
+        "calls": lambda: {"content": f"{said} {messages[-1]['content']}", "role": "tool", "calls": 1},
+        "asks": lambda: f"after {len(messages)}, {response}",
+    }
+    return wrong[answer]()
+
+
+def test_a_users_environment_costs_at_most_its_rollout() -> None:
+    expected = {
+        "raises": Turn(error="ZeroDivisionError: integer division or modulo by zero"),
+        "calls": Turn("you said a", "tool", calls=1),
+        "hangs": Turn(error="its process gave no result within rollout.reply_timeout_s=1 s"),
+        "exits": Turn(error="SystemExit: 0"),
+        "dies": Turn(error="its process ended with status 3"),
+        "is a set": Turn(error="TypeError: Object of type set is not JSON serializable"),
+        "is a number": Turn(
+            error="TypeError: it returned 3; expected a text, a dict with a 'content', or None at the end"
+        ),
+        "has no such field": Turn(
+            error="ValueError: it returned {'text': 'x'}; of a dict, content, role, done, calls, failed are known, not "
+            "'text'"
+        ),
+        "ends": DONE,
+        "asks": Turn("after 1, a", "user"),
+    }
+    rollouts = [
+        Rollout(i, Prompt(i, "A", (2,), answer), [4], [-1.0], False, 0, "a") for i, answer in enumerate(expected)
+    ]
+    for rollout in rollouts:
+        rollout.turns.append({"role": "assistant", "content": "a", "sampled": True})
+    name, parameters = f"{__name__}:host", {"said": "you said"}
+    environment = UserEnvironment(name, parameters, timeout_s=1, memory_gib=4, seed=0)
+    environment.use_workers(2)
+    try:
+        assert dict(zip(expected, environment.replies(rollouts), strict=True)) == expected
+    finally:
+        environment.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("rollout.environment=calculater",), "did you mean 'calculator'"),
+        (("rollout.environment=no.such:f",), "environment 'no.such:f' cannot be used"),
+        (("rollout.environment_arguments.mark=x",), "does not suit rollout.environment=calculator: "),
+        (("rollout.environment=single_turn", "rollout.max_turns=3"), "rollout.max_turns=3 has no effect"),
+        (("rollout.reply_timeout_s=3",), "rollout.reply_timeout_s=3"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        environment_of(config_of(*SETTINGS, *settings), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("48/2", "24"),
+        (" 1,000 * .5", "500"),
+        ("2*(3+4)-1", "13"),
+        ("-3--4", "1"),
+        ("1/3", "0.3333333333"),
+        ("0.1+0.2", "0.3"),
+        ("12.", "12"),
+        ("7/(2-2)", "e"),
+        ("2**9", "e"),
+        ("1//2", "e"),
+        ("1 2", "e"),
+        ("(1", "e"),
+        ("", "e"),
+        ("__import__('os')", "e"),
+        ("9" * 201, "e"),
+        ("(" * 100 + "1" + ")" * 99, "e"),
+    ],
+)
+def test_the_calculator_is_exact_and_runs_nothing(expression: str, value: str) -> None:
+    rollout = Rollout(0, Prompt(0, "", (2,), ""), [4], [-1.0], False, 0, f"so <<{expression}>>")
+    expected = Turn(value, "assistant", calls=1, failed=int(value == "e"))
+    assert Calculator(error="e").replies([rollout]) == [expected]
+    rollout.text += "24"
+    assert Calculator().replies([rollout]) == [DONE]
