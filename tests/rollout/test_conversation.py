@@ -25,6 +25,7 @@ from gspo_megatron.monitor.catalogue import OF_THE_MACHINE, entry_of
 from gspo_megatron.rollout.user_environment import UserEnvironment
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fakes import TOKENIZER, Prompts, Replicas, Shelf, config_of, trainer_of
+from gspo_megatron.testing.time_limits import time_factor
 from tests.run.test_trainer import Rows
 
 SETTINGS = ("model.max_sequence_length=12", "rollout.max_new_tokens=9", "rollout.environment=calculator")
@@ -189,10 +190,11 @@ def host(messages: list[dict[str, str]], response: str, answer: str, said: str) 
 
 
 def test_a_users_environment_costs_at_most_its_rollout() -> None:
+    limit = time_factor()
     expected = {
         "raises": Turn(error="ZeroDivisionError: integer division or modulo by zero"),
         "calls": Turn("you said a", "tool", calls=1),
-        "hangs": Turn(error="its process gave no result within rollout.reply_timeout_s=1 s"),
+        "hangs": Turn(error=f"its process gave no result within rollout.reply_timeout_s={limit:g} s"),
         "exits": Turn(error="SystemExit: 0"),
         "dies": Turn(error="its process ended with status 3"),
         "is a set": Turn(error="TypeError: Object of type set is not JSON serializable"),
@@ -212,7 +214,7 @@ def test_a_users_environment_costs_at_most_its_rollout() -> None:
     for rollout in rollouts:
         rollout.turns.append({"role": "assistant", "content": "a", "sampled": True})
     name, parameters = f"{__name__}:host", {"said": "you said"}
-    environment = UserEnvironment(name, parameters, timeout_s=1, memory_gib=4, seed=0)
+    environment = UserEnvironment(name, parameters, timeout_s=limit, memory_gib=4, seed=0)
     environment.use_workers(2)
     try:
         assert dict(zip(expected, environment.replies(rollouts), strict=True)) == expected
