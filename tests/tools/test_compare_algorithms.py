@@ -153,10 +153,10 @@ def assert_is_a_page(text: str) -> None:
     assert "url(" not in text and "@import" not in text
     pictures = [f"<svg{part.partition('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
     assert len(pictures) > 5
-    for picture in pictures:
-        parsed = ElementTree.fromstring(picture)
+    for drawn in pictures:
+        parsed = ElementTree.fromstring(drawn)
         assert parsed.get("aria-label") or parsed.get("aria-hidden")
-        assert "nan" not in picture and "inf" not in picture
+        assert "nan" not in drawn and "inf" not in drawn
 
 
 # --- what is made of runs, written by hand ---
