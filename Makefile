@@ -150,7 +150,7 @@ test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two node
 
 # The newest Transformer Engine with the older Megatron-Core runs everything; the other pairs what can differ. PYTHONPATH
 # puts another version before the installed one.
-TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te -n 0
+TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te $(WORKERS)
 OLDER_TE = .venv-te/te-2.10
 OLDER_MEGATRON = .venv-te/megatron
 
