@@ -110,11 +110,16 @@ class ChatTemplate:
         Found behind a stand-in for what the assistant said, whose own tokens never become text again.
 
         Raises:
-            DataError: as `render`, or the template does not write the assistant's text once.
+            DataError: as `render`, or the template does not write the assistant's text once, or leaves the reply out.
         """
-        text = self.render([*messages, {"role": "assistant", "content": STAND_IN}, reply])
+        said = [*messages, {"role": "assistant", "content": STAND_IN}]
+        text = self.render([*said, reply])
         if text.count(STAND_IN) != 1:
             raise DataError(f"{self.name} writes what an assistant said {text.count(STAND_IN)} times, expected once")
+        if reply["content"] not in text and text == self.render([*said, {**reply, "content": STAND_IN[::-1]}]):
+            raise DataError(
+                f"{self.name} writes nothing of a message of role {reply['role']!r}; answer in another role"
+            )
         return text.partition(STAND_IN)[2]
 
 

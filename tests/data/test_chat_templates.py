@@ -136,3 +136,32 @@ def test_bos_is_there_once(folder: Path, tmp_path: Path) -> None:
 def test_a_doubled_bos_is_noticed(folder: Path, tmp_path: Path, template: str, said: str) -> None:
     with pytest.raises(DataError, match=r"in\.jsonl:1: the prompt begins with two BOS tokens"):
         prompt_of(folder, tmp_path, template, said)
+
+
+# --- what follows a turn ---
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_what_follows_a_turn_is_what_the_template_writes_behind_it(folder: Path, family: str) -> None:
+    """Behind the text of the assistant, whatever it is, up to where its next turn begins: so that text never has to be
+    rendered again."""
+    template, asked = ours(TEMPLATES[family], family), [{"role": "user", "content": "12 + 30?"}]
+    written = 0
+    for role in ("tool", "user"):
+        for said in ("Let me see.", "42", "{'a': [1]}"):
+            reply = {"role": role, "content": "Sure?"}
+            whole = outcome(lambda: template.render([*asked, {"role": "assistant", "content": said}, reply]))  # noqa: B023
+            after = outcome(lambda: template.after_turn(asked, reply))  # noqa: B023
+            assert after[1] == (whole[1] or "Sure?" not in whole[0]), (role, said)
+            if not after[1]:
+                written += 1
+                assert whole[0].endswith(said + after[0]) and "Sure?" in after[0]
+                assert role == "tool" or after[0].endswith(template.render(asked)[-5:]), "as the first turn began"
+    assert written >= 3
+
+
+def test_a_template_that_hides_what_was_said_is_refused() -> None:
+    with pytest.raises(DataError, match="writes what an assistant said 0 times"):
+        ours("{{ messages[0].content }}", "mute").after_turn(
+            [{"role": "user", "content": "1?"}], {"role": "user", "content": "2?"}
+        )
