@@ -118,8 +118,8 @@ class Algorithm:
 
     @property
     def drops_zero_advantage(self) -> bool:
-        """Whether sequences of advantage 0 stay out of an update: nothing but the advantage gives them a gradient. With KL
-        in the reward advantages are not known when sequences are packed."""
+        """Whether sequences of advantage 0 stay out of an update: nothing but the advantage gives them a gradient. With
+        KL in the reward advantages are not known when sequences are packed."""
         return self.skip_zero_gradient and not (self.needs_reference or self.entropy_coef or self.balances_load)
 
     @property
