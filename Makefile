@@ -87,6 +87,7 @@ bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer,
 
 study: .venv/.installed ## Compare algorithms over seeds (docs/study.md), two runs at a time; hours, Ctrl-C and the same command go on
 	.venv/bin/python tools/compare_algorithms.py examples/sweeps/figure2.yaml --document docs/study.md $(ARGS)
+	cp runs/figure2/report.json benchmarks/results/figure2.json
 	.venv/bin/python -W ignore -m benchmarks.ratio_spread --output benchmarks/results/ratio_spread.json --markdown docs/study.md
 	.venv/bin/python tools/compare_algorithms.py examples/sweeps/updates.yaml $(ARGS)
 
@@ -149,7 +150,7 @@ test-slurm: .venv/.installed ## Run the batch script on a real Slurm of two node
 
 # The newest Transformer Engine with the older Megatron-Core runs everything; the other pairs what can differ. PYTHONPATH
 # puts another version before the installed one.
-TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te -n 0
+TEST_TE = .venv-te/bin/python -W ignore -m pytest -m te $(WORKERS)
 OLDER_TE = .venv-te/te-2.10
 OLDER_MEGATRON = .venv-te/megatron
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imports import ROOT, depends_on_megatron, reached
-
-TESTS = ROOT / "tests"
+from tests.support.imports import ALIKE, ROOT, TESTS, depends_on_megatron, reached
 
 
 @pytest.mark.parametrize(
@@ -20,7 +18,7 @@ TESTS = ROOT / "tests"
         ("mcore/test_optimizer.py", "imports a test beside it that does"),
         ("test_layouts.py", "imports a tool that starts runs"),
         ("test_golden.py", "imports the command, which imports mcore in a function"),
-        ("monitor/test_watchdog.py", "starts the command"),
+        ("test_doctor.py", "starts the command"),
     ],
 )
 def test_what_reaches_megatron_is_repeated(file: str, how: str) -> None:
@@ -40,9 +38,14 @@ def test_others_that_have_nothing_to_show_there() -> None:
     assert {"torch", "numpy"} <= reached(TESTS / "run" / "test_trainer.py")
 
 
+@pytest.mark.parametrize("file", ALIKE)
+def test_what_is_alike_with_every_megatron_would_be_repeated_otherwise(file: str) -> None:
+    assert "megatron" in reached(TESTS / file) and not depends_on_megatron(TESTS / file)
+
+
 def test_the_option_leaves_files_out_unless_they_are_named() -> None:
     arguments = ["--depends-on-megatron", "tests/objective", "tests/device", "tests/rewards/test_rewards.py"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     files = {Path(line.split("::")[0]).name for line in done.stdout.splitlines() if "::" in line}
-    assert files == {"test_cpu.py", "test_processes.py", "test_torchrun.py", "test_rewards.py"}
+    assert files == {"test_cpu.py", "test_rewards.py"}

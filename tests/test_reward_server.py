@@ -65,9 +65,7 @@ def test_the_server_scores_what_a_run_sends(url: str) -> None:
     assert [r.reward_error for r in found[4:]] == [""] * 16
 
 
-@pytest.mark.parametrize(
-    ("token", "change", "error"), [("other", {}, "HTTP 401"), ("secret", {"url": "s"}, "HTTP 404")]
-)
+@pytest.mark.parametrize(("token", "suffix", "error"), [("other", "", "HTTP 401"), ("secret", "s", "HTTP 404")])
 def test_wrong_settings_are_refused_before_the_run(url: str, token: str, suffix: str, error: str) -> None:
     rewards = open_rewards(url + suffix, token)
     with pytest.raises(ConfigError, match=error):

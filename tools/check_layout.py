@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.errors import ConfigError, DataError, plural, printable
+from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.build.inputs import settle, tokenizer_spec
 from gspo_megatron.build.trainer import device_of, open_trainer
@@ -134,8 +135,8 @@ class LayoutRequest:
         return " ".join(shown) or "one process"
 
 
-Drawn = list[tuple[int, list[int], list[float]]]
-"""(rollout id, tokens, log-probs) of every rollout, as the sampler drew them."""
+Drawn = list[tuple[int, list[int], list[float], Ragged | None]]
+"""(rollout id, tokens, log-probs, ids kept for each token) of every rollout, as the sampler drew them."""
 
 
 @dataclass
@@ -173,9 +174,9 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     trainer.policy.begin(with_reference=algorithm.needs_reference)
     groups = trainer.sample(1)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    drawn = [(r.id, r.tokens, r.log_probs) for r in rollouts]
-    for rollout, (_, tokens, log_probs) in zip(rollouts, given or drawn, strict=True):
-        rollout.tokens, rollout.log_probs = tokens, log_probs
+    drawn = [(r.id, r.tokens, r.log_probs, r.support) for r in rollouts]
+    for rollout, (_, tokens, log_probs, support) in zip(rollouts, given or drawn, strict=True):
+        rollout.tokens, rollout.log_probs, rollout.support = tokens, log_probs, support
     sequences = trainer.advantages(groups)
     clip = algorithm.variant.clip.reach
     for rollout, sequence in zip(rollouts, sequences, strict=True):

@@ -22,9 +22,9 @@ on: with `train.skip_zero_gradient`, those whose advantage is not 0, unless a KL
 Rewards, lengths and accuracy are over all rollouts. Numbers are over all processes, and do not depend on the layout,
 except time and memory.
 
-`NAME` is a reward function, `SET` a held-out set of eval.sets, `NN` a layer, from 01, or a number of responses. With `logging.tensorboard` or `logging.wandb`, a metric is drawn
-under the name in the last column, grouped by what stands before the slash. `python tools/plot_run.py RUN` draws a run
-without them.
+`NAME` is a reward function, `SET` a held-out set of eval.sets, `NN` a layer, from 01, or a number of responses. With
+`logging.tensorboard` or `logging.wandb`, a metric is drawn under the name in the last column, grouped by what stands
+before the slash. `python tools/plot_run.py RUN` draws a run without them.
 
 `logging.wandb=PROJECT` needs the package (`pip install -e '.[wandb]'`) and an account (`wandb login`).
 `WANDB_MODE=offline` keeps the run in `RUN/wandb`, for `wandb sync`. So does a run that finds no network or no account,

@@ -25,7 +25,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +156,11 @@ class Sweep:
     title: str
     about: str
     axis: str
-    curves: tuple[Curve, ...] = field(repr=False)
+    curves: tuple[Curve, ...]
 
     @property
     def points(self) -> list[str]:
         return list(dict.fromkeys(curve.point for curve in self.curves))
-
-    @property
-    def rows(self) -> list[str]:
-        return list(dict.fromkeys(curve.row for curve in self.curves))
 
     @property
     def runs(self) -> Iterator[Run]:

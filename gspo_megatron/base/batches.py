@@ -54,12 +54,17 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """One sampled response. `tokens` ends with what ended it, EOS or the token that completes a stop string; a response
-    that nothing ended is truncated.
+    """One sampled response, or a conversation: turns that were sampled, and between them what an environment said.
 
-    `log_probs` are natural logarithms, one per token, of the distribution the token was drawn from; `support` has the
-    ids to which that gave a probability, where top-k or top-p left some out and they were recorded.
-    `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
+    `tokens` is everything after the prompt. It ends with what ended it, EOS or the token that completes a stop string;
+    a response that nothing ended is truncated, and so is a conversation that a limit ended.
+    `outside` are the tokens from the environment, as [begin, end) within `tokens`; one pair, which may be empty, lies
+    between any two turns. `log_probs` are natural logarithms, one per token that was sampled, of the distribution it
+    was drawn from; `support` has the ids to which that gave a probability, where top-k or top-p left some out and they
+    were recorded. `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
+
+    `text` is that of the last turn. `turns` tells the whole conversation, {role, content, sampled} each; it is empty
+    without an environment.
     """
 
     id: int
@@ -74,7 +79,36 @@ class Rollout:
     reward_error: str = ""
     reward_lost: bool = False
     """The error came from the process that was to score it, not from the reward function."""
+    outside: list[tuple[int, int]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: int = 0
+    tool_errors: int = 0
+    """Calls that a tool could not answer, such as a division by 0."""
+    environment_error: str = ""
     support: Ragged | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sampled(self) -> list[int]:
+        """The tokens without those from the environment."""
+        begins, ends = [0, *(end for _, end in self.outside)], [*(begin for begin, _ in self.outside), None]
+        return [t for begin, end in zip(begins, ends, strict=True) for t in self.tokens[begin:end]]
+
+    @property
+    def last_turn(self) -> list[int]:
+        """The tokens of the last turn."""
+        return self.tokens[self.outside[-1][1] :] if self.outside else self.tokens
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt's messages, and those of the turns. A text that the environment wrote into the assistant's own
+        message is part of it."""
+        found = list(self.prompt.messages)
+        for i, turn in enumerate(self.turns):
+            if i and turn["role"] == self.turns[i - 1]["role"] == "assistant":
+                found[-1] = {**found[-1], "content": found[-1]["content"] + turn["content"]}
+            else:
+                found.append({"role": turn["role"], "content": turn["content"]})
+        return found
 
 
 @dataclass

@@ -66,9 +66,12 @@ class Sampler(Protocol):
         greedy: bool = False,
         sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
+        begun: Seq[int] = (),
     ) -> list[Rollout]:
         """One rollout for each (prompt, rollout id), in order, sampled as the settings say, or as `sampling` does.
-        `ended` is called with each as soon as it has ended, on every rank of the model that samples it."""
+        `ended` is called with each as soon as it has ended, on every rank of the model that samples it. `begun`: of
+        each prompt, how many of its last tokens belong to the response already (none by default): they count against
+        its length, and positions go on after them."""
 
 
 class Ranks(Protocol):

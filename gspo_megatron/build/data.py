@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,9 +13,10 @@ from gspo_megatron.base.errors import ConfigError, did_you_mean, plural, shorten
 from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
+from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.mixture import Mixture, Part
 from gspo_megatron.data.prompts import RowPrompts, counted
-from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source
+from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, chat_of, open_source
 from gspo_megatron.data.token_ids import Tokenizer
 
 OWN = ("source", "name", "weight", "reward")
@@ -94,6 +96,13 @@ def uses_chat(config: Config) -> bool:
 
 def is_chat(source: NamedSource) -> bool:
     return source.spec.chat or source.spec.messages_field is not None
+
+
+def chat_templates(config: Config, tokenizer: Tokenizer) -> list[ChatTemplate]:
+    """The different ones that the sources' conversations are written with; none where all prompts are text."""
+    sources = (source for split in ("train", "eval") for source in sources_of(config, split) if is_chat(source))
+    found = [chat for source in sources if (chat := chat_of(source.spec, tokenizer)) is not None]
+    return list({json.dumps(chat.identity, sort_keys=True): chat for chat in found}.values())
 
 
 def left_out(key: str, prompts: PromptSource) -> Iterator[str]:

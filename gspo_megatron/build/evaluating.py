@@ -12,6 +12,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import plural
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
 from gspo_megatron.build.scoring import open_model
@@ -79,18 +80,19 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
     with open_model(inputs, device, console) as (model, groups, weights):
         sampler = MegatronSampler(
             model,
-            stops=stops_of(config.rollout.stop, tokenizer),
+            stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),
             pad_id=tokenizer.pad_id,
             sign_of_life=console.sign_of_life,
         )
-        source = HeldOutSource(sampler, groups, tokenizer, config.model.vocab_size)
+        asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
+        source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
         rewards = rewards_in(inputs.rewards, inputs.sets)
         check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
-        for each in rewards:
+        for each in (*rewards, inputs.environment):
             each.use_workers(workers)
         try:
             yield Evaluator(source, groups, inputs.sets, weights, console)
         finally:
-            for each in rewards:
+            for each in (*rewards, inputs.environment):
                 each.close()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
+from gspo_megatron.build.environments import environment_of
 from gspo_megatron.build.eval_sets import DEFAULT, default_set, open_sets, set_specs
 from gspo_megatron.build.rewards import RunRewards, rewards_of
 from gspo_megatron.build.suitability import check_prompts, try_rewards
@@ -21,6 +22,8 @@ from gspo_megatron.config.loading import replaced, saved_setting
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import SOURCES, PromptSource, scheme_of
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from gspo_megatron.environments.environment import Environment
+from gspo_megatron.environments.single_turn import SingleTurn
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.algorithm import Algorithm
@@ -51,6 +54,7 @@ class Inputs(ModelInputs):
     eval_prompts: PromptSource
     warnings: tuple[str, ...] = ()
     more_sets: tuple[EvalSet, ...] = ()
+    environment: Environment = field(default_factory=SingleTurn)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class EvaluationInputs(ModelInputs):
     rewards: RunRewards
     sets: tuple[EvalSet, ...]
     warnings: tuple[str, ...] = ()
+    environment: Environment = field(default_factory=SingleTurn)
 
 
 def settle_model(config: Config, world_size: int) -> ModelInputs:
@@ -113,7 +118,7 @@ def settle(config: Config, world_size: int) -> Inputs:
         DataError: a tokenizer, prompts or a reward that cannot be used.
     """
     model = settle_model(config, world_size)
-    config, tokenizer, rewards = _with_rewards(model)
+    config, tokenizer, rewards, environment = _with_rewards(model)
     sets = tuple(open_sets(config, set_specs(config), tokenizer, rewards))
     train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
     warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
@@ -123,7 +128,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
     warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
     of_model = (config, model.layout, model.algorithm, tokenizer)
-    return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets)
+    return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets, environment)
 
 
 def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()) -> EvaluationInputs:
@@ -134,7 +139,7 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
         DataError: a tokenizer or prompts that cannot be used.
     """
     model = settle_model(config, world_size)
-    config, tokenizer, rewards = _with_rewards(model)
+    config, tokenizer, rewards, environment = _with_rewards(model)
     specs = set_specs(config)
     known = [DEFAULT, *(spec.name for spec in specs)]
     for name in names:
@@ -149,17 +154,19 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
     sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
     warnings = [text for each in sets for text in left_out(each.name, each.prompts)]
     warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
-    return EvaluationInputs(config, model.layout, model.algorithm, tokenizer, rewards, tuple(sets), tuple(warnings))
+    of_model = (config, model.layout, model.algorithm, tokenizer)
+    return EvaluationInputs(*of_model, rewards, tuple(sets), tuple(warnings), environment)
 
 
-def _with_rewards(model: ModelInputs) -> tuple[Config, Tokenizer, RunRewards]:
-    """The settings with reward.functions and data.chat_date filled in, the tokenizer, and the rewards."""
+def _with_rewards(model: ModelInputs) -> tuple[Config, Tokenizer, RunRewards, Environment]:
+    """The settings with reward.functions and data.chat_date filled in, the tokenizer, the rewards, and who answers."""
     config, tokenizer = with_rewards(model.config), model.tokenizer
-    stops_of(config.rollout.stop, tokenizer)  # which refuses what cannot end a response
     rewards = rewards_of(config)
     if config.data.chat_date is None and _tells_day(config, tokenizer):
         config = replaced(config, {"data.chat_date": _day_of_run(config)})
-    return config, tokenizer, rewards
+    environment = environment_of(config, tokenizer)
+    stops_of([*config.rollout.stop, *environment.stop], tokenizer)  # which refuses what cannot end a response
+    return config, tokenizer, rewards, environment
 
 
 def with_rewards(config: Config) -> Config:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gspo_megatron.base.batches import Taken
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
+from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.eval_sets import default_set
 from gspo_megatron.build.inputs import Inputs, ModelInputs
 from gspo_megatron.data.curriculum import Curriculum
@@ -63,7 +64,7 @@ def assemble(
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
     source: RolloutSource = CollectiveSource(
-        sampler=sampler,
+        sampler=in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks),
         ranks=ranks,
         reward=inputs.rewards,
         tokenizer=inputs.tokenizer,

@@ -74,7 +74,7 @@ def open_trainer(
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
             policy,
-            stops=stops_of(config.rollout.stop, tokenizer),
+            stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),
             pad_id=tokenizer.pad_id,
             stop=stop,
             sign_of_life=console.sign_of_life,
@@ -121,7 +121,7 @@ def open_trainer(
             note=watchdog.note,
         )
         scoring_ranks = groups.layout.dp * groups.layout.cp
-        for each in rewards:
+        for each in (*rewards, inputs.environment):
             each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
@@ -129,7 +129,7 @@ def open_trainer(
         try:
             yield trainer
         finally:
-            for each in rewards:
+            for each in (*rewards, inputs.environment):
                 each.close()
             if writer:
                 writer.close()

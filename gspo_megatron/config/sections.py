@@ -173,7 +173,9 @@ class RolloutConfig:
 
     group_size: int = setting(8, "Rollouts per prompt.", least=1, most=2**20)
     prompts_per_step: int = setting(32, "Prompts per step.", least=1, most=2**24)
-    max_new_tokens: int = setting(16, "Longest response in tokens.", least=1)
+    max_new_tokens: int = setting(
+        16, "Longest response in tokens; with an environment, all that follows the prompt.", least=1
+    )
     temperature: float = setting(1.0, "Logits are divided by it, in sampling and in training.", above=0)
     top_k: int = setting(0, "Sample from the k most likely tokens. 0: from all.", least=0)
     top_p: float = setting(
@@ -181,8 +183,21 @@ class RolloutConfig:
     )
     stop: list[Any] = setting(
         [],
-        "Texts and token ids that end a response, besides the tokenizer's own end, such as ['</answer>', 151643]. The "
-        "response, and its text, keep everything up to the token that completes one.",
+        "Texts and token ids that end a response, or a turn of it, besides the tokenizer's own end, such as "
+        "['</answer>', 151643]. The response, and its text, keep everything up to the token that completes one.",
+    )
+    environment: str = setting(
+        "single_turn",
+        "Who answers the model: single_turn (nobody: a rollout is one response), calculator (`<<48/2>>` becomes "
+        "`<<48/2>>24`), or package.module:function of your own. What it says is not trained on.",
+    )
+    environment_arguments: dict[str, Any] = setting({}, "Parameters of the environment.")
+    max_turns: int = setting(8, "Most turns of the model in a rollout, with an environment.", least=1, most=1000)
+    reply_timeout_s: float = setting(
+        60.0,
+        "How long your own environment may take to answer a turn; then the rollout ends there, and counts as failed.",
+        above=0,
+        most=1e6,
     )
     dynamic_sampling: int = setting(
         0,

@@ -25,6 +25,8 @@ from gspo_megatron.base.errors import DataError
 
 LIMIT_S = 10.0
 """A conversation whose text takes longer is refused: a template can loop."""
+STAND_IN = "gspo-megatron-stand-in-48d1"
+"""A text that nobody says: it is found again in what a template writes."""
 ROLES = "system, user, assistant or tool"
 
 
@@ -100,6 +102,20 @@ class ChatTemplate:
             raise DataError(f"{self.name} does not take this conversation ({type(error).__name__}: {error})") from error
         except TimeoutError as error:
             raise DataError(f"{self.name} was not done after {LIMIT_S:g} s; does it loop?") from error
+
+    def after_turn(self, messages: Sequence[Mapping[str, Any]], reply: Mapping[str, Any]) -> str:
+        """The text between what the assistant said in reply to `messages` and its next turn: the end of its message,
+        the message `reply`, and the beginning of the turn.
+
+        Found behind a stand-in for what the assistant said, whose own tokens never become text again.
+
+        Raises:
+            DataError: as `render`, or the template does not write the assistant's text once.
+        """
+        text = self.render([*messages, {"role": "assistant", "content": STAND_IN}, reply])
+        if text.count(STAND_IN) != 1:
+            raise DataError(f"{self.name} writes what an assistant said {text.count(STAND_IN)} times, expected once")
+        return text.partition(STAND_IN)[2]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **how: Any) -> str:

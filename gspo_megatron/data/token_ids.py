@@ -61,6 +61,12 @@ class Tokenizer(Protocol):
         """
 
 
+def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """What was sampled, as text. model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have
+    no text."""
+    return tokenizer.decode(t for t in ids if t < tokenizer.vocab_size)
+
+
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     """`ids` as a list, all checked to be in the vocabulary: a negative id would silently index from its end."""
     ids = list(ids)

@@ -38,15 +38,15 @@ class Places:
         sizes = block_E.bincount(minlength=-(-num_columns // width)).tolist()
         target = (column_E == targets_b[row_E] - first_id).nonzero().flatten()
         self.row_E = on_device(row_E, like.device)
-        self.counts_b = on_device(row_E.bincount(minlength=len(support)), like.device)
+        self._counts_b = row_E.bincount(minlength=len(support))
+        self.counts_b = on_device(self._counts_b, like.device)
         self.target_E, self.target_row = on_device(target, like.device), on_device(row_E[target], like.device)
         self.blocks = on_device(at_3E, like.device).split(sizes, dim=1)
         """(which of the E, row, column) of those in each block."""
 
     def entries_of(self, rows_r: Tensor) -> Tensor:
         """Which of the E belong to some rows, given on the host, row by row."""
-        counts_b = self.counts_b.cpu()
-        return on_device(entries_of(counts_b, rows_r), self.row_E.device)
+        return on_device(entries_of(self._counts_b, rows_r), self.row_E.device)
 
 
 def statistics(
@@ -87,9 +87,10 @@ def gradients(
     log_p_E = z_E - row.lse[places.row_E]
     p_E = log_p_E.exp()
     d_E = -row.d_log_probs[places.row_E] * p_E
+    # g (1 - p) from log p, which is exact: 1 - p of a rounded p near 1 would not be.
+    d_E[places.target_E] = (-row.d_log_probs * row.log_probs.expm1())[places.target_row]
     if row.entropy is not None and row.d_entropy is not None:
         d_E -= row.d_entropy[places.row_E] * p_E * (log_p_E + row.entropy[places.row_E])
-    d_E[places.target_E] += row.d_log_probs[places.target_row]
     hidden_bH, num_rows = _factors(hidden_bH, weight_vH), len(hidden_bH)
     d_hidden_bH = torch.zeros_like(hidden_bH, dtype=accumulator(hidden_bH))
     workspace = Workspace(hidden_bH, hidden_bH.dtype)

@@ -108,6 +108,7 @@ class MegatronSampler:
         greedy: bool = False,
         sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
+        begun: Sequence[int] = (),
     ) -> list[Rollout]:
         """See `Sampler.generate`. Ranks may pass different numbers of prompts, or none.
 
@@ -126,6 +127,7 @@ class MegatronSampler:
             max_prompt_tokens=self.policy.config.train.tokens_per_micro_batch,
             num_micro_batches=self.num_micro_batches,
             stops=self.stops,
+            begun=begun,
         )
         cache = KVCache(scheduler.num_rows, scheduler.num_positions)
         rollouts: dict[int, Rollout] = {}
@@ -154,7 +156,7 @@ class MegatronSampler:
         followed by 1 if any rank is to stop, else 0."""
         row_copy, micro_batches = scheduler.row_copy, scheduler.next_micro_batches()
         rollout_index = np.concatenate([micro_batch.rollout_index for micro_batch in micro_batches])
-        may_continue = scheduler.counts[rollout_index] + 1 < scheduler.max_new_tokens
+        may_continue = scheduler.counts[rollout_index] + 1 < scheduler.limits[rollout_index]
         inputs = all_on_device(
             ForwardInputs(
                 copied_from_rows=torch.from_numpy(row_copy.from_rows),
@@ -195,7 +197,9 @@ class MegatronSampler:
             ),
             cached=cached_tokens(micro_batch.first_row, scheduler.positions(continuing), prompts, padded),
             last_token_B=_joined(np.arange(len(continuing)), np.repeat(last_of_prompt, sharing)),
-            uniforms_B=torch.from_numpy(uniforms(seed, scheduler.ids[rollout_index], scheduler.counts[rollout_index])),
+            uniforms_B=torch.from_numpy(
+                uniforms(seed, scheduler.ids[rollout_index], scheduler.response_positions(rollout_index))
+            ),
         )
 
     def _draw(self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding) -> tuple[Tensor, list[Tensor]]:

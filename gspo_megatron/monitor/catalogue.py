@@ -145,6 +145,30 @@ CATALOGUE = (
         "Share of responses cut at rollout.max_new_tokens.",
         "Growing: responses have no end, or no room.",
     ),
+    # Conversations: where rollout.environment answers.
+    Entry("turns/mean", "turns", "Turns of the model in a rollout; mean over all rollouts.", "1: it calls no tool."),
+    Entry("turns/max", "turns", "The most turns of a rollout.", "rollout.max_turns: some were cut there."),
+    Entry(
+        "turns/outside_tokens",
+        "turns",
+        "Tokens of a rollout that are not the model's: what the environment said; mean over all rollouts. No "
+        "other length than `tokens` counts them.",
+        "Growing: long answers take the room of rollout.max_new_tokens.",
+    ),
+    Entry("tools/calls", "turns", "Tools called in a rollout; mean over all rollouts."),
+    Entry(
+        "tools/errors",
+        "turns",
+        "Calls of the step that had no result, such as a division by 0; the model is told.",
+        "Not falling: the model does not learn how a tool is called.",
+    ),
+    Entry(
+        "environment/errors",
+        "turns",
+        "Rollouts that ended because the environment failed: it raised, hung, or answered what cannot be used. When "
+        "they are more than half of a step's rollouts, the run stops.",
+        "Above 0: a fault in the environment; rollouts/ has its message.",
+    ),
     Entry("tokens", "time", "Tokens of all prompts and responses of the step."),
     # The update. Live: of sequences that the updates train on.
     Entry("loss", "train", "Mean of the step's updates of the objective's loss. Near 0 by construction."),

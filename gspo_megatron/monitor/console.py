@@ -75,6 +75,8 @@ class Console:
         if "eval/accuracy" in row:
             self._evaluations.append(row)
         held_out = f"  held-out accuracy {row['eval/accuracy']:.1%}" if "eval/accuracy" in row else ""
+        of_sets = (key.split("/") for key in row if key.startswith("eval/"))
+        held_out += "".join(f", {k[1]} {row['/'.join(k)]:.1%}" for k in of_sets if k[2:] == ["accuracy"])
         if row["step"] == 0:
             self.say(f"step 0/{steps}{held_out}")
             return

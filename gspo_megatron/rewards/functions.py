@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +24,7 @@ ARGUMENTS: dict[str, Callable[[Rollout], Any]] = {
     "prompt": lambda rollout: rollout.prompt.text,
     "response": lambda rollout: rollout.text,
     "answer": lambda rollout: rollout.prompt.answer,
-    "messages": lambda rollout: list(rollout.prompt.messages),
+    "messages": lambda rollout: rollout.messages,
     "metadata": lambda rollout: rollout.prompt.metadata,
     "truncated": lambda rollout: rollout.truncated,
     "tokens": lambda rollout: rollout.tokens,
@@ -34,6 +35,9 @@ PLURALS = {"prompt": "prompts", "response": "responses", "answer": "answers"}
 SCORE = "score"
 """The part of a result that is the reward's value."""
 
+REPLY = "reply"
+"""The part of an environment's result that is its answer; rollout/user_environment.py reads it."""
+
 Arguments = dict[str, Any]
 """Of one rollout, by the names in ARGUMENTS."""
 
@@ -43,7 +47,7 @@ class Outcome(NamedTuple):
     `lost`: its process hung, ended or ran out of memory, or its service gave no answer, which says nothing about later
     rollouts. `stops`: no later rollout can have a score either."""
 
-    values: dict[str, float]
+    values: dict[str, Any]
     error: str = ""
     lost: bool = False
     stops: bool = False
@@ -66,6 +70,7 @@ class RewardFunction(NamedTuple):
         parameters: what the settings pass to it besides.
         batch: called once, with lists, for several rollouts.
         is_async: a coroutine function; calls for several rollouts run concurrently.
+        returns: SCORE of a reward, REPLY of an environment.
     """
 
     call: Callable[..., Any]
@@ -73,9 +78,10 @@ class RewardFunction(NamedTuple):
     parameters: Mapping[str, Any]
     batch: bool
     is_async: bool
+    returns: str = SCORE
 
     @classmethod
-    def of(cls, call: Callable[..., Any], parameters: Mapping[str, Any]) -> RewardFunction:
+    def of(cls, call: Callable[..., Any], parameters: Mapping[str, Any], returns: str = SCORE) -> RewardFunction:
         """
         Raises:
             TypeError: a parameter that nothing gives a value, or a value that no parameter takes.
@@ -97,7 +103,7 @@ class RewardFunction(NamedTuple):
         if unknown := [name for name in parameters if name in known or not (takes_any or name in declared)]:
             raise TypeError(f"it has no parameter {unknown[0]!r} to set{did_you_mean(unknown[0], declared)}")
         is_async = any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
-        return cls(call, takes, dict(parameters), batch, is_async)
+        return cls(call, takes, dict(parameters), batch, is_async, returns)
 
     def arguments(self, items: Sequence[Arguments]) -> Arguments:
         """The keywords of one call for these rollouts: of a batch, or of one."""
@@ -107,8 +113,9 @@ class RewardFunction(NamedTuple):
         return {**{PLURALS.get(name, name): [i[name] for i in items] for name in self.takes}, **self.parameters}
 
 
-def find(name: str, parameters: Mapping[str, Any] | None = None) -> RewardFunction:
-    """The reward that `name` stands for: one of REWARDS, or `module:function`. Imports the module.
+def find(name: str, parameters: Mapping[str, Any] | None = None, returns: str = SCORE) -> RewardFunction:
+    """The reward that `name` stands for: one of REWARDS, or `module:function`. Imports the module. An environment is
+    found in the same way.
 
     Raises:
         ConfigError: an unknown name (suggests the closest), a failing import, or a function that cannot be called.
@@ -122,12 +129,12 @@ def find(name: str, parameters: Mapping[str, Any] | None = None) -> RewardFuncti
         )
     try:
         call = getattr(importlib.import_module(module), attribute) if colon else REWARDS[name]
-        return RewardFunction.of(call, parameters or {})
+        return RewardFunction.of(call, parameters or {}, returns)
     except BaseException as error:  # a script without a __main__ guard exits when it is imported
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigError(
-            f"reward {name!r} cannot be used ({described(error)})"
+            f"{'reward' if returns == SCORE else 'environment'} {name!r} cannot be used ({described(error)})"
             + (
                 "; expected a function such as f(prompt, response, answer) in a module that Python can import from the "
                 "working folder"
@@ -172,7 +179,7 @@ class Caller:
             call: Coroutine[Any, Any, Any] = function.call(**function.arguments(items))
             return _outcomes(function, await asyncio.wait_for(call, self.timeout_s), len(items))
         except (asyncio.TimeoutError, TimeoutError):
-            return [Outcome({}, f"gave no result within reward.timeout_s={self.timeout_s:g} s", lost=True)] * len(items)
+            return [Outcome({}, f"gave no result within {self.timeout_s:g} s", lost=True)] * len(items)
         except self.caught as error:
             return [_failed(error)] * len(items)
 
@@ -188,6 +195,9 @@ def _outcomes(function: RewardFunction, value: Any, count: int) -> list[Outcome]
     Raises:
         TypeError, ValueError: a result that is no score.
     """
+    if function.returns == REPLY:
+        json.dumps(value)  # which refuses what cannot leave the process
+        return [Outcome({REPLY: value})] * count
     if not function.batch:
         return [outcome_of(value)]
     if type(value) not in (list, tuple):

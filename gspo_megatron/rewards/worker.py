@@ -56,7 +56,8 @@ def main() -> None:
             line = line[os.write(reply_to, line) :]
 
     try:
-        functions = {term: find(name, parameters) for term, (name, parameters) in setup["functions"].items()}
+        asked, returns = setup["functions"], setup["returns"]
+        functions = {term: find(name, parameters, returns) for term, (name, parameters) in asked.items()}
     except ConfigError as error:
         reply({"refused": str(error)})
         return

@@ -27,7 +27,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from gspo_megatron.base.errors import ConfigError, shortened
-from gspo_megatron.rewards.functions import Arguments, Outcome
+from gspo_megatron.rewards.functions import SCORE, Arguments, Outcome
 from gspo_megatron.rewards.user_code import plain
 from gspo_megatron.rewards.worker import OF_THE_RUN
 
@@ -84,8 +84,10 @@ class WorkerPool:
         memory_gib: float = 4.0,
         seed: int = 0,
         limit: str = "reward.timeout_s",
+        returns: str = SCORE,
     ) -> None:
         self._setup = {"functions": functions, "timeout_s": timeout_s, "limit": limit, "seed": seed}
+        self._setup["returns"] = returns
         self._setup["memory"] = int(memory_gib * 2**30)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._keepers: list[_Keeper] = []

@@ -11,7 +11,7 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, 
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
-from gspo_megatron.data.token_ids import Tokenizer
+from gspo_megatron.data.token_ids import Tokenizer, text_of
 from gspo_megatron.rewards.rewards import Reward, refuse_unscored
 from gspo_megatron.rollout.group_scores import GroupScores
 
@@ -55,8 +55,7 @@ class HeldOutSource:
         return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
 
     def _decode(self, rollout: Rollout) -> None:
-        # model.vocab_size may exceed the tokenizer's, rounded up for speed: the extra ids have no text.
-        rollout.text = self.tokenizer.decode(t for t in rollout.tokens if t < self.tokenizer.vocab_size)
+        rollout.text = text_of(self.tokenizer, rollout.last_turn)
 
     def _share(self, stop: int, stride: int) -> range:
         """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and

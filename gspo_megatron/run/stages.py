@@ -40,7 +40,9 @@ def sequences_of(
     sequences = []
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         tokens = checked_tokens(rollout.prompt, rollout.tokens, vocab_size)
-        sequences.append(Sequence.after_prompt(tokens, len(rollout.prompt.tokens), advantage))
+        sequences.append(Sequence.after_prompt(tokens, length := len(rollout.prompt.tokens), advantage))
+        for begin, end in rollout.outside:
+            sequences[-1].trained[length + begin : length + end] = False
         column = "old_log_probs" if algorithm.old_log_probs == "sampler" else "sampler_log_probs"
         sequences[-1].columns[column] = torch.tensor(rollout.log_probs, dtype=dtype)
         if algorithm.masks_sampling:
@@ -57,19 +59,21 @@ def advantages_of(groups: Seq[RolloutGroup], rewards: Seq[float], algorithm: Alg
 
 
 def checked_support(rollout: Rollout, vocab_size: int) -> Ragged:
-    """The ids that every token of a rollout was drawn from.
+    """The ids that every sampled token of a rollout was drawn from.
 
     Raises:
         DataError: they were not recorded, are not one list for each token, are no ids, or lack the token.
     """
-    support, tokens = rollout.support, torch.tensor(rollout.tokens, dtype=torch.int64)
+    support, tokens = rollout.support, torch.tensor(rollout.sampled, dtype=torch.int64)
     if support is None:
         raise DataError(
             f"rollout {rollout.id} comes without the ids that top-k and top-p kept; what sampled it does not record "
             "them: set algorithm.sampling_mask=false, with rollout.top_k=0 and rollout.top_p=1"
         )
     if len(support) != len(tokens):
-        raise DataError(f"rollout {rollout.id} has {len(tokens)} tokens and kept ids for {len(support)} of them")
+        raise DataError(
+            f"rollout {rollout.id} has {len(tokens)} sampled tokens and kept ids for {len(support)} of them"
+        )
     if len(bad := ((support.ids_E < 0) | (support.ids_E >= vocab_size)).nonzero()):
         raise DataError(
             f"rollout {rollout.id}: the kept id {int(support.ids_E[bad[0]])} is not an id in [0, {vocab_size})"
@@ -77,7 +81,7 @@ def checked_support(rollout: Rollout, vocab_size: int) -> Ragged:
     if len(lacking := support.lacks(tokens).nonzero()):
         place = int(lacking[0])
         raise DataError(
-            f"rollout {rollout.id}: response token {place} (id {rollout.tokens[place]}) is not among the ids that it "
+            f"rollout {rollout.id}: sampled token {place} (id {int(tokens[place])}) is not among the ids that it "
             "was drawn from; the recorded ids are of other tokens"
         )
     return support

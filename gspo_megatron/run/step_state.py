@@ -72,7 +72,7 @@ class StepState:
         """Statistics of the step's rollouts, for its row of metrics."""
         rollouts, size = self.rollouts, len(self.groups[0].rollouts)
         groups = [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
-        rewards, lengths = [r.reward for r in rollouts], [len(r.tokens) for r in rollouts]
+        rewards, lengths = [r.reward for r in rollouts], [len(r.log_probs) for r in rollouts]
         right = [accuracy(r) for r in rollouts]
         right_by_group = [right[i : i + size] for i in range(0, len(right), size)]
         half, most = np.percentile(lengths, [50, 90]).tolist()
@@ -93,6 +93,7 @@ class StepState:
             "tokens": sum(len(s) for s in self.sequences),
             **self.noted,
             **_means_of_terms(rollouts),
+            **_of_conversations(rollouts),
             **self._metrics_by_source(right_by_group),
         }
 
@@ -233,8 +234,9 @@ class StepState:
             groups.append(RolloutGroup(asked, []))
             for rollout in rollouts:
                 sequence = next(numbers)
-                drawn = {"tokens": sequence.tokens[sequence.trained].tolist(), "log_probs": next(sampled).tolist()}
-                groups[-1].rollouts.append(Rollout(prompt=asked, **drawn, **rollout))
+                drawn = {"tokens": sequence.tokens[len(asked.tokens) :].tolist(), "log_probs": next(sampled).tolist()}
+                spans = {"outside": [tuple(span) for span in rollout.get("outside", [])]}
+                groups[-1].rollouts.append(Rollout(prompt=asked, **(rollout | drawn | spans)))
         step = cls(about["number"], groups, sequences)
         step.set_columns([_values_of(share, dtype) for share in shares])
         step.updates = _metrics_of(about["updates"], ranks)
@@ -272,6 +274,20 @@ def _means_of_terms(rollouts: Seq[Rollout]) -> dict[str, float]:
     return {
         f"reward/{name}": statistics.fmean(r.reward_terms[name] for r in rollouts if name in r.reward_terms)
         for name in names
+    }
+
+
+def _of_conversations(rollouts: Seq[Rollout]) -> dict[str, float]:
+    """Where an environment answers."""
+    if not any(r.turns for r in rollouts):
+        return {}
+    return {
+        "turns/mean": statistics.fmean(len(r.outside) + 1 for r in rollouts),
+        "turns/max": max(len(r.outside) + 1 for r in rollouts),
+        "turns/outside_tokens": statistics.fmean(len(r.tokens) - len(r.log_probs) for r in rollouts),
+        "tools/calls": statistics.fmean(r.tool_calls for r in rollouts),
+        "tools/errors": sum(r.tool_errors for r in rollouts),
+        "environment/errors": sum(bool(r.environment_error) for r in rollouts),
     }
 
 
@@ -318,11 +334,17 @@ def _metrics_of(of_reporters: Seq[Seq[Mapping[str, Any]]], ranks: Ranks) -> list
     return together if own == 0 else [{} for _ in together]
 
 
+OF_CONVERSATIONS = ("outside", "turns", "tool_calls", "tool_errors", "environment_error")
+"""Fields of a rollout that only a conversation has."""
+
+
 def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
     """One line of rollouts/step_*.jsonl."""
     row = asdict(replace(rollout, support=None))
     prompt = row.pop("prompt")
     del row["support"]
+    if not rollout.turns:
+        row = {name: value for name, value in row.items() if name not in OF_CONVERSATIONS}
     return {
         "prompt_id": prompt["id"],
         "prompt": prompt["text"],

@@ -21,6 +21,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
+from gspo_megatron.build.environments import environment_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble
 from gspo_megatron.build.rewards import rewards_of
@@ -28,6 +29,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.tokenizers import CharacterTokenizer
+from gspo_megatron.environments.environment import Environment
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
@@ -228,6 +230,7 @@ class TableSampler:
         greedy: bool = False,
         sampling: Sampling | None = None,
         ended: Callable[[Rollout], None] = lambda rollout: None,
+        begun: Sequence[int] = (),
     ) -> list[Rollout]:
         self.policy.calls.append("sample greedily" if greedy else "sample")
         self.ids.append(list(ids))
@@ -236,10 +239,11 @@ class TableSampler:
         own = sampling or Sampling(r.temperature, 1.0, 0, r.max_new_tokens, self.config.run.seed)
         how = Decoding(own.temperature or r.temperature, own.top_k, own.top_p, greedy)
         rollouts = [Rollout(i, p, [], [], True, self.policy.version) for p, i in zip(prompts, ids, strict=True)]
-        for position in range(own.max_new_tokens):
-            going_on = [r for r in rollouts if r.truncated]
+        first = dict(zip(ids, begun or [0] * len(ids), strict=True))
+        while going_on := [r for r in rollouts if r.truncated and first[r.id] + len(r.tokens) < own.max_new_tokens]:
             rollout_ids = np.array([r.id for r in going_on], dtype=np.int64)
-            u_B = torch.from_numpy(uniforms(own.seed, rollout_ids, np.full_like(rollout_ids, position)))
+            positions = np.array([first[r.id] + len(r.tokens) for r in going_on], dtype=np.int64)
+            u_B = torch.from_numpy(uniforms(own.seed, rollout_ids, positions))
             before = [(r.prompt.tokens + tuple(r.tokens))[-1] for r in going_on]
             tokens_B, log_probs_B = next_tokens(self.policy.logits_VV[before], u_B, how)
             for rollout, token, log_prob in zip(going_on, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
@@ -312,6 +316,7 @@ def trainer_of(
     train_prompts: PromptSource | None = None,
     eval_prompts: PromptSource | None = None,
     console: Console | None = None,
+    environment: Environment | None = None,
     state: RunState | None = None,
     more_sets: Sequence[EvalSet] = (),
     **parts: Any,
@@ -329,6 +334,7 @@ def trainer_of(
         train_prompts or Prompts(),
         eval_prompts or Prompts(seed=1),
         more_sets=tuple(more_sets),
+        environment=environment or environment_of(config, TOKENIZER),
     )
     assembled = assemble(
         inputs,

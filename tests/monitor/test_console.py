@@ -48,9 +48,11 @@ def test_the_summary_of_a_run_that_was_continued_is_of_the_rest(capsys: pytest.C
     console.summary()
     said = capsys.readouterr().out
     assert "Steps 6 to 8" in said and "reward (mean of 1 step)" in said and "(greedy)" not in said
-    console.step(row(9, **{"eval/accuracy": 1.0}), steps=9)
+    more = {"eval/gsm8k/accuracy": 0.25, "eval/gsm8k/accuracy_low": 0.2, "eval/gsm8k/reward": 0.3}
+    console.step(row(9, **{"eval/accuracy": 1.0, **more}), steps=9)
     console.summary()
-    assert re.search(r"\(greedy\) . +75\.0% . 100\.0%", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "held-out accuracy 100.0%, gsm8k 25.0%\n" in said and re.search(r"\(greedy\) . +75\.0% . 100\.0%", said)
 
 
 def test_a_wide_terminal_shows_more(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

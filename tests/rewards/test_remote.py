@@ -94,7 +94,7 @@ def test_what_is_no_score_is_an_error_of_its_rollout(opened: Callable[..., Rewar
         found = scored(opened(service, "stop"), "good", "bad")
     assert found[0].reward == 1 and not found[0].reward_error
     assert math.isnan(found[1].reward) and not found[1].reward_lost
-    with pytest.raises(DataError, match=rf"(?s)1 rollouts could not.*rollout 1, .* reward 'remote' failed: .*{error}"):
+    with pytest.raises(DataError, match=rf"(?s)1 rollout could not.*rollout 1, .* reward 'remote' failed: .*{error}"):
         refuse_unscored(found)
 
 

@@ -78,12 +78,13 @@ def make_step() -> StepState:
         }
         sequences.append(Sequence(tokens, trained, draw.gauss(0, 1), columns))
         if number % GROUP == 0:
-            groups.append(RolloutGroup(Prompt(number, f"prompt {number}", (1, 2), "answer"), []))
-        drawn = tokens[trained].tolist()
-        log_probs = [-draw.random() for _ in drawn]
+            groups.append(RolloutGroup(Prompt(number, f"prompt {number}", (1,), "answer"), []))
+        outside = [(i, i + 1) for i in range(length - 1) if not trained[i + 1]]
+        log_probs = [-draw.random() for _ in tokens[trained]]
         groups[-1].rollouts.append(
-            Rollout(number, groups[-1].prompt, drawn, log_probs, False, 4, f"text {number}", 0.5)
+            Rollout(number, groups[-1].prompt, tokens[1:].tolist(), log_probs, False, 4, f"text {number}", 0.5)
         )
+        groups[-1].rollouts[-1].outside = outside
     return StepState(7, groups, sequences)
 
 

@@ -11,7 +11,8 @@ import pytest
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.testing.fakes import OneRank
 from tests.rewards.http_service import Answer, Service, serving
-from tests.run.test_trainer import continued, run, warnings_of, without_times
+from tests.run.test_trainer import run, warnings_of, without_times
+from tests.run.test_trainer_continues import continued
 
 STEPS = ("train.steps=3", "algorithm.updates_per_rollout=4", "train.eval_every=0", "eval.rollouts=0")
 
@@ -54,7 +55,7 @@ def test_a_failing_service_is_counted_and_a_refusal_stops() -> None:
         settings = (*remote(service, batch_size=1, retries=1, failures=1000), "reward.on_error=count")
         trainer, rows = run(*settings)
         assert [row["reward/lost"] for row in rows if "reward/lost" in row] == [4, 4, 4] and len(failed) == 12
-        assert any("4 rollouts have no reward" in w and "HTTP 500" in w for w in warnings_of(trainer))
+        assert any("4 rollouts without a reward" in w and "HTTP 500" in w for w in warnings_of(trainer))
         refuses.set()
         with pytest.raises(DataError, match=r"(?s)could not be scored.*HTTP 401: \{\"error\": \"expired\"\}"):
             run(*settings)

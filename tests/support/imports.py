@@ -12,13 +12,37 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 FOLDERS = ("gspo_megatron", "benchmarks", "tools", "tests")
+ALIKE = {
+    # Whole runs: what is saved, loaded and continued is in tests/mcore/test_saving*.py, layouts in test_layouts.py.
+    "test_kills.py": "signals, and commands that start again",
+    "test_launching.py": "scripts that start commands",
+    "test_readme.py": "commands as printed",
+    "monitor/test_watchdog.py": "notes of processes that hang or end",
+    "device/test_processes.py": "processes that do not meet",
+    "device/test_torchrun.py": "torchrun's report",
+    "config/test_declarations.py": "settings",
+    "config/test_settings_are_read.py": "which settings a run reads",
+    "rewards/test_code.py": "the sandbox of programs",
+    "tools/test_compare_algorithms.py": "tables of several runs",
+    "tools/test_plan_layout.py": "the planner, which test_measured_memory.py holds against Megatron",
+    # Tools: the scorer, the kernels and the comparison that they start have tests of their own, in tests/mcore,
+    # tests/test_score.py and tests/tools/test_check_layout.py.
+    "test_convert.py": "folders converted without Megatron; tests/mcore/test_hugging_face.py has what Megatron writes",
+    "test_mutations.py": "whether the comparison of layouts notices faults",
+    "benchmarks/test_gpu_hour.py": "rehearsals",
+    "benchmarks/test_numerics.py": "tables of several runs",
+    "benchmarks/test_ratio_spread.py": "tables of several runs",
+}
+"""Test files that reach Megatron-Core and ask nothing of it, and what they are about."""
 
 
 def depends_on_megatron(test: Path) -> bool:
     """Whether a test file imports Megatron, itself or by way of our own modules, also in functions; or starts a command
-    that does."""
-    return "megatron" in reached(test)
+    that does. Not those that are ALIKE with every Megatron."""
+    alike = test.is_relative_to(TESTS) and test.relative_to(TESTS).as_posix() in ALIKE
+    return not alike and "megatron" in reached(test)
 
 
 def reached(file: Path) -> set[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from compare_algorithms import main
 from sweep import Run, load_sweep
-from sweep_page import page, ticks
+from sweep_page import markdown, page, picture, ticks
 from sweep_results import Interval, results, t_probability, t_quantile
 
 from gspo_megatron.base.errors import ConfigError
@@ -33,7 +33,7 @@ base: base.yaml
 settings: [train.steps=2]
 rows:
   gspo: [algorithm.variant=gspo, algorithm.routing_replay=compare]
-  slow: [algorithm.variant=grpo, train.warm_start_steps=150]
+  slow: [algorithm.variant=grpo, train.warm_start_steps=100]
 seeds: [1, 2]
 """
 BASE = """
@@ -67,7 +67,7 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     def interrupt() -> None:
         since = time.monotonic()
         while time.monotonic() - since < 60 * time_factor():
-            if log.exists() and "warm start 50/150" in log.read_text():
+            if log.exists() and "warm start 50/100" in log.read_text():
                 return os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
@@ -86,7 +86,7 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     runs = list(load_sweep(sweep_file, folder).runs)
     assert [run.state for run in runs] == ["finished"] * 4
     assert [[row["step"] for row in run.rows()] for run in runs] == [[0, 1, 2]] * 4
-    assert "continuing" in log.read_text() and log.read_text().count("warm start 50/150") == 1
+    assert "continuing" in log.read_text() and log.read_text().count("warm start 50/100") == 1
     assert cut_off.outcome()["status"] == 0
 
     text = (folder / "report.html").read_text()
@@ -153,10 +153,10 @@ def assert_is_a_page(text: str) -> None:
     assert "url(" not in text and "@import" not in text
     pictures = [f"<svg{part.partition('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
     assert len(pictures) > 5
-    for picture in pictures:
-        parsed = ElementTree.fromstring(picture)
+    for drawn in pictures:
+        parsed = ElementTree.fromstring(drawn)
         assert parsed.get("aria-label") or parsed.get("aria-hidden")
-        assert "nan" not in picture and "inf" not in picture
+        assert "nan" not in drawn and "inf" not in drawn
 
 
 # --- what is made of runs, written by hand ---
@@ -239,7 +239,7 @@ points: {"1": [algorithm.updates_per_rollout=1, algorithm.routing_replay=none], 
 axis: updates
 """
     rows = SWEEP.replace("slow: [algorithm.variant=grpo,", "slow: {points: ['4'], settings: [algorithm.variant=grpo,")
-    sweep_file.write_text(rows.replace("steps=150]", "steps=150]}") + points)
+    sweep_file.write_text(rows.replace("steps=100]", "steps=100]}") + points)
     folder = tmp_path / "runs"
     sweep = load_sweep(sweep_file, folder)
     assert [curve.name for curve in sweep.curves] == ["gspo/1", "gspo/4", "slow/4"]
@@ -303,6 +303,12 @@ def test_the_sweeps_in_the_folder_can_start() -> None:
     assert [file.stem for file in sweeps] == ["figure2", "updates"]
     for file in sweeps:
         assert len(list(load_sweep(file).runs)) >= 15
+
+
+def test_the_study_has_the_committed_numbers() -> None:
+    found = json.loads((ROOT / "benchmarks/results/figure2.json").read_text())
+    assert markdown(found) in (ROOT / "docs/study.md").read_text()
+    assert picture(found) == (ROOT / "docs/images/figure2.svg").read_text()
 
 
 # --- statistics ---

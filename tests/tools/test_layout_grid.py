@@ -20,8 +20,11 @@ def test_the_grid_has_every_layout_that_can_be() -> None:
     assert len(layouts()) == one_stage + 2 * (one_stage - 6)
 
 
-@pytest.mark.parametrize("layout", CHOSEN, ids=str)
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(dtype, layout) for dtype in ("fp64", "fp32") for layout in CHOSEN if dtype == "fp64" or layout.world_size < 8],
+    ids=str,
+)
 def test_every_gradient_is_that_of_one_process(layout: LayoutRequest, dtype: str) -> None:
     # The algorithm, dispatcher and recompute change from layout to layout.
     mine: list[Case] = [case for case in cases(layout) if case.dtype == dtype]

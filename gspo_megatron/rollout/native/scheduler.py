@@ -95,11 +95,18 @@ class DecodeScheduler:
         max_prompt_tokens: int,
         num_micro_batches: int,
         stops: StopTable,
+        begun: Sequence[int] = (),
     ) -> None:
         self.prompts, self.max_prompt_tokens, self.num_micro_batches = prompts, max_prompt_tokens, num_micro_batches
-        self.max_new_tokens, self.stops = max_new_tokens, stops
+        self.stops = stops
         self.num_rows = min(max_rows, len(prompts))
-        self.num_positions = max((len(p.tokens) for p in prompts), default=0) + max_new_tokens
+        self.begun = np.array(begun if len(begun) else [0] * len(prompts), dtype=np.int64)
+        """Tokens of each response that its prompt ends with."""
+        self.limits = max_new_tokens - self.begun
+        """The most tokens that may be drawn of each rollout."""
+        assert (self.limits > 0).all(), "a rollout has room for a token"
+        self.num_positions = max((len(p.tokens) - b for p, b in zip(prompts, self.begun, strict=True)), default=0)
+        self.num_positions += max_new_tokens
         self.ids = np.array(ids, dtype=np.int64)
         self.counts = np.zeros(len(prompts), dtype=np.int64)
         """Tokens drawn of each rollout."""
@@ -201,7 +208,7 @@ class DecodeScheduler:
         self.counts[rollout_index] += 1
         self.states[rollout_index] = self.stops.after[self.states[rollout_index], tokens]
         is_ended = self.states[self.active] == self.stops.end
-        continues = ~is_ended & (self.counts[self.active] < self.max_new_tokens)
+        continues = ~is_ended & (self.counts[self.active] < self.limits[self.active])
         num_rows = int(continues.sum())
         free = np.flatnonzero(~continues[:num_rows])
         moved = num_rows + np.flatnonzero(continues[num_rows:])
@@ -215,6 +222,10 @@ class DecodeScheduler:
         """The position of each one's newest token in its sequence, which is also the number of its tokens in the
         cache."""
         return self.prompt_lengths[rollout_index] + self.counts[rollout_index] - 1
+
+    def response_positions(self, rollout_index: IntArray) -> IntArray:
+        """The position in its response of the token that each one draws next."""
+        return self.begun[rollout_index] + self.counts[rollout_index]
 
     def rollout(self, index: int, policy_version: int) -> Rollout:
         """What was drawn of rollout `index`."""
