@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.sandbox import settled
-from gspo_megatron.testing.commands import metrics, torchrun
 from gspo_megatron.testing.time_limits import time_factor
 from tests.support.small import SMALL
 
+ROOT = Path(__file__).parents[2]
 SUMS = [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1", "output": "2"}]
 ADD = [{"call": "add", "args": [3, 4], "expected": 7}, {"call": "add", "args": ["a", "b"], "expected": "ab"}]
 SANDBOX = {"isolation": "auto", "seconds": 0.5 * time_factor(), "memory_gib": 0.25, "output_mib": 0.1}
@@ -227,10 +229,13 @@ def test_a_run_is_rewarded_for_programs(tmp_path: Path) -> None:
     settings += ["data.tokenizer=characters:0123456789>", "model.max_sequence_length=16", "rollout.max_new_tokens=4"]
     settings += ["rollout.prompts_per_step=4", "rollout.group_size=4", "train.steps=1", "logging.tensorboard=false"]
     settings += ["reward.terms=[{function: code, fenced: false}]", "reward.workers=2"]
-    status, printed = torchrun(1, [*of_the_model, *settings])
-    assert status == 0, printed
+    command = [sys.executable, "-m", "gspo_megatron.train", *of_the_model, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120 * time_factor())
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
     assert f"sandbox {settled('auto')}" in " ".join(printed.split())
-    (step,) = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [row for row in rows if "reward/mean" in row]
     shares = [step[f"reward/code/{verdict}"] for verdict in code.VERDICTS]
     assert sum(shares) == pytest.approx(1) and step["reward/code/sandbox_failed"] == 0
     assert 0 < step["reward/code/crashed"] < 1 and step["reward/code/right"] == step["reward/mean"]

@@ -146,7 +146,8 @@ def test_a_run_goes_on_where_its_sampling_was_stopped() -> None:
     rows = whole.rows.rows[1:]
     assert max(row["groups/rounds"] for row in rows) == 3 and min(row["groups/rounds"] for row in rows) < 3
     assert all((row["groups/zero_variance_fraction"] * 4 == row["groups/filled"]) for row in rows)
-    stops = [{"in_call": n} for n in range(1, whole.sampler.calls + 1)] + [{"at_point": n} for n in range(2, 9)]
+    # In every second round of sampling, and between updates and steps.
+    stops = [{"in_call": n} for n in range(2, whole.sampler.calls + 1, 2)] + [{"at_point": n} for n in (3, 6)]
     for stop in stops:
         first = Run(**stop)  # type: ignore[arg-type]
         assert not first.completed
