@@ -45,6 +45,7 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
                 f"data.train={sources}",
                 "data.curriculum=1",
                 "rollout.dynamic_sampling=1",
+                "rollout.environment=calculator",
                 "data.eval=task:sort_digits",
                 "eval.sets.more={source: 'task:sort_digits', size: 2, n: 2}",
             ),
