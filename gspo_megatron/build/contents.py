@@ -1,4 +1,4 @@
-"""What a run reads, by its content: data, tokenizer and reward modules."""
+"""What a run reads, by its content: data, tokenizer, and modules of rewards and environment."""
 
 from __future__ import annotations
 
@@ -28,13 +28,21 @@ def contents_of(inputs: Inputs) -> Contents:
 
 
 def _files(inputs: Inputs) -> Iterator[tuple[str, list[Path]]]:
-    """(setting, files in order): of data.tokenizer and the modules of reward.functions."""
-    yield "data.tokenizer", _files_of(Path(inputs.config.data.tokenizer), OF_A_TOKENIZER)
-    for name in sorted({name.partition(":")[0] for name in inputs.config.reward.functions if ":" in name}):
-        spec = None
-        with suppress(Exception):  # importing the packages around a module runs user code
-            spec = find_spec(name)
-        yield f"reward module {name}", [Path(spec.origin)] if spec and spec.origin and spec.has_location else []
+    """(setting, files in order): of data.tokenizer, and the modules of reward.functions, reward.terms and
+    rollout.environment."""
+    config = inputs.config
+    yield "data.tokenizer", _files_of(Path(config.data.tokenizer), OF_A_TOKENIZER)
+    rewards = [*config.reward.functions, *(str(term.get("function")) for term in config.reward.terms)]
+    for kind, names in (("reward", rewards), ("environment", [config.rollout.environment])):
+        for name in sorted({name.partition(":")[0] for name in names if ":" in name}):
+            yield f"{kind} module {name}", _file_of_module(name)
+
+
+def _file_of_module(name: str) -> list[Path]:
+    spec = None
+    with suppress(Exception):  # importing the packages around a module runs user code
+        spec = find_spec(name)
+    return [Path(spec.origin)] if spec and spec.origin and spec.has_location else []
 
 
 def _files_of(path: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.build.data import chat_templates
+from gspo_megatron.build.programs import runner_of
 from gspo_megatron.config.sections import Config, RolloutConfig
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.environments.environment import Environment
-from gspo_megatron.environments.environments import find_environment
+from gspo_megatron.environments.environments import find_environment, runs_programs
 from gspo_megatron.environments.single_turn import SingleTurn
 from gspo_megatron.rollout.conversation import ConversationSampler
 from gspo_megatron.rollout.user_environment import UserEnvironment
@@ -29,7 +30,8 @@ def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
             seed=config.run.seed,
         )
     else:
-        environment = find_environment(r.environment, r.environment_arguments)
+        run = runner_of(config) if runs_programs(r.environment) else None
+        environment = find_environment(r.environment, r.environment_arguments, run)
     if isinstance(environment, SingleTurn):
         for name in ("max_turns", "reply_timeout_s"):
             if getattr(r, name) != getattr(RolloutConfig(), name):

@@ -10,7 +10,7 @@ from gspo_megatron.config.declarations import setting
 
 @dataclass(frozen=True)
 class CodeConfig:
-    """How the reward `code` runs the programs of responses."""
+    """How the reward `code`, and the environment `python`, run the programs of responses."""
 
     isolation: str = setting(
         "auto",
@@ -75,4 +75,6 @@ class RewardConfig:
         least=0,
         most=1,
     )
-    code: dict[str, Any] = setting({}, "The sandbox of the reward code, by the entries below.", entries=CodeConfig)
+    code: dict[str, Any] = setting(
+        {}, "The sandbox of the reward code and the environment python, by the entries below.", entries=CodeConfig
+    )

@@ -189,7 +189,8 @@ class RolloutConfig:
     environment: str = setting(
         "single_turn",
         "Who answers the model: single_turn (nobody: a rollout is one response), calculator (`<<48/2>>` becomes "
-        "`<<48/2>>24`), or package.module:function of your own. What it says is not trained on.",
+        "`<<48/2>>24`), python (runs programs in a sandbox, as reward.code says), or package.module:function of your "
+        "own. What it says is not trained on.",
     )
     environment_arguments: dict[str, Any] = setting({}, "Parameters of the environment.")
     max_turns: int = setting(8, "Most turns of the model in a rollout, with an environment.", least=1, most=1000)

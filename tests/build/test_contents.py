@@ -36,9 +36,10 @@ def test_a_large_file_is_sampled(tmp_path: Path, place: int) -> None:
     assert digest_of(file) != before
 
 
-def test_data_tokenizer_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_tokenizer_rewards_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "reward_by_content.py").write_text("def f(*, prompt, response, answer): return 0.0\n")
+    (tmp_path / "host_by_content.py").write_text("def host(response): return None\n")
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "1>", "answer": name}) + "\n")
     config = load_config(
@@ -49,15 +50,18 @@ def test_data_tokenizer_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             f"data.eval=jsonl:{tmp_path}/eval.jsonl",
             "reward.functions.reward_by_content:f=1",
             "reward.functions.exact_match=1",
+            "rollout.environment=host_by_content:host",
         ],
     )
     before = contents_of(settle(config, 1))
-    assert before.digests.keys() == {"data.train", "data.eval", "reward module reward_by_content"}
+    modules = {"reward module reward_by_content", "environment module host_by_content"}
+    assert before.digests.keys() == {"data.train", "data.eval", *modules}
     assert before.num_prompts == 1
     for name, file in (
         ("data.train", "train.jsonl"),
         ("data.eval", "eval.jsonl"),
         ("reward module reward_by_content", "reward_by_content.py"),
+        ("environment module host_by_content", "host_by_content.py"),
     ):
         path = tmp_path / file
         was = path.read_text()
