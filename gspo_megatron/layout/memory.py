@@ -240,9 +240,11 @@ def state_bytes(x: TokenCount, width: int) -> int:
 def rollout_sizes(config: Config, layout: Layout, stage: int) -> dict[str, float]:
     """The cache; one layer at work on a forward's tokens, at most those of a micro-batch; the last stage's logits, as
     float32 and three times as float64 (rollout/native/sampling.py)."""
-    m, rows = config.model.shape, rollouts_at_once(config, layout)
+    m, r, rows = config.model.shape, config.rollout, rollouts_at_once(config, layout)
     assert m.vocab_size is not None
-    prompts = min(config.train.tokens_per_micro_batch, rows * (m.max_sequence_length - config.rollout.max_new_tokens))
+    # A later turn of a conversation begins with all that was said before.
+    prompt = m.max_sequence_length - (r.max_new_tokens if r.environment == "single_turn" else 0)
+    prompts = min(config.train.tokens_per_micro_batch, rows * prompt)
     f, is_last = Format.of(config), stage == layout.pp - 1
     return {
         "KV cache": cache_bytes(config, layout, stage, rows=rows, positions=m.max_sequence_length),

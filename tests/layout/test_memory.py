@@ -121,6 +121,16 @@ def test_what_a_setting_does_to_the_estimate(overrides: tuple[str, ...], name: s
         assert after[name] == pytest.approx(factor * before[name], rel=0.01)
 
 
+def test_a_later_turn_of_a_conversation_begins_with_the_turns_before() -> None:
+    """32 rollouts of 1,024 tokens, of which 768 follow the prompt: 256 tokens of each are computed together, or 1,024,
+    and one more."""
+    sizes = ("rollout.prompts_per_step=32", "model.max_sequence_length=1024", "rollout.max_new_tokens=768")
+    settings = (*sizes, "train.tokens_per_micro_batch=100000")
+    once = gib(plan_of(8, *settings)[0], "rollout")["working memory"]
+    turns = gib(plan_of(8, *settings, "rollout.environment=calculator")[0], "rollout")["working memory"]
+    assert turns == pytest.approx(1025 / 257 * once)
+
+
 def test_fp8_costs_copies_of_what_it_multiplies() -> None:
     """Two bytes for each weight of attention and experts, but for none of embedding, head, norms and router."""
     axes = ("parallel.ep=8",)
