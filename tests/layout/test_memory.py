@@ -128,7 +128,7 @@ def test_a_later_turn_of_a_conversation_begins_with_the_turns_before() -> None:
     settings = (*sizes, "train.tokens_per_micro_batch=100000")
     once = gib(plan_of(8, *settings)[0], "rollout")["working memory"]
     turns = gib(plan_of(8, *settings, "rollout.environment=calculator")[0], "rollout")["working memory"]
-    assert turns == pytest.approx(1025 / 257 * once)
+    assert turns == pytest.approx(1025 / 257 * once, rel=0.01)
 
 
 def test_fp8_costs_copies_of_what_it_multiplies() -> None:
