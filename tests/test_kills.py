@@ -165,6 +165,32 @@ def test_a_run_that_is_killed_continues_to_the_last_bit(chain: str, tmp_path: Pa
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+TALKING = (
+    "rollout.environment=tests.support.host:host",
+    "rollout.max_new_tokens=9",
+    "train.warm_start_steps=3",
+    "reward.workers=1",
+)
+
+
+def test_a_run_of_conversations_continues_to_the_last_bit(tmp_path: Path) -> None:
+    """Killed while it samples, while it samples a second turn, and between two updates."""
+    for status, errors in forked(2, arguments_of(tmp_path, "undisturbed", *TALKING)):
+        assert status == 0, errors
+    lengths = [len(r["outside"]) for step in rollouts(tmp_path / "undisturbed") for r in step]
+    assert min(lengths.count(turns) for turns in (0, 1, 2)) > 1
+    conversation = "gspo_megatron.rollout.conversation:"
+    for kill in (
+        Kill(BOTH, SAMPLER + "_forward", 3),
+        Kill((1,), conversation + "_sample_turn", 2),
+        Kill((0,), POLICY + "update", 2),
+    ):
+        with pytest.raises(RankError, match="died without a word"):
+            run_distributed(attempt, 2, arguments_of(tmp_path, "run", *TALKING), kill, like_torchrun=True)
+    assert run_distributed(attempt, 2, arguments_of(tmp_path, "run", *TALKING), None, like_torchrun=True) == [0, 0]
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
 def test_killed_at_random_moments(tmp_path: Path, undisturbed: Path) -> None:
     """A run that comes to its end before its time is compared, and the next kill is of a new one: how many runs eight
     kills take is the machine's affair."""

@@ -51,7 +51,7 @@ class Ragged:
     def each(self) -> Iterator[Ragged]:
         """The list of every token by itself."""
         ids = self.ids_E.split(self.counts_R.tolist())
-        return (Ragged(*of_token) for of_token in zip(ids, self.counts_R.split(1), strict=True))
+        return (Ragged(*of_token) for of_token in zip(ids, self.counts_R.view(-1, 1), strict=True))
 
     def cpu(self) -> Ragged:
         """Itself, which is on the host."""

@@ -154,5 +154,6 @@ def test_lists_are_indexed_and_joined_as_rows_are() -> None:
     assert r[torch.tensor([False, True, True, False, True])].tolist() == [[], [7], []]
     assert r[1:3].tolist() == [[], [7]] and r[torch.empty(0, dtype=torch.int64)].tolist() == []
     assert [one.tolist() for one in r.each()] == [[x] for x in lists]
+    assert not list(r[:0].each())
     assert Ragged.join([r[3:], r[:1]]).tolist() == [[2, 2, 9], [], [3, 1]]
     assert r.lacks(torch.tensor([1, 0, 7, 3, 0])).tolist() == [False, True, False, True, True]
