@@ -1,7 +1,9 @@
-"""The option of `make test-next`."""
+"""The option of `make test-next`; signals between tests."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption(OPTION) and is_test and not depends_on_megatron(collection_path):
         return True
     return None
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A run that was stopped leaves its process deaf to further signals (run/stop.py). Here the process goes on, and the
+    commands that later tests start would inherit that: a shell cannot trap what was ignored when it began."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
