@@ -30,8 +30,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A run that was stopped leaves its process deaf to further signals (run/stop.py). Here the process goes on, and the
-    commands that later tests start would inherit that: a shell cannot trap what was ignored when it began."""
+    """A run that was stopped leaves its process deaf to further signals (run/stop.py). Here the process goes on, and
+    the commands that later tests start would inherit that: a shell cannot trap what was ignored when it began."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():

@@ -352,7 +352,7 @@ def test_rows_are_left_out_and_counted_by_reason(cache: Cache, tmp_path: Path) -
 
 def test_a_row_of_ten_megabytes(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(plain([{"prompt": "1" * 10_000_000, "answer": "1"}, *ROWS]))
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the prompt has 10000000 tokens, the limit is 50") as failed:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the prompt has 10,000,000 tokens, the limit is 50") as failed:
         opened(tmp_path / "rows.jsonl", cache)
     assert len(str(failed.value)) < 1000
     assert opened(tmp_path / "rows.jsonl", cache, overlong="drop").size == 10

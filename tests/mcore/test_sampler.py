@@ -498,6 +498,6 @@ def test_every_forward_has_rows_that_a_number_format_takes(fp8: str, tp: int) ->
         PROMPTS, range(5), max_rows=8, max_new_tokens=6, max_prompt_tokens=64, num_micro_batches=1, stops=sampler.stops
     )
     (micro_batch,) = scheduler.next_micro_batches()
-    own = len(sampler._feed(scheduler, micro_batch, 0).tokens_T)
+    own = len(sampler._feed(scheduler, 1, micro_batch, 0).tokens_T)
     assert own >= sum(len(prompt.tokens) for prompt in PROMPTS)
     assert own % (tp * RECIPES[fp8].row_multiple) == 0

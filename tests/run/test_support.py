@@ -32,7 +32,7 @@ class Recording(TableSampler):
     ("change", "message"),
     [
         (lambda lists: None, r"rollout \d+ comes without the ids that top-k and top-p kept; .*sampling_mask=false"),
-        (lambda lists: Ragged.of(lists[1:]), r"rollout \d+ has \d tokens and kept ids for \d of them"),
+        (lambda lists: Ragged.of(lists[1:]), r"rollout \d+ has \d sampled tokens and kept ids for \d of them"),
         (lambda lists: Ragged.of([[*ids, 99] for ids in lists]), r"rollout \d+: the kept id 99 is not an id in \[0, "),
         (lambda lists: Ragged.of([ids[1:] for ids in lists]), r"token 0 \(id \d\) is not among the ids that it was"),
     ],
