@@ -181,7 +181,8 @@ def refused(world_size: int, settings: tuple[str, ...]) -> str:
 def test_it_is_guarded(layout: str) -> None:
     world_size, settings = LAYOUTS[layout]
     first, *others = run_distributed(refused, world_size, world_size, settings)
-    assert first.startswith("step 7: the quality of token ") and "is nan; rollouts with a value that is not finite: 1 of 16," in first
+    assert first.startswith("step 7: the quality of token ")
+    assert "is nan; rollouts with a value that is not finite: 1 of 16," in first
     assert set(others) <= {first}
 
 
