@@ -187,7 +187,7 @@ def test_pods_that_are_told_to_end_save_and_say_so(
             assert time.monotonic() - started < 120 * time_factor()
             time.sleep(0.2)
         pods[1].send_signal(signal.SIGTERM)
-        assert [pod.wait(60 * time_factor()) for pod in pods] == [stop.STOPPED] * 2, [log.read_text() for log in logs]
+        assert [pod.wait(180 * time_factor()) for pod in pods] == [stop.STOPPED] * 2, [log.read_text() for log in logs]
     finally:
         for pod in pods:
             subprocess.run(["pkill", "-KILL", "-P", str(pod.pid)])
