@@ -77,7 +77,8 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
 
     config, tokenizer = inputs.config, inputs.tokenizer
     assert config.model.vocab_size is not None, "settle_model sets model.vocab_size"
-    with open_model(inputs, device, console) as (model, groups, weights):
+    # As in training, ids that the tokenizer does not have are not sampled.
+    with open_model(inputs, device, console, num_ids=inputs.tokenizer.vocab_size) as (model, groups, weights):
         sampler = MegatronSampler(
             model,
             stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),

@@ -49,8 +49,11 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
 
 
 @contextmanager
-def open_model(inputs: ModelInputs, device: Device, console: Console) -> Iterator[tuple[Any, Any, Path]]:
-    """A `MegatronModel` with the weights that the settings name, its `Groups`, and where the weights are. Collective.
+def open_model(
+    inputs: ModelInputs, device: Device, console: Console, *, num_ids: int | None = None
+) -> Iterator[tuple[Any, Any, Path]]:
+    """A `MegatronModel` with the weights that the settings name, its `Groups`, and where the weights are. Only the
+    first `num_ids` ids have a probability; by default all that the model has. Collective.
 
     Raises:
         CheckpointError: they cannot be loaded.
@@ -61,7 +64,7 @@ def open_model(inputs: ModelInputs, device: Device, console: Console) -> Iterato
 
     config = inputs.config
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, _):
-        scoring, num_ids = agreed_scoring(inputs.algorithm.scoring, device, console), inputs.tokenizer.vocab_size
+        scoring = agreed_scoring(inputs.algorithm.scoring, device, console)
         model = MegatronModel(config, groups, device, use_te, scoring, num_ids=num_ids)
         for chunk in model.model:
             chunk.requires_grad_(False).eval()
