@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import machine, table, versions, write_between_marks
+from benchmarks.reports import keep, machine, table, versions
 from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.sources import DataSpec, open_source
 from gspo_megatron.data.tokenizers import CharacterTokenizer
@@ -144,10 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(Path(folder), options.prompts, options.gigabytes)
-    if options.markdown:
-        write_between_marks(options.markdown, "data_open", markdown(result))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, markdown(result), "data_open", output=options.output, markdown=options.markdown)
     return 0
 
 

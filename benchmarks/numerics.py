@@ -12,7 +12,6 @@ clips: root mean square and maximum over the responses, and the share of them ou
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -30,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.reports import machine, table, versions, write_between_marks
+from benchmarks.reports import keep, machine, table, versions
 from gspo_megatron.base.batches import MicroBatch, Position, Prompt, UpdateBatch
 from gspo_megatron.base.batches import Sequence as Trained
 from gspo_megatron.base.metrics import LossTerms
@@ -325,10 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(size, options.models, options.layouts, folder)
     print(markdown(result))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        write_between_marks(options.markdown, "numerics", markdown(result))
+    keep(result, markdown(result), "numerics", output=options.output, markdown=options.markdown)
     return 0
 
 

@@ -27,7 +27,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.reports import machine, median_ratio, table, versions, write_between_marks
+from benchmarks.reports import keep, machine, median_ratio, table, versions
 from gspo_megatron.data.cache import Cache
 from gspo_megatron.data.examples import RowReader
 from gspo_megatron.data.hugging_face import HuggingFaceTokenizer
@@ -237,10 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     result = measure(options.prompts, options.repeats, options.vocab_size)
     print(markdown(result))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        write_between_marks(options.markdown, "prompts", markdown(result))
+    keep(result, markdown(result), "prompts", output=options.output, markdown=options.markdown)
     return 0
 
 

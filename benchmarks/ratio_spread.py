@@ -17,7 +17,6 @@ The spread is its standard deviation over responses, and the slope that of log s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import numerics
 from benchmarks.numerics import PROMPT, SETTINGS, MegatronPolicy, Scored, Size, opened
-from benchmarks.reports import table, versions, write_between_marks
+from benchmarks.reports import keep, table, versions
 from gspo_megatron.base.batches import Sequence as Trained
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.config.sections import Config
@@ -234,10 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(size, sorted(options.lengths), folder)
     print(markdown(result))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        write_between_marks(options.markdown, "ratio_spread", markdown(result))
+    keep(result, markdown(result), "ratio_spread", output=options.output, markdown=options.markdown)
     return 0
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.device import Device
 
@@ -53,3 +55,12 @@ def write_between_marks(path: Path, mark: str, text: str) -> None:
     if not marks.search(old):
         raise ValueError(f"{path} has no lines '<!-- {mark} -->' and '<!-- end of {mark} -->' to write between")
     path.write_text(marks.sub(lambda _: text, old))
+
+
+def keep(result: Mapping[str, Any], text: str, mark: str, *, output: Path | None, markdown: Path | None) -> None:
+    """Writes what was measured as JSON to `output`, and as `text` between the marks of the page `markdown`, where these
+    are given."""
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    if markdown:
+        write_between_marks(markdown, mark, text)

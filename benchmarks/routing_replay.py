@@ -9,7 +9,6 @@ the processor's, since other work would show in those of the clock; ratios are m
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.reports import machine, median_ratio, table, versions, write_between_marks
+from benchmarks.reports import keep, machine, median_ratio, table, versions
 from gspo_megatron.base.batches import Sequence, UpdateBatch
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
@@ -126,10 +125,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     found = measure(options.turns, options.overrides)
     print(report(found))
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
-    if options.markdown:
-        write_between_marks(options.markdown, "routing_replay", report(found))
+    keep(found, report(found), "routing_replay", output=options.output, markdown=options.markdown)
 
 
 if __name__ == "__main__":

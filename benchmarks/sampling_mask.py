@@ -10,7 +10,6 @@ processor's, since other work would show in those of the clock; ratios are media
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.reports import machine, median_ratio, table, versions, write_between_marks
+from benchmarks.reports import keep, machine, median_ratio, table, versions
 from gspo_megatron.base.ragged import Ragged
 from gspo_megatron.device import open_device
 from gspo_megatron.log_probs import linear_log_probs, vocab_parallel_logits
@@ -118,10 +117,7 @@ def main() -> None:
         "command": f"python -m benchmarks.sampling_mask {' '.join(sys.argv[1:])}",
     }
     print(report(found))
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
-    if options.markdown:
-        write_between_marks(options.markdown, "sampling_mask", report(found))
+    keep(found, report(found), "sampling_mask", output=options.output, markdown=options.markdown)
 
 
 if __name__ == "__main__":
