@@ -32,7 +32,7 @@ class Request(BaseModel):
 
 
 def judge(rollout: Rollout) -> float | dict[str, float]:
-    """A number, or a dict with a "score" and others that become metrics. An exception is told to the run."""
+    """A number, or a dict with a "score" and others that become metrics. The run reports an exception."""
     if not rollout.answer:
         raise ValueError("there is no answer to compare with")
     words = rollout.response.lower().split()

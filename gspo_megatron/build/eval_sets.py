@@ -16,6 +16,7 @@ from gspo_megatron.config.loading import SETTINGS as DECLARED
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.sources import PromptSource
 from gspo_megatron.data.token_ids import Tokenizer
+from gspo_megatron.run.estimates import MOST_RESPONSES
 from gspo_megatron.run.evaluation import EvalSet
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -121,7 +122,7 @@ def _spec(config: Config, name: str, entry: Any) -> SetSpec:
         if key not in (*OWN, *SETTINGS):
             near = did_you_mean(str(key), (*OWN, *SETTINGS)) or "."
             raise ConfigError(f"{place} has an unknown key {key!r}{near} Keys: {', '.join((*OWN, *SETTINGS))}")
-    n = _count(place, "n", entry.get("n", 1))
+    n = _count(place, "n", entry.get("n", 1), MOST_RESPONSES)
     size = None if entry.get("size") is None else _count(place, "size", entry["size"])
     sampling = _sampling(config, name, entry, n)
     of_source = {key: value for key, value in entry.items() if key in ("source", "reward", *SETTINGS)}
@@ -174,7 +175,7 @@ def _ks(place: str, value: Any, n: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _count(place: str, key: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 2**20:
-        raise ConfigError(f"{place}: {key}={shortened(repr(value), 60)} must be a whole number from 1 to 2^20")
+def _count(place: str, key: str, value: Any, most: int = 2**20) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f"{place}: {key}={shortened(repr(value), 60)} must be a whole number from 1 to {most:,}")
     return value

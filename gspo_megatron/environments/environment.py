@@ -24,7 +24,7 @@ class Turn:
             writes into it.
         done: the conversation has ended, and nothing is added.
         calls: tools that were called.
-        failed: those of them that had no result, which the model is told in `content`.
+        failed: those of them without a result; `content` says so to the model.
         error: the environment itself failed: the conversation ends here, counted and named.
     """
 

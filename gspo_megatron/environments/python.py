@@ -68,7 +68,7 @@ class PythonTool:
         return list(self._threads.map(self._reply, texts) if self._threads else map(self._reply, texts))
 
     def use_workers(self, count: int) -> None:
-        """See `Environment.use_workers`: so many programs run at once."""
+        """See `Environment.use_workers`: up to `count` programs run at once."""
         self.close()
         self._threads = ThreadPoolExecutor(count, "python")
 

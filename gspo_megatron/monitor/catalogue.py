@@ -159,7 +159,7 @@ CATALOGUE = (
     Entry(
         "tools/errors",
         "turns",
-        "Calls of the step that had no result, such as a division by 0; the model is told.",
+        "Calls of the step without a result, such as a division by 0. The model reads that they failed.",
         "Not falling: the model does not learn how a tool is called.",
     ),
     Entry(

@@ -250,7 +250,7 @@ def score_rollouts(reward: Reward, rollouts: Seq[Rollout]) -> None:
 
 
 def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
-    """Stops the run when a rollout could not be scored, or so many are lost that the reward cannot work.
+    """Stops the run when a rollout could not be scored, or too many are lost for the reward to be working.
 
     Separate from `score`, so that all ranks can gather their rollouts first and then stop together.
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MOST_RESPONSES = 1000
+"""To a prompt: of more, the number of subsets is beyond float64."""
 CONFIDENCE = 0.95
 Z = 1.959963984540054
 """The quantile of the normal distribution that leaves (1 - CONFIDENCE) / 2 above it."""
@@ -51,7 +53,7 @@ def majority_at_k(answers: Seq[str | None], correct: Seq[float], k: int) -> floa
 
         C(n_a, m) [x^(k-m) y^t]  (1 + x)^n_None  prod_(b != a) (sum_(i<m) C(n_b, i) x^i + C(n_b, m) x^m y)
     """
-    assert len(answers) == len(correct) and 1 <= k <= len(answers), (len(answers), k)
+    assert len(answers) == len(correct) and 1 <= k <= len(answers) <= MOST_RESPONSES, (len(answers), k)
     votes = Counter(answers)
     silent = votes.pop(None, 0)
     found = 0.0

@@ -78,6 +78,7 @@ def test_sets_survive_the_settings_file(tmp_path: Path) -> None:
             "eval.sets.x: k=8 needs at least as many responses, and n=4",
         ),
         ("eval.sets.x={source: 'task:reverse', n: 0}", "eval.sets.x: n=0 must be a whole number from 1"),
+        ("eval.sets.x={source: 'task:reverse', n: 1001}", "eval.sets.x: n=1001 must be a whole number from 1 to 1,000"),
         ("eval.sets.x={source: 'task:reverse', n: 4, k: [0]}", "eval.sets.x: k=0 must be a whole number"),
         ("eval.sets.x={source: 'task:reverse', n: true}", "eval.sets.x: n=True must be a whole number"),
         (

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from gspo_megatron.run.estimates import Z, estimate, majority_at_k, pass_at_k, wilson
+from gspo_megatron.run.estimates import MOST_RESPONSES, Z, estimate, majority_at_k, pass_at_k, wilson
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_response() -> None:
@@ -62,6 +62,7 @@ def test_maj_at_k_of_many() -> None:
     assert majority_at_k(answers, correct, 256) == pytest.approx(1.0, abs=1e-9)
     assert majority_at_k(answers, correct, 1) == pytest.approx(40 / 256, abs=1e-12)
     assert 0.4 < majority_at_k(answers, correct, 64) < 0.6
+    assert majority_at_k([*"ab"] * (MOST_RESPONSES // 2), [1.0, 0.0] * (MOST_RESPONSES // 2), 500) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (1, 1), (0, 40), (40, 40), (7, 50), (263, 500)])
