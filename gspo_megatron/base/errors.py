@@ -20,6 +20,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or from another model."""
 
 
+class EngineError(RuntimeError):
+    """An engine that cannot be started, does not answer, or samples with other weights than it should. Names the engine."""
+
+
 class StartError(RuntimeError):
     """Processes that do not find each other. Names the rank, the address and what to try."""
 
