@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """An engine that cannot be started, does not answer, or samples with other weights than it should. Names the engine."""
+    """An engine that cannot be started, does not answer, or has other weights than it should. Names the engine."""
 
 
 class StartError(RuntimeError):
