@@ -67,7 +67,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
         m.columns["old_log_probs"] = log_probs_R
     loss = PolicyLoss(algorithm.objective, groups, False)
     batch = UpdateBatch(micro_batches, len(sequences), sum(s.num_trained for s in sequences))
-    policy.log_probs(micro_batches, record_experts=True)
+    policy.log_probs(micro_batches, as_old=True)
     routed = [m.columns["routed_experts"] for m in micro_batches]
 
     def update(replay: bool) -> None:
@@ -81,7 +81,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
         "update": lambda: update(False),
         "update, R2": lambda: update(True),
         "scoring": lambda: policy.log_probs(micro_batches),
-        "scoring, recorded": lambda: policy.log_probs(micro_batches, record_experts=True),
+        "scoring, recorded": lambda: policy.log_probs(micro_batches, as_old=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):

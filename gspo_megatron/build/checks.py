@@ -331,16 +331,16 @@ def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
             f"algorithm.routing_replay={replay} has no effect: model.family={config.model.family} has no experts; set "
             "it to none"
         )
-    if algorithm.old_log_probs != "trainer":
+    if algorithm.replay.of_old and algorithm.old_log_probs != "trainer":
         raise ConfigError(
             f"algorithm.routing_replay={replay} records the experts in the pass that scores old log-probs, and there "
             f"is none with algorithm.old_log_probs={config.algorithm.old_log_probs} and algorithm.updates_per_rollout="
             f"{config.algorithm.updates_per_rollout}; set old_log_probs=recompute, or routing_replay=none"
         )
-    if replay == "R2" and algorithm.balances_load:
+    if algorithm.replay.in_updates and algorithm.balances_load:
         raise ConfigError(
-            f"algorithm.routing_replay=R2 with model.aux_loss_coef={config.model.aux_loss_coef}: the balancing loss "
-            "counts the experts that the router would choose, not those that are used; set aux_loss_coef=0, or "
+            f"algorithm.routing_replay={replay} with model.aux_loss_coef={config.model.aux_loss_coef}: the balancing "
+            "loss counts the experts that the router would choose, not those that are used; set aux_loss_coef=0, or "
             "routing_replay=compare"
         )
 

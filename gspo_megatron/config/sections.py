@@ -277,9 +277,10 @@ class AlgorithmConfig:
     )
     routing_replay: str = setting(
         "none",
-        "Records the experts that the policy at the start of a step chooses. compare: updates report how many tokens "
-        "go to others (router/changed_fraction). R2: updates use the recorded ones.",
-        choices=("none", "compare", "R2"),
+        "Records which experts tokens go to. compare: report how many go to others in the pass that scores old "
+        "log-probs than in sampling (router/sampler_changed_fraction), and in updates than in that pass "
+        "(router/changed_fraction). R2: updates use the experts of that pass. R3: both use those of the sampler.",
+        choices=("none", "compare", "R2", "R3"),
     )
 
 

@@ -12,6 +12,7 @@ token; L layers of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import NO_EXPERT, MicroBatch
 from gspo_megatron.base.metrics import Metric
+from gspo_megatron.base.replay import REPLAYS, expert_dtype
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.models.shape import ModelShape
 
@@ -50,30 +52,45 @@ class Recording:
         self._chosen[layer] = experts_Tk.gather(1, order_Tk)
         return own
 
+    def seen(self, num_tokens: int, shape: ModelShape, groups: Groups) -> Tensor:
+        """[T / tp, L, k] of a forward of T = `num_tokens`, as this rank has seen it: NO_EXPERT in layers without a
+        router and in those of other pipeline stages."""
+        size = num_tokens // groups.layout.tp, shape.num_layers, shape.experts_per_token
+        seen_TLk = torch.full(size, NO_EXPERT, dtype=expert_dtype(shape.num_experts), device=groups.device)
+        if self._chosen:
+            seen_TLk[:, list(self._chosen)] = torch.stack(list(self._chosen.values()), 1).to(seen_TLk.dtype)
+        return seen_TLk
+
     def column(self, micro_batch: MicroBatch, shape: ModelShape, groups: Groups) -> Tensor:
         """`routed_experts` of the micro-batch, [T, L, k]: NO_EXPERT in padding and in layers without a router.
-        Collective over the tensor-parallel ranks, which have seen a part of the tokens each, and the pipeline stages,
-        which have seen their own layers."""
-        layout, num_tokens = groups.layout, len(micro_batch.tokens_T)
-        size = num_tokens // layout.tp, shape.num_layers, shape.experts_per_token
-        seen_TLk = torch.full(size, NO_EXPERT, dtype=torch.int32, device=groups.device)
-        for layer, experts_Tk in self._chosen.items():
-            seen_TLk[:, layer] = experts_Tk.int()
-        if layout.tp > 1:
-            parts = [torch.empty_like(seen_TLk) for _ in range(layout.tp)]
-            dist.all_gather(parts, seen_TLk, group=groups.tp)
-            seen_TLk = torch.cat(parts)
-        if layout.pp > 1:
-            dist.all_reduce(seen_TLk, op=dist.ReduceOp.MAX, group=groups.pp)
+        Collective over the tensor-parallel ranks and the pipeline stages."""
+        seen_TLk = torch.cat(from_parts(self.seen(len(micro_batch.tokens_T), shape, groups), groups))
         seen_TLk[~micro_batch.inside_T] = NO_EXPERT
-        return seen_TLk.to(expert_dtype(shape))
+        return seen_TLk
+
+
+def from_parts(seen_TLk: Tensor, groups: Groups) -> list[Tensor]:
+    """What each tensor-parallel rank has seen, in all layers of the model, from what the ranks have seen of it in
+    theirs. Collective over the tensor-parallel ranks and the pipeline stages."""
+    parts = [seen_TLk]
+    if groups.layout.tp > 1:
+        parts = [torch.empty_like(seen_TLk) for _ in range(groups.layout.tp)]
+        # As bytes: NCCL knows no int16.
+        dist.all_gather([part.view(torch.uint8) for part in parts], seen_TLk.view(torch.uint8), group=groups.tp)
+    if groups.layout.pp > 1:
+        for part in parts:
+            largest = part if part.dtype == torch.int8 else part.int()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.pp)
+            part.copy_(largest)
+    return parts
 
 
 class Recorded:
     """Compares the routers' choice with an earlier one, `routed_experts` of a micro-batch, and where `replay` is set,
     puts that in its place; `drift` counts what differs."""
 
-    def __init__(self, experts_TLk: Tensor, groups: Groups, drift: RoutingDrift, *, replay: bool) -> None:
+    def __init__(self, experts_TLk: Tensor, drift: RoutingDrift, *, replay: bool) -> None:
+        groups = drift.groups
         self._experts_TLk = experts_TLk.chunk(groups.layout.tp)[groups.tp_rank]
         self._drift, self._replay = drift, replay
 
@@ -88,11 +105,52 @@ class Recorded:
         return scores_TE.gather(1, experts_Tk), experts_Tk
 
 
-class RoutingDrift:
-    """Counts, for every layer, the tokens whose set of experts is not the recorded one."""
+@dataclass(frozen=True)
+class Both:
+    """Two of them, the second of which is given the choice of the first."""
 
-    def __init__(self, shape: ModelShape, groups: Groups) -> None:
-        self.groups = groups
+    first: Routing
+    second: Routing
+
+    def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
+        return self.second.choose(layer, scores_TE, self.first.choose(layer, scores_TE, own))
+
+
+class RoutingReplay:
+    """What the forwards of a step do with the experts of the sampler and of the old policy, both in turn in the column
+    `routed_experts`: `mode` is algorithm.routing_replay."""
+
+    def __init__(self, mode: str, shape: ModelShape, groups: Groups) -> None:
+        self.mode, self.shape, self.groups = REPLAYS[mode], shape, groups
+        self._since_sampler = RoutingDrift("sampler_changed_fraction", shape, groups)
+        self._since_old = RoutingDrift("changed_fraction", shape, groups)
+
+    def in_scoring(self, micro_batch: MicroBatch) -> tuple[Routing | None, Recording | None]:
+        """Of the pass that scores old log-probs: what decides the experts, and keeps them for `record`."""
+        of_sampler, recording = micro_batch.columns.get("routed_experts"), None
+        routing: Routing | None = None
+        if of_sampler is not None:
+            routing = Recorded(of_sampler, self._since_sampler, replay=self.mode.in_scoring)
+        if self.mode.of_old:
+            recording = Recording()
+            routing = Both(routing, recording) if routing else recording
+        return routing, recording
+
+    def in_update(self, micro_batch: MicroBatch) -> Routing | None:
+        """None: the routers choose, as in a warm start."""
+        recorded = micro_batch.columns.get("routed_experts")
+        return None if recorded is None else Recorded(recorded, self._since_old, replay=self.mode.in_updates)
+
+    def metrics(self) -> dict[str, Metric]:
+        """See `RoutingDrift.metrics`. Collective."""
+        return self._since_sampler.metrics() | self._since_old.metrics()
+
+
+class RoutingDrift:
+    """Counts, for every layer, the tokens whose set of experts is not the recorded one: router/`name`."""
+
+    def __init__(self, name: str, shape: ModelShape, groups: Groups) -> None:
+        self.name, self.groups = name, groups
         self._changed_known_2L = torch.zeros(2, shape.num_layers, dtype=torch.int64, device=groups.device)
 
     def count(self, layer: int, recorded_Tk: Tensor, own_Tk: Tensor, known_T1: Tensor) -> None:
@@ -106,7 +164,7 @@ class RoutingDrift:
         self._changed_known_2L.zero_()
         counts = zip(changed_L.tolist(), known_L.tolist(), strict=True)
         return {
-            f"router/changed_fraction/layer_{layer + 1:02d}": Metric(changed, known)
+            f"router/{self.name}/layer_{layer + 1:02d}": Metric(changed, known)
             for layer, (changed, known) in enumerate(counts)
             if known
         }
@@ -132,11 +190,6 @@ class LayerChoice:
         assert default_compute_topk is not None
         own = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
         return own if self.routing is None else self.routing.choose(self.layer, scores_TE, own)
-
-
-def expert_dtype(shape: ModelShape) -> torch.dtype:
-    """Of `routed_experts`: the smallest that holds NO_EXPERT and all experts."""
-    return torch.int8 if shape.num_experts <= 128 else torch.int16
 
 
 def install(chunks: Sequence[torch.nn.Module]) -> None:

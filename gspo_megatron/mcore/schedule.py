@@ -74,7 +74,7 @@ def log_probs(
     groups: Groups,
     micro_batches: Sequence[MicroBatch],
     scoring: Scoring,
-    routings: Sequence[Routing | None] | None = None,
+    routings: Sequence[Routing | None],
 ) -> list[Tensor]:
     """Log-probs of every micro-batch's response tokens, [R] each, without gradient; an empty list before the last
     stage. `routings` decide the experts of each, None: the routers."""
@@ -83,7 +83,6 @@ def log_probs(
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
         return response_log_probs(module, groups, micro_batch, hidden, scoring.forward_only)[0]
 
-    routings = routings or [None] * len(micro_batches)
     steps = [(model_input(m, groups, r), partial(score, m)) for m, r in zip(micro_batches, routings, strict=True)]
     return forward(chunks, steps)
 

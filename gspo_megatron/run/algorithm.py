@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gspo_megatron.base.replay import REPLAYS, Replay
 from gspo_megatron.config.sections import Config
 from gspo_megatron.log_probs import Scoring
 from gspo_megatron.objective import PolicyObjective, Variant, resolve_variant
@@ -22,7 +23,7 @@ class Algorithm:
         updates_per_rollout: mini-batches that a rollout batch is split into, each used for one update.
         old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
             `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
-        records_experts: the experts that the policy at the start of a step chooses are recorded for the updates.
+        replay: whose experts are recorded, and where they are used again.
         masks_sampling: log-probs are of the ids that top-k and top-p kept when the token was sampled.
         drops_truncated: responses without an end are not trained on.
         balances_load: the router's load-balancing loss is on, so every token has a gradient.
@@ -38,7 +39,7 @@ class Algorithm:
     entropy_coef: float
     updates_per_rollout: int
     old_log_probs: str
-    records_experts: bool
+    replay: Replay
     masks_sampling: bool
     drops_truncated: bool
     balances_load: bool
@@ -75,7 +76,7 @@ class Algorithm:
             entropy_coef=a.entropy_coef,
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
-            records_experts=a.routing_replay != "none",
+            replay=REPLAYS[a.routing_replay],
             masks_sampling=a.sampling_mask,
             drops_truncated=a.drop_truncated,
             balances_load=config.model.aux_loss_coef > 0,
