@@ -282,9 +282,16 @@ CATALOGUE = (
     Entry(
         "router/changed_fraction/layer_NN",
         "router",
-        "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose "
-        "(algorithm.routing_replay).",
+        "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose, or "
+        "under R3 the sampler (algorithm.routing_replay).",
         "The larger, the more a ratio compares two different networks.",
+    ),
+    Entry(
+        "router/sampler_changed_fraction/layer_NN",
+        "router",
+        "Share of the tokens that the policy at the start of the step, which scores old log-probs, sends to other "
+        "experts than the sampler did (algorithm.routing_replay: compare, R3).",
+        "0 in float64. Number formats, other batch shapes and another engine raise it.",
     ),
     # Speed and memory.
     Entry("tokens_per_second", "time", "tokens / time/step_s."),

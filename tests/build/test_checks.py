@@ -195,6 +195,8 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
         (["algorithm.updates_per_rollout=1"], "there is none with algorithm.old_log_probs=auto and .*rollout=1"),
         (["algorithm.old_log_probs=rollout"], "there is none with algorithm.old_log_probs=rollout"),
         (["model.aux_loss_coef=0.01"], "R2 with model.aux_loss_coef=0.01: the balancing loss counts"),
+        (["algorithm.routing_replay=R3", "model.preset=tiny_dense"], "routing_replay=R3 has no effect: .* no experts"),
+        (["algorithm.routing_replay=R3", "model.aux_loss_coef=0.01"], "R3 with model.aux_loss_coef=0.01: the balanc"),
     ],
 )
 def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], message: str) -> None:
