@@ -164,6 +164,8 @@ COLUMNS: dict[str, Column] = {
         Column("sampler_log_probs", "log-prob of the sampler", finite=False),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
+        # [layers, experts of a token], of the old policy's routers
+        Column("expert_log_probs", "router's log-prob of an expert", of_model=True, every_token=True),
         # The ids that a token was drawn from.
         Column("support", "kept id", of_model=True, finite=False, ragged=True),
     )

@@ -13,19 +13,21 @@ class Replay(NamedTuple):
     Attributes:
         of_sampler: the sampler records its experts.
         in_scoring: the pass that scores old log-probs uses those.
-        of_old: that pass records the experts of its own routers.
+        of_old: that pass records the experts that it uses.
         in_updates: updates use what was recorded last.
+        log_probs: that pass also records the log-probs that its routers give those experts.
     """
 
     of_sampler: bool = False
     in_scoring: bool = False
     of_old: bool = False
     in_updates: bool = False
+    log_probs: bool = False
 
 
 REPLAYS = {
     "none": Replay(),
-    "compare": Replay(of_sampler=True, of_old=True),
+    "compare": Replay(of_sampler=True, of_old=True, log_probs=True),
     "R2": Replay(of_old=True, in_updates=True),
     "R3": Replay(of_sampler=True, in_scoring=True, in_updates=True),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gspo_megatron.base.replay import REPLAYS, Replay
 from gspo_megatron.config.declarations import setting
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
@@ -282,6 +283,21 @@ class AlgorithmConfig:
         "(router/changed_fraction). R2: updates use the experts of that pass. R3: both use those of the sampler.",
         choices=("none", "compare", "R2", "R3"),
     )
+    router_shift_floor: float | None = setting(
+        None,
+        "Multiply each token's ratio, before it is averaged and clipped, by exp(-shift), but at least by this. Shift: "
+        "how far the routers' log-probs of the token's experts have moved, on average over experts and layers (RSPO; "
+        "0.8 there). null: do not.",
+        above=0,
+        below=1,
+    )
+
+    @property
+    def replay(self) -> Replay:
+        """Whose experts are recorded, and where they are used again."""
+        replay = REPLAYS[self.routing_replay]
+        # A shift is that of the experts which the old policy has used.
+        return replay if self.router_shift_floor is None else replay._replace(of_old=True, log_probs=True)
 
 
 @dataclass(frozen=True)

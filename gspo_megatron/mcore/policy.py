@@ -111,8 +111,8 @@ class MegatronPolicy(MegatronModel):
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
-        self.routing = RoutingReplay(config.algorithm.routing_replay, config.model.shape, groups)
-        if config.algorithm.routing_replay != "none":
+        self.routing = RoutingReplay(config.algorithm, config.model.shape, groups)
+        if any(self.routing.replay):
             routing.install(self._model)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
@@ -153,8 +153,7 @@ class MegatronPolicy(MegatronModel):
         scored = self._scored(chunks, here, [routing for routing, _ in plans])
         for micro_batch, moved, (_, recording) in zip(micro_batches, here, plans, strict=True):
             if recording:
-                column = recording.column(moved, self.config.model.shape, self.groups)
-                micro_batch.columns["routed_experts"] = column
+                micro_batch.columns |= recording.columns(moved, self.config.model.shape, self.groups)
         return scored
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
@@ -168,7 +167,7 @@ class MegatronPolicy(MegatronModel):
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
         metrics = merge(
-            schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load, self.routing.in_update)
+            schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load, self.routing)
         )
         with self.device.optimizer_scope():
             self.optimizer.prepare_grads()

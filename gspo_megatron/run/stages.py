@@ -234,6 +234,7 @@ class PolicyLoss:
             sampler_log_probs_T=sampler_log_probs_R,
             ref_log_probs_T=micro_batch.columns["ref_log_probs"] if self.with_reference else None,
             entropy_T=entropy_R,
+            router_shift_T=micro_batch.columns.get("router_shift"),
             num_sequences=batch.num_sequences,
             num_tokens=batch.num_tokens,
         )
