@@ -2,9 +2,8 @@
 
     python -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
 
-One policy and one batch; updates (with a learning rate of 0), scoring passes and
-sampling with and without, in turns. Times are
-the processor's, since other work would show in those of the clock; ratios are medians over the turns.
+One policy and one batch; updates (with a learning rate of 0), scoring passes and sampling with and without, in turns.
+Times are the processor's, since other work would show in those of the clock; ratios are medians over the turns.
 """
 
 from __future__ import annotations

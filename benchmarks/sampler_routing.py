@@ -2,8 +2,8 @@
 
     python -m benchmarks.sampler_routing --output benchmarks/results/sampler_routing.json --markdown docs/stability.md
 
-A model is trained for a few hundred updates on a random language (benchmarks/numerics.py), and samples responses in
-each number format. The pass that scores old log-probs then scores them twice with the same weights. With
+Models are trained for some updates on a random language (benchmarks/numerics.py), and sample responses in each number
+format. The pass that scores old log-probs then scores them twice with the same weights. With
 d_t = log pi_old(y_t) - log mu(y_t) of a response token, the table has the share of token-layers whose experts the
 scoring routers would choose differently, and max |d_t|, mean |d_t| and the share of |d_t| > ln 2, without and with R3.
 """
@@ -86,7 +86,25 @@ def distance(gaps: Sequence[float]) -> dict[str, float]:
     }
 
 
-def measure(size: Size, folder: str) -> dict[str, Any]:
+def measure(sizes: Sequence[Size], folder: str) -> dict[str, Any]:
+    """Models that differ in how long they were trained."""
+    rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    for size in sizes:
+        found, of_model = _measure(size, f"{folder}/{size.updates}")
+        rows += [{"updates": size.updates, "loss": of_model.pop("loss"), **row} for row in found]
+        about = of_model
+    return {
+        **about,
+        "rows": rows,
+        "sizes": [size._asdict() for size in sizes],
+        "settings": [*SETTINGS, *MODEL],
+        "versions": versions(["torch", "megatron-core"]),
+        "command": f"python -m benchmarks.sampler_routing {' '.join(sys.argv[1:])}",
+    }
+
+
+def _measure(size: Size, folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = [
         *SETTINGS,
         *MODEL,
@@ -108,21 +126,14 @@ def measure(size: Size, folder: str) -> dict[str, Any]:
     for dtype, layout in CASES:
         found = on(2 if layout else 1, compare, prompts, overrides=[f"precision.dtype={dtype}", *layout])
         rows.append({"format": dtype, "layout": " ".join(layout).replace("parallel.", "") or "one process", **found})
-    return {
-        **about,
-        "rows": rows,
-        "size": size._asdict(),
-        "settings": settings[: len(SETTINGS) + len(MODEL)],
-        "versions": versions(["torch", "megatron-core"]),
-        "command": f"python -m benchmarks.sampler_routing {' '.join(sys.argv[1:])}",
-    }
+    return rows, about
 
 
 def report(found: dict[str, Any]) -> str:
     """The table of docs/stability.md."""
     rows = [
         [
-            f"{row['format']}, {row['layout']}",
+            f"{row['format']}, {row['layout']}, {row['updates']} updates",
             f"{100 * row['changed']:.2f} %",
             *(f"{row[how][what]:.2g}" for what in ("max", "mean") for how in ("without", "R3")),
         ]
@@ -140,12 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, nargs="+", default=[20, 300], help="that train the models")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Size(options.responses, options.tokens, 512, options.updates), folder)
+        sizes = [Size(options.responses, options.tokens, 512, updates) for updates in options.updates]
+        found = measure(sizes, folder)
     print(report(found))
     keep(found, report(found), "sampler_routing", output=options.output, markdown=options.markdown)
 
