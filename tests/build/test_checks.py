@@ -196,7 +196,10 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
         (["algorithm.old_log_probs=rollout"], "there is none with algorithm.old_log_probs=rollout"),
         (["model.aux_loss_coef=0.01"], "R2 with model.aux_loss_coef=0.01: the balancing loss counts"),
         (["algorithm.router_shift_floor=0.8", "model.preset=tiny_dense"], "router_shift_floor=0.8 has no effect"),
-        (["algorithm.router_shift_floor=0.8", "algorithm.old_log_probs=rollout"], "shift_floor=0.8 records the experts"),
+        (
+            ["algorithm.router_shift_floor=0.8", "algorithm.old_log_probs=rollout"],
+            "shift_floor=0.8 records the experts",
+        ),
         (["algorithm.router_shift_floor=0.8", "parallel.pp=2"], "pp=2: a token's weight is an average over all layers"),
         (
             ["algorithm.router_shift_floor=0.8", "model.preset=tiny_glm"],
