@@ -17,7 +17,7 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
 from gspo_megatron.log_probs import Scoring
-from gspo_megatron.mcore import routing, schedule
+from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
@@ -112,8 +112,6 @@ class MegatronPolicy(MegatronModel):
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
         self.routing = RoutingReplay(config.algorithm, config.model.shape, groups)
-        if any(self.routing.replay):
-            routing.install(self._model)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property

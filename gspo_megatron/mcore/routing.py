@@ -48,11 +48,7 @@ class Recording:
         self._log_probs: dict[int, Tensor] | None = {} if log_probs else None
 
     def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
-        scores_Tk, experts_Tk = own
-        # Without gradient, Megatron-Core 0.19.2 leaves the k experts of a token in any order on a GPU; with it, in the
-        # order of their scores. The order decides the last bit of their softmax.
-        order_Tk = scores_Tk.argsort(dim=1, descending=True, stable=True)
-        self._experts[layer] = experts_Tk.gather(1, order_Tk)
+        self._experts[layer] = own[1]
         if self._log_probs is not None:
             self._log_probs[layer] = log_probs_of(scores_TE, self._experts[layer])
         return own
@@ -263,11 +259,24 @@ class LayerChoice:
         """Megatron-Core calls it in place of its own top-k, `default_compute_topk`."""
         assert default_compute_topk is not None
         own = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
+        if not torch.is_grad_enabled():
+            own = _in_order(own)
         return own if self.routing is None else self.routing.choose(self.layer, scores_TE, own)
 
 
+def _in_order(choice: Choice) -> Choice:
+    """By falling score, as with gradient. Without gradient, Megatron-Core 0.19.2 leaves the k experts of a token in any
+    order on a GPU (moe_utils.py, `sorted=torch.is_grad_enabled()`), and the order decides the last bit of the sum that
+    their probabilities are divided by: in bf16 the mean log-ratio of a first update was off by 4e-4 on an H200, as
+    much as GSPO's clip band."""
+    scores_Tk, experts_Tk = choice
+    scores_Tk, order_Tk = scores_Tk.sort(dim=1, descending=True, stable=True)
+    return scores_Tk, experts_Tk.gather(1, order_Tk)
+
+
 def install(chunks: Sequence[torch.nn.Module]) -> None:
-    """Lets the routing of a forward (`PackedTokens.routing`) decide in every router of the model."""
+    """Lets the routing of a forward (`PackedTokens.routing`) decide in every router of the model; where there is none,
+    the routers choose as they do, in the same order with and without gradient."""
     for layer in (module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerLayer)):
         router = getattr(layer.mlp, "router", None)
         if isinstance(router, TopKRouter):
