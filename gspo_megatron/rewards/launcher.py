@@ -28,8 +28,9 @@ OUT_OF_MEMORY = 77
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 """Numbers of its system calls, on every architecture."""
-RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""How many rights on files a version of Landlock knows; later ones know more of other kinds."""
+RIGHTS = {3: 15, 4: 15, 5: 16}
+"""How many rights on files a version of Landlock knows; later ones know more of other kinds. Versions 1 and 2 (before
+Linux 6.2) do not know truncation: there, open(path, O_RDONLY | O_TRUNC) empties a file that may only be read."""
 CAP_DAC_READ_SEARCH = 2
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -55,6 +56,10 @@ def received(count: int) -> bytes:
 def restrict_files(readable: list) -> None:
     """Landlock: nothing can be opened but these paths, and nothing at all executed."""
     version = checked(libc.syscall(LANDLOCK_CREATE, None, 0, 1), "Landlock is not available")
+    if version < min(RIGHTS):
+        raise OSError(
+            f"version {version} of Landlock would let a program empty the files that it may read; it needs Linux 6.2"
+        )
     handled = (1 << RIGHTS[min(version, max(RIGHTS))]) - 1
     # From version 4 on, no TCP; from 6 on, no abstract sockets and no signals to others.
     attributes = struct.pack("QQQ", handled, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]

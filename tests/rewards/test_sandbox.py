@@ -147,6 +147,15 @@ def test_what_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Ubuntu 24.04" in ISOLATIONS["bwrap"].hint(ubuntu)
 
 
+def test_a_landlock_that_lets_files_be_emptied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 does not know the right to truncate: open(path, O_RDONLY | O_TRUNC) needs that to read alone."""
+    asked = "libc.syscall(LANDLOCK_CREATE, None, 0, 1)"
+    assert sandbox.LAUNCHER.count(asked) == 1
+    monkeypatch.setattr(sandbox, "LAUNCHER", sandbox.LAUNCHER.replace(asked, "2"))
+    complaint = sandbox.complaint(ISOLATIONS["landlock"], interpreter())
+    assert "version 2" in complaint and "Linux 6.2" in complaint
+
+
 def test_a_sandbox_that_fails_says_so() -> None:
     start = sandbox._Start([sys.executable, "-c", "raise SystemExit('no room')"], {})
     limits = Limits()
