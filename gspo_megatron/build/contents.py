@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gspo_megatron.base.files import digest_of
+from gspo_megatron.build.eval_sets import setting_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.run.state import Contents
 
@@ -17,8 +18,8 @@ OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 def contents_of(inputs: Inputs) -> Contents:
     """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
-    digests = {"data.train": inputs.train_prompts.digest, "data.eval": inputs.eval_prompts.digest}
-    digests |= {f"eval.sets.{each.name}": each.prompts.digest for each in inputs.more_sets}
+    digests = {"data.train": inputs.train_prompts.digest}
+    digests |= {setting_of(each): each.prompts.digest for each in inputs.sets}
     digests = {name: digest for name, digest in digests.items() if digest}
     for name, files in _files(inputs):
         with suppress(OSError):

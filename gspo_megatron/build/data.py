@@ -53,7 +53,7 @@ def sources_of(config: Config, split: str) -> list[NamedSource]:
         raise ConfigError(f"{key} is an empty list; name a source")
     found = [source_of(config, split, f"{key}[{i}]" if value is entries else key, e) for i, e in enumerate(entries)]
     if split == "eval" and len(found) > 1:
-        raise ConfigError(f"{key} has {len(found)} sources; evaluation takes one: set data.eval to it")
+        raise ConfigError(f"{key} has {len(found)} sources; set data.eval to one, and name others in eval.sets")
     names = [source.name for source in found]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{key} has two sources called {repeated!r}; give each a name of its own with name: ...")
@@ -64,25 +64,24 @@ def sources_of(config: Config, split: str) -> list[NamedSource]:
     return [source for source in found if source.weight]
 
 
-def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSource:
-    """The prompts of a run; of several sources, their mixture.
-
-    Raises:
-        ConfigError: a setting that cannot be used.
-        DataError: a source that cannot be used.
-    """
-    named = sources_of(config, split)
-    if uses_chat(config):  # data.chat_date is that of the sources with a chat template
-        named = [s if is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
-    found = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
+def open_training(config: Config, tokenizer: Tokenizer) -> PromptSource:
+    """The prompts of data.train; of several sources, and of one with a name, their mixture. Raises as `opened` does."""
+    named = sources_of(config, "train")
+    found = [opened(source, config, tokenizer) for source in named]
     if len(found) == 1 and not named[0].name:
         return found[0]
     return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, found, strict=True)])
 
 
 def opened(source: NamedSource, config: Config, tokenizer: Tokenizer) -> PromptSource:
-    """The prompts of one source. Raises as `open_prompts` does."""
-    spec = source.spec if is_chat(source) else replace(source.spec, chat_date=None)
+    """The prompts of one source.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+        DataError: a source that cannot be used.
+    """
+    # data.chat_date is that of the sources with a chat template.
+    spec = replace(source.spec, chat_date=None) if uses_chat(config) and not is_chat(source) else source.spec
     return open_source(spec, tokenizer, seed=config.run.seed)
 
 

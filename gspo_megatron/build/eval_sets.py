@@ -10,7 +10,7 @@ from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, DataError, did_you_mean, shortened
-from gspo_megatron.build.data import SETTINGS, NamedSource, opened, source_of
+from gspo_megatron.build.data import SETTINGS, NamedSource, opened, source_of, sources_of
 from gspo_megatron.build.rewards import RunRewards, own_rewards
 from gspo_megatron.config.loading import SETTINGS as DECLARED
 from gspo_megatron.config.sections import Config
@@ -49,6 +49,15 @@ def default_set(config: Config, prompts: PromptSource, rewards: RunRewards, name
     return EvalSet(name, prompts, config.data.eval_size, sampling, rewards, rewards.judged_by)
 
 
+def open_default(config: Config, tokenizer: Tokenizer, rewards: RunRewards, name: str = "") -> EvalSet:
+    """`default_set`, with its prompts and, where it has one of its own, its reward. Raises as `open_sets` does."""
+    (source,) = sources_of(config, "eval")
+    reward = own_rewards(config, source.reward) if source.reward else rewards
+    found = default_set(config, opened(source, config, tokenizer), reward, name)
+    _check_answers(config, found)
+    return found
+
+
 def set_specs(config: Config) -> list[SetSpec]:
     """The sets of eval.sets.
 
@@ -80,12 +89,23 @@ def open_sets(config: Config, specs: list[SetSpec], tokenizer: Tokenizer, reward
                 f"{did_you_mean(spec.by, list(prompts[0].metadata))}"
             )
         reward = own_rewards(config, spec.source.reward) if spec.source.reward else rewards
-        if config.reward.on_error == "stop":
-            for i in range(count):
-                reward.check_answer(prompts[i])
-        yield EvalSet(
+        found = EvalSet(
             spec.name, prompts, spec.size, spec.sampling, reward, reward.judged_by, n=spec.n, k=spec.k, by=spec.by
         )
+        _check_answers(config, found)
+        yield found
+
+
+def _check_answers(config: Config, of: EvalSet) -> None:
+    """Whether rewards by rule can read them: a step that stops for one would do so after a warm start."""
+    if config.reward.on_error == "stop":
+        for i in range(of.num_prompts):
+            of.reward.check_answer(of.prompts[i])
+
+
+def setting_of(each: EvalSet) -> str:
+    """The setting that describes it, for messages."""
+    return "data.eval" if each.name in ("", DEFAULT) else f"eval.sets.{each.name}"
 
 
 def rewards_in(rewards: RunRewards, sets: Iterable[EvalSet]) -> list[Any]:

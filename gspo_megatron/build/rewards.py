@@ -100,7 +100,7 @@ def rewards_of(config: Config) -> RunRewards:
     check_programs(config)
     names = [*r.functions, *(term.get("function") for term in r.terms)]
     others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config, names))
-    own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
+    own = {source.name: source.reward for source in sources_of(config, "train") if source.reward}
     if not own:
         return others
     return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})

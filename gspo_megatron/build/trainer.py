@@ -68,7 +68,7 @@ def open_trainer(
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
     with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
-        rewards = rewards_in(inputs.rewards, inputs.more_sets)
+        rewards = rewards_in(inputs.rewards, inputs.sets)
         check_services(rewards, groups.is_reporter)
         scoring = agreed_scoring(algorithm.scoring, device, console)
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)

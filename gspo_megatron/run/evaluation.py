@@ -25,7 +25,9 @@ class HeldOut(Protocol):
 
 
 class Judge(Reward, Protocol):
-    """A reward, which of its responses are correct, and a trial before the run."""
+    """A reward, which of its responses are correct, and its trials before the run."""
+
+    def check_answer(self, prompt: Prompt) -> None: ...
 
     def accuracy(self, rollout: Rollout) -> float: ...
 

@@ -11,7 +11,7 @@ import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.eval_sets import metric_names, seed_of, set_specs
+from gspo_megatron.build.eval_sets import metric_names, rewards_in, seed_of, set_specs
 from gspo_megatron.build.inputs import settle, settle_evaluation
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import Config
@@ -126,11 +126,31 @@ def test_prompts_of_sets_are_checked_before_the_run(tmp_path: Path) -> None:
             with pytest.raises(error, match=re.escape(message)):
                 settled(config_of(f"eval.sets.mine={entry}"), 1)
     inputs = settle(config_of(f"eval.sets.mine={{source: {path}, by: level, size: 1, reward: last_number}}"), 1)
-    (found,) = inputs.more_sets
+    _, found = inputs.sets
     assert (found.num_prompts, found.by, found.answers) == (1, "level", "last_number")
     assert found.reward is not inputs.rewards
     for each in (inputs.rewards, found.reward):
         each.close()  # type: ignore[attr-defined]
+
+
+def test_data_eval_as_an_entry_with_a_reward_of_its_own(tmp_path: Path) -> None:
+    """It has an end, its own reward judges it, and the reward is tried, checked and closed as those of other sets."""
+    path = written(tmp_path / "rows.jsonl", *({"prompt": f"{i}>", "answer": f"{i}"} for i in range(3)))
+    for entry, own in ((f"{path}", False), (f"[{path}]", False), (f"{{source: {path}, reward: last_number}}", True)):
+        config = config_of(f"data.eval={entry}", "data.eval_size=2", "reward.functions.exact_match=1")
+        for inputs in (settle(config, 1), settle_evaluation(config, 1)):
+            (found,) = inputs.sets
+            assert found.num_prompts == 2 and found.prompts[1].text == "1>"
+            assert found.answers == found.reward.judged_by == ("last_number" if own else "exact_match")
+            assert (found.reward is inputs.rewards) is not own and inputs.rewards.judged_by == "exact_match"
+            rewards = rewards_in(inputs.rewards, inputs.sets)
+            assert rewards == ([inputs.rewards, found.reward] if own else [inputs.rewards])
+            for each in rewards:
+                each.close()
+    path.write_text('{"prompt": "1>", "answer": "x"}\n')
+    for settled in (settle, settle_evaluation):
+        with pytest.raises(DataError, match="the answer 'x' has no number"):
+            settled(config_of(f"data.eval={{source: {path}, reward: last_number}}"), 1)
 
 
 def test_the_command_takes_some_of_the_sets() -> None:
