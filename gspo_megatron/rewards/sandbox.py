@@ -20,8 +20,8 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import launcher
 from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, NOBODY, Interpreter, Isolation, interpreter
 from gspo_megatron.rewards.seccomp import filter_of
+from gspo_megatron.rewards.worker import OF_THE_RUN
 
 LAUNCHER = Path(launcher.__file__).read_text()
 START_S = 20.0
@@ -204,16 +205,17 @@ class _Start(NamedTuple):
         task = {**self.task, "limits": resources, "program": program, "calls": calls and list(calls)}
         written = repr(task).encode("utf-8", "backslashreplace")
         try:
-            process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,
-                bufsize=0,
-            )
+            with _signals_blocked():
+                process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=ENVIRONMENT,
+                    cwd="/",
+                    start_new_session=True,
+                    bufsize=0,
+                )
         except OSError as error:
             return Ended("sandbox_failed", 0, b"", str(error))
         try:
@@ -225,6 +227,17 @@ class _Start(NamedTuple):
             for pipe in (process.stdin, process.stdout, process.stderr):
                 assert pipe is not None
                 pipe.close()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started inherit it: what a scheduler sends to every process of a job ends no program, whose
+    score would be 0 for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Talk:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import isolations, sandbox, seccomp
 from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, interpreter
 from gspo_megatron.rewards.sandbox import Limits, Sandbox
+from gspo_megatron.rewards.worker import OF_THE_RUN
 from gspo_megatron.testing.time_limits import time_factor
 from tests.rewards.attacks import ATTACKS, ENDS, HARMLESS, LIMITS
 
@@ -121,6 +124,22 @@ Sandbox({isolation!r}, Limits(seconds=1000)).run("import time; 'decoy-{os.getpid
     while any(Path(f"/proc/{pid}").exists() for pid in programs) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in programs if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("isolation", WORKING)
+def test_a_program_goes_on_when_its_job_is_told_to_stop(isolation: str) -> None:
+    """A scheduler may signal every process of a job, at any time."""
+    box = Sandbox(isolation, Limits(seconds=20))
+    others = set(_children(os.getpid()))
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(box.run, "import time; time.sleep(0.5); print('went on')")
+        while not run.done():
+            for pid in set(_children(os.getpid())) - others:
+                for number in OF_THE_RUN:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.01)
+    assert run.result() == ("exited", 0, b"went on\n", "")
 
 
 def _children(pid: int) -> list[int]:
