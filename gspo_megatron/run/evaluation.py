@@ -17,6 +17,8 @@ from gspo_megatron.rewards.answers import answer_of
 from gspo_megatron.rewards.rewards import Reward, Score
 from gspo_megatron.run.estimates import Estimate, estimate, majority_at_k, pass_at_k
 
+OF_DATA_EVAL = ("accuracy", "reward", "unscored_fraction")
+
 
 class HeldOut(Protocol):
     """What answers held-out prompts: see `RolloutSource.held_out`."""
@@ -96,16 +98,17 @@ class Answered:
             found[f"maj@{k}"] = [majority_at_k(answers, correct, k) for answers, correct in both]
         found["response_length"] = self._means(lambda rollout: len(rollout.tokens))
         found["truncated_fraction"] = self._means(lambda rollout: rollout.truncated)
+        found["unscored_fraction"] = self._means(lambda rollout: bool(rollout.reward_error))
         return found
 
     def estimates(self) -> dict[str, Estimate]:
         return {name: estimate(values) for name, values in self.values().items()}
 
     def metrics(self) -> dict[str, float]:
-        """For a row of metrics.jsonl; of data.eval, accuracy and reward alone."""
+        """For a row of metrics.jsonl; of data.eval, those of OF_DATA_EVAL alone."""
         values = self.values()
         if not self.of.name:
-            return {f"eval/{name}": statistics.fmean(values[name]) for name in ("accuracy", "reward")}
+            return {f"eval/{name}": statistics.fmean(values[name]) for name in OF_DATA_EVAL}
         accuracy = estimate(values["accuracy"])
         found = {name: statistics.fmean(each) for name, each in values.items()}
         found |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
