@@ -9,8 +9,8 @@ from __future__ import annotations
 from datetime import date
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
-from gspo_megatron.build.data import SETTINGS, shown, sources_of
-from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.build.data import SETTINGS, is_chat, shown, sources_of
+from gspo_megatron.build.set_specs import all_sources, metric_names
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
@@ -159,6 +159,8 @@ def _check_data(config: Config) -> None:
         date.fromisoformat(d.chat_date or "2026-11-26")
     except ValueError as error:
         raise ConfigError(f"data.chat_date={d.chat_date} is not a day ({error}); write it as 2026-11-26") from error
+    if d.chat_date and not any(map(is_chat, all_sources(config))):
+        raise ConfigError(f"data.chat_date={d.chat_date} has no effect without a chat template; remove it")
 
 
 def _check_sources(config: Config) -> None:
@@ -170,7 +172,7 @@ def _check_sources(config: Config) -> None:
             f"data.eval=null with data.train={shown(d.train)}: only a generated task has held-out prompts of its own; "
             "set data.eval to a file of prompts that training does not see"
         )
-    used = [*train, *sources_of(config, "eval"), *(spec.source for spec in set_specs(config))]
+    used = all_sources(config)
     for key in SETTINGS:
         readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
         read_by = [source for source in used if key in SOURCES[scheme_of(source.spec.source)].reads]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,10 +12,9 @@ from gspo_megatron.base.errors import ConfigError, did_you_mean, plural, shorten
 from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
-from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.mixture import Mixture, Part
 from gspo_megatron.data.prompts import RowPrompts, counted
-from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, chat_of, open_source
+from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source
 from gspo_megatron.data.token_ids import Tokenizer
 
 OWN = ("source", "name", "weight", "reward")
@@ -80,28 +78,14 @@ def opened(source: NamedSource, config: Config, tokenizer: Tokenizer) -> PromptS
         ConfigError: a setting that cannot be used.
         DataError: a source that cannot be used.
     """
-    # data.chat_date is that of the sources with a chat template.
-    spec = replace(source.spec, chat_date=None) if uses_chat(config) and not is_chat(source) else source.spec
+    # data.chat_date is that of the sources with a chat template; without any, it is refused.
+    spec = source.spec if is_chat(source) else replace(source.spec, chat_date=None)
     return open_source(spec, tokenizer, seed=config.run.seed)
 
 
-def uses_chat(config: Config) -> bool:
-    """Whether a source has prompts that a chat template writes."""
-    of_sets = (entry for entry in config.eval.sets.values() if isinstance(entry, Mapping))
-    return any(is_chat(source) for split in ("train", "eval") for source in sources_of(config, split)) or any(
-        entry.get("chat") or entry.get("messages_field") for entry in of_sets
-    )
-
-
 def is_chat(source: NamedSource) -> bool:
+    """Whether a chat template writes its prompts."""
     return source.spec.chat or source.spec.messages_field is not None
-
-
-def chat_templates(config: Config, tokenizer: Tokenizer) -> list[ChatTemplate]:
-    """The different ones that the sources' conversations are written with; none where all prompts are text."""
-    sources = (source for split in ("train", "eval") for source in sources_of(config, split) if is_chat(source))
-    found = [chat for source in sources if (chat := chat_of(source.spec, tokenizer)) is not None]
-    return list({json.dumps(chat.identity, sort_keys=True): chat for chat in found}.values())
 
 
 def left_out(key: str, prompts: PromptSource) -> Iterator[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
-from gspo_megatron.build.data import left_out, open_training, sources_of, uses_chat
+from gspo_megatron.build.data import is_chat, left_out, open_training, sources_of
 from gspo_megatron.build.environments import environment_of
-from gspo_megatron.build.eval_sets import DEFAULT, open_default, open_sets, set_specs, setting_of
+from gspo_megatron.build.eval_sets import open_default, open_sets, setting_of
 from gspo_megatron.build.rewards import RunRewards, rewards_of
+from gspo_megatron.build.set_specs import DEFAULT, all_sources, set_specs
 from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
@@ -183,7 +184,8 @@ def tokenizer_spec(config: Config) -> str:
 
 
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
-    return uses_chat(config) and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    tells = tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    return tells and any(map(is_chat, all_sources(config)))
 
 
 def _day_of_run(config: Config) -> str:

@@ -11,8 +11,9 @@ import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.eval_sets import metric_names, rewards_in, seed_of, set_specs
+from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import settle, settle_evaluation
+from gspo_megatron.build.set_specs import metric_names, seed_of, set_specs
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import Config
 
