@@ -10,6 +10,7 @@ from pathlib import Path
 from gspo_megatron.base.files import digest_of
 from gspo_megatron.build.eval_sets import setting_of
 from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.programs import reward_names
 from gspo_megatron.run.state import Contents
 
 OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -29,12 +30,10 @@ def contents_of(inputs: Inputs) -> Contents:
 
 
 def _files(inputs: Inputs) -> Iterator[tuple[str, list[Path]]]:
-    """(setting, files in order): of data.tokenizer, and the modules of reward.functions, reward.terms and
-    rollout.environment."""
+    """(setting, files in order): of data.tokenizer, and the modules of rewards and of rollout.environment."""
     config = inputs.config
     yield "data.tokenizer", _files_of(Path(config.data.tokenizer), OF_A_TOKENIZER)
-    rewards = [*config.reward.functions, *(str(term.get("function")) for term in config.reward.terms)]
-    for kind, names in (("reward", rewards), ("environment", [config.rollout.environment])):
+    for kind, names in (("reward", reward_names(config)), ("environment", [config.rollout.environment])):
         for name in sorted({name.partition(":")[0] for name in names if ":" in name}):
             yield f"{kind} module {name}", _file_of_module(name)
 
