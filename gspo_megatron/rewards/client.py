@@ -155,7 +155,9 @@ class Client:
                 answer = await self._tried(url, content, headers)
             except Failure as failure:
                 if failure.outcome.lost:
-                    self._count(failure)
+                    self._count()
+                else:  # a refusal is an answer, too
+                    self._given_up = 0
                 if failure.outcome.stops:
                     self._stopped = failure
                 raise
@@ -184,10 +186,10 @@ class Client:
             if attempt < e.retries:
                 wait = min(e.max_wait_s, e.backoff_s * 2**attempt)
                 await asyncio.sleep(max(again.after_s, wait * self._random.uniform(0.5, 1.0)))
-        asks = f"; it asks to wait {again.after_s:g} s, more than max_wait_s={e.max_wait_s:g}" if again.after_s else ""
-        raise Failure(
-            f"{url}: {again} (try {attempt + 1} of {e.retries + 1}, request {headers['X-Request-Id']}){asks}", lost=True
-        )
+        said = f"{url}: {again} (try {attempt + 1} of {e.retries + 1}, request {headers['X-Request-Id']})"
+        if again.after_s > e.max_wait_s:
+            said += f"; it asks to wait {again.after_s:g} s, more than max_wait_s={e.max_wait_s:g}"
+        raise Failure(said, lost=True)
 
     async def _once(self, url: str, content: bytes, headers: Mapping[str, str]) -> bytearray:
         async with self._http.stream("POST", url, content=content, headers=headers) as response:
@@ -232,7 +234,7 @@ class Client:
             )
         self._open_until = time.monotonic() + self._endpoint.pause_s  # this request tries for all
 
-    def _count(self, failure: Failure) -> None:
+    def _count(self) -> None:
         self._given_up += 1
         if self._given_up >= self._endpoint.failures:
             self._open_until = time.monotonic() + self._endpoint.pause_s

@@ -170,6 +170,9 @@ def test_a_failing_service_is_asked_again_and_its_time_is_kept(opened: Callable[
         (lost,) = scored(opened(service), "four")
     assert lost.reward_lost and "asks to wait 3600 s, more than max_wait_s=60" in lost.reward_error
     assert len(service.requests) == 1
+    with serving(lambda *_: Answer({}, 429, {"Retry-After": "1"})) as service:
+        (lost,) = scored(opened(service, retries=0), "four")
+    assert lost.reward_lost and "HTTP 429" in lost.reward_error and "asks to wait" not in lost.reward_error
 
 
 def test_retry_after() -> None:
@@ -196,8 +199,9 @@ def test_wrong_settings_stop_the_run(opened: Callable[..., Rewards], answer: Ans
         found = scored(rewards, "one", "two")
     assert "wr0ng" not in str(refused.value) and len(service.requests) == 1  # no later one could succeed
     assert not any(r.reward_lost for r in found)
-    with pytest.raises(DataError, match=error.replace("[", r"\[").replace("{", r"\{")):
+    with pytest.raises(DataError, match=error.replace("[", r"\[").replace("{", r"\{")) as stopped:
         refuse_unscored(found)
+    assert "set reward.on_error=count" not in str(stopped.value)  # which would not help
 
 
 def test_the_trial_finds_a_wrong_address_and_a_missing_token(opened: Callable[..., Rewards]) -> None:
@@ -225,6 +229,13 @@ def test_after_failures_in_a_row_none_is_sent_for_a_while(opened: Callable[..., 
         broken.clear()
         time.sleep(1.1)
         assert [r.reward for r in scored(rewards, *"ab")] == [1, 1]
+
+
+def test_failures_between_answers_are_not_in_a_row(opened: Callable[..., Rewards]) -> None:
+    """A refusal of these rollouts is an answer: the service is there."""
+    with serving(lambda request, number: Answer({}, 400 if number % 2 else 500)) as service:
+        found = scored(opened(service, retries=0, failures=2, concurrency=1, batch_size=1), *"abcdef")
+    assert len(service.requests) == 6 and [r.reward_lost for r in found] == [True, False] * 3
 
 
 def test_requests_are_concurrent_up_to_a_limit_while_groups_are_sampled(opened: Callable[..., Rewards]) -> None:
