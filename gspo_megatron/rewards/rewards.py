@@ -261,8 +261,9 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
     if failed:
         raise DataError(
-            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data, or set "
-            f"reward.on_error=count to count such a reward as 0. The first of them:\n{listed(failed)}"
+            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data "
+            "(reward.on_error=count counts a reward that fails as 0, but not where a service refuses every request). "
+            f"The first of them:\n{listed(failed)}"
         )
     if len(lost) > most_lost * len(rollouts):
         raise DataError(
