@@ -24,7 +24,7 @@ from gspo_megatron.rewards.launcher import OUT_OF_MEMORY
 from gspo_megatron.rewards.sandbox import Ended, Limits, Sandbox
 
 VERDICTS = ("right", "wrong", "no_program", "timed_out", "memory", "crashed", "sandbox_failed")
-FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 TOLERANCE = 1e-6
 """Of floats that functions return, relative and absolute."""
 
@@ -69,8 +69,13 @@ def _result(verdict: str, score: float) -> dict[str, float]:
 
 
 def _program(response: str) -> str | None:
+    """The last fenced block. As in CommonMark, its lines lose the indentation of the fence, which may stand in a list;
+    `textwrap.dedent` would also empty the lines of white space in a program's texts."""
     blocks = FENCED.findall(response)
-    return blocks[-1] if blocks else None
+    if not blocks:
+        return None
+    indentation, program = blocks[-1]
+    return re.sub(rf"^[ \t]{{1,{len(indentation)}}}", "", program, flags=re.MULTILINE) if indentation else program
 
 
 def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[Mapping[str, Any]]:

@@ -114,7 +114,13 @@ def test_where_the_program_is() -> None:
     assert verdict(fenced(program)) == "right"
     assert verdict(program) == "no_program" and verdict(program, fenced=False) == "right"
     assert verdict(f"```py\n{program}") == "no_program"  # the response was cut
-    assert verdict(f"  ```python3\n  {program}".replace("\n", "\n  ").replace("  a,", "a,") + "\n  ```") == "crashed"
+    # In a list, as CommonMark reads it: lines lose as much indentation as the fence has, where they have it.
+    in_a_list = "1. So:\n\n   ```python3\n   {}\n   ```\n"
+    assert verdict(in_a_list.format(program.replace("\n", "\n   "))) == "right"
+    assert verdict(in_a_list.format(program)) == "right"
+    text = 'print("""\n \n""")'  # whose white space is the program's
+    assert code._program(fenced(text)) == text + "\n"
+    assert verdict(in_a_list.format(program.replace("\n", "\n     "))) == "crashed"
     assert verdict(f"```\r\n{program}\r\n```".replace("\r", "")) == "right"
 
 
