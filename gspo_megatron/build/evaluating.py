@@ -15,8 +15,8 @@ from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
-from gspo_megatron.build.scoring import open_model
-from gspo_megatron.build.trainer import check_services
+from gspo_megatron.build.scoring import load_model
+from gspo_megatron.build.trainer import at_work, open_groups
 from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import write_json_lines
@@ -71,6 +71,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
     """Opens the evaluator of this process with the weights that the settings name. Collective.
 
     Raises:
+        ConfigError: a service gives no score.
         CheckpointError: they cannot be loaded.
     """
     from gspo_megatron.mcore.sampler import MegatronSampler
@@ -78,7 +79,11 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
     config, tokenizer = inputs.config, inputs.tokenizer
     assert config.model.vocab_size is not None, "settle_model sets model.vocab_size"
     # As in training, ids that the tokenizer does not have are not sampled.
-    with open_model(inputs, device, console, num_ids=inputs.tokenizer.vocab_size) as (model, groups, weights):
+    with (
+        open_groups(config, inputs.layout, device, console) as (groups, use_te, _),
+        at_work(rewards_in(inputs.rewards, inputs.sets), inputs.environment, config, device, groups),
+    ):
+        model, weights = load_model(inputs, device, console, groups, use_te, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
             model,
             stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),
@@ -87,13 +92,4 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         )
         asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
         source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
-        rewards = rewards_in(inputs.rewards, inputs.sets)
-        check_services(rewards, groups.is_reporter)
-        workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
-        for each in (*rewards, inputs.environment):
-            each.use_workers(workers)
-        try:
-            yield Evaluator(source, groups, inputs.sets, weights, console)
-        finally:
-            for each in (*rewards, inputs.environment):
-                each.close()
+        yield Evaluator(source, groups, inputs.sets, weights, console)

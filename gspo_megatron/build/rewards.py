@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,8 +76,8 @@ class RewardsBySource:
         return self._of(rollout.prompt).try_functions(rollout)
 
     def check_services(self) -> None:
-        for rewards in self._all:
-            rewards.check_services()
+        with ThreadPoolExecutor(len(self._all)) as threads:
+            list(threads.map(Rewards.check_services, self._all))
 
     def close(self) -> None:
         for rewards in self._all:

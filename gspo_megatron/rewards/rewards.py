@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from types import MappingProxyType
@@ -114,14 +114,16 @@ class Rewards:
         self.groups_at_once = max([count if self._pooled else 0, *waiting])
 
     def check_services(self) -> None:
-        """Asks every service for a trial.
+        """Asks every service for a trial, all at once.
 
         Raises:
             ConfigError: one gives none.
         """
-        for name, service in self._services.items():
+        with ThreadPoolExecutor(max(1, len(self._services))) as threads:
+            trials = {name: threads.submit(service.check) for name, service in self._services.items()}
+        for name, trial in trials.items():
             try:
-                service.check()
+                trial.result()
             except ConfigError as error:
                 raise ConfigError(f"reward {name!r}: {error}") from error
 

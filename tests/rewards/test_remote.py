@@ -218,6 +218,22 @@ def test_the_trial_finds_a_wrong_address_and_a_missing_token(opened: Callable[..
         opened(service).check_services()
 
 
+def test_services_are_tried_at_once() -> None:
+    together = threading.Barrier(2, timeout=10 * time_factor())
+
+    def answer(request: Any, number: int) -> Answer:
+        try:
+            together.wait()
+        except threading.BrokenBarrierError:
+            return Answer({}, 400)
+        return Answer({"scores": []})
+
+    with serving(answer) as service:
+        terms = [{"function": "remote", "name": name, "url": service.url, "retries": 0} for name in ("one", "two")]
+        with closing(Rewards({}, terms=terms)) as rewards:
+            rewards.check_services()
+
+
 def test_after_failures_in_a_row_none_is_sent_for_a_while(opened: Callable[..., Rewards]) -> None:
     broken = threading.Event()
     broken.set()
