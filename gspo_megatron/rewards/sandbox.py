@@ -39,7 +39,7 @@ POLL_S = 0.2
 MOST_THREADS = 256
 """Of a program, besides what its user has running: limits count threads by user."""
 COUNTED_EVERY_S = 10.0
-"""So often they are counted: a run starts threads of its own, too."""
+"""How often the user's threads are counted: a run starts threads of its own, too."""
 MOST_ERRORS = 2000
 """Bytes of standard error that are kept."""
 ENVIRONMENT = {"HOME": "/", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -92,14 +92,15 @@ class Ended(NamedTuple):
 
 
 class Sandbox:
-    """Runs programs under one of ISOLATIONS, or the first of AUTO that works.
+    """Runs programs under one of ISOLATIONS, or for `auto` the first of AUTO that works. One that is named is not tried
+    (`settled` does), since every process that calls a reward has a sandbox of its own.
 
     Raises:
-        ConfigError: the isolation does not work on this machine.
+        ConfigError: no isolation works on this machine, or no Python is at `python`.
     """
 
     def __init__(self, isolation: str = "auto", limits: Limits = Limits(), python: str | None = None) -> None:  # noqa: B008
-        self.isolation = ISOLATIONS[settled(isolation, python)]
+        self.isolation = ISOLATIONS[settled(isolation, python) if isolation == "auto" else isolation]
         self._start = _Start.of(self.isolation, interpreter(python))
         self.limits = limits
         self._resources, self._as_of = limits.resources(), time.monotonic()
@@ -119,19 +120,16 @@ def settled(isolation: str, python: str | None = None) -> str:
     Raises:
         ConfigError: it does not work.
     """
-    tried = {name: complaint(ISOLATIONS[name], interpreter(python)) for name in _names(isolation)}
-    for name, reason in tried.items():
+    reasons = ""
+    for name in AUTO if isolation == "auto" else (isolation,):
+        reason = complaint(ISOLATIONS[name], interpreter(python))
         if not reason:
             return name
-    reasons = "".join(f"\n  {name}: {reason}" for name, reason in tried.items())
+        reasons += f"\n  {name}: {reason}"
     raise ConfigError(
-        f"reward.code.isolation={isolation} does not work on this machine:{reasons}\nMend one of them, or type "
+        f"reward.code.isolation={isolation} does not work on this machine:{reasons}\nFix one of them, or set "
         "reward.code.isolation=none to run the model's programs unprotected: they may do whatever you may"
     )
-
-
-def _names(isolation: str) -> Sequence[str]:
-    return AUTO if isolation == "auto" else (isolation,)
 
 
 TRIAL = """
@@ -160,10 +158,9 @@ def complaint(isolation: Isolation, python: Interpreter) -> str:
         start = _Start.of(isolation, python)
     except NotImplementedError as error:
         return str(error)
-    program, expected = (TRIAL, b"[]\n") if isolation.filters else ("print([])", b"[]\n")
     limits = Limits(seconds=START_S)
-    ended = start.run(program, b"", None, limits, limits.resources())
-    if ended.how == "exited" and ended.status == 0 and ended.output == expected:
+    ended = start.run(TRIAL if isolation.filters else "print([])", b"", None, limits, limits.resources())
+    if ended.how == "exited" and ended.status == 0 and ended.output == b"[]\n":
         return ""
     said = ended.errors.strip() or f"a program {ended.how} with status {ended.status} and said {ended.output!r}"
     hint = isolation.hint(said)

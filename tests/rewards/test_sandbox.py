@@ -166,6 +166,15 @@ def test_what_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Ubuntu 24.04" in ISOLATIONS["bwrap"].hint(ubuntu)
 
 
+def test_an_isolation_is_tried_once_and_only_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by every process that calls the reward: the settings tell it which one works here."""
+    tried = []
+    monkeypatch.setattr(sandbox, "complaint", lambda isolation, _: tried.append(isolation.name) or "")
+    assert sandbox.settled.__wrapped__("auto") == AUTO[0] and tried == [AUTO[0]]
+    Sandbox(AUTO[1])
+    assert tried == [AUTO[0]]
+
+
 def test_a_landlock_that_lets_files_be_emptied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 2 does not know the right to truncate: open(path, O_RDONLY | O_TRUNC) needs that to read alone."""
     asked = "libc.syscall(LANDLOCK_CREATE, None, 0, 1)"
