@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.programs import check_programs, describe_sandbox, sandbox_of
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.reward import CodeConfig, RewardConfig
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.sandbox import settled
@@ -223,6 +227,14 @@ def test_settings() -> None:
         check_programs(config("reward.code.isolation=none"))
     with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
         sandbox_of(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+
+
+def test_the_config_of_the_docs_has_the_defaults() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    (block,) = [each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "isolation:" in each]
+    shown = yaml.safe_load(block)["reward"]
+    assert shown.pop("functions") == {"code": 1} and shown.pop("code") == asdict(CodeConfig())
+    assert shown == {name: getattr(RewardConfig(), name) for name in ("timeout_s", "memory_gib", "on_error")}
 
 
 def test_a_run_is_rewarded_for_programs(tmp_path: Path) -> None:

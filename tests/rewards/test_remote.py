@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,9 @@ import pytest
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.rewards.client import _retry_after
+from gspo_megatron.rewards.judge import JudgeParameters
+from gspo_megatron.rewards.remote import RemoteParameters
+from gspo_megatron.rewards.reward_model import RewardModelParameters
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rollout.group_scores import GroupScores
 from gspo_megatron.testing.time_limits import time_factor
@@ -252,6 +258,19 @@ def test_failures_between_answers_are_not_in_a_row(opened: Callable[..., Rewards
     with serving(lambda request, number: Answer({}, 400 if number % 2 else 500)) as service:
         found = scored(opened(service, retries=0, failures=2, concurrency=1, batch_size=1), *"abcdef")
     assert len(service.requests) == 6 and [r.reward_lost for r in found] == [True, False] * 3
+
+
+def test_the_table_of_the_docs_has_every_parameter() -> None:
+    """With its default, where that is a number."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \| (.*?) \|", page, re.MULTILINE)
+    found = {(of, name): default for name, of_all, default in rows for of in re.findall(r"\w+", of_all)}
+    for of, kind in (("remote", RemoteParameters), ("judge", JudgeParameters), ("reward_model", RewardModelParameters)):
+        declared = {each.name: each.default for each in fields(kind)}
+        assert {name for one, name in found if one == of} == declared.keys()
+        for name, default in declared.items():
+            if isinstance(default, (int, float)):
+                assert found[of, name] == f"{default:g}"
 
 
 def test_requests_are_concurrent_up_to_a_limit_while_groups_are_sampled(opened: Callable[..., Rewards]) -> None:
