@@ -18,7 +18,7 @@ OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def contents_of(inputs: Inputs) -> Contents:
-    """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
+    """Digests of what the settings name. What is generated, is not a file or cannot be read has none."""
     digests = {"data.train": inputs.train_prompts.digest}
     digests |= {setting_of(each): each.prompts.digest for each in inputs.sets}
     digests = {name: digest for name, digest in digests.items() if digest}

@@ -16,7 +16,8 @@ from gspo_megatron.rollout.user_environment import UserEnvironment
 
 
 def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
-    """
+    """What rollout.environment names.
+
     Raises:
         ConfigError: an environment that cannot be used, or settings that it makes no use of.
     """

@@ -20,7 +20,7 @@ def default_set(config: Config, prompts: PromptSource, rewards: RunRewards, name
     """The most likely response to each prompt of data.eval, up to data.eval_size."""
     r = config.rollout
     sampling = Sampling(0.0, r.top_p, r.top_k, r.max_new_tokens, seed_of(config, ""))
-    return EvalSet(name, prompts, config.data.eval_size, sampling, rewards, rewards.judged_by)
+    return EvalSet(name, prompts, config.data.eval_size, sampling, rewards)
 
 
 def open_default(config: Config, tokenizer: Tokenizer, rewards: RunRewards, name: str = "") -> EvalSet:
@@ -54,9 +54,7 @@ def open_sets(config: Config, specs: list[SetSpec], tokenizer: Tokenizer, reward
                 f"{did_you_mean(spec.by, list(prompts[0].metadata))}"
             )
         reward = own_rewards(config, spec.source.reward) if spec.source.reward else rewards
-        found = EvalSet(
-            spec.name, prompts, spec.size, spec.sampling, reward, reward.judged_by, n=spec.n, k=spec.k, by=spec.by
-        )
+        found = EvalSet(spec.name, prompts, spec.size, spec.sampling, reward, spec.n, spec.k, spec.by)
         _check_answers(config, found)
         yield found
 

@@ -54,12 +54,13 @@ class Evaluator:
             if self.ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json_lines(folder / f"{each.name}.jsonl", answered.rows())
+        if not self.ranks.is_main:
+            return
         table = table_of(str(self.weights), results)
-        if self.ranks.is_main:
-            with written_aside(folder / f"{TABLE}.json") as file:
-                json.dump(table, file, indent=1)
-            with written_aside(folder / f"{TABLE}.md") as file:
-                file.write(markdown(table))
+        with written_aside(folder / f"{TABLE}.json") as file:
+            json.dump(table, file, indent=1)
+        with written_aside(folder / f"{TABLE}.md") as file:
+            file.write(markdown(table))
         self.console.say(markdown(table))
         self.console.say(
             f"written to {folder}: {', '.join(s.name + '.jsonl' for s in self.sets)}, {TABLE}.json, {TABLE}.md"

@@ -71,9 +71,10 @@ def _settled(config: Config) -> CodeConfig:
 
 
 def check_programs(config: Config) -> None:
-    """
+    """Refuses settings of a sandbox that nothing runs in.
+
     Raises:
-        ConfigError: settings of a sandbox that nothing runs in.
+        ConfigError: there are such settings.
     """
     if config.reward.code and not _runs_programs(config):
         raise ConfigError(

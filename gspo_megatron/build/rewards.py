@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
@@ -17,7 +17,7 @@ from gspo_megatron.rewards.rewards import Reward, Rewards, Score
 
 
 class RunRewards(Reward, Protocol):
-    """What a run asks of its rewards, besides scores; see `Rewards`."""
+    """What a run asks of its rewards in addition to scores; see `Rewards`."""
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
@@ -35,19 +35,20 @@ class RunRewards(Reward, Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardsBySource:
     """The rewards of the sources that have their own, by name, and those of all other prompts."""
 
     others: Rewards
     by_source: Mapping[str, Rewards]
 
-    groups_at_once: int = field(init=False)
-    most_lost: float = field(init=False)
+    @property
+    def groups_at_once(self) -> int:
+        return max(rewards.groups_at_once for rewards in self._all)
 
-    def __post_init__(self) -> None:
-        self.most_lost = self.others.most_lost
-        self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
+    @property
+    def most_lost(self) -> float:
+        return self.others.most_lost
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`."""
@@ -70,7 +71,6 @@ class RewardsBySource:
     def use_workers(self, count: int) -> None:
         for rewards in self._all:
             rewards.use_workers(count)
-        self.__post_init__()
 
     def try_functions(self, rollout: Rollout) -> Score:
         return self._of(rollout.prompt).try_functions(rollout)

@@ -21,8 +21,10 @@ from gspo_megatron.run.scoring import Scorer
 
 
 def check_weights(config: Config, results: str = "log-probs") -> None:
-    """Raises:
-    ConfigError: no setting names weights.
+    """Refuses settings that name no weights.
+
+    Raises:
+        ConfigError: they do not.
     """
     if config.checkpoint.load == "none" and not config.model.hf:
         raise ConfigError(

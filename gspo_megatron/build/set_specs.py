@@ -119,7 +119,7 @@ def _sampling(config: Config, name: str, entry: Mapping[str, Any], n: int) -> Sa
         if isinstance(value, bool) or not isinstance(value, (int, float) if float in declared.kinds else int):
             raise ConfigError(f"{place}: {key}={value!r} must be a number")
         value = declared.kinds[0](value)
-        # Temperature 0 is no distribution to train on, but one to evaluate.
+        # Nothing can be trained on at temperature 0, but evaluated.
         if (key, value) != ("temperature", 0) and (complaint := declared.complaint(value)):
             raise ConfigError(f"{place}: {complaint.removeprefix('rollout.')}")
         own[key] = value

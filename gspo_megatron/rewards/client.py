@@ -62,7 +62,7 @@ class Endpoint:
         failures, pause_s: of the circuit breaker.
 
     Raises:
-        ConfigError: an address that is none.
+        ConfigError: `url` is not an address.
     """
 
     url: str

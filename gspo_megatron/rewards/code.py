@@ -5,8 +5,8 @@ A test is one of
     {"input": "3 4\\n", "output": "7\\n"}                    run as a script: standard input, standard output
     {"call": "add", "args": [3, 4], "expected": 7}           a function of it; `Solution.add`: of a new Solution()
 
-What is expected stays out of the sandbox: a program can print and return, and its results are compared here. That it
-ended, with whatever status, is no verdict.
+What is expected stays out of the sandbox: a program can print and return, and its results are compared here. Its exit
+status decides nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def code(
     share that it passes.
 
     The tests are a list in the row's field `tests`, or, without it, the answer as JSON. `fenced=False` takes the whole
-    response as the program. Besides the score, the verdict of VERDICTS is 1: `right`, or what became of the first test
+    response as the program. Next to the score, the verdict of VERDICTS is 1: `right`, or what became of the first test
     that the program does not pass. After a test that timed out, the others are not run and count as not passed.
 
     Args:
@@ -79,7 +79,8 @@ def _program(response: str) -> str | None:
 
 
 def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[Mapping[str, Any]]:
-    """
+    """The tests of a row.
+
     Raises:
         ValueError: there is no test, or one that is not of a known form.
     """
@@ -92,7 +93,7 @@ def _cases(metadata: Mapping[str, Any] | None, answer: str, name: str) -> list[M
         except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error}); expected tests such as {EXAMPLES}") from None
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{where} is no list of tests such as {EXAMPLES}")
+        raise ValueError(f"{where} is not a list of tests such as {EXAMPLES}")
     for case in found:
         is_script = isinstance(case, Mapping) and all(isinstance(case.get(key), str) for key in ("input", "output"))
         is_call = (
@@ -161,10 +162,11 @@ def _verdict(ended: Ended) -> str:
 
 def _same_text(output: bytes, expected: str) -> bool:
     """White space at the ends of lines, and empty lines at the end, aside."""
-    found = output.decode(errors="replace")
-    return [[line.rstrip() for line in text.rstrip().splitlines()] for text in (found,)] == [
-        [line.rstrip() for line in expected.rstrip().splitlines()]
-    ]
+    return _lines(output.decode(errors="replace")) == _lines(expected)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def _verdicts_of_calls(ended: Ended, calls: Sequence[Mapping[str, Any]]) -> list[str]:

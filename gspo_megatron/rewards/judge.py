@@ -164,15 +164,16 @@ class Judge:
 
 
 def _content(reply: Any) -> str:
-    """
+    """The text of a chat completion.
+
     Raises:
-        Failure: a reply that is no chat completion, or one without text.
+        Failure: a reply that is not a chat completion, or one without text.
     """
     try:
         choice = reply["choices"][0]
         content, reason = choice["message"]["content"], choice.get("finish_reason")
     except (LookupError, TypeError, AttributeError):
-        raise Failure(f"the judge answered {plain(repr(reply), 200)}, which is no chat completion") from None
+        raise Failure(f"the judge answered {plain(repr(reply), 200)}, which is not a chat completion") from None
     if reason == "length":
         raise Failure("the judge's answer was cut; raise max_tokens in options", lost=True)
     if not isinstance(content, str) or not content.strip():

@@ -87,7 +87,8 @@ class ServiceError(Exception):
 
 
 def _scores(reply: Any, count: int) -> list[Any]:
-    """
+    """The scores of an answer, in order.
+
     Raises:
         Failure: there are not as many as rollouts.
     """

@@ -35,11 +35,14 @@ class Score(NamedTuple):
 class Reward(Protocol):
     """Scores rollouts, whose text has been decoded."""
 
-    groups_at_once: int
-    """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread that
-    samples."""
-    most_lost: float
-    """The run stops at a step of which a larger share of rollouts is lost."""
+    @property
+    def groups_at_once(self) -> int:
+        """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread
+        that samples."""
+
+    @property
+    def most_lost(self) -> float:
+        """The run stops at a step of which a larger share of rollouts is lost."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """One score for each rollout of a group, in order. A reward of NaN means that a rollout could not be scored,
@@ -52,7 +55,7 @@ class Rewards:
     A function of f_t(prompt, response, answer, ...) is one of REWARDS, or a user's `module:function`. Rules are called
     in this process, a user's functions, and rules that can take any time, in processes of their own (`workers.py`);
     `isolate=False` calls a user's functions here, too. Services (`services.py`) are asked by threads; `environment` has
-    their tokens. `accuracy` is the term that decides whether a response is correct (default: the first that is no
+    their tokens. `accuracy` is the term that decides whether a response is correct (default: the first that is not a
     gate). `defaults`: parameters by function, below those of a term.
 
     A function that raises, or returns anything but finite numbers, is noted in the score's `error`; its value is then 0

@@ -6,7 +6,7 @@
 Two isolations hold, tried in this order: bubblewrap (namespaces: the program has its own network, processes and file
 system of a few read-only folders), and Landlock where a kernel or a container allows no namespaces. Under both, a list
 of system calls (`seccomp.py`) leaves no fork, exec, socket or signal, nothing can be written but standard output, and
-the program ends with whoever started it. Limits of resources alone are no isolation, so there is no such fallback.
+the program ends with whoever started it. Limits of resources alone do not isolate, so they are no fallback.
 
 A program is only talked to through pipes: nothing that it leaves behind is opened, and what it prints is only text.
 """
@@ -175,7 +175,8 @@ class _Start(NamedTuple):
 
     @classmethod
     def of(cls, isolation: Isolation, python: Interpreter) -> _Start:
-        """
+        """How programs start under an isolation, on this Python.
+
         Raises:
             NotImplementedError: the processor's system calls are not known.
         """
@@ -216,7 +217,7 @@ class _Start(NamedTuple):
         except OSError as error:
             return Ended("sandbox_failed", 0, b"", str(error))
         try:
-            return _Talk(process, struct.pack("<Q", len(written)) + written + stdin, limits).result()
+            return _Exchange(process, struct.pack("<Q", len(written)) + written + stdin, limits).result()
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -237,7 +238,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Talk:
+class _Exchange:
     """Writes to a process and reads from it until it ends, has printed too much, or its time is over."""
 
     def __init__(self, process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> None:

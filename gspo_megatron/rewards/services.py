@@ -42,7 +42,8 @@ class Service(Protocol):
 
 
 def open_service(name: str, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> Service:
-    """
+    """The row `name` of SERVICES, with these parameters.
+
     Raises:
         ConfigError: a package is missing, or a parameter cannot be used.
     """

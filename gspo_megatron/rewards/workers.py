@@ -298,7 +298,7 @@ class _Worker:
         try:
             return json.loads(line)
         except ValueError:
-            raise Lost(f"replied {shortened(repr(line))}, which is no result") from None
+            raise Lost(f"replied {shortened(repr(line))}, which is not a result") from None
 
     def _read_printed(self) -> int | None:
         """The number of bytes read: 0 where there will be no more, None where there are none now."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling
@@ -31,6 +32,9 @@ class Judge(Reward, Protocol):
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
+    @property
+    def judged_by(self) -> str: ...
+
     def accuracy(self, rollout: Rollout) -> float: ...
 
     def try_functions(self, rollout: Rollout) -> Score: ...
@@ -46,7 +50,6 @@ class EvalSet:
         n: responses to each.
         k: of pass@k and maj@k; each at most `n`.
         by: the field of the data by whose values results are also split.
-        answers: the reward function whose extraction the majority votes on.
     """
 
     name: str
@@ -54,7 +57,6 @@ class EvalSet:
     size: int | None
     sampling: Sampling
     reward: Judge
-    answers: str
     n: int = 1
     k: tuple[int, ...] = ()
     by: str | None = None
@@ -83,7 +85,8 @@ class Answered:
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
-        return [[answer_of(self.of.answers, r.text) for r in group.rollouts] for group in self.groups]
+        """What the majority votes on: what the function that decides about correctness reads from a response."""
+        return [[answer_of(self.of.reward.judged_by, r.text) for r in group.rollouts] for group in self.groups]
 
     def values(self) -> dict[str, list[float]]:
         """Of each metric, a value for each prompt."""
@@ -162,6 +165,6 @@ class Evaluation:
             answered = each.answered(self.source)
             found |= answered.metrics()
             if self.writer and self.kept:
-                rows = list(answered.rows())
-                self.writer.held_out(each.name, step, rows if self.kept < 0 else rows[: self.kept])
+                rows = islice(answered.rows(), None if self.kept < 0 else self.kept)
+                self.writer.held_out(each.name, step, rows)
         return {**found, "time/eval_s": time.perf_counter() - start}

@@ -128,7 +128,7 @@ def test_prompts_of_sets_are_checked_before_the_run(tmp_path: Path) -> None:
                 settled(config_of(f"eval.sets.mine={entry}"), 1)
     inputs = settle(config_of(f"eval.sets.mine={{source: {path}, by: level, size: 1, reward: last_number}}"), 1)
     _, found = inputs.sets
-    assert (found.num_prompts, found.by, found.answers) == (1, "level", "last_number")
+    assert (found.num_prompts, found.by, found.reward.judged_by) == (1, "level", "last_number")
     assert found.reward is not inputs.rewards
     for each in (inputs.rewards, found.reward):
         each.close()  # type: ignore[attr-defined]
@@ -142,7 +142,7 @@ def test_data_eval_as_an_entry_with_a_reward_of_its_own(tmp_path: Path) -> None:
         for inputs in (settle(config, 1), settle_evaluation(config, 1)):
             (found,) = inputs.sets
             assert found.num_prompts == 2 and found.prompts[1].text == "1>"
-            assert found.answers == found.reward.judged_by == ("last_number" if own else "exact_match")
+            assert found.reward.judged_by == ("last_number" if own else "exact_match")
             assert (found.reward is inputs.rewards) is not own and inputs.rewards.judged_by == "exact_match"
             rewards = rewards_in(inputs.rewards, inputs.sets)
             assert rewards == ([inputs.rewards, found.reward] if own else [inputs.rewards])

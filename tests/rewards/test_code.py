@@ -157,8 +157,8 @@ def test_what_is_equal(found: Any, expected: Any, equal: bool) -> None:
     "tests, said",
     [
         ("", "its answer is not JSON"),
-        ("[]", "is no list of tests"),
-        ('{"input": "1"}', "is no list of tests"),
+        ("[]", "is not a list of tests"),
+        ('{"input": "1"}', "is not a list of tests"),
         ('[{"input": "1"}]', "is not like"),
         ('[{"input": 1, "output": "2"}]', "is not like"),
         ('[{"call": "f", "args": 3, "expected": 1}]', "is not like"),

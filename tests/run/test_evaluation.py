@@ -30,7 +30,7 @@ SAMPLED = Sampling(0.7, 0.9, 3, 2, seed=5)
 
 def set_of(name: str = "hard", **how: Any) -> EvalSet:
     given = {"sampling": SAMPLED, "n": 4, "k": (1, 3), "size": 5} | how
-    return EvalSet(name, Prompts(seed=2), reward=Rewards({"exact_match": 1.0}), answers="exact_match", **given)
+    return EvalSet(name, Prompts(seed=2), reward=Rewards({"exact_match": 1.0}), **given)
 
 
 def run(*overrides: str, ranks: Ranks | None = None, sets: tuple[EvalSet, ...] = ()) -> Rows:
@@ -182,7 +182,7 @@ def test_equal_is_not_better_and_what_is_not_finite_is_never_the_best() -> None:
 
 def answered(texts: list[list[str]], golds: list[str], reward: str, **how: Any) -> Answered:
     rewards = Rewards({reward: 1.0}, isolate=False)
-    of = EvalSet("set", Prompts(), None, SAMPLED, rewards, reward, n=len(texts[0]), **how)
+    of = EvalSet("set", Prompts(), None, SAMPLED, rewards, n=len(texts[0]), **how)
     groups = []
     for i, (gold, responses) in enumerate(zip(golds, texts, strict=True)):
         prompt = Prompt(i, f"q{i}|", (1,), gold, metadata={"level": i % 2})
