@@ -10,10 +10,11 @@ every program. Standard input starts with the length of a task (8 bytes) and the
     parent     its process id, where it can be seen, or None
     path       folders of packages
     program    the source
-    calls      [(function, arguments)], or None: run as a script, which gets the rest of standard input
+    calls      [(function, arguments) or an expression], or None: run as a script, which gets the rest of standard input
 
 READY on standard output says that everything holds; what comes before or instead is the sandbox's fault, what comes
-after it the program's. A script's output follows; or, for each call, a line of JSON: [result] or {"error": its name}.
+after it the program's. A script's output follows; or, for each call, a line of JSON: [result], of an expression its
+repr(), or {"error": its name}.
 """
 
 import ctypes
@@ -112,15 +113,28 @@ def run_calls(source: str, calls: list) -> None:
     program = type(sys)("program")
     sys.modules["program"] = program
     exec(compile(source, "program.py", "exec"), program.__dict__)
-    for name, arguments in calls:
+    for call in calls:
         try:
-            text = json.dumps([result(program, name, arguments)])
+            found = repr(plain(eval(call, program.__dict__))) if isinstance(call, str) else result(program, *call)
+            text = json.dumps([found])
         except BaseException as error:
             text = json.dumps({"error": type(error).__name__})
         line = text.encode() + b"\n"
         while line:
             line = line[os.write(results, line) :]
     os._exit(0)
+
+
+def plain(value: object) -> object:
+    """Equal to `value`, of the types that literals have, as far as there is such a one."""
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(map(plain, value))
+    if isinstance(value, frozenset):
+        return set(value)
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)
 
 
 def result(place: object, name: str, arguments: list) -> object:

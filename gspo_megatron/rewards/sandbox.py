@@ -48,6 +48,10 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 every core, whose stacks would use up the address space."""
 
 
+Call = tuple[str, list[Any]] | str
+"""A function of a program with its arguments, or an expression."""
+
+
 class Limits(NamedTuple):
     """Of one run of a program.
 
@@ -105,9 +109,10 @@ class Sandbox:
         self.limits = limits
         self._resources, self._as_of = limits.resources(), time.monotonic()
 
-    def run(self, program: str, stdin: bytes = b"", calls: Sequence[tuple[str, list[Any]]] | None = None) -> Ended:
-        """Runs `program` as a script that reads `stdin`; with `calls`, calls its functions instead, and the output is
-        a line of JSON for each call that ended: `[result]`, or `{"error": the name of what was raised}`."""
+    def run(self, program: str, stdin: bytes = b"", calls: Sequence[Call] | None = None) -> Ended:
+        """Runs `program` as a script that reads `stdin`; with `calls`, calls its functions instead, or evaluates
+        expressions in it, and the output is a line of JSON for each that ended: `[result]`, of an expression its
+        repr(), or `{"error": the name of what was raised}`."""
         if time.monotonic() > self._as_of + COUNTED_EVERY_S:
             self._resources, self._as_of = self.limits.resources(), time.monotonic()
         return self._start.run(program, stdin, calls, self.limits, self._resources)
@@ -195,7 +200,7 @@ class _Start(NamedTuple):
         self,
         program: str,
         stdin: bytes,
-        calls: Sequence[tuple[str, list[Any]]] | None,
+        calls: Sequence[Call] | None,
         limits: Limits,
         resources: dict[int, tuple[int, int]],
     ) -> Ended:

@@ -30,7 +30,7 @@ SUMS = [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1", "output": "2"}]
 ADD = [{"call": "add", "args": [3, 4], "expected": 7}, {"call": "add", "args": ["a", "b"], "expected": "ab"}]
 SANDBOX = {"isolation": "auto", "seconds": 0.5 * time_factor(), "memory_gib": 0.25, "output_mib": 0.1}
 
-CASES: dict[str, tuple[str, list[dict[str, Any]], str, float]] = {
+CASES: dict[str, tuple[str, list[Any], str, float]] = {
     # name: program, tests, verdict, share of tests passed
     "script": ("a, b = map(int, input().split()); print(a + b, '', sep=' \\n')", SUMS, "right", 1),
     "one_right": ("print(7)", SUMS, "wrong", 0.5),
@@ -59,6 +59,13 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], str, float]] = {
     "equals_anything": (
         "class Yes(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Yes(1)",
         ADD,
+        "wrong",
+        0,
+    ),
+    "equals_anything_in_asserts": (
+        "class Yes(int):\n    def __eq__(self, other): return True\n    def __repr__(self): return '7'\n"
+        "def add(a, b): return Yes(1)",
+        ["assert add(3, 4) == 7"],
         "wrong",
         0,
     ),
@@ -128,6 +135,47 @@ def test_where_the_program_is() -> None:
     assert verdict(f"```\r\n{program}\r\n```".replace("\r", "")) == "right"
 
 
+ASSERTS = [
+    "assert freq('abca') == {'a': 2, 'b': 1, 'c': 1}",
+    "assert freq('') == {}, 'of nothing'",
+    "assert {'x': 1} == freq('x')",
+    "assert set(freq('ab')) == set(['a', 'b'])",
+    "assert math.isclose(sum(freq('ab').values()) / 3, 0.667, rel_tol=0.001)",
+    "assert not freq('')",
+    "assert freq(None) is None",
+]
+PROGRAMS = {
+    "right": "from collections import Counter\ndef freq(text): return None if text is None else Counter(text)",
+    "a_dict": "def freq(text): return None if text is None else {c: text.count(c) for c in text}",
+    "always_empty": "def freq(text): return {}",
+    "one_too_many": "def freq(text): return text and {c: text.count(c) + (len(text) > 3) for c in text}",
+    "raises": "def freq(text): return {c: text.count(c) for c in text}",
+}
+
+
+def test_asserts_hold_where_python_says_so() -> None:
+    """Each on its own, as in a plain interpreter. What is compared with a literal is not told to the program."""
+    terms = [{"function": "code", "all_or_nothing": False, "setup": "imports"}]
+    own = Rewards({}, terms=terms, defaults={"code": {"sandbox": SANDBOX}}, workers=2)
+    rollouts = [rollout(fenced(program), ASSERTS, i) for i, program in enumerate(PROGRAMS.values())]
+    for each in rollouts:
+        each.prompt.metadata["imports"] = ["import math"]
+    score_rollouts(own, rollouts)
+    own.close()
+    shares = [sum(_holds(program, test) for test in ASSERTS) / len(ASSERTS) for program in PROGRAMS.values()]
+    assert [r.reward for r in rollouts] == pytest.approx(shares) and shares[:2] == [1, 1] and shares[2] < shares[3] < 1
+    asked = [case["evaluate"] for case in code._cases({"tests": ASSERTS}, "", "tests")]
+    assert asked[:3] == ["freq('abca')", "freq('')", "freq('x')"] and asked[5] == "bool(freq(''))"
+
+
+def _holds(program: str, test: str) -> bool:
+    try:
+        exec(f"{program}\nimport math\n{test}", {})
+    except Exception:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "found, expected, equal",
     [
@@ -164,6 +212,9 @@ def test_what_is_equal(found: Any, expected: Any, equal: bool) -> None:
         ('[{"call": "f", "args": 3, "expected": 1}]', "is not like"),
         ('[{"call": "f", "args": []}]', "is not like"),
         ("[3]", "is not like"),
+        ('["assert f(3) =="]', "cannot be read"),
+        ('["f(3) == 4"]', "is not an assert, as in"),
+        ('["assert f(3)\\nassert f(4)"]', "is not an assert, as in"),
     ],
 )
 def test_tests_that_cannot_be_read_are_named(tests: str, said: str) -> None:
