@@ -419,12 +419,6 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
                 f"data.prompt_template={shortened(template)!r} writes the answer into the prompt; for the literal "
                 f"text write {{{{{source.spec.answer_field}}}}}"
             )
-    r, wait = config.reward, config.parallel.timeout_s
-    if r.timeout_s >= wait and any(":" in term for term in (*r.functions, *(str(t.get("function")) for t in r.terms))):
-        notes.append(
-            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks would give up on the one that "
-            "waits for such a reward; lower the first or raise the second"
-        )
     if algorithm.balances_load:
         notes.append(
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "

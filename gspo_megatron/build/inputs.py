@@ -11,8 +11,8 @@ from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import is_chat, left_out, open_training, sources_of
 from gspo_megatron.build.environments import environment_of
-from gspo_megatron.build.eval_sets import open_default, open_sets, setting_of
-from gspo_megatron.build.rewards import RunRewards, rewards_of
+from gspo_megatron.build.eval_sets import open_default, open_sets, rewards_in, setting_of
+from gspo_megatron.build.rewards import RunRewards, rewards_of, slow_rewards
 from gspo_megatron.build.set_specs import DEFAULT, all_sources, set_specs
 from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
@@ -128,6 +128,7 @@ def settle(config: Config, world_size: int) -> Inputs:
     warnings += check_prompts(config, train, tokenizer, rewards)
     warnings += try_rewards(config, train, tokenizer, rewards)
     warnings += [text for each in sets for text in try_rewards(config, each.prompts, tokenizer, each.reward)]
+    warnings += slow_rewards(config, rewards_in(rewards, sets))
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return Inputs(*of_model, rewards, train, sets, tuple(warnings), environment)
 
@@ -154,6 +155,7 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
     sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
     warnings = [text for each in sets for text in left_out(setting_of(each), each.prompts)]
     warnings += [text for each in sets for text in try_rewards(config, each.prompts, tokenizer, each.reward)]
+    warnings += slow_rewards(config, rewards_in(rewards, sets))
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return EvaluationInputs(*of_model, rewards, tuple(sets), tuple(warnings), environment)
 

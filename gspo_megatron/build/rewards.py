@@ -26,6 +26,9 @@ class RunRewards(Reward, Protocol):
 
     def accuracy(self, rollout: Rollout) -> float: ...
 
+    @property
+    def longest_s(self) -> Mapping[str, float]: ...
+
     def use_workers(self, count: int) -> None: ...
 
     def check_services(self) -> None: ...
@@ -68,6 +71,10 @@ class RewardsBySource:
     def accuracy(self, rollout: Rollout) -> float:
         return self._of(rollout.prompt).accuracy(rollout)
 
+    @property
+    def longest_s(self) -> dict[str, float]:
+        return {name: longest for rewards in self._all for name, longest in rewards.longest_s.items()}
+
     def use_workers(self, count: int) -> None:
         for rewards in self._all:
             rewards.use_workers(count)
@@ -105,6 +112,17 @@ def rewards_of(config: Config) -> RunRewards:
     if not own:
         return others
     return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})
+
+
+def slow_rewards(config: Config, rewards: Iterable[RunRewards]) -> list[str]:
+    """Warnings about rewards that may take longer than the ranks wait for the one that scores."""
+    wait = config.parallel.timeout_s
+    slow = {name: longest for each in rewards for name, longest in each.longest_s.items() if longest >= wait}
+    return [
+        f"reward {name!r} may take {longest:g} s, and ranks give up on the one that waits for it after "
+        f"parallel.timeout_s={wait:g}; lower its timeout_s or retries (of a function, reward.timeout_s), or raise that"
+        for name, longest in slow.items()
+    ]
 
 
 def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:

@@ -75,6 +75,11 @@ class Endpoint:
     failures: int = number(5, least=1)
     pause_s: float = number(30.0, least=0)
 
+    @property
+    def longest_s(self) -> float:
+        """The most that a request may take with its further tries and the waits before them."""
+        return (self.retries + 1) * self.timeout_s + self.retries * self.max_wait_s
+
     def __post_init__(self) -> None:
         try:
             url = httpx.URL(self.url)

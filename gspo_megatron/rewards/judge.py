@@ -114,6 +114,7 @@ class Judge:
         p = self._parameters = read(JudgeParameters, parameters)
         names = {"prompt", "messages", *PLACE.findall(p.template)}
         self.takes, self.groups_at_once = tuple(name for name in ARGUMENTS if name in names), p.concurrency
+        self.longest_s = p.longest_s
         self._kept = KeptRatings(p.cache)
         self._client = Client(p, environment)
         reads = {"pattern": p.pattern, "low": float(p.range[0]), "high": float(p.range[1])}

@@ -110,6 +110,13 @@ class Rewards:
         self._called = self._pool.functions if self._pooled else {}  # which imports them
         self.use_workers(workers)
 
+    @property
+    def longest_s(self) -> dict[str, float]:
+        """Of each term that others compute, the most that it may take for a rollout."""
+        return {term.name: self._pool.timeout_s for term in self._pooled} | {
+            name: service.longest_s for name, service in self._services.items()
+        }
+
     def use_workers(self, count: int) -> None:
         """Calls functions in up to `count` processes, where any needs one."""
         self._pool.grow(count)

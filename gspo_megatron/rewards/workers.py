@@ -86,6 +86,7 @@ class WorkerPool:
         limit: str = "reward.timeout_s",
         returns: str = SCORE,
     ) -> None:
+        self.timeout_s = timeout_s
         self._setup = {"functions": functions, "timeout_s": timeout_s, "limit": limit, "seed": seed}
         self._setup["returns"] = returns
         self._setup["memory"] = int(memory_gib * 2**30)
