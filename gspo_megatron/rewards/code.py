@@ -61,12 +61,11 @@ def code(
         ValueError: a row without tests that can be read.
     """
     cases = _cases(metadata, answer, tests)
+    needed = _setup(metadata, setup) if setup else ""
     program = _program(response) if fenced else response
     if program is None:
         return _result("no_program", 0.0)
-    if setup is not None:
-        program += f"\n{_setup(metadata, setup)}"
-    verdicts = _Judge(sandbox or {}).verdicts(program, cases)
+    verdicts = _Judge(sandbox or {}).verdicts(f"{program}\n{needed}", cases)
     verdict = next((v for v in verdicts if v != "right"), "right")
     share = verdicts.count("right") / len(cases)
     return _result(verdict, float(share == 1) if all_or_nothing else share)
@@ -90,9 +89,9 @@ def _setup(metadata: Mapping[str, Any] | None, name: str) -> str:
     """The code that the asserts of a row need.
 
     Raises:
-        ValueError: its field holds something else.
+        ValueError: there is no such field, or it holds something else.
     """
-    found = (metadata or {}).get(name) or []
+    found = (metadata or {}).get(name)
     lines = [found] if isinstance(found, str) else found
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(

@@ -165,6 +165,8 @@ def test_asserts_hold_where_python_says_so() -> None:
     shares = [sum(_holds(program, test) for test in ASSERTS) / len(ASSERTS) for program in PROGRAMS.values()]
     assert [r.reward for r in rollouts] == pytest.approx(shares) and shares[:2] == [1, 1] and shares[2] < shares[3] < 1
     asked = [case["evaluate"] for case in code._cases({"tests": ASSERTS}, "", "tests")]
+    with pytest.raises(ValueError, match="its field 'imports' is null; expected code"):
+        code.code(response="", answer="", metadata={"tests": ASSERTS}, setup="imports", sandbox=SANDBOX)
     assert asked[:3] == ["freq('abca')", "freq('')", "freq('x')"] and asked[5] == "bool(freq(''))"
 
 
