@@ -154,28 +154,26 @@ def test_data_eval_as_an_entry_with_a_reward_of_its_own(tmp_path: Path) -> None:
             settled(config_of(f"data.eval={{source: {path}, reward: last_number}}"), 1)
 
 
-def test_a_reward_that_may_outlast_the_patience_of_other_ranks_is_warned_of() -> None:
+def test_a_reward_that_may_outlast_the_patience_of_other_ranks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A service with its tries, or a function in a process, of a run or of a set. The defaults stay below."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "nothing_at_all.py").write_text("def f(response): return 0.0\n")
 
-    def slow(*overrides: str) -> list[str]:
-        inputs = settle(config_of("data.tokenizer=characters", *overrides), 1)
+    def slow(parameters: str, *overrides: str) -> list[str]:
+        service = f"reward.terms=[{{function: remote, url: 'http://127.0.0.1:1'{parameters}}}]"
+        inputs = settle(config_of("data.tokenizer=characters", service, *overrides), 1)
         for each in rewards_in(inputs.rewards, inputs.sets):
             each.close()
         return [text.split(";")[0] for text in inputs.warnings if "give up" in text]
 
-    def service(parameters: str) -> str:
-        return f"reward.terms=[{{function: remote, url: 'http://127.0.0.1:1'{parameters}}}]"
-
-    of_a_set = "eval.sets.x={source: 'task:reverse', reward: 'tests.build.test_eval_sets:nothing'}"
-    after = "and ranks give up on the one that waits for it after parallel.timeout_s"
-    assert slow(service(""), of_a_set) == []
-    assert slow(service(", timeout_s: 200, retries: 2")) == [f"reward 'remote' may take 720 s, {after}=600"]
-    name = "tests.build.test_eval_sets:nothing"
-    assert slow(of_a_set, "parallel.timeout_s=60") == [f"reward {name!r} may take 60 s, {after}=60"]
-
-
-def nothing(response: str) -> float:
-    return 0.0
+    assert slow("") == []
+    of_a_set = "eval.sets.x={source: 'task:reverse', reward: 'nothing_at_all:f'}"
+    after = "and ranks give up on the one that waits for it after parallel.timeout_s=60"
+    assert slow(", timeout_s: 20, retries: 2", of_a_set, "parallel.timeout_s=60") == [
+        *(f"reward 'remote' may take 180 s, {after}", f"reward 'nothing_at_all:f' may take 60 s, {after}")
+    ]
 
 
 def test_the_command_takes_some_of_the_sets() -> None:
