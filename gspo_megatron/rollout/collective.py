@@ -50,7 +50,10 @@ class HeldOutSource:
                 scores.finish()
         else:
             rollouts = generate()
+        experts = {rollout.id: rollout.routed_experts for rollout in rollouts}
         gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
+        for rollout in gathered:
+            rollout.routed_experts = experts.get(rollout.id)
         refuse_unscored(gathered, reward.most_lost)
         return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
 
