@@ -107,6 +107,16 @@ def test_a_hugging_face_folder_of_the_run_gives_the_same(run: Path, tmp_path: Pa
     assert status == 2 and re.search(r"CheckpointError: .*num_layers", errors)
 
 
+def test_services_are_tried_before_weights_are_loaded(tmp_path: Path) -> None:
+    """As before a run: a service that is not there costs no minutes of loading, here of nothing."""
+    term = "{function: remote, url: 'http://127.0.0.1:1/', retries: 0}"
+    (tmp_path / "config.yaml").write_text("{}")
+    settings = [*SMALL, *COMMON, f"run.dir={tmp_path}/run", f"reward.terms=[{term}]"]
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--checkpoint", "latest", *settings]
+    [(status, errors)] = forked(1, arguments, command=main)
+    assert status == 2 and "reward 'remote'" in errors and "start the service" in errors, errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

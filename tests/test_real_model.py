@@ -113,7 +113,7 @@ def test_transformers_answers_as_many_held_out_prompts(run: Path, theirs: Any, i
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "hf" / "step_000002")
     right = 0
     for i in range(NUM_PROMPTS):
-        prompt = inputs.eval_prompts[i]
+        prompt = inputs.sets[0].prompts[i]
         tokens = torch.tensor([prompt.tokens])
         made = theirs.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, pad_token_id=0

@@ -9,9 +9,9 @@ from __future__ import annotations
 from datetime import date
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
-from gspo_megatron.build.data import SETTINGS, shown, sources_of
-from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.build.data import SETTINGS, is_chat, shown, sources_of
 from gspo_megatron.build.replay import check_replay
+from gspo_megatron.build.set_specs import all_sources, metric_names
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
@@ -160,6 +160,8 @@ def _check_data(config: Config) -> None:
         date.fromisoformat(d.chat_date or "2026-11-26")
     except ValueError as error:
         raise ConfigError(f"data.chat_date={d.chat_date} is not a day ({error}); write it as 2026-11-26") from error
+    if d.chat_date and not any(map(is_chat, all_sources(config))):
+        raise ConfigError(f"data.chat_date={d.chat_date} has no effect without a chat template; remove it")
 
 
 def _check_sources(config: Config) -> None:
@@ -171,7 +173,7 @@ def _check_sources(config: Config) -> None:
             f"data.eval=null with data.train={shown(d.train)}: only a generated task has held-out prompts of its own; "
             "set data.eval to a file of prompts that training does not see"
         )
-    used = [*train, *sources_of(config, "eval"), *(spec.source for spec in set_specs(config))]
+    used = all_sources(config)
     for key in SETTINGS:
         readers = " or ".join(scheme for scheme, source in SOURCES.items() if key in source.reads)
         read_by = [source for source in used if key in SOURCES[scheme_of(source.spec.source)].reads]
@@ -395,12 +397,6 @@ def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
                 f"data.prompt_template={shortened(template)!r} writes the answer into the prompt; for the literal "
                 f"text write {{{{{source.spec.answer_field}}}}}"
             )
-    r, wait = config.reward, config.parallel.timeout_s
-    if r.timeout_s >= wait and any(":" in term for term in (*r.functions, *(str(t.get("function")) for t in r.terms))):
-        notes.append(
-            f"reward.timeout_s={r.timeout_s:g} with parallel.timeout_s={wait:g}: ranks would give up on the one that "
-            "waits for such a reward; lower the first or raise the second"
-        )
     if algorithm.balances_load:
         notes.append(
             f"model.aux_loss_coef={config.model.aux_loss_coef}: Megatron's load-balancing loss is a mean per "

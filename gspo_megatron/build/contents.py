@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gspo_megatron.base.files import digest_of
+from gspo_megatron.build.eval_sets import setting_of
 from gspo_megatron.build.inputs import Inputs
+from gspo_megatron.build.programs import reward_names
 from gspo_megatron.run.state import Contents
 
 OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -16,9 +18,9 @@ OF_A_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def contents_of(inputs: Inputs) -> Contents:
-    """Digests of what the settings name. What is generated, is no file or cannot be read has none."""
-    digests = {"data.train": inputs.train_prompts.digest, "data.eval": inputs.eval_prompts.digest}
-    digests |= {f"eval.sets.{each.name}": each.prompts.digest for each in inputs.more_sets}
+    """Digests of what the settings name. What is generated, is not a file or cannot be read has none."""
+    digests = {"data.train": inputs.train_prompts.digest}
+    digests |= {setting_of(each): each.prompts.digest for each in inputs.sets}
     digests = {name: digest for name, digest in digests.items() if digest}
     for name, files in _files(inputs):
         with suppress(OSError):
@@ -28,12 +30,10 @@ def contents_of(inputs: Inputs) -> Contents:
 
 
 def _files(inputs: Inputs) -> Iterator[tuple[str, list[Path]]]:
-    """(setting, files in order): of data.tokenizer, and the modules of reward.functions, reward.terms and
-    rollout.environment."""
+    """(setting, files in order): of data.tokenizer, and the modules of rewards and of rollout.environment."""
     config = inputs.config
     yield "data.tokenizer", _files_of(Path(config.data.tokenizer), OF_A_TOKENIZER)
-    rewards = [*config.reward.functions, *(str(term.get("function")) for term in config.reward.terms)]
-    for kind, names in (("reward", rewards), ("environment", [config.rollout.environment])):
+    for kind, names in (("reward", reward_names(config)), ("environment", [config.rollout.environment])):
         for name in sorted({name.partition(":")[0] for name in names if ":" in name}):
             yield f"{kind} module {name}", _file_of_module(name)
 

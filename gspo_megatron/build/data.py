@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,10 +12,9 @@ from gspo_megatron.base.errors import ConfigError, did_you_mean, plural, shorten
 from gspo_megatron.config.loading import replaced
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.cache import Cache
-from gspo_megatron.data.chat import ChatTemplate
 from gspo_megatron.data.mixture import Mixture, Part
 from gspo_megatron.data.prompts import RowPrompts, counted
-from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, chat_of, open_source
+from gspo_megatron.data.sources import SOURCES, DataSpec, PromptSource, open_source
 from gspo_megatron.data.token_ids import Tokenizer
 
 OWN = ("source", "name", "weight", "reward")
@@ -53,7 +51,7 @@ def sources_of(config: Config, split: str) -> list[NamedSource]:
         raise ConfigError(f"{key} is an empty list; name a source")
     found = [source_of(config, split, f"{key}[{i}]" if value is entries else key, e) for i, e in enumerate(entries)]
     if split == "eval" and len(found) > 1:
-        raise ConfigError(f"{key} has {len(found)} sources; evaluation takes one: set data.eval to it")
+        raise ConfigError(f"{key} has {len(found)} sources; set data.eval to one, and name others in eval.sets")
     names = [source.name for source in found]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{key} has two sources called {repeated!r}; give each a name of its own with name: ...")
@@ -64,45 +62,30 @@ def sources_of(config: Config, split: str) -> list[NamedSource]:
     return [source for source in found if source.weight]
 
 
-def open_prompts(config: Config, split: str, tokenizer: Tokenizer) -> PromptSource:
-    """The prompts of a run; of several sources, their mixture.
-
-    Raises:
-        ConfigError: a setting that cannot be used.
-        DataError: a source that cannot be used.
-    """
-    named = sources_of(config, split)
-    if uses_chat(config):  # data.chat_date is that of the sources with a chat template
-        named = [s if is_chat(s) else s._replace(spec=replace(s.spec, chat_date=None)) for s in named]
-    found = [open_source(source.spec, tokenizer, seed=config.run.seed) for source in named]
+def open_training(config: Config, tokenizer: Tokenizer) -> PromptSource:
+    """The prompts of data.train; of several sources, and of one with a name, their mixture. Raises as `opened` does."""
+    named = sources_of(config, "train")
+    found = [opened(source, config, tokenizer) for source in named]
     if len(found) == 1 and not named[0].name:
         return found[0]
     return Mixture([Part(s.name, s.weight, prompts) for s, prompts in zip(named, found, strict=True)])
 
 
 def opened(source: NamedSource, config: Config, tokenizer: Tokenizer) -> PromptSource:
-    """The prompts of one source. Raises as `open_prompts` does."""
+    """The prompts of one source.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+        DataError: a source that cannot be used.
+    """
+    # data.chat_date is that of the sources with a chat template; without any, it is refused.
     spec = source.spec if is_chat(source) else replace(source.spec, chat_date=None)
     return open_source(spec, tokenizer, seed=config.run.seed)
 
 
-def uses_chat(config: Config) -> bool:
-    """Whether a source has prompts that a chat template writes."""
-    of_sets = (entry for entry in config.eval.sets.values() if isinstance(entry, Mapping))
-    return any(is_chat(source) for split in ("train", "eval") for source in sources_of(config, split)) or any(
-        entry.get("chat") or entry.get("messages_field") for entry in of_sets
-    )
-
-
 def is_chat(source: NamedSource) -> bool:
+    """Whether a chat template writes its prompts."""
     return source.spec.chat or source.spec.messages_field is not None
-
-
-def chat_templates(config: Config, tokenizer: Tokenizer) -> list[ChatTemplate]:
-    """The different ones that the sources' conversations are written with; none where all prompts are text."""
-    sources = (source for split in ("train", "eval") for source in sources_of(config, split) if is_chat(source))
-    found = [chat for source in sources if (chat := chat_of(source.spec, tokenizer)) is not None]
-    return list({json.dumps(chat.identity, sort_keys=True): chat for chat in found}.values())
 
 
 def left_out(key: str, prompts: PromptSource) -> Iterator[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.base.protocols import Ranks, Sampler
-from gspo_megatron.build.data import chat_templates
 from gspo_megatron.build.programs import runner_of
+from gspo_megatron.build.set_specs import chat_templates
 from gspo_megatron.config.sections import Config, RolloutConfig
 from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.environments.environment import Environment
@@ -16,7 +16,8 @@ from gspo_megatron.rollout.user_environment import UserEnvironment
 
 
 def environment_of(config: Config, tokenizer: Tokenizer) -> Environment:
-    """
+    """What rollout.environment names.
+
     Raises:
         ConfigError: an environment that cannot be used, or settings that it makes no use of.
     """

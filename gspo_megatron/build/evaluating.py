@@ -15,8 +15,8 @@ from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import EvaluationInputs
-from gspo_megatron.build.scoring import open_model
-from gspo_megatron.build.trainer import check_services
+from gspo_megatron.build.scoring import load_model
+from gspo_megatron.build.trainer import at_work, open_groups
 from gspo_megatron.device import Device
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import write_json_lines
@@ -54,12 +54,13 @@ class Evaluator:
             if self.ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json_lines(folder / f"{each.name}.jsonl", answered.rows())
+        if not self.ranks.is_main:
+            return
         table = table_of(str(self.weights), results)
-        if self.ranks.is_main:
-            with written_aside(folder / f"{TABLE}.json") as file:
-                json.dump(table, file, indent=1)
-            with written_aside(folder / f"{TABLE}.md") as file:
-                file.write(markdown(table))
+        with written_aside(folder / f"{TABLE}.json") as file:
+            json.dump(table, file, indent=1)
+        with written_aside(folder / f"{TABLE}.md") as file:
+            file.write(markdown(table))
         self.console.say(markdown(table))
         self.console.say(
             f"written to {folder}: {', '.join(s.name + '.jsonl' for s in self.sets)}, {TABLE}.json, {TABLE}.md"
@@ -71,6 +72,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
     """Opens the evaluator of this process with the weights that the settings name. Collective.
 
     Raises:
+        ConfigError: a service gives no score.
         CheckpointError: they cannot be loaded.
     """
     from gspo_megatron.mcore.sampler import MegatronSampler
@@ -78,7 +80,11 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
     config, tokenizer = inputs.config, inputs.tokenizer
     assert config.model.vocab_size is not None, "settle_model sets model.vocab_size"
     # As in training, ids that the tokenizer does not have are not sampled.
-    with open_model(inputs, device, console, num_ids=inputs.tokenizer.vocab_size) as (model, groups, weights):
+    with (
+        open_groups(config, inputs.layout, device, console) as (groups, use_te, _),
+        at_work(rewards_in(inputs.rewards, inputs.sets), inputs.environment, config, device, groups),
+    ):
+        model, weights = load_model(inputs, device, console, groups, use_te, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
             model,
             stops=stops_of([*config.rollout.stop, *inputs.environment.stop], tokenizer),
@@ -87,13 +93,4 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
         )
         asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
         source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
-        rewards = rewards_in(inputs.rewards, inputs.sets)
-        check_services(rewards, groups.is_reporter)
-        workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
-        for each in (*rewards, inputs.environment):
-            each.use_workers(workers)
-        try:
-            yield Evaluator(source, groups, inputs.sets, weights, console)
-        finally:
-            for each in (*rewards, inputs.environment):
-                each.close()
+        yield Evaluator(source, groups, inputs.sets, weights, console)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
-from gspo_megatron.build.data import left_out, open_prompts, sources_of, uses_chat
+from gspo_megatron.build.data import is_chat, left_out, open_training, sources_of
 from gspo_megatron.build.environments import environment_of
-from gspo_megatron.build.eval_sets import DEFAULT, default_set, open_sets, set_specs
-from gspo_megatron.build.rewards import RunRewards, rewards_of
+from gspo_megatron.build.eval_sets import open_default, open_sets, rewards_in, setting_of
+from gspo_megatron.build.rewards import RunRewards, rewards_of, slow_rewards
+from gspo_megatron.build.set_specs import DEFAULT, all_sources, set_specs
 from gspo_megatron.build.suitability import check_prompts, try_rewards
 from gspo_megatron.checkpoint.directory import CheckpointDirectory
 from gspo_megatron.checkpoint.hugging_face import HuggingFaceFolder
@@ -45,15 +46,14 @@ class Inputs(ModelInputs):
     """The same with what training needs.
 
     Attributes:
+        sets: that of data.eval, then those of eval.sets.
         warnings: what works but is probably not intended.
-        more_sets: those of eval.sets.
     """
 
     rewards: RunRewards
     train_prompts: PromptSource
-    eval_prompts: PromptSource
+    sets: tuple[EvalSet, ...]
     warnings: tuple[str, ...] = ()
-    more_sets: tuple[EvalSet, ...] = ()
     environment: Environment = field(default_factory=SingleTurn)
 
 
@@ -119,16 +119,18 @@ def settle(config: Config, world_size: int) -> Inputs:
     """
     model = settle_model(config, world_size)
     config, tokenizer, rewards, environment = _with_rewards(model)
-    sets = tuple(open_sets(config, set_specs(config), tokenizer, rewards))
-    train, evaluation = (open_prompts(config, split, tokenizer) for split in ("train", "eval"))
-    warnings = [*left_out("data.train", train), *left_out("data.eval", evaluation)]
+    more_sets = open_sets(config, set_specs(config), tokenizer, rewards)
+    train = open_training(config, tokenizer)
+    sets = (open_default(config, tokenizer, rewards), *more_sets)
+    warnings = [*left_out("data.train", train)]
+    warnings += [text for each in sets for text in left_out(setting_of(each), each.prompts)]
     warnings += config_warnings(config, model.algorithm)
     warnings += check_prompts(config, train, tokenizer, rewards)
-    warnings += [text for each in sets for text in left_out(f"eval.sets.{each.name}", each.prompts)]
-    warnings += try_rewards(config, [train, evaluation], tokenizer, rewards)
-    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
+    warnings += try_rewards(config, train, tokenizer, rewards)
+    warnings += [text for each in sets for text in try_rewards(config, each.prompts, tokenizer, each.reward)]
+    warnings += slow_rewards(config, rewards_in(rewards, sets))
     of_model = (config, model.layout, model.algorithm, tokenizer)
-    return Inputs(*of_model, rewards, train, evaluation, tuple(warnings), sets, environment)
+    return Inputs(*of_model, rewards, train, sets, tuple(warnings), environment)
 
 
 def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()) -> EvaluationInputs:
@@ -149,11 +151,11 @@ def settle_evaluation(config: Config, world_size: int, names: Sequence[str] = ()
     wanted = names or known
     sets = []
     if DEFAULT in wanted:
-        prompts = open_prompts(config, "eval", tokenizer)
-        sets.append(default_set(config, prompts, rewards, DEFAULT))
+        sets.append(open_default(config, tokenizer, rewards, DEFAULT))
     sets += open_sets(config, [spec for spec in specs if spec.name in wanted], tokenizer, rewards)
-    warnings = [text for each in sets for text in left_out(each.name, each.prompts)]
-    warnings += [text for each in sets for text in try_rewards(config, [each.prompts], tokenizer, each.reward)]
+    warnings = [text for each in sets for text in left_out(setting_of(each), each.prompts)]
+    warnings += [text for each in sets for text in try_rewards(config, each.prompts, tokenizer, each.reward)]
+    warnings += slow_rewards(config, rewards_in(rewards, sets))
     of_model = (config, model.layout, model.algorithm, tokenizer)
     return EvaluationInputs(*of_model, rewards, tuple(sets), tuple(warnings), environment)
 
@@ -184,7 +186,8 @@ def tokenizer_spec(config: Config) -> str:
 
 
 def _tells_day(config: Config, tokenizer: Tokenizer) -> bool:
-    return uses_chat(config) and tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    tells = tokenizer.chat_template is not None and tokenizer.chat_template.tells_day
+    return tells and any(map(is_chat, all_sources(config)))
 
 
 def _day_of_run(config: Config) -> str:

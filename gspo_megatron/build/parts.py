@@ -8,7 +8,6 @@ from pathlib import Path
 from gspo_megatron.base.batches import Taken
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.environments import in_conversation
-from gspo_megatron.build.eval_sets import default_set
 from gspo_megatron.build.inputs import Inputs, ModelInputs
 from gspo_megatron.data.curriculum import Curriculum
 from gspo_megatron.data.order import OrderedPrompts
@@ -76,7 +75,6 @@ def assemble(
     )
     if r.dynamic_sampling:
         source = DynamicSampling(source, r.prompts_per_step, r.dynamic_sampling, inputs.rewards.accuracy)
-    sets = [default_set(config, inputs.eval_prompts, inputs.rewards), *inputs.more_sets]
     packer = packer_of(inputs, ranks)
     watch = Guards(config, ranks, writer, console.warn, guards)
     asked_by = Path(config.run.dir) / "save" if ranks.is_main else None
@@ -88,7 +86,7 @@ def assemble(
         source=source,
         packer=packer,
         warm_start=WarmStart(config, policy, ranks, prompts, inputs.tokenizer, packer, watch, console, note),
-        evaluation=Evaluation(source, sets, writer, config.eval.rollouts),
+        evaluation=Evaluation(source, inputs.sets, writer, config.eval.rollouts),
         accuracy=inputs.rewards.accuracy,
         guards=watch,
         contents=contents or Contents({}, inputs.train_prompts.size),

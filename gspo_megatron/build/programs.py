@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gspo_megatron.base.errors import ConfigError
-from gspo_megatron.build.data import sources_of
+from gspo_megatron.build.set_specs import all_sources
 from gspo_megatron.config.reward import CodeConfig
 from gspo_megatron.config.sections import Config
 from gspo_megatron.environments.environments import runs_programs
@@ -71,9 +71,10 @@ def _settled(config: Config) -> CodeConfig:
 
 
 def check_programs(config: Config) -> None:
-    """
+    """Refuses settings of a sandbox that nothing runs in.
+
     Raises:
-        ConfigError: settings of a sandbox that nothing runs in.
+        ConfigError: there are such settings.
     """
     if config.reward.code and not _runs_programs(config):
         raise ConfigError(
@@ -94,16 +95,12 @@ def describe_sandbox(config: Config) -> Iterator[str]:
 
 
 def _runs_programs(config: Config) -> bool:
-    return CODE in _functions(config) or runs_programs(config.rollout.environment)
+    return CODE in reward_names(config) or runs_programs(config.rollout.environment)
 
 
-def _functions(config: Config) -> Iterator[Any]:
-    """Of all rewards that the settings name."""
+def reward_names(config: Config) -> Iterator[str]:
+    """The functions of all rewards: those of the run, and those that sources and held-out sets have of their own."""
     yield from config.reward.functions
-    yield from (term.get("function") for term in config.reward.terms)
-    for split in ("train", "eval"):
-        for source in sources_of(config, split):
-            yield from source.reward or ()
-    for entry in config.eval.sets.values():
-        if isinstance(entry, dict) and isinstance(own := entry.get("reward"), (dict, str)):
-            yield from [own] if isinstance(own, str) else own
+    yield from (str(term.get("function")) for term in config.reward.terms)
+    for source in all_sources(config):
+        yield from source.reward or ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout
@@ -16,7 +17,7 @@ from gspo_megatron.rewards.rewards import Reward, Rewards, Score
 
 
 class RunRewards(Reward, Protocol):
-    """What a run asks of its rewards, besides scores; see `Rewards`."""
+    """What a run asks of its rewards in addition to scores; see `Rewards`."""
 
     def check_answer(self, prompt: Prompt) -> None: ...
 
@@ -24,6 +25,9 @@ class RunRewards(Reward, Protocol):
     def judged_by(self) -> str: ...
 
     def accuracy(self, rollout: Rollout) -> float: ...
+
+    @property
+    def longest_s(self) -> Mapping[str, float]: ...
 
     def use_workers(self, count: int) -> None: ...
 
@@ -34,19 +38,20 @@ class RunRewards(Reward, Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardsBySource:
     """The rewards of the sources that have their own, by name, and those of all other prompts."""
 
     others: Rewards
     by_source: Mapping[str, Rewards]
 
-    groups_at_once: int = field(init=False)
-    most_lost: float = field(init=False)
+    @property
+    def groups_at_once(self) -> int:
+        return max(rewards.groups_at_once for rewards in self._all)
 
-    def __post_init__(self) -> None:
-        self.most_lost = self.others.most_lost
-        self.groups_at_once = max(rewards.groups_at_once for rewards in self._all)
+    @property
+    def most_lost(self) -> float:
+        return self.others.most_lost
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """See `Reward.score`."""
@@ -66,17 +71,20 @@ class RewardsBySource:
     def accuracy(self, rollout: Rollout) -> float:
         return self._of(rollout.prompt).accuracy(rollout)
 
+    @property
+    def longest_s(self) -> dict[str, float]:
+        return {name: longest for rewards in self._all for name, longest in rewards.longest_s.items()}
+
     def use_workers(self, count: int) -> None:
         for rewards in self._all:
             rewards.use_workers(count)
-        self.__post_init__()
 
     def try_functions(self, rollout: Rollout) -> Score:
         return self._of(rollout.prompt).try_functions(rollout)
 
     def check_services(self) -> None:
-        for rewards in self._all:
-            rewards.check_services()
+        with ThreadPoolExecutor(len(self._all)) as threads:
+            list(threads.map(Rewards.check_services, self._all))
 
     def close(self) -> None:
         for rewards in self._all:
@@ -100,10 +108,21 @@ def rewards_of(config: Config) -> RunRewards:
     check_programs(config)
     names = [*r.functions, *(term.get("function") for term in r.terms)]
     others = Rewards(r.functions, r.accuracy, r.on_error, terms=r.terms, **_how(config, names))
-    own = {s.name: s.reward for split in ("train", "eval") for s in sources_of(config, split) if s.reward}
+    own = {source.name: source.reward for source in sources_of(config, "train") if source.reward}
     if not own:
         return others
     return RewardsBySource(others, {name: own_rewards(config, functions) for name, functions in own.items()})
+
+
+def slow_rewards(config: Config, rewards: Iterable[RunRewards]) -> list[str]:
+    """Warnings about rewards that may take longer than the ranks wait for the one that scores."""
+    wait = config.parallel.timeout_s
+    slow = {name: longest for each in rewards for name, longest in each.longest_s.items() if longest >= wait}
+    return [
+        f"reward {name!r} may take {longest:g} s, and ranks give up on the one that waits for it after "
+        f"parallel.timeout_s={wait:g}; lower its timeout_s or retries (of a function, reward.timeout_s), or raise that"
+        for name, longest in slow.items()
+    ]
 
 
 def own_rewards(config: Config, functions: Mapping[str, float]) -> Rewards:

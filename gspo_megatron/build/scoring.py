@@ -21,8 +21,10 @@ from gspo_megatron.run.scoring import Scorer
 
 
 def check_weights(config: Config, results: str = "log-probs") -> None:
-    """Raises:
-    ConfigError: no setting names weights.
+    """Refuses settings that name no weights.
+
+    Raises:
+        ConfigError: they do not.
     """
     if config.checkpoint.load == "none" and not config.model.hf:
         raise ConfigError(
@@ -44,16 +46,16 @@ def open_scorer(inputs: ModelInputs, device: Device, console: Console) -> Iterat
     Raises:
         CheckpointError: they cannot be loaded.
     """
-    with open_model(inputs, device, console) as (model, groups, _):
+    with open_groups(inputs.config, inputs.layout, device, console) as (groups, use_te, _):
+        model, _ = load_model(inputs, device, console, groups, use_te)
         yield Scorer(model, groups, packer_of(inputs, groups), console)
 
 
-@contextmanager
-def open_model(
-    inputs: ModelInputs, device: Device, console: Console, *, num_ids: int | None = None
-) -> Iterator[tuple[Any, Any, Path]]:
-    """A `MegatronModel` with the weights that the settings name, its `Groups`, and where the weights are. Only the
-    first `num_ids` ids have a probability; by default all that the model has. Collective.
+def load_model(
+    inputs: ModelInputs, device: Device, console: Console, groups: Any, use_te: bool, *, num_ids: int | None = None
+) -> tuple[Any, Path]:
+    """A `MegatronModel` with the weights that the settings name, and where they are. Only the first `num_ids` ids have
+    a probability; by default all that the model has. Collective.
 
     Raises:
         CheckpointError: they cannot be loaded.
@@ -63,19 +65,16 @@ def open_model(
     from gspo_megatron.mcore.policy import MegatronModel
 
     config = inputs.config
-    with open_groups(config, inputs.layout, device, console) as (groups, use_te, _):
-        scoring = agreed_scoring(inputs.algorithm.scoring, device, console)
-        model = MegatronModel(config, groups, device, use_te, scoring, num_ids=num_ids)
-        for chunk in model.model:
-            chunk.requires_grad_(False).eval()
-        directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)
-        path: Path | str | None = CheckpointReader(model, directory, console.warn).load_weights(config.checkpoint.load)
-        if path is None and config.checkpoint.load == "none" and (path := config.model.hf):
-            for note in load_folder(model, path, allow_nan=config.model.hf_allow_nan):
-                console.say(f"model.hf: {note}")
-        if path is None:
-            raise CheckpointError(
-                f"checkpoint.load={config.checkpoint.load}: nothing was saved in {directory.directory}"
-            )
-        console.say(f"weights of {path}")
-        yield model, groups, Path(path)
+    scoring = agreed_scoring(inputs.algorithm.scoring, device, console)
+    model = MegatronModel(config, groups, device, use_te, scoring, num_ids=num_ids)
+    for chunk in model.model:
+        chunk.requires_grad_(False).eval()
+    directory = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep=config.checkpoint.keep)
+    path: Path | str | None = CheckpointReader(model, directory, console.warn).load_weights(config.checkpoint.load)
+    if path is None and config.checkpoint.load == "none" and (path := config.model.hf):
+        for note in load_folder(model, path, allow_nan=config.model.hf_allow_nan):
+            console.say(f"model.hf: {note}")
+    if path is None:
+        raise CheckpointError(f"checkpoint.load={config.checkpoint.load}: nothing was saved in {directory.directory}")
+    console.say(f"weights of {path}")
+    return model, Path(path)

@@ -3,7 +3,6 @@ step that draws them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from gspo_megatron.base.batches import Prompt, Rollout
@@ -65,7 +64,7 @@ def _found(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards:
     ]
 
 
-def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Tokenizer, rewards: Judge) -> list[str]:
+def try_rewards(config: Config, prompts: PromptSource, tokenizer: Tokenizer, rewards: Judge) -> list[str]:
     """Scores a response to the first prompt of every source, as a step would: a reward that fails whatever it is given
     is found here, not after a warm start. Not with reward.isolate=false: such functions may need what is not built yet.
 
@@ -78,19 +77,18 @@ def try_rewards(config: Config, sources: Sequence[PromptSource], tokenizer: Toke
     if not config.reward.isolate:
         return []
     found = []
-    for source in sources:
-        for index in range(len(source.parts) if isinstance(source, Mixture) else 1):
-            asked = _made_up(source[index], tokenizer)
-            score = rewards.try_functions(asked)
-            if not score.error:
-                continue
-            what = (
-                f"prompt {asked.prompt.id} ({shortened(asked.prompt.text, 60)!r}), tried with the response "
-                f"{shortened(asked.text, 60)!r}: {score.error}"
-            )
-            if config.reward.on_error == "stop" and not score.lost:
-                raise DataError(f"{what}; correct it, or set reward.on_error=count to count such a reward as 0")
-            found.append(f"{what}; such a reward counts as 0, and a run that loses most of its rewards stops")
+    for index in range(len(prompts.parts) if isinstance(prompts, Mixture) else 1):
+        asked = _made_up(prompts[index], tokenizer)
+        score = rewards.try_functions(asked)
+        if not score.error:
+            continue
+        what = (
+            f"prompt {asked.prompt.id} ({shortened(asked.prompt.text, 60)!r}), tried with the response "
+            f"{shortened(asked.text, 60)!r}: {score.error}"
+        )
+        if config.reward.on_error == "stop" and not score.lost:
+            raise DataError(f"{what}; correct it, or set reward.on_error=count to count such a reward as 0")
+        found.append(f"{what}; such a reward counts as 0, and a run that loses most of its rewards stops")
     return found
 
 

@@ -21,11 +21,10 @@ def describe_start(inputs: Inputs) -> Iterator[str]:
     yield f"run directory {c.run.dir}, seed {c.run.seed}"
     active = n.active(c.model.experts_per_token)
     yield f"model {c.model.family}: {n.total:,} parameters, {active:,} of them active in a token"
-    held_out = min(c.data.eval_size, inputs.eval_prompts.size or c.data.eval_size)
     size = inputs.train_prompts.size
     number = "endless" if size is None else f"{size:,}"
     held_out_from = shown(c.data.eval or c.data.train)
-    yield f"prompts: {number} from {shown(c.data.train)}; held out {held_out:,} from {held_out_from}"
+    yield f"prompts: {number} from {shown(c.data.train)}; held out {inputs.sets[0].num_prompts:,} from {held_out_from}"
     if isinstance(inputs.train_prompts, Mixture):
         yield from _describe_sources(inputs.train_prompts)
     yield from describe_sandbox(c)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from gspo_megatron.data.token_ids import Tokenizer
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.machine import Needs, problems
 from gspo_megatron.device.own import this_process
+from gspo_megatron.environments.environment import Environment
 from gspo_megatron.layout.hardware import gpu_named
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs import Scoring, backends
@@ -67,9 +69,10 @@ def open_trainer(
     from gspo_megatron.mcore.saving import MegatronCheckpoints
 
     config, algorithm, tokenizer = inputs.config, inputs.algorithm, inputs.tokenizer
-    with open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog):
-        rewards = rewards_in(inputs.rewards, inputs.more_sets)
-        check_services(rewards, groups.is_reporter)
+    with (
+        open_groups(config, inputs.layout, device, console) as (groups, use_te, watchdog),
+        at_work(rewards_in(inputs.rewards, inputs.sets), inputs.environment, config, device, groups),
+    ):
         scoring = agreed_scoring(algorithm.scoring, device, console)
         policy = MegatronPolicy(config, groups, device, use_te, scoring, num_ids=tokenizer.vocab_size)
         sampler = MegatronSampler(
@@ -120,17 +123,12 @@ def open_trainer(
             stop=stop,
             note=watchdog.note,
         )
-        scoring_ranks = groups.layout.dp * groups.layout.cp
-        for each in (*rewards, inputs.environment):
-            each.use_workers(config.reward.workers or device.cores_for_each(scoring_ranks))
         trainer = Trainer(parts, continuation)
         # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
         del state, continuation
         try:
             yield trainer
         finally:
-            for each in (*rewards, inputs.environment):
-                each.close()
             if writer:
                 writer.close()
 
@@ -202,8 +200,26 @@ def check_same_settings(config: Config) -> None:
             )
 
 
-def check_services(rewards: Iterable[RunRewards], scores: bool) -> None:
-    """Asks the services that rewards need for a trial, before a model is built. `scores`: this rank will ask them.
+@contextmanager
+def at_work(
+    rewards: Sequence[RunRewards], environment: Environment, config: Config, device: Device, groups: Any
+) -> Iterator[None]:
+    """Rewards and environment with their processes, which end with it. Their services are tried first, before a model
+    takes minutes to build. Collective. Raises as `check_services` does."""
+    workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)
+    working: list[RunRewards | Environment] = [*rewards, environment]
+    try:
+        check_services(rewards, groups.is_reporter)
+        for each in working:
+            each.use_workers(workers)
+        yield
+    finally:
+        for each in working:
+            each.close()
+
+
+def check_services(rewards: Sequence[RunRewards], scores: bool) -> None:
+    """Asks the services that rewards need for a trial, all at once. `scores`: this rank will ask them.
     Collective.
 
     Raises:
@@ -212,8 +228,8 @@ def check_services(rewards: Iterable[RunRewards], scores: bool) -> None:
     complaint = ""
     if scores:
         try:
-            for each in rewards:
-                each.check_services()
+            with ThreadPoolExecutor(len(rewards)) as threads:
+                list(threads.map(lambda each: each.check_services(), rewards))
         except ConfigError as error:
             complaint = str(error)
     heard = [complaint] * dist.get_world_size()

@@ -139,8 +139,6 @@ def chat_of(spec: DataSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
                 f"data.chat_arguments={dict(spec.chat_arguments)} would not be used: set data.chat=true or "
                 "data.messages_field, or leave it out"
             )
-        if spec.chat_date:
-            raise ConfigError(f"data.chat_date={spec.chat_date} has no effect without a chat template; remove it")
         return None
     if tokenizer.chat_template is None:
         asked = f"data.messages_field={spec.messages_field}" if spec.messages_field else "data.chat=true"

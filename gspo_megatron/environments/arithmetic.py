@@ -19,7 +19,8 @@ DIGITS = 10
 
 
 def evaluate(expression: str) -> Fraction:
-    """
+    """The value of an expression, exactly.
+
     Raises:
         ValueError: not an expression of numbers, + - * / and brackets, or too long.
         ZeroDivisionError: a division by 0.
@@ -49,7 +50,7 @@ def _tokens(expression: str) -> list[str]:
     while position < len(expression):
         match = TOKEN.match(expression, position)
         if match is None:
-            raise ValueError(f"{expression[position:].lstrip()[:20]!r} is no number, operator or bracket")
+            raise ValueError(f"{expression[position:].lstrip()[:20]!r} is not a number, operator or bracket")
         found.append((match["number"] or match["mark"]).replace(",", ""))
         position = match.end()
     return found

@@ -78,6 +78,12 @@ CATALOGUE = (
         "Falls while reward/mean rises: the policy overfits the training prompts.",
     ),
     Entry(
+        "eval/unscored_fraction",
+        "reward",
+        "Share of those answers whose reward failed or was lost; they count as wrong.",
+        "Above 0: eval/accuracy is too low by up to that.",
+    ),
+    Entry(
         "eval/SET/accuracy",
         "reward",
         "Of a set of eval.sets: the share of correct responses, mean over its prompts (mean@n).",
@@ -96,6 +102,7 @@ CATALOGUE = (
     Entry("eval/SET/maj@NN", "reward", "Probability that the most frequent answer of k responses is correct."),
     Entry("eval/SET/response_length", "reward", "Mean tokens of the set's responses."),
     Entry("eval/SET/truncated_fraction", "reward", "Share of them cut at max_new_tokens."),
+    Entry("eval/SET/unscored_fraction", "reward", "Share of them whose reward failed or was lost; they are wrong."),
     Entry(
         "groups/zero_variance_fraction",
         "reward",

@@ -40,7 +40,7 @@ def scores(
     """For each conversation the model's one output, or the probability of class `label`; or why it has none.
 
     Raises:
-        ValueError: the folder is no such classifier.
+        ValueError: the folder does not hold such a classifier.
     """
     classifier = _loaded(model, device, dtype)
     _check_label(classifier.model.config.num_labels, label)

@@ -62,7 +62,7 @@ class Endpoint:
         failures, pause_s: of the circuit breaker.
 
     Raises:
-        ConfigError: an address that is none.
+        ConfigError: `url` is not an address.
     """
 
     url: str
@@ -74,6 +74,11 @@ class Endpoint:
     max_wait_s: float = number(60.0, least=0)
     failures: int = number(5, least=1)
     pause_s: float = number(30.0, least=0)
+
+    @property
+    def longest_s(self) -> float:
+        """The most that a request may take with its further tries and the waits before them."""
+        return (self.retries + 1) * self.timeout_s + self.retries * self.max_wait_s
 
     def __post_init__(self) -> None:
         try:
@@ -155,7 +160,9 @@ class Client:
                 answer = await self._tried(url, content, headers)
             except Failure as failure:
                 if failure.outcome.lost:
-                    self._count(failure)
+                    self._count()
+                else:  # a refusal is an answer, too
+                    self._given_up = 0
                 if failure.outcome.stops:
                     self._stopped = failure
                 raise
@@ -184,10 +191,10 @@ class Client:
             if attempt < e.retries:
                 wait = min(e.max_wait_s, e.backoff_s * 2**attempt)
                 await asyncio.sleep(max(again.after_s, wait * self._random.uniform(0.5, 1.0)))
-        asks = f"; it asks to wait {again.after_s:g} s, more than max_wait_s={e.max_wait_s:g}" if again.after_s else ""
-        raise Failure(
-            f"{url}: {again} (try {attempt + 1} of {e.retries + 1}, request {headers['X-Request-Id']}){asks}", lost=True
-        )
+        said = f"{url}: {again} (try {attempt + 1} of {e.retries + 1}, request {headers['X-Request-Id']})"
+        if again.after_s > e.max_wait_s:
+            said += f"; it asks to wait {again.after_s:g} s, more than max_wait_s={e.max_wait_s:g}"
+        raise Failure(said, lost=True)
 
     async def _once(self, url: str, content: bytes, headers: Mapping[str, str]) -> bytearray:
         async with self._http.stream("POST", url, content=content, headers=headers) as response:
@@ -232,7 +239,7 @@ class Client:
             )
         self._open_until = time.monotonic() + self._endpoint.pause_s  # this request tries for all
 
-    def _count(self, failure: Failure) -> None:
+    def _count(self) -> None:
         self._given_up += 1
         if self._given_up >= self._endpoint.failures:
             self._open_until = time.monotonic() + self._endpoint.pause_s

@@ -67,7 +67,7 @@ class RewardFunction(NamedTuple):
 
     Attributes:
         takes: the names in ARGUMENTS that it asks for.
-        parameters: what the settings pass to it besides.
+        parameters: what else the settings pass to it.
         batch: called once, with lists, for several rollouts.
         is_async: a coroutine function; calls for several rollouts run concurrently.
         returns: SCORE of a reward, REPLY of an environment.
@@ -82,7 +82,8 @@ class RewardFunction(NamedTuple):
 
     @classmethod
     def of(cls, call: Callable[..., Any], parameters: Mapping[str, Any], returns: str = SCORE) -> RewardFunction:
-        """
+        """Matches the function's parameters with what it can be given.
+
         Raises:
             TypeError: a parameter that nothing gives a value, or a value that no parameter takes.
         """
@@ -191,9 +192,10 @@ def _failed(error: BaseException) -> Outcome:
 
 
 def _outcomes(function: RewardFunction, value: Any, count: int) -> list[Outcome]:
-    """
+    """One outcome for each rollout of a call.
+
     Raises:
-        TypeError, ValueError: a result that is no score.
+        TypeError, ValueError: a result that is not a score.
     """
     if function.returns == REPLY:
         json.dumps(value)  # which refuses what cannot leave the process

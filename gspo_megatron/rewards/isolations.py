@@ -124,9 +124,9 @@ class Bubblewrap(Isolation):
 
 
 class Landlock(Isolation):
-    """https://docs.kernel.org/userspace-api/landlock.html, from Linux 5.13 on. It says which files can be opened; what
-    it does not speak of (modes and times of files, limits and priorities of other processes, shared memory) is not in
-    the list of system calls."""
+    """https://docs.kernel.org/userspace-api/landlock.html, from Linux 6.2 on (version 3). It says which files can be
+    opened; what it does not speak of (modes and times of files, limits and priorities of other processes, shared
+    memory) is not in the list of system calls."""
 
     name = "landlock"
 
@@ -141,7 +141,7 @@ class Landlock(Isolation):
 
     def hint(self, errors: str) -> str:
         if "Landlock is not available" in errors:
-            return f"Linux {platform.release()} is older than 5.13, built without Landlock, or starts without it (lsm=)"
+            return f"Linux {platform.release()} is older than 6.2, built without Landlock, or starts without it (lsm=)"
         return ""
 
 

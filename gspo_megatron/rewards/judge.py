@@ -114,6 +114,7 @@ class Judge:
         p = self._parameters = read(JudgeParameters, parameters)
         names = {"prompt", "messages", *PLACE.findall(p.template)}
         self.takes, self.groups_at_once = tuple(name for name in ARGUMENTS if name in names), p.concurrency
+        self.longest_s = p.longest_s
         self._kept = KeptRatings(p.cache)
         self._client = Client(p, environment)
         reads = {"pattern": p.pattern, "low": float(p.range[0]), "high": float(p.range[1])}
@@ -164,15 +165,16 @@ class Judge:
 
 
 def _content(reply: Any) -> str:
-    """
+    """The text of a chat completion.
+
     Raises:
-        Failure: a reply that is no chat completion, or one without text.
+        Failure: a reply that is not a chat completion, or one without text.
     """
     try:
         choice = reply["choices"][0]
         content, reason = choice["message"]["content"], choice.get("finish_reason")
     except (LookupError, TypeError, AttributeError):
-        raise Failure(f"the judge answered {plain(repr(reply), 200)}, which is no chat completion") from None
+        raise Failure(f"the judge answered {plain(repr(reply), 200)}, which is not a chat completion") from None
     if reason == "length":
         raise Failure("the judge's answer was cut; raise max_tokens in options", lost=True)
     if not isinstance(content, str) or not content.strip():

@@ -116,7 +116,8 @@ def _kinds_differ(found: str, expected: str) -> bool:
 
 
 def _parsed_answer(expected: str) -> list[Any]:
-    """
+    """The row's answer, as math-verify reads it.
+
     Raises:
         ValueError: nothing in it can be read.
     """
@@ -139,7 +140,8 @@ def _equal(gold: list[Any], target: list[Any]) -> bool:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """
+    """Bounds what runs within it.
+
     Raises:
         TooLong: the time is over, even where a library has caught that once.
     """

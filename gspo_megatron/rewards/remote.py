@@ -50,6 +50,7 @@ class Remote:
         self._parameters = read(RemoteParameters, parameters)
         self._client = Client(self._parameters, environment)
         self.takes, self.groups_at_once = tuple(self._parameters.fields), self._parameters.concurrency
+        self.longest_s = self._parameters.longest_s
 
     def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> list[Future[list[Outcome]]]:
         rollouts = [{"id": id, **item} for id, item in zip(ids, items, strict=True)]
@@ -87,7 +88,8 @@ class ServiceError(Exception):
 
 
 def _scores(reply: Any, count: int) -> list[Any]:
-    """
+    """The scores of an answer, in order.
+
     Raises:
         Failure: there are not as many as rollouts.
     """

@@ -44,7 +44,7 @@ class RewardModelParameters:
     label: int | None = None
     batch_size: int = number(8, least=1)
     max_tokens: int | None = number(None, least=1)
-    timeout_s: float = number(600.0, above=0)
+    timeout_s: float = number(300.0, above=0)
 
     def __post_init__(self) -> None:
         try:
@@ -68,6 +68,7 @@ class RewardModel:
 
     def __init__(self, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         p = self._parameters = read(RewardModelParameters, parameters)
+        self.longest_s = p.timeout_s
         passed = {k: v for k, v in asdict(p).items() if k not in ("batch_size", "timeout_s")}
         function = ("gspo_megatron.rewards.classifier:scores", passed)
         self._pool = WorkerPool({TERM: function}, timeout_s=p.timeout_s, memory_gib=0, limit="timeout_s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from types import MappingProxyType
@@ -35,11 +35,14 @@ class Score(NamedTuple):
 class Reward(Protocol):
     """Scores rollouts, whose text has been decoded."""
 
-    groups_at_once: int
-    """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread that
-    samples."""
-    most_lost: float
-    """The run stops at a step of which a larger share of rollouts is lost."""
+    @property
+    def groups_at_once(self) -> int:
+        """How many groups may be scored at once, each in a thread of its own; 0: one after the other, in the thread
+        that samples."""
+
+    @property
+    def most_lost(self) -> float:
+        """The run stops at a step of which a larger share of rollouts is lost."""
 
     def score(self, rollouts: Seq[Rollout]) -> list[Score]:
         """One score for each rollout of a group, in order. A reward of NaN means that a rollout could not be scored,
@@ -52,7 +55,7 @@ class Rewards:
     A function of f_t(prompt, response, answer, ...) is one of REWARDS, or a user's `module:function`. Rules are called
     in this process, a user's functions, and rules that can take any time, in processes of their own (`workers.py`);
     `isolate=False` calls a user's functions here, too. Services (`services.py`) are asked by threads; `environment` has
-    their tokens. `accuracy` is the term that decides whether a response is correct (default: the first that is no
+    their tokens. `accuracy` is the term that decides whether a response is correct (default: the first that is not a
     gate). `defaults`: parameters by function, below those of a term.
 
     A function that raises, or returns anything but finite numbers, is noted in the score's `error`; its value is then 0
@@ -107,6 +110,13 @@ class Rewards:
         self._called = self._pool.functions if self._pooled else {}  # which imports them
         self.use_workers(workers)
 
+    @property
+    def longest_s(self) -> dict[str, float]:
+        """Of each term that others compute, the most that it may take for a rollout."""
+        return {term.name: self._pool.timeout_s for term in self._pooled} | {
+            name: service.longest_s for name, service in self._services.items()
+        }
+
     def use_workers(self, count: int) -> None:
         """Calls functions in up to `count` processes, where any needs one."""
         self._pool.grow(count)
@@ -114,14 +124,16 @@ class Rewards:
         self.groups_at_once = max([count if self._pooled else 0, *waiting])
 
     def check_services(self) -> None:
-        """Asks every service for a trial.
+        """Asks every service for a trial, all at once.
 
         Raises:
             ConfigError: one gives none.
         """
-        for name, service in self._services.items():
+        with ThreadPoolExecutor(max(1, len(self._services))) as threads:
+            trials = {name: threads.submit(service.check) for name, service in self._services.items()}
+        for name, trial in trials.items():
             try:
-                service.check()
+                trial.result()
             except ConfigError as error:
                 raise ConfigError(f"reward {name!r}: {error}") from error
 
@@ -261,8 +273,9 @@ def refuse_unscored(rollouts: Seq[Rollout], most_lost: float = 0.5) -> None:
     lost = [rollout for rollout in rollouts if rollout.reward_lost]
     if failed:
         raise DataError(
-            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data, or set "
-            f"reward.on_error=count to count such a reward as 0. The first of them:\n{listed(failed)}"
+            f"{plural(len(failed), 'rollout')} could not be scored; fix the reward or the data "
+            "(reward.on_error=count counts a reward that fails as 0, but not where a service refuses every request). "
+            f"The first of them:\n{listed(failed)}"
         )
     if len(lost) > most_lost * len(rollouts):
         raise DataError(

@@ -6,7 +6,7 @@
 Two isolations hold, tried in this order: bubblewrap (namespaces: the program has its own network, processes and file
 system of a few read-only folders), and Landlock where a kernel or a container allows no namespaces. Under both, a list
 of system calls (`seccomp.py`) leaves no fork, exec, socket or signal, nothing can be written but standard output, and
-the program ends with whoever started it. Limits of resources alone are no isolation, so there is no such fallback.
+the program ends with whoever started it. Limits of resources alone do not isolate, so they are no fallback.
 
 A program is only talked to through pipes: nothing that it leaves behind is opened, and what it prints is only text.
 """
@@ -20,8 +20,8 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import launcher
 from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, NOBODY, Interpreter, Isolation, interpreter
 from gspo_megatron.rewards.seccomp import filter_of
+from gspo_megatron.rewards.worker import OF_THE_RUN
 
 LAUNCHER = Path(launcher.__file__).read_text()
 START_S = 20.0
@@ -38,13 +39,17 @@ POLL_S = 0.2
 MOST_THREADS = 256
 """Of a program, besides what its user has running: limits count threads by user."""
 COUNTED_EVERY_S = 10.0
-"""So often they are counted: a run starts threads of its own, too."""
+"""How often the user's threads are counted: a run starts threads of its own, too."""
 MOST_ERRORS = 2000
 """Bytes of standard error that are kept."""
 ENVIRONMENT = {"HOME": "/", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """All that a program finds in its environment. The same order of sets in every process, and no pool of threads for
 every core, whose stacks would use up the address space."""
+
+
+Call = tuple[str, list[Any]] | str
+"""A function of a program with its arguments, or an expression."""
 
 
 class Limits(NamedTuple):
@@ -91,21 +96,23 @@ class Ended(NamedTuple):
 
 
 class Sandbox:
-    """Runs programs under one of ISOLATIONS, or the first of AUTO that works.
+    """Runs programs under one of ISOLATIONS, or for `auto` the first of AUTO that works. One that is named is not tried
+    (`settled` does), since every process that calls a reward has a sandbox of its own.
 
     Raises:
-        ConfigError: the isolation does not work on this machine.
+        ConfigError: no isolation works on this machine, or no Python is at `python`.
     """
 
     def __init__(self, isolation: str = "auto", limits: Limits = Limits(), python: str | None = None) -> None:  # noqa: B008
-        self.isolation = ISOLATIONS[settled(isolation, python)]
+        self.isolation = ISOLATIONS[settled(isolation, python) if isolation == "auto" else isolation]
         self._start = _Start.of(self.isolation, interpreter(python))
         self.limits = limits
         self._resources, self._as_of = limits.resources(), time.monotonic()
 
-    def run(self, program: str, stdin: bytes = b"", calls: Sequence[tuple[str, list[Any]]] | None = None) -> Ended:
-        """Runs `program` as a script that reads `stdin`; with `calls`, calls its functions instead, and the output is
-        a line of JSON for each call that ended: `[result]`, or `{"error": the name of what was raised}`."""
+    def run(self, program: str, stdin: bytes = b"", calls: Sequence[Call] | None = None) -> Ended:
+        """Runs `program` as a script that reads `stdin`; with `calls`, calls its functions instead, or evaluates
+        expressions in it, and the output is a line of JSON for each that ended: `[result]`, of an expression its
+        repr(), or `{"error": the name of what was raised}`."""
         if time.monotonic() > self._as_of + COUNTED_EVERY_S:
             self._resources, self._as_of = self.limits.resources(), time.monotonic()
         return self._start.run(program, stdin, calls, self.limits, self._resources)
@@ -118,19 +125,16 @@ def settled(isolation: str, python: str | None = None) -> str:
     Raises:
         ConfigError: it does not work.
     """
-    tried = {name: complaint(ISOLATIONS[name], interpreter(python)) for name in _names(isolation)}
-    for name, reason in tried.items():
+    reasons = ""
+    for name in AUTO if isolation == "auto" else (isolation,):
+        reason = complaint(ISOLATIONS[name], interpreter(python))
         if not reason:
             return name
-    reasons = "".join(f"\n  {name}: {reason}" for name, reason in tried.items())
+        reasons += f"\n  {name}: {reason}"
     raise ConfigError(
-        f"reward.code.isolation={isolation} does not work on this machine:{reasons}\nMend one of them, or type "
+        f"reward.code.isolation={isolation} does not work on this machine:{reasons}\nFix one of them, or set "
         "reward.code.isolation=none to run the model's programs unprotected: they may do whatever you may"
     )
-
-
-def _names(isolation: str) -> Sequence[str]:
-    return AUTO if isolation == "auto" else (isolation,)
 
 
 TRIAL = """
@@ -159,10 +163,9 @@ def complaint(isolation: Isolation, python: Interpreter) -> str:
         start = _Start.of(isolation, python)
     except NotImplementedError as error:
         return str(error)
-    program, expected = (TRIAL, b"[]\n") if isolation.filters else ("print([])", b"[]\n")
     limits = Limits(seconds=START_S)
-    ended = start.run(program, b"", None, limits, limits.resources())
-    if ended.how == "exited" and ended.status == 0 and ended.output == expected:
+    ended = start.run(TRIAL if isolation.filters else "print([])", b"", None, limits, limits.resources())
+    if ended.how == "exited" and ended.status == 0 and ended.output == b"[]\n":
         return ""
     said = ended.errors.strip() or f"a program {ended.how} with status {ended.status} and said {ended.output!r}"
     hint = isolation.hint(said)
@@ -177,7 +180,8 @@ class _Start(NamedTuple):
 
     @classmethod
     def of(cls, isolation: Isolation, python: Interpreter) -> _Start:
-        """
+        """How programs start under an isolation, on this Python.
+
         Raises:
             NotImplementedError: the processor's system calls are not known.
         """
@@ -196,7 +200,7 @@ class _Start(NamedTuple):
         self,
         program: str,
         stdin: bytes,
-        calls: Sequence[tuple[str, list[Any]]] | None,
+        calls: Sequence[Call] | None,
         limits: Limits,
         resources: dict[int, tuple[int, int]],
     ) -> Ended:
@@ -204,20 +208,21 @@ class _Start(NamedTuple):
         task = {**self.task, "limits": resources, "program": program, "calls": calls and list(calls)}
         written = repr(task).encode("utf-8", "backslashreplace")
         try:
-            process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,
-                bufsize=0,
-            )
+            with _signals_blocked():
+                process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=ENVIRONMENT,
+                    cwd="/",
+                    start_new_session=True,
+                    bufsize=0,
+                )
         except OSError as error:
             return Ended("sandbox_failed", 0, b"", str(error))
         try:
-            return _Talk(process, struct.pack("<Q", len(written)) + written + stdin, limits).result()
+            return _Exchange(process, struct.pack("<Q", len(written)) + written + stdin, limits).result()
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -227,7 +232,18 @@ class _Start(NamedTuple):
                 pipe.close()
 
 
-class _Talk:
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started inherit it: what a scheduler sends to every process of a job ends no program, whose
+    score would be 0 for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Exchange:
     """Writes to a process and reads from it until it ends, has printed too much, or its time is over."""
 
     def __init__(self, process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> None:

@@ -22,10 +22,12 @@ class Service(Protocol):
     Attributes:
         takes: the names in `functions.ARGUMENTS` that it asks for.
         groups_at_once: how many groups may wait for it at once.
+        longest_s: the most that it may take for a rollout, once it is asked.
     """
 
     takes: tuple[str, ...]
     groups_at_once: int
+    longest_s: float
 
     def submit(self, items: Sequence[Arguments], ids: Sequence[int]) -> list[Future[list[Outcome]]]:
         """One outcome for each rollout, in order, over all futures; no exception but that of being closed."""
@@ -42,7 +44,8 @@ class Service(Protocol):
 
 
 def open_service(name: str, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> Service:
-    """
+    """The row `name` of SERVICES, with these parameters.
+
     Raises:
         ConfigError: a package is missing, or a parameter cannot be used.
     """

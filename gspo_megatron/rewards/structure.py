@@ -26,7 +26,7 @@ def json_schema(*, response: str, schema: Mapping[str, Any]) -> dict[str, float]
     with fenced blocks, the last one is judged. `is_json`: whether it can be read at all.
 
     Raises:
-        ValueError: a schema that is none.
+        ValueError: `schema` is not a JSON Schema.
     """
     blocks = FENCED.findall(response)
     try:

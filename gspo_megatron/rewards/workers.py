@@ -86,6 +86,7 @@ class WorkerPool:
         limit: str = "reward.timeout_s",
         returns: str = SCORE,
     ) -> None:
+        self.timeout_s = timeout_s
         self._setup = {"functions": functions, "timeout_s": timeout_s, "limit": limit, "seed": seed}
         self._setup["returns"] = returns
         self._setup["memory"] = int(memory_gib * 2**30)
@@ -298,7 +299,7 @@ class _Worker:
         try:
             return json.loads(line)
         except ValueError:
-            raise Lost(f"replied {shortened(repr(line))}, which is no result") from None
+            raise Lost(f"replied {shortened(repr(line))}, which is not a result") from None
 
     def _read_printed(self) -> int | None:
         """The number of bytes read: 0 where there will be no more, None where there are none now."""

@@ -21,7 +21,7 @@ class UserEnvironment:
     these, `response` is the last turn and `messages` the whole conversation.
 
     The function is called in processes of its own, as a reward is (`rewards/workers.py`). One that raises, hangs, ends
-    its process, or returns what is no `Turn` ends that conversation.
+    its process, or returns something other than a `Turn` ends that conversation.
 
     Raises:
         ConfigError: the function cannot be imported or called.

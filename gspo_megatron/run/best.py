@@ -24,7 +24,8 @@ class Records:
     def __init__(self, config: Config, saved: Mapping[str, Record]) -> None:
         self._kept = config.checkpoint.keep_best
         self._patience, self._watched = config.eval.patience, config.eval.stop_metric
-        self._names = [name for name in {self._kept: 0, self._watched if self._patience else None: 0} if name]
+        names = (self._kept, self._watched if self._patience else None)
+        self._names = [name for name in dict.fromkeys(names) if name]
         self.held = {name: record for name, record in saved.items() if name in self._names}
 
     def note(self, row: Mapping[str, Any]) -> bool:

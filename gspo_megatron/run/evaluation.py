@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling
@@ -17,6 +18,8 @@ from gspo_megatron.rewards.answers import answer_of
 from gspo_megatron.rewards.rewards import Reward, Score
 from gspo_megatron.run.estimates import Estimate, estimate, majority_at_k, pass_at_k
 
+OF_DATA_EVAL = ("accuracy", "reward", "unscored_fraction")
+
 
 class HeldOut(Protocol):
     """What answers held-out prompts: see `RolloutSource.held_out`."""
@@ -25,7 +28,12 @@ class HeldOut(Protocol):
 
 
 class Judge(Reward, Protocol):
-    """A reward, which of its responses are correct, and a trial before the run."""
+    """A reward, which of its responses are correct, and its trials before the run."""
+
+    def check_answer(self, prompt: Prompt) -> None: ...
+
+    @property
+    def judged_by(self) -> str: ...
 
     def accuracy(self, rollout: Rollout) -> float: ...
 
@@ -42,7 +50,6 @@ class EvalSet:
         n: responses to each.
         k: of pass@k and maj@k; each at most `n`.
         by: the field of the data by whose values results are also split.
-        answers: the reward function whose extraction the majority votes on.
     """
 
     name: str
@@ -50,7 +57,6 @@ class EvalSet:
     size: int | None
     sampling: Sampling
     reward: Judge
-    answers: str
     n: int = 1
     k: tuple[int, ...] = ()
     by: str | None = None
@@ -79,7 +85,8 @@ class Answered:
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
-        return [[answer_of(self.of.answers, r.text) for r in group.rollouts] for group in self.groups]
+        """What the majority votes on: what the function that decides about correctness reads from a response."""
+        return [[answer_of(self.of.reward.judged_by, r.text) for r in group.rollouts] for group in self.groups]
 
     def values(self) -> dict[str, list[float]]:
         """Of each metric, a value for each prompt."""
@@ -94,16 +101,17 @@ class Answered:
             found[f"maj@{k}"] = [majority_at_k(answers, correct, k) for answers, correct in both]
         found["response_length"] = self._means(lambda rollout: len(rollout.tokens))
         found["truncated_fraction"] = self._means(lambda rollout: rollout.truncated)
+        found["unscored_fraction"] = self._means(lambda rollout: bool(rollout.reward_error))
         return found
 
     def estimates(self) -> dict[str, Estimate]:
         return {name: estimate(values) for name, values in self.values().items()}
 
     def metrics(self) -> dict[str, float]:
-        """For a row of metrics.jsonl; of data.eval, accuracy and reward alone."""
+        """For a row of metrics.jsonl; of data.eval, those of OF_DATA_EVAL alone."""
         values = self.values()
         if not self.of.name:
-            return {f"eval/{name}": statistics.fmean(values[name]) for name in ("accuracy", "reward")}
+            return {f"eval/{name}": statistics.fmean(values[name]) for name in OF_DATA_EVAL}
         accuracy = estimate(values["accuracy"])
         found = {name: statistics.fmean(each) for name, each in values.items()}
         found |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
@@ -157,6 +165,6 @@ class Evaluation:
             answered = each.answered(self.source)
             found |= answered.metrics()
             if self.writer and self.kept:
-                rows = list(answered.rows())
-                self.writer.held_out(each.name, step, rows if self.kept < 0 else rows[: self.kept])
+                rows = islice(answered.rows(), None if self.kept < 0 else self.kept)
+                self.writer.held_out(each.name, step, rows)
         return {**found, "time/eval_s": time.perf_counter() - start}

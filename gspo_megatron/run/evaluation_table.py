@@ -9,7 +9,7 @@ from typing import Any
 from gspo_megatron.run.estimates import CONFIDENCE, Estimate
 from gspo_megatron.run.evaluation import Answered
 
-SHARES = ("accuracy", "pass@", "maj@", "truncated_fraction")
+SHARES = ("accuracy", "pass@", "maj@", "truncated_fraction", "unscored_fraction")
 """Beginnings of the names of metrics that are shares, printed in percent."""
 
 

@@ -22,6 +22,7 @@ from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Ro
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.environments import environment_of
+from gspo_megatron.build.eval_sets import default_set
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble
 from gspo_megatron.build.rewards import rewards_of
@@ -330,16 +331,15 @@ def trainer_of(
     """A trainer with fake parts, assembled like a real one. `state`: what it continues from; `parts` go to
     `build.parts.assemble`."""
     ranks = ranks or OneRank()
-    policy = policy or TablePolicy(ranks)
+    policy, rewards = policy or TablePolicy(ranks), rewards_of(config)
     inputs = Inputs(
         config,
         Layout(1),
         Algorithm.of(config),
         TOKENIZER,
-        rewards_of(config),
+        rewards,
         train_prompts or Prompts(),
-        eval_prompts or Prompts(seed=1),
-        more_sets=tuple(more_sets),
+        (default_set(config, eval_prompts or Prompts(seed=1), rewards), *more_sets),
         environment=environment or environment_of(config, TOKENIZER),
     )
     assembled = assemble(

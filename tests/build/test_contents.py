@@ -38,7 +38,8 @@ def test_a_large_file_is_sampled(tmp_path: Path, place: int) -> None:
 
 def test_data_tokenizer_rewards_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "reward_by_content.py").write_text("def f(*, prompt, response, answer): return 0.0\n")
+    for name in ("reward", "of_a_source", "of_a_set"):
+        (tmp_path / f"{name}_by_content.py").write_text("def f(*, prompt, response, answer): return 0.0\n")
     (tmp_path / "host_by_content.py").write_text("def host(response): return None\n")
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "1>", "answer": name}) + "\n")
@@ -47,25 +48,30 @@ def test_data_tokenizer_rewards_and_environment(tmp_path: Path, monkeypatch: pyt
         [
             "precision.device=cpu",
             f"data.train={tmp_path}/train.jsonl",
-            f"data.eval=jsonl:{tmp_path}/eval.jsonl",
+            f"data.eval={{source: 'jsonl:{tmp_path}/eval.jsonl', reward: 'of_a_source_by_content:f'}}",
             "reward.functions.reward_by_content:f=1",
             "reward.functions.exact_match=1",
             "rollout.environment=host_by_content:host",
+            f"eval.sets.more={{source: {tmp_path}/eval.jsonl, reward: 'of_a_set_by_content:f'}}",
         ],
     )
     before = contents_of(settle(config, 1))
-    modules = {"reward module reward_by_content", "environment module host_by_content"}
-    assert before.digests.keys() == {"data.train", "data.eval", *modules}
+    modules = {f"reward module {name}_by_content" for name in ("reward", "of_a_source", "of_a_set")}
+    modules |= {"environment module host_by_content"}
+    assert before.digests.keys() == {"data.train", "data.eval", "eval.sets.more", *modules}
     assert before.num_prompts == 1
     for name, file in (
         ("data.train", "train.jsonl"),
         ("data.eval", "eval.jsonl"),
         ("reward module reward_by_content", "reward_by_content.py"),
+        ("reward module of_a_source_by_content", "of_a_source_by_content.py"),
+        ("reward module of_a_set_by_content", "of_a_set_by_content.py"),
         ("environment module host_by_content", "host_by_content.py"),
     ):
         path = tmp_path / file
         was = path.read_text()
         path.write_text(was + "\n")
         after = contents_of(settle(config, 1)).digests
-        assert {key for key in after if after[key] != before.digests[key]} == {name}
+        read_there = {"data.eval", "eval.sets.more"} if name == "data.eval" else {name}
+        assert {key for key in after if after[key] != before.digests[key]} == read_there
         path.write_text(was)

@@ -50,10 +50,10 @@ def test_sources_have_settings_of_their_own(folder: Path) -> None:
     assert load_config(folder / "again.yaml") == config
 
     inputs = settle(config, 1)
-    assert isinstance(inputs.train_prompts, Mixture) and inputs.eval_prompts.size == 20
+    assert isinstance(inputs.train_prompts, Mixture) and inputs.sets[0].num_prompts == 20
     prompt = inputs.train_prompts[0]
     assert (prompt.text, prompt.source, prompt.metadata) == ("Q: 0 {x}", "math", {"level": 1})
-    assert inputs.train_prompts[1].source == "backwards" and inputs.eval_prompts[3].text == "3"
+    assert inputs.train_prompts[1].source == "backwards" and inputs.sets[0].prompts[3].text == "3"
 
 
 def test_a_list_on_the_command_line(folder: Path) -> None:
@@ -95,7 +95,9 @@ def test_only_what_a_source_leaves_to_the_section_has_an_effect_there(folder: Pa
     checked("data.overlong=drop")
     with pytest.raises(ConfigError, match=r"data\.prompt_field='q' has no effect"):
         checked("data.prompt_field=q")
-    with pytest.raises(ConfigError, match=r"data\.eval has 2 sources; evaluation takes one"):
+    with pytest.raises(
+        ConfigError, match=r"data\.eval has 2 sources; set data\.eval to one, and name others in eval\.sets"
+    ):
         checked("data.eval=[task:reverse, task:addition]")
     with pytest.raises(ConfigError, match=r"data\.eval=null .* only a generated task"):
         checked("data.eval=null")
@@ -129,8 +131,9 @@ def test_what_was_found_of_large_data_is_kept(folder: Path, monkeypatch: pytest.
         "gspo_megatron.rewards.rewards.Rewards.check_answer", lambda _, prompt: judged.append(prompt.id)
     )
     given = ["data.train=" + str(folder / "math.jsonl"), "data.eval=task:reverse", "data.prompt_field=question"]
-    given += ["precision.device=cpu", f"run.cache={folder}/cache"]
-    for rewards, expected in (("exact_match", 20), ("exact_match", 20), ("format", 40)):
+    given += ["precision.device=cpu", f"run.cache={folder}/cache", "data.eval_size=1"]
+    # 20 prompts to train on, and the held-out one at every start.
+    for rewards, expected in (("exact_match", 21), ("exact_match", 22), ("format", 43)):
         settle(load_config(None, [*given, f"reward.functions.{rewards}=1"]), 1)
         assert len(judged) == expected
 

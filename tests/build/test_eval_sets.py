@@ -11,8 +11,9 @@ import pytest
 
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.checks import check_config
-from gspo_megatron.build.eval_sets import metric_names, seed_of, set_specs
+from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import settle, settle_evaluation
+from gspo_megatron.build.set_specs import metric_names, seed_of, set_specs
 from gspo_megatron.config.loading import load_config, to_yaml
 from gspo_megatron.config.sections import Config
 
@@ -126,11 +127,53 @@ def test_prompts_of_sets_are_checked_before_the_run(tmp_path: Path) -> None:
             with pytest.raises(error, match=re.escape(message)):
                 settled(config_of(f"eval.sets.mine={entry}"), 1)
     inputs = settle(config_of(f"eval.sets.mine={{source: {path}, by: level, size: 1, reward: last_number}}"), 1)
-    (found,) = inputs.more_sets
-    assert (found.num_prompts, found.by, found.answers) == (1, "level", "last_number")
+    _, found = inputs.sets
+    assert (found.num_prompts, found.by, found.reward.judged_by) == (1, "level", "last_number")
     assert found.reward is not inputs.rewards
     for each in (inputs.rewards, found.reward):
         each.close()  # type: ignore[attr-defined]
+
+
+def test_data_eval_as_an_entry_with_a_reward_of_its_own(tmp_path: Path) -> None:
+    """It has an end, its own reward judges it, and the reward is tried, checked and closed as those of other sets."""
+    path = written(tmp_path / "rows.jsonl", *({"prompt": f"{i}>", "answer": f"{i}"} for i in range(3)))
+    for entry, own in ((f"{path}", False), (f"[{path}]", False), (f"{{source: {path}, reward: last_number}}", True)):
+        config = config_of(f"data.eval={entry}", "data.eval_size=2", "reward.functions.exact_match=1")
+        for inputs in (settle(config, 1), settle_evaluation(config, 1)):
+            (found,) = inputs.sets
+            assert found.num_prompts == 2 and found.prompts[1].text == "1>"
+            assert found.reward.judged_by == ("last_number" if own else "exact_match")
+            assert (found.reward is inputs.rewards) is not own and inputs.rewards.judged_by == "exact_match"
+            rewards = rewards_in(inputs.rewards, inputs.sets)
+            assert rewards == ([inputs.rewards, found.reward] if own else [inputs.rewards])
+            for each in rewards:
+                each.close()
+    path.write_text('{"prompt": "1>", "answer": "x"}\n')
+    for settled in (settle, settle_evaluation):
+        with pytest.raises(DataError, match="the answer 'x' has no number"):
+            settled(config_of(f"data.eval={{source: {path}, reward: last_number}}"), 1)
+
+
+def test_a_reward_that_may_outlast_the_patience_of_other_ranks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service with its tries, or a function in a process, of a run or of a set. The defaults stay below."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "nothing_at_all.py").write_text("def f(response): return 0.0\n")
+
+    def slow(parameters: str, *overrides: str) -> list[str]:
+        service = f"reward.terms=[{{function: remote, url: 'http://127.0.0.1:1'{parameters}}}]"
+        inputs = settle(config_of("data.tokenizer=characters", service, *overrides), 1)
+        for each in rewards_in(inputs.rewards, inputs.sets):
+            each.close()
+        return [text.split(";")[0] for text in inputs.warnings if "give up" in text]
+
+    assert slow("") == []
+    of_a_set = "eval.sets.x={source: 'task:reverse', reward: 'nothing_at_all:f'}"
+    after = "and ranks give up on the one that waits for it after parallel.timeout_s=60"
+    assert slow(", timeout_s: 20, retries: 2", of_a_set, "parallel.timeout_s=60") == [
+        *(f"reward 'remote' may take 180 s, {after}", f"reward 'nothing_at_all:f' may take 60 s, {after}")
+    ]
 
 
 def test_the_command_takes_some_of_the_sets() -> None:

@@ -186,6 +186,13 @@ def test_a_template_tells_one_day_for_a_whole_run(folder: Path, tmp_path: Path) 
         assert settled(load).train_prompts[0].text == first.train_prompts[0].text
     today = settled().config.data.chat_date
     assert today in {(datetime.now(timezone.utc) - timedelta(seconds=s)).date().isoformat() for s in (0, 600)}
+    # Held-out sets alone may be conversations; an environment writes into all with one template.
+    of_a_set = f"eval.sets.x={{source: {tmp_path / 'prompts.jsonl'}, chat: true}}"
+    inputs = settled("data.chat=false", of_a_set, "data.chat_date=2025-03-01")
+    assert inputs.sets[1].prompts[0].text == first.train_prompts[0].text and inputs.train_prompts[0].text == "1+1?"
+    other = of_a_set.replace("chat: true", "chat_arguments: {add_generation_prompt: false}")
+    with pytest.raises(ConfigError, match="2 different settings of the chat template"):
+        settled(other, "rollout.environment=calculator")
     with pytest.raises(ConfigError, match=r"data\.chat_date=1\.3\.2025 is not a day"):
         settled("data.chat_date=1.3.2025")
     undated = f"data.tokenizer={folder}"

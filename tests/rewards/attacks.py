@@ -30,7 +30,7 @@ LIMITS = Limits(seconds=0.5 * time_factor(), memory=2**29, output=2**18)
 
 HEAD = """
 import ctypes, os, resource, signal, socket, sys, threading, time
-ME, VICTIM, RUN, PORT, ABSTRACT = {me}, {victim}, {run!r}, {port}, {abstract!r}
+ME, VICTIM, RUN, READABLE, PORT, ABSTRACT = {me}, {victim}, {run!r}, {readable!r}, {port}, {abstract!r}
 libc = ctypes.CDLL(None, use_errno=True)
 done = []
 def attempt(action, *arguments, **keywords):
@@ -121,6 +121,11 @@ attempt(os.truncate, RUN + "/checkpoint", 0); attempt(os.rename, RUN + "/checkpo
 attempt(os.unlink, RUN + "/checkpoint"); attempt(os.link, RUN + "/checkpoint", "/tmp/hard")
 attempt(os.setxattr, RUN + "/checkpoint", "user.x", b"x"); attempt(os.chown, RUN + "/checkpoint", os.getuid(), -1)
 """,
+    "empty_what_it_may_read": """
+path = READABLE + "/module.py"
+assert read(path) == b"installed"  # it is among what may be read
+attempt(os.open, path, os.O_RDONLY | os.O_TRUNC); attempt(os.truncate, path, 0); attempt(write, path)
+""",
     "signal_others": """
 for pid in (ME, VICTIM, -1): attempt(os.kill, pid, 0)
 """,
@@ -179,11 +184,21 @@ HARMLESS += ("environment_of_others", "child_holds_stdout", "limit_others", "new
 @contextmanager
 def victims() -> Iterator[str]:
     """The head of every program, which knows what to aim at."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as server, socket.socket(socket.AF_UNIX) as abstract:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as readable,  # bwrap shows the folders around it, too
+        socket.socket() as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         name = f"\0decoy{os.getpid()}"
         abstract.bind(name)
         server.bind(("127.0.0.1", 0))
         Path(folder, "checkpoint").write_text("weights")
+        module = Path(readable, "module.py")
+        module.write_text("installed")
+        module.chmod(0o666)  # only the isolation protects it
+        os.chmod(readable, 0o755)
+        isolations.SYSTEM = (*isolations.SYSTEM, readable)
         os.chmod(folder, 0o755)
         with socket.socket(socket.AF_UNIX) as path:
             path.bind(f"{folder}/socket")
@@ -193,9 +208,11 @@ def victims() -> Iterator[str]:
             process = subprocess.Popen(["/usr/bin/sleep", "600"])
             try:
                 port = server.getsockname()[1]
-                yield HEAD.format(me=os.getpid(), victim=process.pid, run=folder, port=port, abstract=name)
+                aims = {"me": os.getpid(), "victim": process.pid, "run": folder, "readable": readable}
+                yield HEAD.format(**aims, port=port, abstract=name)
                 assert process.poll() is None and Path(folder, "checkpoint").read_text() == "weights"
                 assert Path(folder, "checkpoint").stat().st_mode & 0o777 == 0o644
+                assert module.read_text() == "installed"
             finally:
                 process.kill()
                 process.wait()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.build.programs import check_programs, describe_sandbox, sandbox_of
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.config.reward import CodeConfig, RewardConfig
 from gspo_megatron.rewards import code
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rewards.sandbox import settled
@@ -26,7 +30,7 @@ SUMS = [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1", "output": "2"}]
 ADD = [{"call": "add", "args": [3, 4], "expected": 7}, {"call": "add", "args": ["a", "b"], "expected": "ab"}]
 SANDBOX = {"isolation": "auto", "seconds": 0.5 * time_factor(), "memory_gib": 0.25, "output_mib": 0.1}
 
-CASES: dict[str, tuple[str, list[dict[str, Any]], str, float]] = {
+CASES: dict[str, tuple[str, list[Any], str, float]] = {
     # name: program, tests, verdict, share of tests passed
     "script": ("a, b = map(int, input().split()); print(a + b, '', sep=' \\n')", SUMS, "right", 1),
     "one_right": ("print(7)", SUMS, "wrong", 0.5),
@@ -55,6 +59,13 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], str, float]] = {
     "equals_anything": (
         "class Yes(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Yes(1)",
         ADD,
+        "wrong",
+        0,
+    ),
+    "equals_anything_in_asserts": (
+        "class Yes(int):\n    def __eq__(self, other): return True\n    def __repr__(self): return '7'\n"
+        "def add(a, b): return Yes(1)",
+        ["assert add(3, 4) == 7"],
         "wrong",
         0,
     ),
@@ -114,8 +125,57 @@ def test_where_the_program_is() -> None:
     assert verdict(fenced(program)) == "right"
     assert verdict(program) == "no_program" and verdict(program, fenced=False) == "right"
     assert verdict(f"```py\n{program}") == "no_program"  # the response was cut
-    assert verdict(f"  ```python3\n  {program}".replace("\n", "\n  ").replace("  a,", "a,") + "\n  ```") == "crashed"
+    # In a list, as CommonMark reads it: lines lose as much indentation as the fence has, where they have it.
+    in_a_list = "1. So:\n\n   ```python3\n   {}\n   ```\n"
+    assert verdict(in_a_list.format(program.replace("\n", "\n   "))) == "right"
+    assert verdict(in_a_list.format(program)) == "right"
+    text = 'print("""\n \n""")'  # whose white space is the program's
+    assert code._program(fenced(text)) == text + "\n"
+    assert verdict(in_a_list.format(program.replace("\n", "\n     "))) == "crashed"
     assert verdict(f"```\r\n{program}\r\n```".replace("\r", "")) == "right"
+
+
+ASSERTS = [
+    "assert freq('abca') == {'a': 2, 'b': 1, 'c': 1}",
+    "assert freq('') == {}, 'of nothing'",
+    "assert {'x': 1} == freq('x')",
+    "assert set(freq('ab')) == set(['a', 'b'])",
+    "assert math.isclose(sum(freq('ab').values()) / 3, 0.667, rel_tol=0.001)",
+    "assert not freq('')",
+    "assert freq(None) is None",
+]
+PROGRAMS = {
+    "right": "from collections import Counter\ndef freq(text): return None if text is None else Counter(text)",
+    "a_dict": "def freq(text): return None if text is None else {c: text.count(c) for c in text}",
+    "always_empty": "def freq(text): return {}",
+    "one_too_many": "def freq(text): return text and {c: text.count(c) + (len(text) > 3) for c in text}",
+    "raises": "def freq(text): return {c: text.count(c) for c in text}",
+}
+
+
+def test_asserts_hold_where_python_says_so() -> None:
+    """Each on its own, as in a plain interpreter. What is compared with a literal is not told to the program."""
+    terms = [{"function": "code", "all_or_nothing": False, "setup": "imports"}]
+    own = Rewards({}, terms=terms, defaults={"code": {"sandbox": SANDBOX}}, workers=2)
+    rollouts = [rollout(fenced(program), ASSERTS, i) for i, program in enumerate(PROGRAMS.values())]
+    for each in rollouts:
+        each.prompt.metadata["imports"] = ["import math"]
+    score_rollouts(own, rollouts)
+    own.close()
+    shares = [sum(_holds(program, test) for test in ASSERTS) / len(ASSERTS) for program in PROGRAMS.values()]
+    assert [r.reward for r in rollouts] == pytest.approx(shares) and shares[:2] == [1, 1] and shares[2] < shares[3] < 1
+    asked = [case["evaluate"] for case in code._cases({"tests": ASSERTS}, "", "tests")]
+    with pytest.raises(ValueError, match="its field 'imports' is null; expected code"):
+        code.code(response="", answer="", metadata={"tests": ASSERTS}, setup="imports", sandbox=SANDBOX)
+    assert asked[:3] == ["freq('abca')", "freq('')", "freq('x')"] and asked[5] == "bool(freq(''))"
+
+
+def _holds(program: str, test: str) -> bool:
+    try:
+        exec(f"{program}\nimport math\n{test}", {})
+    except Exception:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -147,13 +207,16 @@ def test_what_is_equal(found: Any, expected: Any, equal: bool) -> None:
     "tests, said",
     [
         ("", "its answer is not JSON"),
-        ("[]", "is no list of tests"),
-        ('{"input": "1"}', "is no list of tests"),
+        ("[]", "is not a list of tests"),
+        ('{"input": "1"}', "is not a list of tests"),
         ('[{"input": "1"}]', "is not like"),
         ('[{"input": 1, "output": "2"}]', "is not like"),
         ('[{"call": "f", "args": 3, "expected": 1}]', "is not like"),
         ('[{"call": "f", "args": []}]', "is not like"),
         ("[3]", "is not like"),
+        ('["assert f(3) =="]', "cannot be read"),
+        ('["f(3) == 4"]', "is not an assert, as in"),
+        ('["assert f(3)\\nassert f(4)"]', "is not an assert, as in"),
     ],
 )
 def test_tests_that_cannot_be_read_are_named(tests: str, said: str) -> None:
@@ -217,6 +280,14 @@ def test_settings() -> None:
         check_programs(config("reward.code.isolation=none"))
     with pytest.raises(ConfigError, match=r"raise reward\.timeout_s"):
         sandbox_of(config("reward.functions={code: 1}", "reward.code.seconds=30"))
+
+
+def test_the_config_of_the_docs_has_the_defaults() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    (block,) = [each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "isolation:" in each]
+    shown = yaml.safe_load(block)["reward"]
+    assert shown.pop("functions") == {"code": 1} and shown.pop("code") == asdict(CodeConfig())
+    assert shown == {name: getattr(RewardConfig(), name) for name in ("timeout_s", "memory_gib", "on_error")}
 
 
 def test_a_run_is_rewarded_for_programs(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_answers_without_a_rating_cost_the_rollout_its_reward(judge: Rewards) ->
         "empty": "the judge's answer has no text: ''",
         "null": "the judge's answer has no text: None",
         "cut": "the judge's answer was cut; raise max_tokens in options",
-        "garbage": "'choices': []}, which is no chat completion",
+        "garbage": "'choices': []}, which is not a chat completion",
         "overloaded": "HTTP 503",
     }
     for name, rollout in zip(ANSWERS, found, strict=True):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,9 @@ import pytest
 from gspo_megatron.base.batches import Prompt, Rollout
 from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.rewards.client import _retry_after
+from gspo_megatron.rewards.judge import JudgeParameters
+from gspo_megatron.rewards.remote import RemoteParameters
+from gspo_megatron.rewards.reward_model import RewardModelParameters
 from gspo_megatron.rewards.rewards import Rewards, refuse_unscored, score_rollouts
 from gspo_megatron.rollout.group_scores import GroupScores
 from gspo_megatron.testing.time_limits import time_factor
@@ -170,6 +176,9 @@ def test_a_failing_service_is_asked_again_and_its_time_is_kept(opened: Callable[
         (lost,) = scored(opened(service), "four")
     assert lost.reward_lost and "asks to wait 3600 s, more than max_wait_s=60" in lost.reward_error
     assert len(service.requests) == 1
+    with serving(lambda *_: Answer({}, 429, {"Retry-After": "1"})) as service:
+        (lost,) = scored(opened(service, retries=0), "four")
+    assert lost.reward_lost and "HTTP 429" in lost.reward_error and "asks to wait" not in lost.reward_error
 
 
 def test_retry_after() -> None:
@@ -196,8 +205,9 @@ def test_wrong_settings_stop_the_run(opened: Callable[..., Rewards], answer: Ans
         found = scored(rewards, "one", "two")
     assert "wr0ng" not in str(refused.value) and len(service.requests) == 1  # no later one could succeed
     assert not any(r.reward_lost for r in found)
-    with pytest.raises(DataError, match=error.replace("[", r"\[").replace("{", r"\{")):
+    with pytest.raises(DataError, match=error.replace("[", r"\[").replace("{", r"\{")) as stopped:
         refuse_unscored(found)
+    assert "set reward.on_error=count" not in str(stopped.value)  # which would not help
 
 
 def test_the_trial_finds_a_wrong_address_and_a_missing_token(opened: Callable[..., Rewards]) -> None:
@@ -214,6 +224,22 @@ def test_the_trial_finds_a_wrong_address_and_a_missing_token(opened: Callable[..
         opened(service).check_services()
 
 
+def test_services_are_tried_at_once() -> None:
+    together = threading.Barrier(2, timeout=10 * time_factor())
+
+    def answer(request: Any, number: int) -> Answer:
+        try:
+            together.wait()
+        except threading.BrokenBarrierError:
+            return Answer({}, 400)
+        return Answer({"scores": []})
+
+    with serving(answer) as service:
+        terms = [{"function": "remote", "name": name, "url": service.url, "retries": 0} for name in ("one", "two")]
+        with closing(Rewards({}, terms=terms)) as rewards:
+            rewards.check_services()
+
+
 def test_after_failures_in_a_row_none_is_sent_for_a_while(opened: Callable[..., Rewards]) -> None:
     broken = threading.Event()
     broken.set()
@@ -225,6 +251,26 @@ def test_after_failures_in_a_row_none_is_sent_for_a_while(opened: Callable[..., 
         broken.clear()
         time.sleep(1.1)
         assert [r.reward for r in scored(rewards, *"ab")] == [1, 1]
+
+
+def test_failures_between_answers_are_not_in_a_row(opened: Callable[..., Rewards]) -> None:
+    """A refusal of these rollouts is an answer: the service is there."""
+    with serving(lambda request, number: Answer({}, 400 if number % 2 else 500)) as service:
+        found = scored(opened(service, retries=0, failures=2, concurrency=1, batch_size=1), *"abcdef")
+    assert len(service.requests) == 6 and [r.reward_lost for r in found] == [True, False] * 3
+
+
+def test_the_table_of_the_docs_has_every_parameter() -> None:
+    """With its default, where that is a number."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \| (.*?) \|", page, re.MULTILINE)
+    found = {(of, name): default for name, of_all, default in rows for of in re.findall(r"\w+", of_all)}
+    for of, kind in (("remote", RemoteParameters), ("judge", JudgeParameters), ("reward_model", RewardModelParameters)):
+        declared = {each.name: each.default for each in fields(kind)}
+        assert {name for one, name in found if one == of} == declared.keys()
+        for name, default in declared.items():
+            if isinstance(default, (int, float)):
+                assert found[of, name] == f"{default:g}"
 
 
 def test_requests_are_concurrent_up_to_a_limit_while_groups_are_sampled(opened: Callable[..., Rewards]) -> None:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.rewards import isolations, sandbox, seccomp
 from gspo_megatron.rewards.isolations import AUTO, ISOLATIONS, interpreter
 from gspo_megatron.rewards.sandbox import Limits, Sandbox
+from gspo_megatron.rewards.worker import OF_THE_RUN
 from gspo_megatron.testing.time_limits import time_factor
 from tests.rewards.attacks import ATTACKS, ENDS, HARMLESS, LIMITS
 
@@ -123,6 +126,22 @@ Sandbox({isolation!r}, Limits(seconds=1000)).run("import time; 'decoy-{os.getpid
     assert not [pid for pid in programs if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.parametrize("isolation", WORKING)
+def test_a_program_goes_on_when_its_job_is_told_to_stop(isolation: str) -> None:
+    """A scheduler may signal every process of a job, at any time."""
+    box = Sandbox(isolation, Limits(seconds=20))
+    others = set(_children(os.getpid()))
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(box.run, "import time; time.sleep(0.5); print('went on')")
+        while not run.done():
+            for pid in set(_children(os.getpid())) - others:
+                for number in OF_THE_RUN:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.01)
+    assert run.result() == ("exited", 0, b"went on\n", "")
+
+
 def _children(pid: int) -> list[int]:
     """Of a process, and theirs: of one that sleeps in a sandbox."""
     found = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
@@ -145,6 +164,24 @@ def test_what_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "namespaces are off" in ISOLATIONS["bwrap"].hint(ubuntu)
     monkeypatch.setattr(Path, "read_text", lambda self: "1\n")
     assert "Ubuntu 24.04" in ISOLATIONS["bwrap"].hint(ubuntu)
+
+
+def test_an_isolation_is_tried_once_and_only_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by every process that calls the reward: the settings tell it which one works here."""
+    tried = []
+    monkeypatch.setattr(sandbox, "complaint", lambda isolation, _: tried.append(isolation.name) or "")
+    assert sandbox.settled.__wrapped__("auto") == AUTO[0] and tried == [AUTO[0]]
+    Sandbox(AUTO[1])
+    assert tried == [AUTO[0]]
+
+
+def test_a_landlock_that_lets_files_be_emptied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 does not know the right to truncate: open(path, O_RDONLY | O_TRUNC) needs that to read alone."""
+    asked = "libc.syscall(LANDLOCK_CREATE, None, 0, 1)"
+    assert sandbox.LAUNCHER.count(asked) == 1
+    monkeypatch.setattr(sandbox, "LAUNCHER", sandbox.LAUNCHER.replace(asked, "2"))
+    complaint = sandbox.complaint(ISOLATIONS["landlock"], interpreter())
+    assert "version 2" in complaint and "Linux 6.2" in complaint
 
 
 def test_a_sandbox_that_fails_says_so() -> None:

@@ -15,6 +15,7 @@ from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling
 from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.rewards.functions import NotJudged
 from gspo_megatron.rewards.rewards import Rewards, score_rollouts
 from gspo_megatron.run.best import Record, Records
 from gspo_megatron.run.estimates import estimate, majority_at_k, pass_at_k
@@ -29,7 +30,7 @@ SAMPLED = Sampling(0.7, 0.9, 3, 2, seed=5)
 
 def set_of(name: str = "hard", **how: Any) -> EvalSet:
     given = {"sampling": SAMPLED, "n": 4, "k": (1, 3), "size": 5} | how
-    return EvalSet(name, Prompts(seed=2), reward=Rewards({"exact_match": 1.0}), answers="exact_match", **given)
+    return EvalSet(name, Prompts(seed=2), reward=Rewards({"exact_match": 1.0}), **given)
 
 
 def run(*overrides: str, ranks: Ranks | None = None, sets: tuple[EvalSet, ...] = ()) -> Rows:
@@ -65,6 +66,7 @@ def test_a_set_has_metrics_of_its_own_and_takes_nothing_from_training() -> None:
         "maj@3": pytest.approx(statistics.fmean(majority_at_k(*vote, 3) for vote in votes)),
         "response_length": statistics.fmean(a["length"] for a in answers),
         "truncated_fraction": statistics.fmean(a["truncated"] for a in answers),
+        "unscored_fraction": 0.0,
     }
     several = Replicas(3).run(
         lambda ranks: run("train.eval_every=2", "eval.rollouts=-1", ranks=ranks, sets=(set_of(),))
@@ -179,8 +181,8 @@ def test_equal_is_not_better_and_what_is_not_finite_is_never_the_best() -> None:
 
 
 def answered(texts: list[list[str]], golds: list[str], reward: str, **how: Any) -> Answered:
-    rewards = Rewards({reward: 1.0})
-    of = EvalSet("set", Prompts(), None, SAMPLED, rewards, reward, n=len(texts[0]), **how)
+    rewards = Rewards({reward: 1.0}, isolate=False)
+    of = EvalSet("set", Prompts(), None, SAMPLED, rewards, n=len(texts[0]), **how)
     groups = []
     for i, (gold, responses) in enumerate(zip(golds, texts, strict=True)):
         prompt = Prompt(i, f"q{i}|", (1,), gold, metadata={"level": i % 2})
@@ -233,6 +235,23 @@ def test_the_table_splits_by_field_and_by_length(tmp_path: Path) -> None:
         json.loads(line) for line in (tmp_path / "rollouts" / "eval_set_step_000003.jsonl").read_text().splitlines()
     ]
     assert [row["level"] for row in rows] == [0, 0, 1, 1, 0, 0, 1, 1] and rows[0]["correct"] is True
+
+
+def test_responses_without_a_reward_are_told_apart_from_wrong_ones() -> None:
+    found = answered([["a", "lost"], ["lost", "lost"], ["b", "c"]], ["a", "b", "c"], "tests.run.test_evaluation:exact")
+    assert found.correct == [[1, 0], [0, 0], [0, 1]]
+    assert found.values()["unscored_fraction"] == [0.5, 1.0, 0.0]
+    text = markdown(table_of("run/step", [(found, 1.5)]))
+    assert "| unscored_fraction |" in text and "| 50.0% [" in text.split("## ")[0].splitlines()[4]
+    assert replace(found, of=replace(found.of, name="")).metrics().keys() == {
+        *("eval/accuracy", "eval/reward", "eval/unscored_fraction")
+    }
+
+
+def exact(response: str, answer: str) -> float:
+    if response == "lost":
+        raise NotJudged("no room", {"score": 0.0})
+    return float(response == answer)
 
 
 def test_ranks_agree_where_a_set_is_smaller_than_they_are() -> None:
