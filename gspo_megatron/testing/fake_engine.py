@@ -40,7 +40,7 @@ class FakeEngine:
         dies_after: rounds until it dies, in the middle of all its requests; -1: never.
         garbage: how its answers are wrong.
         keeps_old: it says that it has taken new weights, and samples with the old ones.
-        refuses: methods that fail, and kill it.
+        refuses: methods that kill it, once.
         calls: control calls, in order.
         asked: the requests of every `generate`.
     """
@@ -194,7 +194,8 @@ class FakeEngine:
     def _called(self, what: str) -> None:
         self._alive(what)
         self.calls.append(what)
-        if what.split()[0] in self.refuses:
+        if (method := what.split()[0]) in self.refuses:
+            self.refuses.discard(method)
             self.kill()
             self._alive(what)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import get_args
@@ -152,7 +151,7 @@ def test_a_death_under_load_costs_no_rollout(restarts: bool) -> None:
     assert setup.pool.deaths == 1 and setup.pool.continued > 0
     assert any("engine b is dead: b does not answer generate" in line for line in setup.said)
     # Its responses were continued from where they were cut, not begun again.
-    assert any(r.response for requests in setup.engines[0].asked for r in requests)
+    assert any(r.response for engine in setup.engines for requests in engine.asked for r in requests)
     if restarts:
         wait_until(lambda: b.state == "alive")
         # Started, given the weights while it was paused, and probed.
@@ -167,7 +166,7 @@ def test_the_only_engine_is_waited_for() -> None:
     setup = Setup(engine := FakeEngine("a", dies_after=5))
     setup.update(0)
     check(setup.answers(groups_of(2)), table(0))
-    assert setup.started == ["a"] and engine.asked[-1][0].response
+    assert setup.started == ["a"] and any(r.response for r in engine.asked[-1] + engine.asked[-2])
 
 
 def test_when_no_engine_is_left_the_run_is_told() -> None:
@@ -235,10 +234,9 @@ def test_an_engine_that_dies_while_it_is_updated_costs_nothing(method: str) -> N
     setup = Setup(FakeEngine("a"), FakeEngine("b"))
     setup.update(0)
     setup.engines[1].refuses.add(method)
-    threading.Timer(0.05, setup.engines[1].refuses.clear).start()
     setup.update(1)
     check(setup.answers(groups_of(3)), table(1))
-    assert setup.pool.deaths >= 1 and not setup.engines[0].paused
+    assert setup.pool.deaths == 1 and not setup.engines[0].paused
 
 
 def test_an_engine_without_a_way_to_reload_waits_for_the_next_update() -> None:
