@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gspo_megatron.base.errors import EngineError, shortened
@@ -21,6 +21,8 @@ OPTIONS = (
     *("--load-format", "dummy"),
     *("--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log"),
     *("--logits-processors", "gspo_megatron.rollout.vllm_draw:CounterDraw"),
+    *("--worker-extension-cls", "gspo_megatron.rollout.vllm_worker.Extension"),
+    *("--weight-transfer-config", '{"backend": "gspo"}'),
     # The log-prob that the draw leaves in place of a logit goes back as it is.
     *("--logprobs-mode", "processed_logits"),
 )
@@ -65,6 +67,10 @@ class ServerSettings:
     threads: int = 1
     arguments: tuple[str, ...] = ()
     start_timeout_s: float = 600.0
+
+    def on(self, gpus: tuple[int, ...]) -> ServerSettings:
+        """The same on these GPUs."""
+        return replace(self, gpus=gpus)
 
     def command(self, port: int) -> list[str]:
         """vLLM's command line."""
