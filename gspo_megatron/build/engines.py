@@ -22,48 +22,48 @@ from gspo_megatron.data.responses import Response
 from gspo_megatron.device import DTYPES, Device
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
-from gspo_megatron.rollout.engine import Weights
+from gspo_megatron.rollout.engine import Engine, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.engine_server import HOST, EngineServer, ServerSettings
 from gspo_megatron.rollout.native.stopping import stops_of
-from gspo_megatron.rollout.served import Probe, ServedSource
+from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.served import ServedSource
 from gspo_megatron.rollout.vllm import VllmEngine
 from gspo_megatron.rollout.weight_channels import Broadcast, Channel, SharedMemory
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.run.scoring import Scorer
 
-PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.05}
-PROBE_TOKENS = 64
+PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.5}
 FOLDER = "engine"
-"""In run.dir: the model's folder, and the engines' logs."""
+"""In run.dir: the model's config.json for the engines, and their logs."""
 
 
 class VllmEngines:
     """On the main process: the servers of a run, and the pool over them."""
 
-    def __init__(
-        self, inputs: Inputs, files: FolderFiles, device: Device, probe: Probe, say: Callable[[str], None]
-    ) -> None:
-        config, r = inputs.config, inputs.config.engine
-        folder = Path(config.run.dir) / FOLDER
-        settings = server_settings(config, folder / "model")
+    def __init__(self, inputs: Inputs, files: FolderFiles, device: Device, say: Callable[[str], None]) -> None:
+        config, e = inputs.config, inputs.config.engine
+        self.folder = Path(config.run.dir) / FOLDER
+        settings = server_settings(config, self.folder / "model")
         write_config(settings.folder, files, DTYPES[config.precision.dtype])
-        self.servers = {}
-        for i in range(r.count):
-            name = f"engine {i}"
-            gpus = tuple(r.gpus[i * r.tensor_parallel : (i + 1) * r.tensor_parallel])
-            log, port = folder / f"engine_{i}.log", r.port and r.port + i
-            self.servers[name] = EngineServer(name, settings.on(gpus), log, port)
-        self._say, self._timeout_s = say, r.timeout_s
+        self.servers = {f"engine {i}": self._server(i, config, settings) for i in range(e.count)}
+        self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
+        self._most_in_flight = config.rollout.max_batch
         self._channel: Channel = (
             SharedMemory(job=Path(config.run.dir).name) if device.on_cpu else Broadcast(HOST, device.torch_device)
         )
-        self._settings = {
-            "num_ids": inputs.tokenizer.vocab_size,
-            "temperature": config.rollout.temperature,
-            "timeout_s": r.timeout_s,
-        }
-        self._probe, self._most = probe, (r.most_starts, config.rollout.max_batch)
+        self._engine = partial(
+            VllmEngine,
+            num_ids=inputs.tokenizer.vocab_size,
+            temperature=config.rollout.temperature,
+            timeout_s=e.timeout_s,
+        )
+
+    def _server(self, number: int, config: Config, settings: ServerSettings) -> EngineServer:
+        e = config.engine
+        gpus = tuple(e.gpus[number * e.tensor_parallel : (number + 1) * e.tensor_parallel])
+        log, port = self.folder / f"engine_{number}.log", e.port and e.port + number
+        return EngineServer(f"engine {number}", settings.on(gpus), log, port)
 
     def start(self) -> None:
         """Starts all servers; they become ready meanwhile.
@@ -74,23 +74,21 @@ class VllmEngines:
         for server in self.servers.values():
             server.start()
 
-    def ready(self) -> EnginePool:
-        """The pool, once all servers answer.
+    def ready(self, wrong: Callable[[Engine], str]) -> EnginePool:
+        """The pool, once all servers answer. `wrong`: what is wrong with an engine's log-probs, if anything.
 
         Raises:
             EngineError: one does not start.
         """
         for server in self.servers.values():
             server.wait()
-        engines = [VllmEngine(server.address, **self._settings) for server in self.servers.values()]
-        most_starts, most_in_flight = self._most
         return EnginePool(
-            engines,
-            probe=self._probe,
+            [self._engine(server.address) for server in self.servers.values()],
+            probe=wrong,
             start=self._start_again,
             send=self._send,
-            most_starts=most_starts,
-            most_in_flight=most_in_flight,
+            most_starts=self._most_starts,
+            most_in_flight=self._most_in_flight,
             say=self._say,
         )
 
@@ -103,9 +101,8 @@ class VllmEngines:
     def _send(self, engines: Seq[Any], weights: Weights) -> None:
         addresses = [engine.address for engine in engines]
         if addresses:
-            send_weights(
-                [a.url for a in addresses], weights, self._channel, timeout_s=self._timeout_s, token=addresses[0].token
-            )
+            urls, token = [address.url for address in addresses], addresses[0].token
+            send_weights(urls, weights, self._channel, timeout_s=self._timeout_s, token=token)
 
     def close(self) -> None:
         """Ends all servers."""
@@ -116,12 +113,12 @@ class VllmEngines:
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:
     """What each engine of the run is started with, but for its GPUs."""
-    e, length = config.engine, config.model.max_sequence_length
+    e = config.engine
     return ServerSettings(
         python=e.python or sys.executable,
         folder=folder,
         dtype=str(DTYPES[config.precision.dtype]).removeprefix("torch."),
-        max_length=length,
+        max_length=config.model.max_sequence_length,
         max_batch=config.rollout.max_batch,
         tensor_parallel=e.tensor_parallel,
         cache_gib=e.cache_gib,
@@ -136,16 +133,6 @@ def write_config(folder: Path, files: FolderFiles, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.content(dtype).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def probe_of(inputs: Inputs, policy: Any, ranks: Any, console: Console) -> Probe:
-    """A sequence of ids from the whole vocabulary, and the trainer's log-probs of it."""
-    config, num_ids = inputs.config, inputs.tokenizer.vocab_size
-    length = min(PROBE_TOKENS, config.model.max_sequence_length)
-    tokens = [(1 + i * max(1, num_ids // length)) % num_ids for i in range(length)]
-    scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
-    limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
-    return Probe(tuple(tokens), lambda t: scorer.log_probs([Response("the probe", {}, list(t), 1)])[0], limit)
 
 
 @contextmanager
@@ -168,8 +155,9 @@ def open_engines(
     if config.rollout.engine == "collective":
         yield None
         return
-    probe = probe_of(inputs, policy, ranks, console)
-    engines = VllmEngines(inputs, files, device, probe, console.warn) if ranks.is_main else None
+    limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
+    scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
+    engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:
         ranks.from_main(lambda stopped: engines.start() if engines else None, lambda: False)
@@ -178,9 +166,10 @@ def open_engines(
             policy=policy,
             open_pool=engines.ready if engines else None,
             weights=partial(policy.weights, rules, only_to=0),
-            probe=probe,
+            probe=Probe.of_vocabulary(tokenizer.vocab_size, config.model.max_sequence_length, limit=limit),
+            score=lambda tokens, begin: scorer.log_probs([Response("the probe", {}, list(tokens), begin)])[0],
             as_in_training=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, config.run.seed),
-            stop_ids=stops_of([*r.stop], tokenizer).ids,
+            stop_ids=stops_of(r.stop, tokenizer).ids,
             stop=stop,
             sign_of_life=console.sign_of_life,
         )

@@ -52,8 +52,9 @@ def assemble(
     note: Callable[[str], None] = lambda where: None,
     served: Callable[..., RolloutSource] | None = None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `served`: makes the source
-    of rollouts in place of the sampler. `taken`: what the run has used up, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `served`: makes the
+    source of rollouts in place of the sampler. `taken`: what the run has used up, if it continues. `contents`: of what
+    it reads. `peak_flops`: of one GPU, where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, vocab_size = config.rollout, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"

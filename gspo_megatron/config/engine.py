@@ -19,8 +19,8 @@ class EngineConfig:
     )
     gpus: list[Any] = setting(
         [],
-        "Numbers of the GPUs that the engines take, tensor_parallel each. No process of the run may use them. On a CPU: "
-        "[].",
+        "Numbers of the GPUs that the engines take, tensor_parallel each; no process of the run may use them. []: on a "
+        "CPU.",
     )
     tensor_parallel: int = setting(1, "GPUs that share the weights of one engine.", least=1)
     threads: int = setting(1, "Threads of an engine on a CPU.", least=1)
@@ -33,8 +33,8 @@ class EngineConfig:
     arguments: list[Any] = setting([], "Further arguments of vLLM's server, such as ['--enforce-eager'].")
     probe_limit: float | None = setting(
         None,
-        "After every change of weights an engine scores a fixed sequence. A mean distance to the trainer's log-probs "
-        "above this stops the run. null: 1e-4 in fp32, 0.05 in bf16.",
+        "After every change of weights an engine scores a fixed sequence. A log-prob further than this from the "
+        "trainer's stops the run. null: 1e-4 in fp32, 0.5 in bf16.",
         above=0,
     )
     most_starts: int = setting(3, "How often an engine that died is started again.", least=0, most=1000)

@@ -134,8 +134,8 @@ class EngineServer:
         port = self.port or _free_port()
         if self.port and not _is_free(port):
             raise EngineError(
-                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 for "
-                "a free one"
+                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 "
+                "for a free one"
             )
         self._address = Address(self.name, HOST, port, self.token)
         s = self.settings
@@ -158,7 +158,8 @@ class EngineServer:
             status = self._program.status()
             if status is not None:
                 raise EngineError(
-                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n{self.last_lines()}"
+                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n"
+                    f"{self.last_lines()}"
                 )
             if time.monotonic() - began > seconds:
                 self.end()

@@ -39,7 +39,8 @@ class ServedSource(TrainingSource):
     """`RolloutSource` over engines.
 
     Attributes:
-        open_pool: waits until the engines are ready; its argument compares an engine with the trainer. None: this is not the main process.
+        open_pool: waits until the engines are ready; its argument compares an engine with the trainer. None: this is
+            not the main process.
         weights: the policy's tensors by their names in a Hugging Face folder, on the main process; all iterate.
         probe: what engines score after every change of weights.
         score: the trainer's log-probs of a sequence from a position on. All ranks call it together.

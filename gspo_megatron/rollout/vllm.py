@@ -93,10 +93,16 @@ class VllmEngine:
                 raise self.address.error("ended a stream in the middle of a response")
 
     def _asked(self, request: Request, forced: Seq[int] = ()) -> dict[str, Any]:
-        how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
-        drawn = {"seed": request.seed, "id": request.id, "begin": len(request.response), **how, "num_ids": self.num_ids}
-        if forced:
-            drawn["forced"] = list(forced)
+        drawn = {
+            "seed": request.seed,
+            "id": request.id,
+            "begin": len(request.response),
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "num_ids": self.num_ids,
+            "forced": list(forced),
+        }
         params = {
             "temperature": 0,
             "max_tokens": request.max_new_tokens - len(request.response),
