@@ -229,7 +229,7 @@ class EnginePool:
                         return
                     if piece.id not in open_:
                         raise EngineError(f"answered request {piece.id}, which it was not asked, or which had ended")
-                    flight.answers[piece.id].add(piece, range(known_from, self.version + 1))
+                    flight.answers[piece.id].add(piece, range(known_from, self.version + 1), self.version)
                     if piece.tokens or piece.finish in ("stop", "length"):
                         flight.heard.put((flight, _going_on_after_abort(piece)))
                     if piece.finish:
