@@ -300,7 +300,7 @@ def test_the_versions_of_an_answer() -> None:
     assert answer.versions == [(3, 1, 4), (4, 4, 6)] and answer.finish == ""
     assert answer.rest.response == (9, 4, 5, 6, 7, 8)
     for spans in [
-        (Span(4, 5, 7),),
+        (Span(4, 7, 7),),
         (Span(4, 0, 7),),
         (Span(4, 6, 8),),
         (Span(3, 1, 5), Span(4, 6, 7)),
