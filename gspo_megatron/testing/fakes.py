@@ -96,6 +96,12 @@ class OneRank:
     def any_rank(self, flag: bool) -> bool:
         return flag
 
+    def from_main(self, work: Callable[[threading.Event], Result], stop: Callable[[], bool]) -> Result:
+        stopped = threading.Event()
+        if stop():
+            raise StopRequested
+        return work(stopped)
+
 
 class Replicas:
     """`Ranks` of `size` data-parallel replicas in as many threads, which wait for each other in `gather`."""
@@ -148,6 +154,12 @@ class _Replica:
 
     def any_rank(self, flag: bool) -> bool:
         return any(self.gather([flag]))
+
+    def from_main(self, work: Callable[[threading.Event], Result], stop: Callable[[], bool]) -> Result:
+        if self.any_rank(stop()):
+            raise StopRequested
+        [result] = self.gather([work(threading.Event())] if self.is_main else [])
+        return result
 
 
 class TablePolicy:
