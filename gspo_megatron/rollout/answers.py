@@ -36,24 +36,26 @@ class Answer:
         """The request for what is still to be sampled. A position has the same random number in it."""
         return replace(self.request, response=(*self.request.response, *self.tokens))
 
-    def add(self, piece: Piece, known: range, now: int) -> None:
-        """Appends a piece. `known`: the versions that its tokens may come from. `now`: that of the engine's weights at
-        this moment, which tokens without a version get until the engine says more. A piece that ends a response with
-        `abort` leaves it open: it is to be continued.
+    def dated(self, piece: Piece, version: int) -> Piece:
+        """The piece, of whose tokens the engine has told no version yet, with that of its weights at this moment."""
+        if piece.versions or not piece.tokens:
+            return piece
+        return replace(piece, versions=(Span(version, self.length, self.length + len(piece.tokens)),))
+
+    def add(self, piece: Piece, known: range) -> None:
+        """Appends a piece. `known`: the versions that its tokens may come from. Its spans may reach back over earlier
+        tokens, and then replace what was known of them. A piece that ends a response with `abort` leaves it open: it
+        is to be continued.
 
         Raises:
             EngineError: the piece does not follow what was sampled before, or cannot have been sampled for this.
         """
         if why := self._fault(piece) or self._fault_in_versions(piece, known):
             raise EngineError(f"answered request {piece.id} with {why}")
-        begin, end = self.length, self.length + len(piece.tokens)
         self.tokens += piece.tokens
         self.log_probs += piece.log_probs
-        # An engine may tell versions late, and then of earlier tokens as well.
-        spans = piece.versions or ((Span(now, begin, end),) if piece.tokens else ())
-        if spans:
-            self.versions = [*_until(self.versions, spans[0].begin), *spans]
-        self.versions = _merged(self.versions)
+        if spans := piece.versions:
+            self.versions = _merged([*_until(self.versions, spans[0].begin), *spans])
         self.finish = "" if piece.finish == "abort" else piece.finish
 
     def close_if_whole(self) -> None:
@@ -91,7 +93,7 @@ class Answer:
     def _fault_in_versions(self, piece: Piece, known: range) -> str:
         spans, begin, end = piece.versions, len(self.request.response), self.length + len(piece.tokens)
         if not spans:
-            return ""
+            return "tokens without a version" if piece.tokens else ""
         borders = [span.begin for span in spans] + [end]
         whole = all((s.begin, s.end) == pair for s, pair in zip(spans, pairwise(borders), strict=True))
         if not whole or sorted(borders) != borders or not begin <= borders[0] <= self.length:

@@ -230,9 +230,12 @@ class EnginePool:
                         return
                     if piece.id not in open_:
                         raise EngineError(f"answered request {piece.id}, which it was not asked, or which had ended")
-                    flight.answers[piece.id].add(piece, range(known_from, self.version + 1), self.version)
-                    if piece.tokens or piece.finish in ("stop", "length"):
-                        flight.heard.put((flight, _going_on_after_abort(piece)))
+                    answer = flight.answers[piece.id]
+                    piece = answer.dated(piece, self.version)
+                    answer.add(piece, range(known_from, self.version + 1))
+                    if piece.tokens or answer.finish:
+                        # An aborted request is continued: for whoever asked it has not ended.
+                        flight.heard.put((flight, replace(piece, finish=answer.finish)))
                     if piece.finish:
                         open_.discard(piece.id)
                         self._leave(member, 1)
@@ -417,11 +420,6 @@ class EnginePool:
             for flight in self._flights:
                 flight.cancelled = True
             self._changed.notify_all()
-
-
-def _going_on_after_abort(piece: Piece) -> Piece:
-    """An aborted request is continued: for whoever asked it has not ended."""
-    return replace(piece, finish="") if piece.finish == "abort" else piece
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from gspo_megatron.base.errors import EngineError, EnginesDown
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
-from gspo_megatron.rollout.engine import Engine, Request, Weights
+from gspo_megatron.rollout.engine import PauseMode, Request, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.group_scores import GroupScores
 
@@ -89,6 +89,7 @@ class ServedSource(TrainingSource):
     stop_ids: tuple[int, ...]
     stop: Callable[[], bool] = lambda: False
     sign_of_life: Callable[[Callable[[], str]], None] = lambda say: None
+    pause_mode: PauseMode = "wait"
     _sent: int | None = field(default=None, init=False)
     _sync_s: float = field(default=0.0, init=False)
 
@@ -140,7 +141,7 @@ class ServedSource(TrainingSource):
         tensors = self.weights()
         if self.pool is not None:
             try:
-                self.pool.update(Weights(version, tensors), "wait")
+                self.pool.update(Weights(version, tensors), self.pause_mode)
             except EngineError as caught:
                 error = caught
         # Every rank stays in the exchange to its end, also after a failure.

@@ -84,7 +84,7 @@ class Setup:
     def answers(self, groups: list[list[Request]]) -> dict[int, Answer]:
         answers = {r.id: Answer(r) for group in groups for r in group}
         for piece in self.pool.generate(groups):
-            answers[piece.id].add(piece, range(100), self.pool.version)
+            answers[piece.id].add(piece, range(100))
         return answers
 
 
@@ -133,7 +133,7 @@ def test_a_cut_response_is_continued_with_the_same_tokens() -> None:
     got += pieces
     answers = {r.id: Answer(r) for r in groups_of(1)[0]}
     for piece in got:
-        answers[piece.id].add(piece, range(1), 0)
+        answers[piece.id].add(piece, range(1))
     check(answers, table(0))
     assert len(engine.asked) == 2
 
@@ -203,7 +203,7 @@ def test_new_weights_under_way() -> None:
     groups = groups_of(4)
     answers = {r.id: Answer(r) for group in groups for r in group}
     for count, piece in enumerate(setup.pool.generate(groups)):
-        answers[piece.id].add(piece, range(8), setup.pool.version)
+        answers[piece.id].add(piece, range(8))
         if count == 10:
             setup.update(7)
     both = 0
@@ -292,11 +292,11 @@ def test_the_table_of_states() -> None:
 
 def test_the_versions_of_an_answer() -> None:
     answer = Answer(request(1, (9,), longest=9))
-    answer.add(Piece(1, (4, 5), (-1.0, -1.0), (), ""), range(5), now=3)
-    answer.add(Piece(1, (6, 7), (-1.0, -1.0), (), ""), range(5), now=4)
+    answer.add(Piece(1, (4, 5), (-1.0, -1.0), (Span(3, 1, 3),), ""), range(5))
+    answer.add(answer.dated(Piece(1, (6, 7), (-1.0, -1.0), (), ""), 4), range(5))
     assert answer.versions == [(3, 1, 3), (4, 3, 5)]
     # vLLM tells them with the last piece, of all tokens of the request.
-    answer.add(Piece(1, (8,), (-1.0,), (Span(3, 1, 4), Span(4, 4, 6)), "abort"), range(5), now=4)
+    answer.add(Piece(1, (8,), (-1.0,), (Span(3, 1, 4), Span(4, 4, 6)), "abort"), range(5))
     assert answer.versions == [(3, 1, 4), (4, 4, 6)] and answer.finish == ""
     assert answer.rest.response == (9, 4, 5, 6, 7, 8)
     for spans in [
@@ -305,10 +305,11 @@ def test_the_versions_of_an_answer() -> None:
         (Span(4, 6, 8),),
         (Span(3, 1, 5), Span(4, 6, 7)),
         (Span(5, 6, 7),),
+        (),
     ]:
         with pytest.raises(EngineError, match="version"):
-            answer.add(Piece(1, (8,), (-1.0,), spans, ""), range(5), now=4)
+            answer.add(Piece(1, (8,), (-1.0,), spans, ""), range(5))
     # Its engine died before it could say so.
-    answer.add(Piece(1, (1, 2, 3), (-1.0,) * 3, (), ""), range(5), now=4)
+    answer.add(answer.dated(Piece(1, (1, 2, 3), (-1.0,) * 3, (), ""), 4), range(5))
     answer.close_if_whole()
     assert answer.finish == "length"
