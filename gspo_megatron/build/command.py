@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import NoReturn
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError, printable
+from gspo_megatron.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    GuardError,
+    StartError,
+    printable,
+)
 from gspo_megatron.device import torchrun
 from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED_BY_GUARD
 
@@ -15,6 +23,7 @@ STATUSES: dict[type[Exception], int] = {
     DataError: REFUSED,
     CheckpointError: REFUSED,
     StartError: FAILED,
+    EngineError: FAILED,
     GuardError: STOPPED_BY_GUARD,
 }
 """Errors that a user meets, and the exit status of a command that ends with one."""

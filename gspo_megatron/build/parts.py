@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gspo_megatron.base.batches import Taken
@@ -49,9 +50,11 @@ def assemble(
     peak_flops: float | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
+    served: Callable[..., RolloutSource] | None = None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `taken`: what the run has
-    used up, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `served`: makes the
+    source of rollouts in place of the sampler. `taken`: what the run has used up, if it continues. `contents`: of what
+    it reads. `peak_flops`: of one GPU, where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, vocab_size = config.rollout, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
@@ -63,8 +66,8 @@ def assemble(
         curriculum = Curriculum(visits, retry, inputs.rewards.accuracy)
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
-    source: RolloutSource = CollectiveSource(
-        sampler=in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks),
+    answered = in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks)
+    source: RolloutSource = (served or partial(CollectiveSource, sampler=answered))(
         ranks=ranks,
         reward=inputs.rewards,
         tokenizer=inputs.tokenizer,

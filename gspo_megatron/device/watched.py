@@ -72,9 +72,7 @@ def main(command: Sequence[str]) -> int:
     # Only the starter ends the program: what a terminal or a batch system sends to everyone would be too early.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    program = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_started  # noqa: PLW1509
-    )
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_started)
     ended = os.pidfd_open(program.pid)
     ready, _, _ = select.select([ended, sys.stdin.fileno()], [], [])
     if ended not in ready:

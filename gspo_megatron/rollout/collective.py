@@ -16,7 +16,6 @@ from gspo_megatron.data.token_ids import Tokenizer, text_of
 from gspo_megatron.rewards.rewards import Reward, refuse_unscored
 from gspo_megatron.rollout.group_scores import GroupScores
 
-
 Asked = Seq[tuple[Prompt, int]]
 """(prompt, id) of each rollout, in the order of the ids. Consecutive ones are a group."""
 

@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gspo_megatron.base.errors import EngineError, shortened
@@ -21,6 +21,8 @@ OPTIONS = (
     *("--load-format", "dummy"),
     *("--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log"),
     *("--logits-processors", "gspo_megatron.rollout.vllm_draw:CounterDraw"),
+    *("--worker-extension-cls", "gspo_megatron.rollout.vllm_worker.Extension"),
+    *("--weight-transfer-config", '{"backend": "gspo"}'),
     # The log-prob that the draw leaves in place of a logit goes back as it is.
     *("--logprobs-mode", "processed_logits"),
 )
@@ -65,6 +67,10 @@ class ServerSettings:
     threads: int = 1
     arguments: tuple[str, ...] = ()
     start_timeout_s: float = 600.0
+
+    def on(self, gpus: tuple[int, ...]) -> ServerSettings:
+        """The same on these GPUs."""
+        return replace(self, gpus=gpus)
 
     def command(self, port: int) -> list[str]:
         """vLLM's command line."""
@@ -128,8 +134,8 @@ class EngineServer:
         port = self.port or _free_port()
         if self.port and not _is_free(port):
             raise EngineError(
-                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 for "
-                "a free one"
+                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 "
+                "for a free one"
             )
         self._address = Address(self.name, HOST, port, self.token)
         s = self.settings
@@ -152,7 +158,8 @@ class EngineServer:
             status = self._program.status()
             if status is not None:
                 raise EngineError(
-                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n{self.last_lines()}"
+                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n"
+                    f"{self.last_lines()}"
                 )
             if time.monotonic() - began > seconds:
                 self.end()

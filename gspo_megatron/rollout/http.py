@@ -49,13 +49,17 @@ class Address:
         return cls(name, parts.hostname, port, token)
 
     @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
     def headers(self) -> dict[str, str]:
         authorized = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return {"Content-Type": "application/json", **authorized}
 
     def error(self, what: str, advice: str = NOTHING_KNOWN) -> EngineError:
         """What to raise about this engine."""
-        return EngineError(f"{self.name} (http://{self.host}:{self.port}) {what}; {advice}")
+        return EngineError(f"{self.name} ({self.url}) {what}; {advice}")
 
     def unreachable(self, error: BaseException) -> EngineError:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from gspo_megatron.base.errors import EngineError
+from gspo_megatron.base.errors import EngineError, WrongWeights
 from gspo_megatron.rollout.engine import Engine
 
 FP32_LIMIT = 1e-4
@@ -22,7 +22,7 @@ LENGTH = 64
 class Probe:
     """
     Attributes:
-        tokens: token ids; those from `prompt_length` on are scored, each given all before it, at temperature 1.
+        tokens: token ids; those from `prompt_length` on are scored, each given all before it.
         limit: the largest |log-prob of the engine - log-prob of the trainer| of a token that is let pass.
     """
 
@@ -42,7 +42,8 @@ class Probe:
         """The largest gap between the engine's log-probs and the trainer's, which are `expected`.
 
         Raises:
-            EngineError: it is above the limit, a log-prob is not finite, or their number differs.
+            WrongWeights: it is above the limit, or a log-prob is not finite.
+            EngineError: the engine does not answer, or with another number of log-probs.
         """
         found = engine.probe(self.tokens, self.prompt_length)
         if len(found) != len(expected):
@@ -55,11 +56,12 @@ class Probe:
         if gaps[worst] > self.limit:
             place = self.prompt_length + worst
             above = sum(gap > self.limit for gap in gaps)
-            raise EngineError(
-                f"engine {engine.name} does not compute with the trainer's weights (version {engine.version()}): the "
+            raise WrongWeights(
+                f"{engine.name} does not compute with the trainer's weights (version {engine.version()}): the "
                 f"log-prob of token {place} of the probe (id {self.tokens[place]}) is {found[worst]:.6f} there and "
                 f"{expected[worst]:.6f} in the trainer, a gap of {gaps[worst]:.2g}, and the limit is {self.limit:g} "
-                f"({above} of {len(gaps)} tokens are above it). Nothing it samples may be trained on. {_advice(self, gaps)}"
+                f"({above} of {len(gaps)} tokens are above it). Nothing it samples may be trained on. "
+                f"{_advice(self, gaps)}"
             )
         return gaps[worst]
 
@@ -70,7 +72,7 @@ def _advice(probe: Probe, gaps: Seq[float]) -> str:
     if max(gaps) < 100 * probe.limit:
         return (
             "So small a gap is one of number formats: give the engine the trainer's (precision.dtype), or raise "
-            "rollout.probe_limit to what a run with right weights shows"
+            "engine.probe_limit to what a run with right weights shows"
         )
     return (
         "So large a gap is one of weights: start the engine from the folder of the model that is trained, with "

@@ -1,8 +1,8 @@
 """Rollouts that engines sample, with the weights of the policy as it is: lag 0.
 
 One call of `groups` or `held_out`:
-1. Where the policy has changed since the last call, all ranks score PROBE and send the weights; the main rank gives them
-   to the engines, which must then have the trainer's log-probs for it.
+1. Where the policy has changed since the last call, all ranks score the probe and send the weights. The main rank gives
+   them to the engines, which must then have the trainer's log-probs of the probe.
 2. The main rank asks for the responses and scores groups as they are completed.
 3. Every rank gets the same groups.
 
@@ -15,57 +15,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event
 
 from torch import Tensor
 
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
-from gspo_megatron.base.errors import EngineError, EnginesDown
+from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
-from gspo_megatron.rollout.engine import PauseMode, Request, Weights
+from gspo_megatron.rollout.engine import Engine, PauseMode, Request, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.group_scores import GroupScores
+from gspo_megatron.rollout.probe import Probe
 
 MOST_ATTEMPTS = 3
 """At the rollouts of a step, after all engines have died."""
-
-
-@dataclass
-class Probe:
-    """Whether an engine has the weights of the trainer: its log-probs of a fixed sequence are compared.
-
-    Attributes:
-        tokens: of the sequence; all but the first are scored.
-        score: the trainer's log-probs of them. All ranks call it together.
-        limit: of the mean absolute difference.
-        gap: the largest one of the last weights.
-    """
-
-    tokens: tuple[int, ...]
-    score: Callable[[Seq[int]], Seq[float]]
-    limit: float
-    gap: float = 0.0
-    _expected: Seq[float] = ()
-
-    def expect(self) -> None:
-        """Scores the sequence with the policy as it is. Collective."""
-        self._expected, self.gap = self.score(self.tokens), 0.0
-
-    def __call__(self, engine: Engine) -> str:
-        """What is wrong with the engine's log-probs; empty if nothing is."""
-        found = engine.probe(self.tokens, 1)
-        differences = [abs(a - b) for a, b in zip(found, self._expected, strict=True)]
-        gap = sum(differences) / len(differences)
-        self.gap = max(self.gap, gap)
-        if gap <= self.limit:
-            return ""
-        return (
-            f"its log-probs of {len(found)} tokens differ from the trainer's by {gap:.2g} on average, {max(differences):.2g} "
-            f"at most; engine.probe_limit={self.limit:g} allows {self.limit:g}. It has not loaded the weights as the "
-            "trainer has them, or computes in another number format"
-        )
 
 
 @dataclass
@@ -73,8 +39,11 @@ class ServedSource(TrainingSource):
     """`RolloutSource` over engines.
 
     Attributes:
-        pool: of the engines, on the main process.
+        open_pool: waits until the engines are ready; its argument compares an engine with the trainer. None: this is
+            not the main process.
         weights: the policy's tensors by their names in a Hugging Face folder, on the main process; all iterate.
+        probe: what engines score after every change of weights.
+        score: the trainer's log-probs of a sequence from a position on. All ranks call it together.
         as_in_training: how the responses of `groups` are sampled.
         stop_ids: end a response.
         stop: called while engines sample; True on any process stops the run.
@@ -82,21 +51,25 @@ class ServedSource(TrainingSource):
     """
 
     policy: Policy
-    pool: EnginePool | None
+    open_pool: Callable[[Callable[[Engine], str]], EnginePool] | None
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
     probe: Probe
+    score: Callable[[Seq[int], int], Seq[float]]
     as_in_training: Sampling
     stop_ids: tuple[int, ...]
     stop: Callable[[], bool] = lambda: False
     sign_of_life: Callable[[Callable[[], str]], None] = lambda say: None
     pause_mode: PauseMode = "wait"
+    _pool: EnginePool | None = field(default=None, init=False)
     _sent: int | None = field(default=None, init=False)
+    _expected: Seq[float] = field(default=(), init=False)
+    _gap: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """See `RolloutSource.metrics`."""
-        return {**super().metrics, "engine/probe_gap": self.probe.gap, "engine/sync_s": self._sync_s}
+        return {**super().metrics, "engine/probe_gap": self._gap, "engine/sync_s": self._sync_s}
 
     def _rollouts(self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None) -> list[Rollout]:
         how = sampling or self.as_in_training
@@ -135,31 +108,49 @@ class ServedSource(TrainingSource):
         version = self.policy.version
         if self._sent == version:
             return
+        self.ranks.from_main(self._open, self.stop)
         started = time.perf_counter()
-        self.probe.expect()
+        self._expected, self._gap = self.score(self.probe.tokens, self.probe.prompt_length), 0.0
         error: EngineError | None = None
         tensors = self.weights()
-        if self.pool is not None:
+        if self._pool is not None:
             try:
-                self.pool.update(Weights(version, tensors), self.pause_mode)
+                self._pool.update(Weights(version, tensors), self.pause_mode)
             except EngineError as caught:
                 error = caught
         # Every rank stays in the exchange to its end, also after a failure.
         for _ in tensors:
             pass
-        self.probe.gap = self.ranks.from_main(lambda stopped: _raised(error) or self.probe.gap, lambda: False)
+        self._gap = self.ranks.from_main(partial(self._outcome, error), lambda: False)
         self._sent, self._sync_s = version, time.perf_counter() - started
+
+    def _outcome(self, error: EngineError | None, stopped: Event) -> float:
+        if error is not None:
+            raise error
+        return self._gap
+
+    def _open(self, stopped: Event) -> None:
+        if self._pool is None and self.open_pool is not None:
+            self._pool = self.open_pool(self._wrong)
+
+    def _wrong(self, engine: Engine) -> str:
+        """What is wrong with the engine's log-probs; empty if nothing is."""
+        try:
+            self._gap = max(self._gap, self.probe.check(engine, self._expected))
+        except WrongWeights as error:
+            return str(error)
+        return ""
 
     def _drawn(
         self, groups: Seq[Seq[Request]], prompts: Mapping[int, Prompt], reward: Reward, stopped: Event
     ) -> list[Rollout]:
         """On the main process: the responses, scored."""
-        assert self.pool is not None, "the main process has the engines"
+        assert self._pool is not None, "the main process has the engines"
         size, version = len(groups[0]), self.policy.version
         rollouts = {r.id: Rollout(r.id, prompts[r.id], [], [], True, version) for group in groups for r in group}
         num_ended = num_tokens = 0
         with GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores:
-            for piece in self.pool.generate(groups):
+            for piece in self._pool.generate(groups):
                 if stopped.is_set():
                     return []
                 if wrong := [span for span in piece.versions if span.version != version]:
@@ -176,8 +167,3 @@ class ServedSource(TrainingSource):
                 self.sign_of_life(lambda text=progress: text)  # type: ignore[misc]
             scores.finish()
         return list(rollouts.values())
-
-
-def _raised(error: EngineError | None) -> None:
-    if error is not None:
-        raise error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
-from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested, plural
+from gspo_megatron.base.errors import CheckpointError, DataError, EnginesDown, GuardError, StopRequested, plural
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.sections import Config
@@ -139,6 +139,11 @@ class Trainer:
                     self.save(wait=not self.config.checkpoint.asynchronous)
                 self.export(step)
         except StopRequested:
+            self.save(wait=True)
+            return False
+        except EnginesDown as error:
+            # The policy is as good as before, and a job that is started again has new engines.
+            parts.console.warn(str(error))
             self.save(wait=True)
             return False
         except (GuardError, DataError):

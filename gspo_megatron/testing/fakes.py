@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
+from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.environments import environment_of
