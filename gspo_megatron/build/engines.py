@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gspo_megatron.base.batches import Sampling
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -149,12 +150,18 @@ def open_engines(
     samples. Engines start meanwhile, and end with the context. Collective.
 
     Raises:
+        ConfigError: engines on a CPU beside a run on GPUs, or the other way round.
         EngineError: one cannot be started.
     """
     config, tokenizer = inputs.config, inputs.tokenizer
     if config.rollout.engine == "collective":
         yield None
         return
+    if device.on_cpu == bool(config.engine.gpus):
+        raise ConfigError(
+            f"engine.gpus={config.engine.gpus} with a run on {device.describe()}: "
+            + ("remove it" if device.on_cpu else "name GPUs of the first node that no process of the run uses")
+        )
     limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
     scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
     engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None

@@ -132,14 +132,14 @@ async def events(address: Address, path: str, body: Mapping[str, Any]) -> AsyncI
 
 async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """(status, whether the body comes in chunks)."""
-    protocol, status, *_ = (await reader.readline()).split() or (b"", b"")
-    if not protocol.startswith(b"HTTP/"):
+    first = await reader.readline()
+    if not first.startswith(b"HTTP/") or len(first.split()) < 2:
         raise ValueError("not HTTP")
     chunked = False
     while header := (await reader.readline()).strip().lower():
         name, _, value = header.partition(b":")
         chunked |= name == b"transfer-encoding" and b"chunked" in value
-    return int(status), chunked
+    return int(first.split()[1]), chunked
 
 
 async def _lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:

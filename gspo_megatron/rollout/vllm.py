@@ -80,17 +80,21 @@ class VllmEngine:
     async def _stream(self, request: Request, put: Callable[[Piece], None], room: asyncio.Semaphore) -> None:
         async with room:
             told: list[Span] = []
-            finish: Finish = ""
+            last: Piece | None = None
             position = len(request.response)
             async for event in events(self.address, GENERATE, self._asked(request)):
-                if finish:
+                if last is not None:
                     raise self.address.error(f"went on with a response that had ended: {event}")
                 piece = self._piece(request, event, position, told)
+                if piece.finish:
+                    last = piece
+                    continue
                 told += piece.versions
-                position, finish = position + len(piece.tokens), piece.finish
+                position += len(piece.tokens)
                 put(piece)
-            if not finish:
+            if last is None:
                 raise self.address.error("ended a stream in the middle of a response")
+            put(last)
 
     def _asked(self, request: Request, forced: Seq[int] = ()) -> dict[str, Any]:
         drawn = {

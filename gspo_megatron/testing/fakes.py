@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
-from gspo_megatron.base.errors import StopRequested
+from gspo_megatron.base.errors import EngineError, StopRequested
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.environments import environment_of
@@ -159,7 +159,15 @@ class _Replica:
     def from_main(self, work: Callable[[threading.Event], Result], stop: Callable[[], bool]) -> Result:
         if self.any_rank(stop()):
             raise StopRequested
-        [result] = self.gather([work(threading.Event())] if self.is_main else [])
+        outcome: list[Any] = []
+        if self.is_main:
+            try:
+                outcome = [work(threading.Event())]
+            except EngineError as error:
+                outcome = [error]
+        [result] = self.gather(outcome)
+        if isinstance(result, EngineError):
+            raise result
         return result
 
 
