@@ -11,18 +11,22 @@ from gspo_megatron.base.errors import (
     ConfigError,
     DataError,
     EngineError,
+    EnginesDown,
     GuardError,
     StartError,
+    WrongWeights,
     printable,
 )
 from gspo_megatron.device import torchrun
-from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED_BY_GUARD
+from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED, STOPPED_BY_GUARD
 
 STATUSES: dict[type[Exception], int] = {
     ConfigError: REFUSED,
     DataError: REFUSED,
     CheckpointError: REFUSED,
     StartError: FAILED,
+    EnginesDown: STOPPED,
+    WrongWeights: STOPPED_BY_GUARD,
     EngineError: FAILED,
     GuardError: STOPPED_BY_GUARD,
 }

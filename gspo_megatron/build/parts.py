@@ -56,8 +56,8 @@ def assemble(
     served: Callable[..., RolloutSource] | None = None,
 ) -> Parts:
     """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `served`: makes the
-    source of rollouts in place of the sampler. `taken`, `held`: what the run has used up, and what it has sampled for steps
-    to come, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
+    source of rollouts in place of the sampler. `taken`, `held`: what the run has used up, and what it has sampled for
+    steps to come, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, vocab_size = config.rollout, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
