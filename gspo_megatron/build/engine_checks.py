@@ -22,6 +22,11 @@ def check_engine(config: Config) -> None:
                 f"engine.{changed[0]}={getattr(e, changed[0])} has no effect with rollout.engine=collective, where the "
                 "model under training samples; remove it, or set rollout.engine=vllm"
             )
+        if r.max_lag:
+            raise ConfigError(
+                f"rollout.max_lag={r.max_lag} with rollout.engine=collective: the model under training cannot sample "
+                "while it trains; set max_lag=0, or rollout.engine=vllm"
+            )
         return
     for what, why, fix in _not_offered(config):
         raise ConfigError(f"{what} with rollout.engine={r.engine}: {why}; {fix}")
@@ -51,6 +56,12 @@ def _not_offered(config: Config) -> list[tuple[str, str, str]]:
             f"rollout.environment={r.environment}",
             "engines sample single turns",
             "use rollout.engine=collective",
+        ),
+        (
+            bool(r.max_lag and r.dynamic_sampling),
+            f"rollout.max_lag={r.max_lag} and rollout.dynamic_sampling={r.dynamic_sampling}",
+            "a step that samples in rounds cannot be cut from what is sampled ahead",
+            "set one of them to 0",
         ),
         (
             a.sampling_mask,

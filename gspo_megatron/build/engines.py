@@ -23,6 +23,7 @@ from gspo_megatron.data.responses import Response
 from gspo_megatron.device import DTYPES, Device
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
+from gspo_megatron.rollout.buffered import BufferedSource
 from gspo_megatron.rollout.engine import Engine, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.engine_server import HOST, EngineServer, ServerSettings
@@ -169,7 +170,7 @@ def open_engines(
     try:
         ranks.from_main(lambda stopped: engines.start() if engines else None, lambda: False)
         yield partial(
-            ServedSource,
+            partial(BufferedSource, max_lag=r.max_lag) if r.max_lag else ServedSource,
             policy=policy,
             open_pool=engines.ready if engines else None,
             weights=partial(policy.weights, rules, only_to=0),

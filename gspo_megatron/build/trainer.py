@@ -117,6 +117,7 @@ def open_trainer(
                 exports=MegatronExports(policy, beside, console.say),
                 guards=state.guards if state else None,
                 taken=continuation.taken,
+                held=state.held if state else None,
                 contents=contents,
                 peak_flops=gpu.peak_of(config.precision.dtype, fp8=config.precision.fp8 != "none") if gpu else None,
                 stop=stop,

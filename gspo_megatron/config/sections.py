@@ -213,6 +213,13 @@ class RolloutConfig:
         "sampling (DAPO). What is missing then is filled with such groups. 0: off.",
         least=0,
     )
+    max_lag: int = setting(
+        0,
+        "With an engine: most steps between the beginning of a group and the step that trains on it. Above 0, engines "
+        "sample while the trainer trains (docs/engines.md). 0: a step samples with its own weights.",
+        least=0,
+        most=1000,
+    )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
     @property

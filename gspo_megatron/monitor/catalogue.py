@@ -104,6 +104,21 @@ CATALOGUE = (
     ),
     Entry("groups/all_right_fraction", "reward", "Share of groups in which every rollout is correct.", "Too easy."),
     Entry("groups/all_wrong_fraction", "reward", "Share of groups in which none is.", "Too hard."),
+    # Rollouts ahead of the trainer (rollout.max_lag).
+    Entry("lag/mean", "reward", "Steps between the beginning of a group and the step that trains on it, mean."),
+    Entry("lag/max", "reward", "The largest of them, at most rollout.max_lag."),
+    Entry(
+        "lag/swept",
+        "reward",
+        "Groups that grew too old since the last step; their prompts are sampled anew.",
+        "Above 0, often: long responses are lost. Raise rollout.max_lag, or add engines.",
+    ),
+    Entry(
+        "lag/older_tokens",
+        "reward",
+        "Share of tokens from older weights than those the step begins with.",
+        "sampler/kl says how far these weights are.",
+    ),
     # Dynamic sampling (rollout.dynamic_sampling). All other numbers are of the groups that the step trains on.
     Entry(
         "groups/rounds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Finish, Piece, Request, Span
@@ -35,23 +36,26 @@ class Answer:
         """The request for what is still to be sampled. A position has the same random number in it."""
         return replace(self.request, response=(*self.request.response, *self.tokens))
 
+    def dated(self, piece: Piece, version: int) -> Piece:
+        """The piece, of whose tokens the engine has told no version yet, with that of its weights at this moment."""
+        if piece.versions or not piece.tokens:
+            return piece
+        return replace(piece, versions=(Span(version, self.length, self.length + len(piece.tokens)),))
+
     def add(self, piece: Piece, known: range) -> None:
-        """Appends a piece. `known`: the versions that its tokens may come from. A piece that ends a response with
-        `abort` leaves it open: it is to be continued.
+        """Appends a piece. `known`: the versions that its tokens may come from. Its spans may reach back over earlier
+        tokens, and then replace what was known of them. A piece that ends a response with `abort` leaves it open: it
+        is to be continued.
 
         Raises:
             EngineError: the piece does not follow what was sampled before, or cannot have been sampled for this.
         """
-        if why := self._fault(piece, known):
+        if why := self._fault(piece) or self._fault_in_versions(piece, known):
             raise EngineError(f"answered request {piece.id} with {why}")
         self.tokens += piece.tokens
         self.log_probs += piece.log_probs
-        for span in piece.versions:
-            last = self.versions[-1] if self.versions else None
-            if last and last.version == span.version:
-                self.versions[-1] = last._replace(end=span.end)
-            else:
-                self.versions.append(span)
+        if spans := piece.versions:
+            self.versions = _merged([*_until(self.versions, spans[0].begin), *spans])
         self.finish = "" if piece.finish == "abort" else piece.finish
 
     def close_if_whole(self) -> None:
@@ -62,7 +66,7 @@ class Answer:
         elif self.length >= self.request.max_new_tokens:
             self.finish = "length"
 
-    def _fault(self, piece: Piece, known: range) -> str:
+    def _fault(self, piece: Piece) -> str:
         """What is wrong with the piece; empty if nothing is."""
         count, room = len(piece.tokens), self.request.max_new_tokens - self.length
         if self.finish:
@@ -78,17 +82,6 @@ class Answer:
         stops = self.request.stop_ids
         if early := [token for token in piece.tokens[:-1] if token in stops]:
             return f"tokens after {early[0]}, which ends a response (stop_ids)"
-        at = self.length
-        for span in piece.versions:
-            if span.begin != at or span.end < at:
-                return (
-                    f"the versions {list(map(tuple, piece.versions))} for tokens {self.length} to {self.length + count}"
-                )
-            at = span.end
-        if at != self.length + count:
-            return f"the versions {list(map(tuple, piece.versions))} for tokens {self.length} to {self.length + count}"
-        if strange := [span.version for span in piece.versions if span.version not in known]:
-            return f"tokens of weights of version {strange[0]}; it was given versions {known.start} to {known[-1]}"
         if piece.finish == "length" and count < room:
             return f"an end by length at {self.length + count} of max_new_tokens={self.request.max_new_tokens}"
         if piece.finish == "stop" and (*self.request.response, *self.tokens, *piece.tokens)[-1:] not in [
@@ -96,6 +89,33 @@ class Answer:
         ]:
             return "an end by stop without a token of stop_ids"
         return ""
+
+    def _fault_in_versions(self, piece: Piece, known: range) -> str:
+        spans, begin, end = piece.versions, len(self.request.response), self.length + len(piece.tokens)
+        if not spans:
+            return "tokens without a version" if piece.tokens else ""
+        borders = [span.begin for span in spans] + [end]
+        whole = all((s.begin, s.end) == pair for s, pair in zip(spans, pairwise(borders), strict=True))
+        if not whole or sorted(borders) != borders or not begin <= borders[0] <= self.length:
+            return f"the versions {list(map(tuple, spans))}; its tokens are {self.length} to {end} of the response"
+        if strange := [span.version for span in spans if span.version not in known]:
+            return f"tokens of weights of version {strange[0]}; it was given versions {known.start} to {known[-1]}"
+        return ""
+
+
+def _until(spans: list[Span], end: int) -> list[Span]:
+    return [span._replace(end=min(span.end, end)) for span in spans if span.begin < end]
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    """Neighbours of the same version as one; without empty ones."""
+    found: list[Span] = []
+    for span in spans:
+        if found and found[-1].version == span.version:
+            found[-1] = found[-1]._replace(end=span.end)
+        elif span.begin < span.end:
+            found.append(span)
+    return found
 
 
 LARGEST = 1e-4

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
+from gspo_megatron.base.batches import Held, Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
@@ -100,6 +100,10 @@ class TrainingSource(ScoredSource):
         """See `RolloutSource.taken`."""
         curriculum = self.prompts.curriculum
         return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
+
+    def held(self) -> Held | None:
+        """See `RolloutSource.held`."""
+        return None
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -177,10 +177,10 @@ class EnginePool:
         known_from = self.version
         try:
             while flight.going_on:
-                member = self._seat(flight)
-                if member is None:
+                seat = self._seat(flight)
+                if seat is None:
                     return
-                self._sample(flight, member, known_from)
+                self._sample(flight, *seat, known_from)
             flight.heard.put((flight, None))
         except BaseException as error:
             flight.heard.put((flight, error))
@@ -191,8 +191,9 @@ class EnginePool:
                     self._waiting.remove(flight)
                 self._changed.notify_all()
 
-    def _seat(self, flight: Flight) -> Member | None:
-        """The engine with the fewest requests, once it has room; None if nobody wants the flight any more."""
+    def _seat(self, flight: Flight) -> tuple[Member, int] | None:
+        """The engine with the fewest requests, once it has room, and which life it is in; None if nobody wants the
+        flight any more."""
         count = len(flight.going_on)
         with self._changed:
             while True:
@@ -206,7 +207,7 @@ class EnginePool:
                     self._waiting.popleft()
                     best.in_flight += count
                     self._changed.notify_all()
-                    return best
+                    return best, best.lives
                 self._changed.wait()
 
     def _check(self) -> None:
@@ -218,9 +219,9 @@ class EnginePool:
                 return
             raise EnginesDown(f"no engine is left to sample with: {self._states()}")
 
-    def _sample(self, flight: Flight, member: Member, known_from: int) -> None:
+    def _sample(self, flight: Flight, member: Member, life: int, known_from: int) -> None:
         """One engine's turn: until every response has ended or was aborted, or the engine is dead."""
-        requests, life = flight.going_on, member.lives
+        requests = flight.going_on
         open_ = {request.id for request in requests}
         try:
             with _closed_at_end(member.engine.generate(requests)) as stream:
@@ -229,9 +230,12 @@ class EnginePool:
                         return
                     if piece.id not in open_:
                         raise EngineError(f"answered request {piece.id}, which it was not asked, or which had ended")
-                    flight.answers[piece.id].add(piece, range(known_from, self.version + 1))
-                    if piece.tokens or piece.finish in ("stop", "length"):
-                        flight.heard.put((flight, _going_on_after_abort(piece)))
+                    answer = flight.answers[piece.id]
+                    piece = answer.dated(piece, self.version)
+                    answer.add(piece, range(known_from, self.version + 1))
+                    if piece.tokens or answer.finish:
+                        # An aborted request is continued: for whoever asked it has not ended.
+                        flight.heard.put((flight, replace(piece, finish=answer.finish)))
                     if piece.finish:
                         open_.discard(piece.id)
                         self._leave(member, 1)
@@ -416,11 +420,6 @@ class EnginePool:
             for flight in self._flights:
                 flight.cancelled = True
             self._changed.notify_all()
-
-
-def _going_on_after_abort(piece: Piece) -> Piece:
-    """An aborted request is continued: for whoever asked it has not ended."""
-    return replace(piece, finish="") if piece.finish == "abort" else piece
 
 
 @contextmanager

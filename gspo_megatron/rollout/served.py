@@ -25,7 +25,7 @@ from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
-from gspo_megatron.rollout.engine import Engine, Request, Weights
+from gspo_megatron.rollout.engine import Engine, PauseMode, Request, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.group_scores import GroupScores
 from gspo_megatron.rollout.probe import Probe
@@ -59,6 +59,7 @@ class ServedSource(TrainingSource):
     stop_ids: tuple[int, ...]
     stop: Callable[[], bool] = lambda: False
     sign_of_life: Callable[[Callable[[], str]], None] = lambda say: None
+    pause_mode: PauseMode = "wait"
     _pool: EnginePool | None = field(default=None, init=False)
     _sent: int | None = field(default=None, init=False)
     _expected: Seq[float] = field(default=(), init=False)
@@ -114,7 +115,7 @@ class ServedSource(TrainingSource):
         tensors = self.weights()
         if self._pool is not None:
             try:
-                self._pool.update(Weights(version, tensors), "wait")
+                self._pool.update(Weights(version, tensors), self.pause_mode)
             except EngineError as caught:
                 error = caught
         # Every rank stays in the exchange to its end, also after a failure.

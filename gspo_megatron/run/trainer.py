@@ -225,6 +225,7 @@ class Trainer:
                 guards=self.guards.state(),
                 step=inside.snapshot(self.ranks) if inside else None,
                 taken=self.parts.source.taken,
+                held=self.parts.source.held(),
                 contents=self.parts.contents,
                 warm_start_loss=self.warm_start_loss,
                 records=self.records.held,

@@ -35,6 +35,7 @@ class FakeEngine:
     """`Engine` over a table of logits.
 
     Attributes:
+        vocab_size: of the weights it is started with.
         delay_s: seconds that each round of sampling takes, one token of every request.
         piece: tokens of a piece.
         dies_after: rounds until it dies, in the middle of all its requests; -1: never.
@@ -46,6 +47,7 @@ class FakeEngine:
     """
 
     name: str
+    vocab_size: int = 16
     delay_s: float = 0.0
     piece: int = 2
     dies_after: int = -1
@@ -65,7 +67,7 @@ class FakeEngine:
         with self._changed:
             self.dead, self.paused, self._mode = False, False, "keep"
             self._version, self._under_way, self._aborts = -1, 0, 0
-            self._logits_VV: Tensor | None = None
+            self._logits_VV = torch.zeros(self.vocab_size, self.vocab_size, dtype=torch.float64)
             self._life += 1
             self._changed.notify_all()
 
@@ -119,7 +121,6 @@ class FakeEngine:
             self._changed.notify_all()
         self._alive("generate")
         self.rounds += 1
-        assert self._logits_VV is not None, "a pool gives weights first"
         for one in open_:
             asked = one.request
             u_B = torch.from_numpy(uniforms(asked.seed, np.array([asked.id]), np.array([one.length])))
@@ -169,7 +170,7 @@ class FakeEngine:
             raise AssertionError("load of an engine that is not paused")
         rows = dict(weights.tensors)
         with self._changed:
-            if not (self.keeps_old and self._logits_VV is not None):
+            if not (self.keeps_old and self._version >= 0):
                 self._logits_VV = torch.stack([rows[f"{TABLE}.{i}"] for i in range(len(rows))])
             self._version = weights.version
 
@@ -183,7 +184,6 @@ class FakeEngine:
         self._called("probe")
         if self.paused:
             raise EngineError(f"{self.name} does not answer a probe: it is paused")
-        assert self._logits_VV is not None
         log_probs_VV = self._logits_VV.double().log_softmax(dim=-1)
         return [float(log_probs_VV[tokens[i - 1], tokens[i]]) for i in range(prompt_length, len(tokens))]
 

@@ -365,6 +365,7 @@ def trainer_of(
         console=console or Notebook(),
         guards=state.guards if state else None,
         taken=state.taken if state else None,
+        held=state.held if state else None,
         **parts,
     )
     newest = config.checkpoint.load == "latest"

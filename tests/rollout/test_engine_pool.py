@@ -290,8 +290,26 @@ def test_the_table_of_states() -> None:
     assert [state for state in NEXT if "alive" in NEXT[state]] == ["stale"]
 
 
-def test_responses_that_end_with_the_engine_have_ended() -> None:
-    answer = Answer(request(1, longest=3))
-    answer.add(Piece(1, (4, 5, 6), (-1.0,) * 3, (Span(0, 0, 3),), ""), range(1))
+def test_the_versions_of_an_answer() -> None:
+    answer = Answer(request(1, (9,), longest=9))
+    answer.add(Piece(1, (4, 5), (-1.0, -1.0), (Span(3, 1, 3),), ""), range(5))
+    answer.add(answer.dated(Piece(1, (6, 7), (-1.0, -1.0), (), ""), 4), range(5))
+    assert answer.versions == [(3, 1, 3), (4, 3, 5)]
+    # vLLM tells them with the last piece, of all tokens of the request.
+    answer.add(Piece(1, (8,), (-1.0,), (Span(3, 1, 4), Span(4, 4, 6)), "abort"), range(5))
+    assert answer.versions == [(3, 1, 4), (4, 4, 6)] and answer.finish == ""
+    assert answer.rest.response == (9, 4, 5, 6, 7, 8)
+    for spans in [
+        (Span(4, 7, 7),),
+        (Span(4, 0, 7),),
+        (Span(4, 6, 8),),
+        (Span(3, 1, 5), Span(4, 6, 7)),
+        (Span(5, 6, 7),),
+        (),
+    ]:
+        with pytest.raises(EngineError, match="version"):
+            answer.add(Piece(1, (8,), (-1.0,), spans, ""), range(5))
+    # Its engine died before it could say so.
+    answer.add(answer.dated(Piece(1, (1, 2, 3), (-1.0,) * 3, (), ""), 4), range(5))
     answer.close_if_whole()
     assert answer.finish == "length"
