@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.rollout.probe import Probe
 from gspo_megatron.score import main as score
 from gspo_megatron.testing.commands import forked
 from gspo_megatron.testing.time_limits import time_factor
@@ -90,7 +91,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_vllm_has_the_same_log_probs(base: Path, family: str) -> None:
     answers = base / f"{family}.jsonl"
     assert answers.exists(), answers.with_suffix(".error").read_text() + (base / "vllm.log").read_text()
-    *lines, rendered = (json.loads(line) for line in answers.read_text().splitlines())
+    *lines, _, rendered = (json.loads(line) for line in answers.read_text().splitlines())
     assert [len(line["tokens"]) for line in lines] == [length + NUM_NEW for length in LENGTHS]
     given, scored = base / f"{family}_in.jsonl", base / f"{family}_out.jsonl"
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,3 +111,24 @@ def test_vllm_has_the_same_log_probs(base: Path, family: str) -> None:
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.chat_template is not None
     assert rendered["rendered"] == tokenizer.encode(tokenizer.chat_template.render(CONVERSATION))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_given_to_a_running_engine_are_those_of_one_started_with_them(base: Path, family: str) -> None:
+    found = reloads(base, family)
+    assert found["reloaded"] == found["started"]  # to the last bit
+    assert Probe(tuple(range(LENGTHS[-1])), 1).complaint(found["others"], found["started"])
+
+
+@pytest.mark.parametrize("family", [family for family, settings in FAMILIES.items() if family != "qwen3"])
+def test_the_probe_stops_experts_that_vllm_forgot_to_pack(base: Path, family: str) -> None:
+    """If this fails, vLLM packs reloaded experts by itself: remove `forget_packed_experts` and this test."""
+    found = reloads(base, family)
+    complaint = Probe(tuple(range(LENGTHS[-1])), 1).complaint(found["without the mend"], found["reloaded"])
+    assert "does not compute with the trainer's weights" in complaint and "So large a gap" in complaint
+
+
+def reloads(base: Path, family: str) -> dict[str, list[float]]:
+    answers = base / f"{family}.jsonl"
+    assert answers.exists(), answers.with_suffix(".error").read_text() + (base / "vllm.log").read_text()
+    return json.loads(answers.read_text().splitlines()[-2])["reloads"]
