@@ -34,7 +34,7 @@ from gspo_megatron.rollout.weight_stream import Bucket
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
-from tests.support.weight_server import WeightServer
+from gspo_megatron.testing.weight_server import WeightServer
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = "127.0.0.1"
@@ -165,7 +165,7 @@ def test_an_error_of_the_weights_themselves_is_passed_on(servers: list[WeightSer
 
 def test_a_killed_engine_is_noticed_in_the_middle_of_a_broadcast() -> None:
     port = int(WeightServer().address.rsplit(":", 1)[1]) + 1
-    command = [sys.executable, "-m", "tests.support.weight_server", str(port)]
+    command = [sys.executable, "-m", "gspo_megatron.testing.weight_server", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     channel = Broadcast(LOOPBACK, bucket_bytes=5000, timeout_s=30 * time_factor())
     try:

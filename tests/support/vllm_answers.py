@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Weights
 from gspo_megatron.rollout.weight_channels import write_folder
 
@@ -63,9 +64,10 @@ def answer(order: dict[str, Any]) -> None:
     Path(order["output"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def reloads(model: Any, folder: Path, tokens: list[int]) -> dict[str, list[float]]:
+def reloads(model: Any, folder: Path, tokens: list[int]) -> dict[str, Any]:
     """Log-probs of `tokens`: from the folder's weights as the engine was started with them, then with other weights
-    that it is given, with the folder's given back, and with these given once more without the mend for experts."""
+    that it is given, with the folder's given back, and with these given once more without the mend for experts. Or why
+    the engine refuses them."""
     from unittest.mock import patch
 
     from vllm import SamplingParams
@@ -89,7 +91,11 @@ def reloads(model: Any, folder: Path, tokens: list[int]) -> dict[str, list[float
         model.reset_prefix_cache()
         return scored()
 
-    answers = {"started": scored(), "others": given(1, 0.75), "reloaded": given(2, 1.0)}
+    answers: dict[str, Any] = {"started": scored()}
+    try:
+        answers |= {"others": given(1, 0.75), "reloaded": given(2, 1.0)}
+    except EngineError as error:
+        return answers | {"refused": str(error)}
     with patch.object(vllm_worker, "forget_packed_experts", lambda model: None):
         return answers | {"without the mend": given(3, 1.0)}
 

@@ -1,6 +1,6 @@
 """A server with vLLM's routes for weight updates and the receivers of a worker, but no model: it keeps the tensors.
 
-python -m tests.support.weight_server PORT      # prints a line when it listens
+python -m gspo_megatron.testing.weight_server PORT      # prints a line when it listens
 """
 
 from __future__ import annotations
