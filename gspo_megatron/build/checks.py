@@ -10,6 +10,7 @@ from datetime import date
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
+from gspo_megatron.build.engine_checks import check_engine
 from gspo_megatron.build.eval_sets import metric_names, set_specs
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
@@ -52,6 +53,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_savings(config, algorithm)
     _check_routing_replay(config, algorithm)
     _check_folders(config)
+    check_engine(config)
     return layout
 
 

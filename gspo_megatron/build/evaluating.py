@@ -86,7 +86,7 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
             sign_of_life=console.sign_of_life,
         )
         asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
-        source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
+        source = HeldOutSource(sampler=asked, ranks=groups, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
         rewards = rewards_in(inputs.rewards, inputs.sets)
         check_services(rewards, groups.is_reporter)
         workers = config.reward.workers or device.cores_for_each(groups.layout.dp * groups.layout.cp)

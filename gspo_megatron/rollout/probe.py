@@ -22,7 +22,7 @@ LENGTH = 64
 class Probe:
     """
     Attributes:
-        tokens: token ids; those from `prompt_length` on are scored, each given all before it, at temperature 1.
+        tokens: token ids; those from `prompt_length` on are scored, each given all before it.
         limit: the largest |log-prob of the engine - log-prob of the trainer| of a token that is let pass.
     """
 
@@ -47,6 +47,10 @@ class Probe:
         found = engine.probe(self.tokens, self.prompt_length)
         if complaint := self.complaint(found, expected):
             raise EngineError(f"engine {engine.name}, weights version {engine.version()}: {complaint}")
+        return self.gap(found, expected)
+
+    def gap(self, found: Seq[float], expected: Seq[float]) -> float:
+        """The largest one, of as many log-probs."""
         return max(_gaps(found, expected))
 
     def complaint(self, found: Seq[float], expected: Seq[float]) -> str:
