@@ -117,9 +117,12 @@ def _unpaused(server: WeightServer) -> None:
 
 FAULTS: dict[str, tuple[Callable[[WeightServer], object], str]] = {
     "not paused": (_unpaused, r"is not paused"),
-    "refused": (lambda server: setattr(server, "fail", _raise), r"did not do /update_weights .*500.*it does not fit"),
+    "refused": (
+        lambda server: setattr(server, "fail", _raise),
+        r"answered /update_weights with status 500: it does not fit",
+    ),
     "damaged": (lambda server: setattr(server, "damage", _garbled), r"is not what was sent: its digest is"),
-    "gone": (lambda server: server.close(), r"did not do /is_paused .*refused"),
+    "gone": (lambda server: server.close(), r"does not answer .*refused"),
     "another version": (lambda server: setattr(server, "version", "7"), r"says that it has weights version '7'"),
 }
 
@@ -136,7 +139,7 @@ def test_a_fault_is_named_and_the_weights_are_read_to_their_end(
         broken.answer = _without_finish(broken)  # type: ignore[method-assign]
     content = weights(2)
     started = time.monotonic()
-    with pytest.raises(EngineError, match=f"engine {broken.address} .*{message}" if fault != "damaged" else message):
+    with pytest.raises(EngineError, match=f"{broken.address}.*{message}"):
         send(servers, content, channel)
     # At once: nobody waits for a broadcast that one will not join.
     assert time.monotonic() - started < 10 * time_factor()
@@ -179,7 +182,7 @@ def test_a_killed_engine_is_noticed_in_the_middle_of_a_broadcast() -> None:
             yield "f", torch.zeros(10_000)
 
         started = time.monotonic()
-        with pytest.raises(EngineError, match=rf"engine http://{LOOPBACK}:{port} did not do /update_weights"):
+        with pytest.raises(EngineError, match=rf"engine \(http://{LOOPBACK}:{port}\) does not answer"):
             send_weights([f"http://{LOOPBACK}:{port}"], Weights(1, tensors()), channel)
         assert time.monotonic() - started < 20 * time_factor()
     finally:
