@@ -115,7 +115,12 @@ def server(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 
 def engine_of(server: EngineServer, **changed: Any) -> VllmEngine:
-    settings: dict[str, Any] = {"num_ids": NUM_IDS, "temperature": 0.8, "timeout_s": 60 * time_factor()}
+    settings: dict[str, Any] = {
+        "num_ids": NUM_IDS,
+        "temperature": 0.8,
+        "timeout_s": 60 * time_factor(),
+        "stream_interval": 16,
+    }
     return VllmEngine(server.address, **settings | changed)
 
 
