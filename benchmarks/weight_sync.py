@@ -1,7 +1,7 @@
 """Weights sent to an engine, compared with moving the same bytes and doing nothing else; and what a sync costs.
 
     python -m benchmarks.weight_sync --output benchmarks/results/weight_sync.json --markdown docs/engines.md
-                                                                                    (in the environment with vLLM)
+                                                                                                (`make bench-engine`)
 
 Random float32 weights of the shape of Qwen3-MoE layers. Two processes of this machine, with a thread each:
 
@@ -38,14 +38,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.reports import keep, machine, median_ratio, table, versions
-from gspo_megatron.checkpoint.export import FolderFiles
-from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import open_device
 from gspo_megatron.device.private_group import PrivateGroup
-from gspo_megatron.models.families import family_of
-from gspo_megatron.models.tensors import hub_tensors
 from gspo_megatron.rollout.engine import Weights
-from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
 from gspo_megatron.rollout.http import call
 from gspo_megatron.rollout.weight_channels import CPU_BUCKET, PREFIX, SHARED, Broadcast, Channel, Disk, SharedMemory
 from gspo_megatron.rollout.weight_sync import send_weights
@@ -82,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def served(syncs: int) -> dict[str, Any]:
     """A real server with the demo's model: seconds of a sync over each channel, and memory over many."""
+    from gspo_megatron.checkpoint.export import FolderFiles
+    from gspo_megatron.config.loading import load_config
+    from gspo_megatron.models.families import family_of
+    from gspo_megatron.models.tensors import hub_tensors
+    from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
+
     config = load_config(EXAMPLE, ["model.vocab_size=512"])
     shape = config.model.shape
     family = family_of(shape)
