@@ -54,7 +54,9 @@ class VllmEngines:
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
         self._channel: Channel = (
-            SharedMemory(job=Path(config.run.dir).name) if device.on_cpu else Broadcast(HOST, device.torch_device)
+            SharedMemory(job=Path(config.run.dir).name, say=say)
+            if device.on_cpu
+            else Broadcast(HOST, device.torch_device)
         )
         self._engine = partial(
             VllmEngine,

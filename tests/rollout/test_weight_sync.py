@@ -258,7 +258,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gspo_megatron.rollout.weight_channels import SharedFile
-SharedFile(Path(sys.argv[1]), "job-7", 4096)
+SharedFile(Path(sys.argv[1]), "runs/job 7", 4096)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -267,9 +267,11 @@ def test_what_a_killed_run_left_in_shared_memory_goes_at_the_next_start(tmp_path
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
     [left] = tmp_path.iterdir()
-    assert left.name.startswith(f"{PREFIX}.job-7.")
+    assert left.name.startswith(f"{PREFIX}.runs_job_7.")
     living = weight_channels.SharedFile(tmp_path, "job-8", 4096)
-    assert SharedMemory("job-9", folder=tmp_path).removed == (left.name,)
+    said: list[str] = []
+    SharedMemory("job-9", folder=tmp_path, say=said.append)
+    assert said == [f"removed from {tmp_path}, where killed runs had left them: {left.name}"]
     assert list(tmp_path.iterdir()) == [living.path]
     living.close()
     assert remove_leftovers(tmp_path) == () and not list(tmp_path.iterdir())
