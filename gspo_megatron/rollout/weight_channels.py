@@ -120,7 +120,15 @@ class Broadcast:
 
         def transfer(bucket: Bucket) -> None:
             answers = engines.begin("/update_weights", {"update_info": _order(self.name, bucket, self._session)})
-            group.send(bucket.payload, check=lambda: _raise_early(answers))
+            try:
+                group.send(bucket.payload, check=lambda: _raise_early(answers))
+            except EngineError:
+                raise
+            except RuntimeError as error:
+                raise EngineError(
+                    f"the connection to the workers of {', '.join(engines.addresses)} broke within bucket "
+                    f"{bucket.header.index} ({error}); start the engine that has ended again"
+                ) from error
             answers.result()
 
         bucket_bytes = self.bucket_bytes or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
