@@ -64,7 +64,7 @@ class VllmEngines:
         self._stop = stop
         self._pool: EnginePool | None = None
         self._channel: Channel = (
-            SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name))
+            SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name), say=say)
             if device.on_cpu
             else Broadcast(HOST, device.torch_device)
         )

@@ -128,17 +128,21 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 
 
 def lost_layers(model: torch.nn.Module) -> list[str]:
-    """Layers that have parameters and into which nothing was loaded since the reload began. vLLM would put back what
-    they had, with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs.
-    """
-    return [
-        name
-        for name, layer in model.named_modules()
-        if (info := get_layerwise_info(layer)).can_load()
-        and not info.load_numel
-        and any(True for _ in layer.parameters(recurse=False))
-        and not is_deferred_attention_layer(layer)
-    ]
+    """Layers with parameters into which nothing was loaded since the reload began; vLLM would put back what they had,
+    with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs. A layer
+    that shares its parameters with one that was loaded, as tied embeddings do, is not lost."""
+    untouched: dict[str, set[int]] = {}
+    loaded: set[int] = set()
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        # While a layer has no weights yet, the tensors that its kernel reads are kept aside.
+        kept = info.kernel_tensors[0] if info.kernel_tensors else dict(layer.named_parameters(recurse=False))
+        parameters = {id(parameter) for parameter in kept.values()}
+        if not info.can_load() or info.load_numel:
+            loaded |= parameters
+        elif any(True for _ in layer.parameters(recurse=False)) and not is_deferred_attention_layer(layer):
+            untouched[name] = parameters
+    return [name for name, parameters in untouched.items() if not parameters <= loaded]
 
 
 def _some(names: Collection[str]) -> str:
