@@ -196,7 +196,7 @@ gpu: .venv/.installed ## Run the tests that need a CUDA device
 		print("Tests marked gpu, on", torch.cuda.get_device_name())'
 	.venv/bin/python -m pytest -m gpu $(ARGS)
 
-gpu-hour: .venv/.installed ## Measure on a GPU what only a GPU can show; at most 25 minutes (ARGS="--parts kernels update")
+gpu-hour: .venv/.installed ## Measure on a GPU what only a GPU can show; at most 28 minutes (ARGS="--parts kernels update")
 	.venv/bin/python -m benchmarks.gpu_hour $(ARGS)
 
 clean: ## Remove caches and build output; the environments and runs/ stay

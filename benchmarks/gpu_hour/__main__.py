@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_hour", description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(BY_NAME), metavar="PART", help=", ".join(BY_NAME))
-    parser.add_argument("--minutes", type=float, default=25.0, help="for everything together (default: 25)")
+    parser.add_argument("--minutes", type=float, default=28.0, help="for everything together (default: 28)")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU: does the code run?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files")
     parser.add_argument("--markdown", type=Path, default=STATUS, help="the page whose table is written")

@@ -121,6 +121,10 @@ def _kernel_tests(output: Path, rehearse: bool) -> list[str]:
     )
 
 
+def _runs(output: Path, rehearse: bool) -> list[str]:
+    return _module("benchmarks.gpu_hour.runs", "--output", str(output), *(["--rehearse"] if rehearse else []))
+
+
 def _context_parallel(output: Path, rehearse: bool) -> list[str]:
     where = [] if rehearse else ["precision.device=cuda", "precision.dtype=bf16"]
     tool = [sys.executable, "-W", "ignore", "tools/check_layout.py", "--config", "examples/cpu_tiny_moe.yaml"]
@@ -280,6 +284,18 @@ PARTS: tuple[Part, ...] = (
         values_of_layout,
         gpus=2,
     ),
+    Part(
+        "runs",
+        "the demo in float32 on the CPU and the GPU; in bf16, continued from a checkpoint",
+        3,
+        _runs,
+        (
+            Shown("responses", "responses of the first step, float32", None, "d"),
+            Shown("responses_that_differ", "of these, other than on the CPU", None, "d"),
+            Shown("steps_that_differ", "steps after a resume that differ", AT_ONCE, "d"),
+        ),
+        values_of_json,
+    ),
     *fp8_parts("blockwise", 1.5),
     *fp8_parts("tensorwise", 1.5),
     empty_expert("none"),
@@ -326,7 +342,7 @@ PARTS: tuple[Part, ...] = (
         fp8="blockwise",
     ),
 )
-"""In the order in which a wrong result makes the later ones meaningless. Those of one GPU take 25 minutes at most."""
+"""In the order in which a wrong result makes the later ones meaningless. Those of one GPU take 28 minutes at most."""
 
 BY_NAME = {part.name: part for part in PARTS}
 

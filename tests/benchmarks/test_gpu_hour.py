@@ -61,8 +61,8 @@ def test_every_part_rehearses_its_own_command(name: str, tmp_path: Path) -> None
     assert all(math.isfinite(value) for value in values.values() if isinstance(value, float))
 
 
-def test_on_one_gpu_the_parts_fit_25_minutes() -> None:
-    assert sum(part.minutes for part in PARTS if part.gpus == 1) <= 25
+def test_on_one_gpu_the_parts_fit_28_minutes() -> None:
+    assert sum(part.minutes for part in PARTS if part.gpus == 1) <= 28
 
 
 def test_the_numbers_of_the_issue_are_the_targets() -> None:
