@@ -35,6 +35,8 @@ from gspo_megatron.rollout.weight_channels import Broadcast, Channel, SharedMemo
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.run.scoring import Scorer
 
+STREAM_INTERVAL = 16
+"""Tokens of an event: one for every token takes the server of a small model more time than the tokens."""
 PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.5}
 FOLDER = "engine"
 """In run.dir: the model's config.json for the engines, and their logs."""
@@ -59,6 +61,8 @@ class VllmEngines:
             num_ids=inputs.tokenizer.vocab_size,
             temperature=config.rollout.temperature,
             timeout_s=e.timeout_s,
+            # Weights that change under way need the version of every token.
+            stream_interval=1 if config.rollout.max_lag else STREAM_INTERVAL,
         )
 
     def _server(self, number: int, config: Config, settings: ServerSettings) -> EngineServer:

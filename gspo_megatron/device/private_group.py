@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-KEY = "private_group"
+KEY, READY = "private_group", "ready"
+POLL_S = 0.0005
 
 
 class PrivateGroup:
@@ -25,6 +26,7 @@ class PrivateGroup:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, host: str, device: torch.device, timeout_s: float):
+        self.size, self._sent = size, 0
         self._store = store  # it listens as long as it is referred to
         kind: Any = dist.ProcessGroupGloo if device.type == "cpu" else dist.ProcessGroupNCCL
         options = kind._Options() if device.type == "cpu" else kind.Options()
@@ -72,7 +74,7 @@ class PrivateGroup:
             if time.monotonic() > deadline:
                 missing = [rank for rank in range(1, size) if not store.check([_arrived(rank)])]
                 raise TimeoutError(f"ranks {missing} of {size} did not come within {timeout_s:g} s")
-            time.sleep(0.002)
+            time.sleep(POLL_S)
         return cls(store, 0, size, store.host, device, timeout_s)
 
     @classmethod
@@ -83,14 +85,27 @@ class PrivateGroup:
         store.set(_arrived(rank), "")
         return cls(store, rank, size, host, device, timeout_s)
 
-    def broadcast(self, tensor: Tensor) -> Any:
-        """Sends from rank 0, or fills in on the others; `wait()` on what it returns before the memory is used again."""
+    def send(self, tensor: Tensor, check: Callable[[], None] = lambda: None) -> None:
+        """Rank 0: to all others, once they all wait for it; nothing can end a broadcast that one of them never joins.
+        `check` is called meanwhile, and may raise."""
+        self._sent += self.size - 1
+        while self._store.add(READY, 0) < self._sent:
+            check()
+            time.sleep(POLL_S)
+        self._broadcast(tensor)
+
+    def receive(self, tensor: Tensor) -> None:
+        """The others: fills in what rank 0 sends."""
+        self._store.add(READY, 1)
+        self._broadcast(tensor)
+
+    def _broadcast(self, tensor: Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        return self._group.broadcast([tensor], options)
+        self._group.broadcast([tensor], options).wait()
 
     def close(self) -> None:
-        """Frees connections and threads, also where a collective is in progress. Call it once."""
+        """Closes connections: another rank that waits for this one gets an error. Call it once."""
         for end in (self._group.abort, self._group.shutdown):
             with suppress(RuntimeError):
                 end()

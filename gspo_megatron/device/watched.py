@@ -33,7 +33,7 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 class Watched:
     """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
-    sees; None: as this process. Its output goes to `log`, after what is there."""
+    sees; None: as this process. `grace_s`: to end by itself. Its output goes to `log`, after what is there."""
 
     def __init__(
         self,
@@ -42,13 +42,14 @@ class Watched:
         log: Path,
         environment: Mapping[str, str],
         gpus: Sequence[int] | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
         seen = {} if gpus is None else {VISIBLE_GPUS: ",".join(map(str, gpus))}
         own = {k: v for k, v in os.environ.items() if not k.startswith(OF_TORCHRUN) and k not in OF_RANKS}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, *command],
+                [sys.executable, "-I", "-S", __file__, str(grace_s), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -67,7 +68,7 @@ class Watched:
         self._watcher.wait()
 
 
-def main(command: Sequence[str]) -> int:
+def main(grace_s: float, command: Sequence[str]) -> int:
     """Runs the program until it ends, or until the pipe on standard input closes."""
     # Only the starter ends the program: what a terminal or a batch system sends to everyone would be too early.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -77,10 +78,10 @@ def main(command: Sequence[str]) -> int:
     ready, _, _ = select.select([ended, sys.stdin.fileno()], [], [])
     if ended not in ready:
         _signal_group(program.pid, signal.SIGTERM)
-        select.select([ended], [], [], GRACE_S)
+        select.select([ended], [], [], grace_s)
     # Its own helpers remove what it shared, once it is gone.
     status = program.wait() if program.poll() is not None else None
-    until = time.monotonic() + GRACE_S / 4
+    until = time.monotonic() + grace_s / 4
     while status is not None and _signal_group(program.pid, 0) and time.monotonic() < until:
         time.sleep(0.05)
     _signal_group(program.pid, signal.SIGKILL)
@@ -104,4 +105,4 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
         return re.fullmatch(pattern, key) is not None
 
 
-OF_THE_MACHINE = ("time/", "tokens_per_second", "mfu", "memory/")
+OF_THE_MACHINE = ("time/", "tokens_per_second", "mfu", "memory/", "engine/sync_s")
 """Beginnings of the keys that the machine decides, not the run: equal runs differ in them."""
 
 CATALOGUE = (
@@ -267,6 +267,18 @@ CATALOGUE = (
         "sampler",
         "Mean |log rho| of live tokens from this position of their sequence on, up to the next of 64, 256, 1024, ...",
         "Growing with the position: errors add up along the response.",
+    ),
+    Entry(
+        "engine/probe_gap",
+        "sampler",
+        "With rollout.engine=vllm: the largest distance between an engine's log-prob of a token and the trainer's, in "
+        "the sequence that both score after each change of weights.",
+        "Growing: an engine computes in another way than the trainer; engine.probe_limit stops the run.",
+    ),
+    Entry(
+        "engine/sync_s",
+        "sampler",
+        "Seconds in which the last new weights came to the engines, and were probed; a part of time/rollout_s.",
     ),
     Entry("sampler/not_finite", "sampler", "Tokens without a number from the sampler; their rho is taken as 1."),
     Entry(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from gspo_megatron.base.errors import EngineError, WrongWeights
+from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Engine
 
 FP32_LIMIT = 1e-4
@@ -42,39 +42,54 @@ class Probe:
         """The largest gap between the engine's log-probs and the trainer's, which are `expected`.
 
         Raises:
-            WrongWeights: it is above the limit, or a log-prob is not finite.
-            EngineError: the engine does not answer, or with another number of log-probs.
+            EngineError: see `complaint`.
         """
         found = engine.probe(self.tokens, self.prompt_length)
+        if complaint := self.complaint(found, expected):
+            raise EngineError(f"engine {engine.name}, weights version {engine.version()}: {complaint}")
+        return self.gap(found, expected)
+
+    def gap(self, found: Seq[float], expected: Seq[float]) -> float:
+        """The largest one, of as many log-probs."""
+        return max(_gaps(found, expected))
+
+    def complaint(self, found: Seq[float], expected: Seq[float]) -> str:
+        """What is wrong with an engine that has log-probs `found`, and what to do; empty: nothing. Wrong is a gap above
+        the limit, a log-prob that is not finite, and another number of them."""
         if len(found) != len(expected):
-            raise EngineError(
-                f"engine {engine.name} scored {len(found)} tokens of the probe instead of {len(expected)}; start it "
-                "again, with the vLLM that docs/engines.md names"
-            )
-        gaps = [abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(found, expected, strict=True)]
+            return f"{len(found)} tokens of the probe were scored instead of {len(expected)}; {VERSION}"
+        gaps = _gaps(found, expected)
         worst = max(range(len(gaps)), key=gaps.__getitem__)
-        if gaps[worst] > self.limit:
-            place = self.prompt_length + worst
-            above = sum(gap > self.limit for gap in gaps)
-            raise WrongWeights(
-                f"{engine.name} does not compute with the trainer's weights (version {engine.version()}): the "
-                f"log-prob of token {place} of the probe (id {self.tokens[place]}) is {found[worst]:.6f} there and "
-                f"{expected[worst]:.6f} in the trainer, a gap of {gaps[worst]:.2g}, and the limit is {self.limit:g} "
-                f"({above} of {len(gaps)} tokens are above it). Nothing it samples may be trained on. "
-                f"{_advice(self, gaps)}"
-            )
-        return gaps[worst]
-
-
-def _advice(probe: Probe, gaps: Seq[float]) -> str:
-    if not math.isfinite(max(gaps)):
-        return "A log-prob is not finite: look for NaN in the weights (loss, grad_norm), or an overflow in fp16"
-    if max(gaps) < 100 * probe.limit:
+        if gaps[worst] <= self.limit:
+            return ""
+        place = self.prompt_length + worst
+        above = sum(gap > self.limit for gap in gaps)
         return (
-            "So small a gap is one of number formats: give the engine the trainer's (precision.dtype), or raise "
-            "engine.probe_limit to what a run with right weights shows"
+            f"it does not compute with the trainer's weights. The log-prob of token {place} of the probe (id "
+            f"{self.tokens[place]}) is {found[worst]:.6f} in the engine and {expected[worst]:.6f} in the trainer, a "
+            f"gap of {gaps[worst]:.2g}, and the limit is {self.limit:g}; {above} of {len(gaps)} tokens are above it. "
+            f"Nothing that it samples may be trained on. {_advice(gaps[worst], self.limit)}"
+        )
+
+
+VERSION = "run the version of vLLM that docs/engines.md names"
+
+
+def _gaps(found: Seq[float], expected: Seq[float]) -> list[float]:
+    return [abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(found, expected, strict=True)]
+
+
+def _advice(gap: float, limit: float) -> str:
+    if math.isinf(gap):
+        return (
+            "A log-prob is not finite: look for NaN in the weights, or for an overflow of the engine's number format."
+        )
+    if gap < 100 * limit:
+        return (
+            "So small a gap is one of number formats: give the engine that of the trainer (precision.dtype), or set "
+            "the limit to what a run with right weights shows."
         )
     return (
-        "So large a gap is one of weights: start the engine from the folder of the model that is trained, with "
-        "the worker of rollout/vllm_worker.py, and see docs/engines.md for models that vLLM does not reload rightly"
+        "So large a gap is one of weights: see docs/engines.md for models that vLLM does not reload rightly, and start "
+        f"the engine from the folder of the model that is trained; {VERSION}."
     )

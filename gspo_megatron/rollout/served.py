@@ -21,7 +21,7 @@ from threading import Event
 from torch import Tensor
 
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
-from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights
+from gspo_megatron.base.errors import EngineError, EnginesDown
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
@@ -135,11 +135,11 @@ class ServedSource(TrainingSource):
 
     def _wrong(self, engine: Engine) -> str:
         """What is wrong with the engine's log-probs; empty if nothing is."""
-        try:
-            self._gap = max(self._gap, self.probe.check(engine, self._expected))
-        except WrongWeights as error:
-            return str(error)
-        return ""
+        found = engine.probe(self.probe.tokens, self.probe.prompt_length)
+        complaint = self.probe.complaint(found, self._expected)
+        if not complaint:
+            self._gap = max(self._gap, self.probe.gap(found, self._expected))
+        return complaint
 
     def _drawn(
         self, groups: Seq[Seq[Request]], prompts: Mapping[int, Prompt], reward: Reward, stopped: Event

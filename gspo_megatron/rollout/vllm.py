@@ -40,7 +40,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self, address: Address, *, num_ids: int, temperature: float, timeout_s: float, stream_interval: int = 16
+        self, address: Address, *, num_ids: int, temperature: float, timeout_s: float, stream_interval: int
     ) -> None:
         self.address, self.name = address, address.name
         self.num_ids, self.temperature, self.timeout_s = num_ids, temperature, timeout_s

@@ -9,7 +9,7 @@ vLLM 0.32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.weight_receivers import Receiver
@@ -69,9 +74,10 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
 
     def start_weight_update(self) -> None:
         self.unpacker = Unpacker()
-        self.awaited = {name for name, _ in self.model.named_parameters()}
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
+        # Only now: what vLLM computes from weights, such as the absorbed matrices of latent attention, is gone.
+        self.awaited = {name for name, _ in self.model.named_parameters()}
 
     @torch.no_grad()
     def receive_weights(self, update_info: Order) -> None:
@@ -88,10 +94,14 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
         if not self.unpacker.complete:
             raise EngineError("the weights ended early: the last bucket did not come; start the engine again")
         if self.awaited:
-            names = ", ".join(sorted(self.awaited)[:3])
             raise EngineError(
-                f"{len(self.awaited)} parameters of the engine's model got no weights, such as {names}; start the "
-                "engine with the folder of the model that is trained"
+                f"{_some(self.awaited)} of the engine's model got no weights; start the engine with the folder of the "
+                "model that is trained"
+            )
+        if lost := lost_layers(self.model):
+            raise EngineError(
+                f"vLLM's loader of this model does not put new weights into {_some(lost)}, which would keep the old "
+                "ones; docs/engines.md lists the models that a running engine can be given weights of"
             )
         finalize_layerwise_reload(self.model, self.model_config)
 
@@ -115,6 +125,24 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
         kernel = getattr(method, "moe_kernel", None)
         if kernel is not None and type(kernel.fused_experts).__module__.endswith(".cpu_moe"):
             method.moe_kernel = None
+
+
+def lost_layers(model: torch.nn.Module) -> list[str]:
+    """Layers that have parameters and into which nothing was loaded since the reload began. vLLM would put back what
+    they had, with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs.
+    """
+    return [
+        name
+        for name, layer in model.named_modules()
+        if (info := get_layerwise_info(layer)).can_load()
+        and not info.load_numel
+        and any(True for _ in layer.parameters(recurse=False))
+        and not is_deferred_attention_layer(layer)
+    ]
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Extension:

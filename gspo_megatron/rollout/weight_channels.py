@@ -17,7 +17,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,20 +116,14 @@ class Broadcast:
     def send(self, engines: Engines, weights: Weights) -> None:
         group = self._group
         assert group is not None
-        allocate = _memory_on(self.device)
 
-        def begin(bucket: Bucket) -> Callable[[], None]:
+        def transfer(bucket: Bucket) -> None:
             answers = engines.begin("/update_weights", {"update_info": _order(self.name, bucket, self._session)})
-            sent = group.broadcast(bucket.payload)
+            group.send(bucket.payload, check=lambda: _raise_early(answers))
+            answers.result()
 
-            def wait() -> None:
-                # An engine that refuses the bucket answers, and then nobody receives it.
-                answers.result()
-                sent.wait()
-
-            return wait
-
-        _one_ahead(pack(weights, self.bucket_bytes or _bucket_bytes(self.device), allocate), begin)
+        bucket_bytes = self.bucket_bytes or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
+        _one_ahead(pack(weights, bucket_bytes, _memory_on(self.device)), transfer)
 
     def close(self) -> None:
         group, self._group, self._addresses = self._group, None, ()
@@ -166,13 +160,12 @@ class SharedMemory:
             files[file.tensor.data_ptr()] = file
             return file.tensor
 
-        def begin(bucket: Bucket) -> Callable[[], None]:
+        def transfer(bucket: Bucket) -> None:
             path = files[bucket.payload.data_ptr()].path
-            answers = engines.begin("/update_weights", {"update_info": _order(self.name, bucket, str(path))})
-            return lambda: (answers.result(), None)[1]
+            engines.post("/update_weights", {"update_info": _order(self.name, bucket, str(path))})
 
         try:
-            _one_ahead(pack(weights, self.bucket_bytes, allocate), begin)
+            _one_ahead(pack(weights, self.bucket_bytes, allocate), transfer)
         finally:
             for file in files.values():
                 file.close()
@@ -294,17 +287,14 @@ def _order(channel: str, bucket: Bucket, place: str) -> dict[str, Any]:
     return {"channel": channel, "header": bucket.header.to_json(), "place": place}
 
 
-def _one_ahead(buckets: Iterator[Bucket], begin: Callable[[Bucket], Callable[[], None]]) -> None:
+def _one_ahead(buckets: Iterator[Bucket], transfer: Callable[[Bucket], None]) -> None:
     """Packs the next bucket while one is on its way."""
-    wait: Callable[[], None] = lambda: None  # noqa: E731
-    for bucket in buckets:
-        wait()
-        wait = begin(bucket)
-    wait()
-
-
-def _bucket_bytes(device: torch.device) -> int:
-    return CPU_BUCKET if device.type == "cpu" else GPU_BUCKET
+    with ThreadPoolExecutor(1, "weights") as thread:
+        under_way = thread.submit(lambda: None)
+        for bucket in buckets:
+            under_way.result()
+            under_way = thread.submit(transfer, bucket)
+        under_way.result()
 
 
 def _memory_on(device: torch.device) -> Callable[[int], Tensor]:

@@ -64,7 +64,7 @@ def _broadcast(receiver: Receiver, header: Header | None, place: str) -> Iterato
         raise EngineError(f"this worker is in no group {place}; the engine was started again meanwhile")
     assert header is not None
     payload = torch.empty(header.num_bytes, dtype=torch.uint8, device=receiver.device)
-    receiver.group.broadcast(payload).wait()
+    receiver.group.receive(payload)
     yield Bucket(header, payload)
 
 

@@ -70,7 +70,7 @@ def server() -> Iterator[Server]:
 
 def engine_at(port: int, timeout_s: float = 60.0) -> VllmEngine:
     address = Address("engine 0", "127.0.0.1", port, token="secret")
-    return VllmEngine(address, num_ids=NUM_IDS, temperature=1.0, timeout_s=timeout_s * time_factor())
+    return VllmEngine(address, num_ids=NUM_IDS, temperature=1.0, timeout_s=timeout_s * time_factor(), stream_interval=4)
 
 
 def event(tokens: list[int], finish: str | None = None, **changed: Any) -> dict[str, Any]:
