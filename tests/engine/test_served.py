@@ -74,7 +74,7 @@ def test_a_run_has_the_rollouts_of_the_own_sampler(served: Path, tmp_path: Path)
     own = trained(tmp_path / "run", *OWN)
     for of_engine, of_sampler in zip(rollouts(served), rollouts(own), strict=True):
         assert len(of_engine) == 64
-        assert [r["response"] for r in of_engine] == [r["response"] for r in of_sampler]
+        assert [r["tokens"] for r in of_engine] == [r["tokens"] for r in of_sampler]
         assert [r["reward"] for r in of_engine] == [r["reward"] for r in of_sampler]
     rows = metrics(served)[1:]
     assert len(rows) == STEPS
