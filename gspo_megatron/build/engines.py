@@ -51,6 +51,7 @@ class VllmEngines:
         settings = server_settings(config, self.folder / "model")
         write_config(settings.folder, files, DTYPES[config.precision.dtype])
         self.servers = {f"engine {i}": self._server(i, config, settings) for i in range(e.count)}
+        self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
         self._channel: Channel = (
@@ -88,7 +89,7 @@ class VllmEngines:
         """
         for server in self.servers.values():
             server.wait()
-        return EnginePool(
+        self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
             start=self._start_again,
@@ -97,6 +98,7 @@ class VllmEngines:
             most_in_flight=self._most_in_flight,
             say=self._say,
         )
+        return self.pool
 
     def _start_again(self, engine: Any) -> None:
         server = self.servers[engine.name]
@@ -112,6 +114,9 @@ class VllmEngines:
 
     def close(self) -> None:
         """Ends all servers."""
+        if self.pool:
+            # First: it would start them again.
+            self.pool.close()
         self._channel.close()
         for server in self.servers.values():
             server.end()

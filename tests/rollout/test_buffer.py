@@ -213,10 +213,13 @@ def test_what_grew_too_old_is_sampled_anew() -> None:
     pool = EnginePool([engine], probe=lambda engine: "")
     pool.update(weights_of(0, policy.logits_VV))
 
+    scored = list[int]()
+
     class Right:
         groups_at_once, most_lost = 0, 0.5
 
         def score(self, rollouts: Any) -> Any:
+            scored.append(rollouts[0].prompt.id)
             return [(1.0, {}, "", False)] * len(rollouts)
 
     buffer = RolloutBuffer(pool, Right(), lambda rollout: None, max_lag=1)
@@ -233,11 +236,12 @@ def test_what_grew_too_old_is_sampled_anew() -> None:
     [first] = buffer.wait(1, threading.Event())
     wait_until(lambda: sum(bool(group.rollouts) for group in buffer.groups) == 2)
     [first] = buffer.wait(1, threading.Event())
+    buffer.go_on()  # nothing rests but what an error has stopped
     assert first.prompt.id == 1 and buffer.remove([first]) == [1]
     assert buffer.sweep(2) == []
     assert [prompt.id for prompt in buffer.sweep(3)] == [0]
     wait_until(lambda: pool.members[0].in_flight == 0)
-    assert [group.prompt.id for group in buffer.groups] == [2]
+    assert [group.prompt.id for group in buffer.groups] == [2] and sorted(scored) == [1, 2]
     buffer.close()
     pool.close()
 
