@@ -59,10 +59,10 @@ class VllmEngines:
         settings = server_settings(config, self.folder / "model")
         write_config(settings.folder, files, DTYPES[config.precision.dtype])
         self.servers = {f"engine {i}": self._server(i, config, settings) for i in range(e.count)}
+        self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
         self._stop = stop
-        self._pool: EnginePool | None = None
         self._channel: Channel = (
             SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name), say=say)
             if device.on_cpu
@@ -101,7 +101,7 @@ class VllmEngines:
         """
         for server in self.servers.values():
             server.wait(self._stop)
-        self._pool = EnginePool(
+        self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
             start=self._start_again,
@@ -110,7 +110,7 @@ class VllmEngines:
             most_in_flight=self._most_in_flight,
             say=self._say,
         )
-        return self._pool
+        return self.pool
 
     def _start_again(self, engine: Any) -> None:
         server = self.servers[engine.name]
@@ -125,9 +125,10 @@ class VllmEngines:
             send_weights(urls, weights, self._channel, timeout_s=self._timeout_s, token=token)
 
     def close(self) -> None:
-        """Ends all servers, and what they do."""
-        if self._pool:
-            self._pool.close()
+        """Ends all servers."""
+        if self.pool:
+            # First: it would start them again.
+            self.pool.close()
         self._channel.close()
         for server in self.servers.values():
             server.end()

@@ -22,10 +22,16 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup
+from gspo_megatron.base.errors import EnginesDown
 from gspo_megatron.rewards.rewards import Reward, score_rollouts
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Piece, Request
 from gspo_megatron.rollout.engine_pool import EnginePool, Flight, Heard
+
+END = (Flight((), SimpleQueue()), None)
+"""Nothing more will be heard."""
+LANDING_S = 10.0
+"""How long flights may take to notice that no engine is left."""
 
 
 @dataclass(eq=False)
@@ -35,6 +41,8 @@ class BufferedGroup:
     Attributes:
         step: the one in which it began.
         answers: one for each rollout, in the order of the ids.
+        flight: while it is sampled.
+        scoring: whether its rewards are computed now.
         rollouts: with their rewards, once all of them have ended.
     """
 
@@ -42,11 +50,13 @@ class BufferedGroup:
     step: int
     answers: list[Answer]
     flight: Flight | None = None
+    scoring: bool = False
     rollouts: list[Rollout] = field(default_factory=list)
 
     @property
-    def is_whole(self) -> bool:
-        return all(answer.finish for answer in self.answers)
+    def rests(self) -> bool:
+        """Whether nothing carries it on, and it is not done."""
+        return self.flight is None and not self.scoring and not self.rollouts
 
     def finished(self) -> list[Rollout]:
         """The rollouts of the answers."""
@@ -74,7 +84,7 @@ class RolloutBuffer:
     def __init__(self, pool: EnginePool, reward: Reward, decode: Callable[[Rollout], None], *, max_lag: int) -> None:
         self.groups: list[BufferedGroup] = []
         self._pool, self._reward, self._decode, self._max_lag = pool, reward, decode, max_lag
-        self._heard: SimpleQueue[Heard | None] = SimpleQueue()
+        self._heard: SimpleQueue[Heard] = SimpleQueue()
         self._changed = threading.Condition()
         """Of the groups, which three kinds of threads share: the run's own, the one that listens, those that score."""
         self._error: BaseException | None = None
@@ -89,20 +99,19 @@ class RolloutBuffer:
         self._go_on(group)
 
     def go_on(self) -> None:
-        """Samples what is neither whole nor under way: groups of a checkpoint, or those whose engines have all died."""
+        """Carries on what rests: groups of a checkpoint, and those that an error has stopped."""
         with self._changed:
             self._error = None
-            resting = [group for group in self.groups if group.flight is None]
+            resting = [group for group in self.groups if group.rests]
         for group in resting:
             self._go_on(group)
 
     def _go_on(self, group: BufferedGroup) -> None:
         with self._changed:
-            if group.is_whole:
-                self._score(group)
+            if rest := [answer.rest for answer in group.answers if not answer.finish]:
+                group.flight = self._pool.submit(rest, self._heard)
             else:
-                rest = [answer.rest for answer in group.answers if not answer.finish]
-                group.flight = self._pool.submit(rest, self._heard)  # type: ignore[arg-type]
+                self._score(group)
 
     def sweep(self, step: int) -> list[Prompt]:
         """Drops the groups that would be too old in this step; their prompts."""
@@ -123,6 +132,9 @@ class RolloutBuffer:
         """
         with self._changed:
             while not stopped.is_set():
+                if isinstance(self._error, EnginesDown):
+                    # Every flight ends with it; none of them is to tell of it when engines are back.
+                    self._changed.wait_for(lambda: not any(group.flight for group in self.groups), LANDING_S)
                 if self._error:
                     raise self._error
                 if len(ready := [group for group in self.groups if group.rollouts]) >= count:
@@ -155,14 +167,14 @@ class RolloutBuffer:
 
     def close(self) -> None:
         """Ends what is under way."""
-        self._heard.put(None)
+        self._heard.put(END)
         self._listener.join()
         self._scoring.shutdown(wait=False, cancel_futures=True)
 
     # ---------------------------------------------------------------------------------------------- other threads
 
     def _listen(self) -> None:
-        while heard := self._heard.get():
+        while (heard := self._heard.get()) is not END:
             flight, piece = heard
             with self._changed:
                 group = next((group for group in self.groups if group.flight is flight), None)
@@ -184,16 +196,18 @@ class RolloutBuffer:
             answer.add(piece, range(self._pool.version + 1))
 
     def _score(self, group: BufferedGroup) -> None:
-        def scored() -> None:
-            try:
-                rollouts = group.finished()
-                for rollout in rollouts:
-                    self._decode(rollout)
-                score_rollouts(self._reward, rollouts)
-                group.rollouts = rollouts
-            except BaseException as error:
-                self._error = error
-            with self._changed:
-                self._changed.notify_all()
+        group.scoring = True
+        self._scoring.submit(self._scored, group)
 
-        self._scoring.submit(scored)
+    def _scored(self, group: BufferedGroup) -> None:
+        rollouts, error = group.finished(), None
+        try:
+            for rollout in rollouts:
+                self._decode(rollout)
+            score_rollouts(self._reward, rollouts)
+        except BaseException as caught:
+            rollouts, error = [], caught
+        with self._changed:
+            group.scoring, group.rollouts = False, rollouts
+            self._error = self._error or error
+            self._changed.notify_all()

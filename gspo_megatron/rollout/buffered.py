@@ -62,8 +62,9 @@ class BufferedSource(ServedSource):
 
     @property
     def taken(self) -> Taken:
-        """See `RolloutSource.taken`: groups under way have taken their prompts."""
-        return self._found.taken if self._found else super().taken
+        """See `RolloutSource.taken`: groups under way have taken their prompts, also in a step that was interrupted.
+        Only the main process knows of those."""
+        return self._found.taken if self._found and not self.ranks.is_main else super().taken
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -1,13 +1,7 @@
 """Several engines as one: who samples what, who has which weights, and what happens when one dies.
 
-An engine is in one of these states; `NEXT` has the ways between them.
-
-    alive       it has the current weights, and its log-probs are the trainer's: it samples
-    stale       it answers, with weights that are not, or not known to be, the current ones
-    dead        it does not answer, or answers nonsense
-    restarting  it is being started again
-
-What an engine sends while it is stale is held back until it is alive, and thrown away if it dies before.
+What an engine sends while it is stale (engine_states.py) is held back until it is alive, and thrown away if it dies
+before.
 """
 
 from __future__ import annotations
@@ -20,48 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights, plural
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, PauseMode, Piece, Request, Weights
+from gspo_megatron.rollout.engine_states import Member
 from gspo_megatron.rollout.fan_out import fan_out
-
-State = Literal["alive", "stale", "dead", "restarting"]
-NEXT: dict[State, tuple[State, ...]] = {
-    "alive": ("stale", "dead"),
-    "stale": ("alive", "dead"),
-    "dead": ("restarting",),
-    "restarting": ("stale", "dead"),
-}
-"""The states that may follow a state: a dead engine samples only after it was started, loaded and probed."""
-
-
-@dataclass
-class Member:
-    """An engine of the pool.
-
-    Attributes:
-        in_flight: requests that it samples.
-        lives: how often it was started. An error of an earlier life tells nothing of this one.
-        returning: whether a thread is about to bring it back.
-        why: of its last death.
-    """
-
-    engine: Engine
-    state: State = "stale"
-    in_flight: int = 0
-    lives: int = 1
-    returning: bool = False
-    why: str = ""
-
-    @property
-    def answers(self) -> bool:
-        return self.state in ("alive", "stale")
-
-    def to(self, state: State) -> None:
-        assert state in NEXT[self.state], f"{self.engine.name}: {self.state} -> {state}"
-        self.state = state
 
 
 @dataclass(eq=False)
@@ -362,7 +321,7 @@ class EnginePool:
 
     def _died(self, member: Member, life: int, why: str) -> None:
         with self._changed:
-            if member.lives != life or not member.answers:
+            if member.lives != life or not member.answers or self._closed:
                 return
             member.to("dead")
             member.why, self.deaths = why, self.deaths + 1

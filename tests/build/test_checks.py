@@ -317,6 +317,8 @@ VLLM = "rollout.engine=vllm"
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
+        (("rollout.max_lag=1",), "rollout.max_lag=1 with rollout.engine=collective: the model under training cannot"),
+        ((VLLM, "rollout.max_lag=1", "rollout.dynamic_sampling=2"), "rollout.max_lag=1 and rollout.dynamic_sampling=2"),
         (("engine.count=2",), "engine.count=2 has no effect with rollout.engine=collective"),
         ((VLLM, "rollout.stop=[7, x]"), "rollout.stop=['x'] with rollout.engine=vllm: engines get token ids"),
         ((VLLM, "rollout.environment=calculator"), "rollout.environment=calculator with rollout.engine=vllm"),

@@ -155,6 +155,16 @@ def check_tokens(run: Run, rollouts: list[dict[str, Any]]) -> int:
     return several
 
 
+def check_prompts(*runs: Run) -> None:
+    """No prompt twice, none left out: what is not trained on yet is under way, or to be asked again."""
+    source, held = runs[-1].trainer.parts.source, runs[-1].shelf.saved[-1][1].held
+    assert held is not None and len(held.about["groups"]) <= 2 * PER_STEP
+    waiting = [group["prompt"] for group in held.about["groups"]] + held.about["again"]
+    trained = [rows[i]["prompt_id"] for run in runs for rows in run.rows.samples.values() for i in range(0, 8, GROUP)]
+    order = source.prompts.order  # type: ignore[attr-defined]
+    assert sorted(trained + waiting) == sorted(order.slice(0, source.taken.prompts))
+
+
 LONG = ("rollout.max_new_tokens=30", "model.max_sequence_length=40", "train.tokens_per_micro_batch=64")
 
 
@@ -167,17 +177,9 @@ def test_a_run_ahead_of_its_trainer() -> None:
     assert any(row["lag/mean"] > 0 for row in rows) and any(row["lag/older_tokens"] > 0 for row in rows)
     samples = [rollout for step in run.rows.samples.values() for rollout in step]
     assert len(samples) == 5 * PER_STEP * GROUP and check_tokens(run, samples) > 0
-    # No prompt twice, none left out: what is not trained on yet is under way, or to be asked again.
-    held = run.shelf.saved[-1][1].held
-    assert held is not None
-    waiting = [group["prompt"] for group in held.about["groups"]] + held.about["again"]
-    taken = run.trainer.parts.source.taken
-    trained = [rollout["prompt_id"] for rollout in samples[::GROUP]]
-    order = run.trainer.parts.source.prompts.order  # type: ignore[attr-defined]
-    assert sorted(trained + waiting) == sorted(order.slice(0, taken.prompts))
-    assert len(held.about["groups"]) <= 2 * PER_STEP
-    # The gap between sampler and trainer is measured, and holds the lag.
-    assert rows[0]["sampler/kl"] < 1e-12 < max(row["sampler/kl"] for row in rows)
+    check_prompts(run)
+    # Without a lag, sampler and trainer agree; nan: no token with an advantage.
+    assert not any(row["sampler/kl"] > 1e-12 for row in rows if not row["lag/older_tokens"])
 
 
 def test_a_run_with_lag_goes_on_where_its_rollouts_were_cut() -> None:
@@ -213,10 +215,13 @@ def test_what_grew_too_old_is_sampled_anew() -> None:
     pool = EnginePool([engine], probe=lambda engine: "")
     pool.update(weights_of(0, policy.logits_VV))
 
+    scored = list[int]()
+
     class Right:
         groups_at_once, most_lost = 0, 0.5
 
         def score(self, rollouts: Any) -> Any:
+            scored.append(rollouts[0].prompt.id)
             return [(1.0, {}, "", False)] * len(rollouts)
 
     buffer = RolloutBuffer(pool, Right(), lambda rollout: None, max_lag=1)
@@ -233,11 +238,12 @@ def test_what_grew_too_old_is_sampled_anew() -> None:
     [first] = buffer.wait(1, threading.Event())
     wait_until(lambda: sum(bool(group.rollouts) for group in buffer.groups) == 2)
     [first] = buffer.wait(1, threading.Event())
+    buffer.go_on()  # nothing rests but what an error has stopped
     assert first.prompt.id == 1 and buffer.remove([first]) == [1]
     assert buffer.sweep(2) == []
     assert [prompt.id for prompt in buffer.sweep(3)] == [0]
     wait_until(lambda: pool.members[0].in_flight == 0)
-    assert [group.prompt.id for group in buffer.groups] == [2]
+    assert [group.prompt.id for group in buffer.groups] == [2] and sorted(scored) == [1, 2]
     buffer.close()
     pool.close()
 
@@ -258,8 +264,10 @@ def test_all_ranks_get_the_same() -> None:
 
 @pytest.mark.parametrize("max_lag", [0, 1])
 def test_a_run_whose_engines_are_all_dead_is_saved(max_lag: int) -> None:
-    first = Run(FakeEngine("a", dies_after=48), max_lag=max_lag, restarts=False, down=True)
+    how: dict[str, Any] = {"max_lag": max_lag, "overrides": ("logging.rollouts_per_step=-1",)}
+    first = Run(FakeEngine("a", dies_after=48), restarts=False, down=True, **how)
     assert first.trainer.completed_steps < 4
-    second = Run(FakeEngine("c"), max_lag=max_lag, state=first.shelf.saved[-1][1], policy=first.policy)
+    second = Run(FakeEngine("c"), state=first.shelf.saved[-1][1], policy=first.policy, **how)
     assert second.completed
+    check_prompts(first, second)
     assert [row["step"] for row in [*first.rows.rows, *second.rows.rows]] == [0, 1, 2, 3, 4]

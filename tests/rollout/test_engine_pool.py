@@ -13,7 +13,8 @@ import torch
 from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, Piece, Request, Span
-from gspo_megatron.rollout.engine_pool import NEXT, EnginePool, State
+from gspo_megatron.rollout.engine_pool import EnginePool
+from gspo_megatron.rollout.engine_states import NEXT, State
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.testing.fake_engine import FakeEngine, Garbage, weights_of
 from gspo_megatron.testing.time_limits import time_factor
