@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import EngineError, memory_size
+from gspo_megatron.base.errors import EngineError, memory_size, shortened
 from gspo_megatron.base.files import PARTIAL, sync
 from gspo_megatron.checkpoint.export import Stored, header_of
 from gspo_megatron.device.private_group import PrivateGroup
@@ -127,7 +127,7 @@ class Broadcast:
             except RuntimeError as error:
                 raise EngineError(
                     f"the connection to the workers of {', '.join(engines.addresses)} broke within bucket "
-                    f"{bucket.header.index} ({error}); start the engine that has ended again"
+                    f"{bucket.header.index} ({shortened(str(error))}); start the engine that has ended again"
                 ) from error
             answers.result()
 

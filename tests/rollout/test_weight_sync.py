@@ -115,6 +115,18 @@ def _unpaused(server: WeightServer) -> None:
     server.paused = False
 
 
+def test_200_updates_leave_no_memory_behind(servers: list[WeightServer], channel: Channel, tmp_path: Path) -> None:
+    """benchmarks/weight_sync.py does the same with a real vLLM."""
+    resident = []
+    for version in range(200):
+        send(servers, weights(version), channel)
+        if version % 20 == 0:
+            channel.close()  # the next one makes a group again
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert resident[-1] < 1.02 * resident[1]
+    assert len(list(tmp_path.rglob("*.safetensors"))) <= 4 and not list(tmp_path.glob(f"{PREFIX}*"))
+
+
 FAULTS: dict[str, tuple[Callable[[WeightServer], object], str]] = {
     "not paused": (_unpaused, r"is not paused"),
     "refused": (
@@ -182,7 +194,7 @@ def test_a_killed_engine_is_noticed_in_the_middle_of_a_broadcast() -> None:
             yield "f", torch.zeros(10_000)
 
         started = time.monotonic()
-        with pytest.raises(EngineError, match=rf"engine \(http://{LOOPBACK}:{port}\) does not answer"):
+        with pytest.raises(EngineError, match=rf"http://{LOOPBACK}:{port}\)? (does not answer|broke within bucket \d)"):
             send_weights([f"http://{LOOPBACK}:{port}"], Weights(1, tensors()), channel)
         assert time.monotonic() - started < 20 * time_factor()
     finally:

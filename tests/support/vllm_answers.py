@@ -3,10 +3,10 @@
     python -m tests.support.vllm_answers ORDERS.json
 
 ORDERS.json is a list of {"folder", "prompts", "output", "options"}: prompts are lists of token ids, options go to vLLM.
-A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and a
-log-prob for each token but the first. Then come {"rendered": [...]}, CONVERSATION as vLLM's chat endpoint would tokenise
-it, and {"reloads": ...}, what `reloads` returns. vLLM is imported once, and each folder has a process of its own, since a
-process holds one engine; where it fails, output.error has the traceback.
+A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and
+a log-prob for each token but the first. Then come {"rendered": [...]}, CONVERSATION as vLLM's chat endpoint would
+tokenise it, and {"reloads": ...}, what `reloads` returns. vLLM is imported once, and each folder has a process of its
+own, since a process holds one engine; where it fails, output.error has the traceback.
 """
 
 from __future__ import annotations
