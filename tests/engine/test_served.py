@@ -121,7 +121,9 @@ def engine_of(server: EngineServer, **changed: Any) -> VllmEngine:
         "timeout_s": 60 * time_factor(),
         "stream_interval": 16,
     }
-    return VllmEngine(server.address, **settings | changed)
+    engine = VllmEngine(server.address, **settings | changed)
+    engine.version()  # as before every resume: what is streamed then has a version
+    return engine
 
 
 def request(number: int, **changed: Any) -> Request:
@@ -223,7 +225,7 @@ def test_pieces_tell_their_version_across_pauses(server: EngineServer) -> None:
 
 def test_what_the_engine_refuses_is_said(server: EngineServer) -> None:
     with pytest.raises(EngineError, match=r"engine 0 .* with status 400: .*24"):
-        list(engine_of(server).generate([request(0, prompt=(3,) * 20, max_new_tokens=12)]))
+        list(engine_of(server).generate([request(0, prompt=(3,) * 30, max_new_tokens=12)]))
     with pytest.raises(EngineError, match="status 401"):
         stranger = engine_of(server)
         stranger.address = replace(server.address, token="guessed")
@@ -278,12 +280,14 @@ def test_a_server_that_is_killed_leaves_nothing(server: EngineServer, tmp_path: 
     """The last test of this server."""
     engine = engine_of(server, stream_interval=1)
     ours = processes_with(server.token)
-    [worker] = [pid for pid, command in ours.items() if "spawn_main" in command]
+    workers = [pid for pid, command in ours.items() if "spawn_main" in command]
+    assert workers
     shared = {path for pid in ours for path in shared_by(pid)}
     assert shared
     pieces = engine.generate([request(i, stop_ids=(), prompt=(3,), max_new_tokens=23) for i in range(32)])
     kept = [next(pieces) for _ in range(5)]
-    os.kill(worker, signal.SIGKILL)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     with pytest.raises(EngineError, match="engine 0 "):
         kept += pieces
     assert len(kept) >= 5
