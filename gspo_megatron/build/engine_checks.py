@@ -70,6 +70,12 @@ def _not_offered(config: Config) -> list[tuple[str, str, str]]:
             "set sampling_mask=false, with rollout.top_k=0 and rollout.top_p=1",
         ),
         (
+            a.routing_replay == "R3",
+            "algorithm.routing_replay=R3",
+            "engines do not send the experts that they chose",
+            "use R2, or rollout.engine=collective",
+        ),
+        (
             a.old_log_probs == "rollout",
             "algorithm.old_log_probs=rollout",
             "an engine's log-probs are another program's, and a ratio to them is not 1 before the first update",

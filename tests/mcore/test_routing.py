@@ -77,7 +77,7 @@ def replayed(world_size: int, settings: tuple[str, ...]) -> Result:
     batch, step = batch_of(policy, sequences())
     plain = policy.log_probs(batch.micro_batches)
     _, without = update(batch)
-    recorded = policy.log_probs(batch.micro_batches, record_experts=True)
+    recorded = policy.log_probs(batch.micro_batches, as_old=True)
     metrics, replay = update(batch)
     step.collect_columns(policy.groups)
 
