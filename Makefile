@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo gsm8k bench bench-log-probs bench-trl study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo demo-vllm gsm8k bench bench-log-probs bench-trl bench-engine study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -37,6 +37,9 @@ venv-trl: .venv-trl/.installed ## The packages of .venv, TRL and verl's source, 
 
 demo: .venv/.installed ## Train a tiny mixture-of-experts model on two CPU processes (ARGS="train.steps=3")
 	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_moe.yaml $(ARGS)
+
+demo-vllm: .venv/.installed .venv-engine/.installed ## The demo with rollouts from vLLM on the same machine (docs/engines.md)
+	.venv/bin/torchrun --nproc_per_node 2 -m gspo_megatron.train --config examples/cpu_tiny_vllm.yaml $(ARGS)
 
 gsm8k: .venv/.installed ## Train a small model on GSM8K (GSM8K=folder): tokenizer, warm start, GSPO, plot; minutes
 	.venv/bin/python tools/train_tokenizer.py $(GSM8K)/train.jsonl --fields question answer --vocab-size 2048 \
@@ -76,6 +79,9 @@ bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 agains
 	.venv/bin/python -W ignore -m benchmarks.log_probs.run --threads 2 --scaling --output benchmarks/results/log_probs_scaling.json
 	.venv/bin/python -m benchmarks.log_probs.run --from benchmarks/results/log_probs_cpu.json benchmarks/results/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
+
+bench-engine: .venv-engine/.installed ## Time weights on their way to an engine, and 200 syncs of a real vLLM server
+	.venv-engine/bin/python -W ignore -m benchmarks.weight_sync --output benchmarks/results/weight_sync.json --markdown docs/engines.md $(ARGS)
 
 bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer, on one process
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 --output $(RUNS)_trl.json
@@ -137,7 +143,7 @@ test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families wit
 	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
 		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
-test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write
+test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write, and sample for runs
 	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)
 
 test-peers: .venv-trl/.installed ## Compare the rows of the objective with the loss functions of TRL and verl

@@ -1,9 +1,10 @@
 """Trains a policy: `torchrun ... -m gspo_megatron.train --config FILE [section.key=value ...] [--dry-run]`.
 
 Settings are read, completed and checked, then the parts of the run are assembled and the trainer runs. Without
-torchrun the same command runs on one process. Exit status: 0 done; 1 the processes did not meet, or an error in the
-code; 2 settings, data or a checkpoint cannot work; 70 a guard stopped the run; 75 saved and stopped on request: start
-again to continue; 130 Ctrl-C before there was anything to save, or twice.
+torchrun the same command runs on one process. Exit status: 0 done; 1 the processes did not meet, an engine did not
+start, or an error in the code; 2 settings, data or a checkpoint cannot work; 70 a guard stopped the run, or an engine
+has other weights; 75 saved and stopped on request, or because all engines died: start again to continue; 130 Ctrl-C
+before there was anything to save, or twice.
 """
 
 from __future__ import annotations

@@ -89,6 +89,9 @@ class Rollout:
     tool_errors: int = 0
     """Calls that a tool could not answer, such as a division by 0."""
     environment_error: str = ""
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
+    """(version, begin, end): `tokens[begin:end]` come from the weights of that version. Empty: all from
+    `policy_version`, otherwise that is the oldest."""
     support: Ragged | None = field(default=None, compare=False, repr=False)
     routed_experts: Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -296,6 +299,14 @@ class Taken(NamedTuple):
 
 
 NOTHING = Taken(0, 0)
+
+
+class Held(NamedTuple):
+    """What a source of rollouts has sampled for steps to come: JSON, the same on all processes, and this one's share of
+    what is too large for that."""
+
+    about: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 class Position(NamedTuple):

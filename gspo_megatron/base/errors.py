@@ -24,6 +24,14 @@ class EngineError(RuntimeError):
     """An engine that cannot be started, does not answer, or has other weights than it should. Names the engine."""
 
 
+class EnginesDown(EngineError):
+    """No engine is left to sample with. The policy is as good as before: the run is saved and can be started again."""
+
+
+class WrongWeights(EngineError):
+    """An engine has other log-probs than the trainer for the same tokens: nothing that it samples can be trained on."""
+
+
 class StartError(RuntimeError):
     """Processes that do not find each other. Names the rank, the address and what to try."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from threading import Event
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms, Metric
 
+Result = TypeVar("Result")
 Loss = Callable[[Tensor, "Tensor | None", MicroBatch, UpdateBatch], LossTerms]
 """(log_probs_R, entropy_R or None, micro_batch, its update) -> LossTerms."""
 
@@ -95,6 +97,11 @@ class Ranks(Protocol):
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """Concatenates the reporters' lists in rank order; every process gets the same result."""
+
+    def from_main(self, work: Callable[[Event], Result], stop: Callable[[], bool]) -> Result:
+        """The result of work(stopped) on the main process, on all processes; or its CheckpointError, DataError or
+        EngineError. `stop` is asked on every process meanwhile: once one says yes, `stopped` is set, which work looks
+        at to end early, and StopRequested is raised on all."""
 
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""

@@ -10,6 +10,7 @@ from datetime import date
 
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, is_chat, shown, sources_of
+from gspo_megatron.build.engine_checks import check_engine
 from gspo_megatron.build.replay import check_replay
 from gspo_megatron.build.set_specs import all_sources, metric_names
 from gspo_megatron.config.evaluation import EvalConfig
@@ -53,6 +54,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_savings(config, algorithm)
     check_replay(config, algorithm)
     _check_folders(config)
+    check_engine(config)
     return layout
 
 

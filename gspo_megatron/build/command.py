@@ -6,15 +6,28 @@ import argparse
 import sys
 from typing import NoReturn
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, StartError, printable
+from gspo_megatron.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    EnginesDown,
+    GuardError,
+    StartError,
+    WrongWeights,
+    printable,
+)
 from gspo_megatron.device import torchrun
-from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED_BY_GUARD
+from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED, STOPPED_BY_GUARD
 
 STATUSES: dict[type[Exception], int] = {
     ConfigError: REFUSED,
     DataError: REFUSED,
     CheckpointError: REFUSED,
     StartError: FAILED,
+    EnginesDown: STOPPED,
+    WrongWeights: STOPPED_BY_GUARD,
+    EngineError: FAILED,
     GuardError: STOPPED_BY_GUARD,
 }
 """Errors that a user meets, and the exit status of a command that ends with one."""

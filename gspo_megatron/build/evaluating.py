@@ -92,5 +92,5 @@ def open_evaluator(inputs: EvaluationInputs, device: Device, console: Console) -
             sign_of_life=console.sign_of_life,
         )
         asked = in_conversation(sampler, inputs.environment, config, tokenizer, groups)
-        source = HeldOutSource(asked, groups, tokenizer, config.model.vocab_size)
+        source = HeldOutSource(sampler=asked, ranks=groups, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
         yield Evaluator(source, groups, inputs.sets, weights, console)

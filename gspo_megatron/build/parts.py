@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from gspo_megatron.base.batches import Taken
+from gspo_megatron.base.batches import Held, Taken
+from gspo_megatron.base.errors import plural
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks, Sampler
 from gspo_megatron.build.environments import in_conversation
 from gspo_megatron.build.inputs import Inputs, ModelInputs
@@ -15,6 +17,7 @@ from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.models.counts import sequence_cost
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.monitor.run_directory import RunWriter
+from gspo_megatron.rollout.buffered import BufferedSource
 from gspo_megatron.rollout.collective import CollectiveSource
 from gspo_megatron.rollout.dynamic_sampling import DynamicSampling
 from gspo_megatron.rollout.source import RolloutSource
@@ -44,13 +47,16 @@ def assemble(
     exports: Exports | None = None,
     guards: GuardState | None = None,
     taken: Taken | None = None,
+    held: Held | None = None,
     contents: Contents | None = None,
     peak_flops: float | None = None,
     stop: Callable[[], bool] = never,
     note: Callable[[str], None] = lambda where: None,
+    served: Callable[..., RolloutSource] | None = None,
 ) -> Parts:
-    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `taken`: what the run has
-    used up, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
+    """The parts that a trainer drives, around a policy, a sampler and the processes of a run. `served`: makes the
+    source of rollouts in place of the sampler. `taken`, `held`: what the run has used up, and what it has sampled for
+    steps to come, if it continues. `contents`: of what it reads. `peak_flops`: of one GPU, where it is known."""
     config, algorithm = inputs.config, inputs.algorithm
     r, vocab_size = config.rollout, config.model.vocab_size
     assert vocab_size is not None, "settle sets model.vocab_size"
@@ -62,8 +68,8 @@ def assemble(
         curriculum = Curriculum(visits, retry, inputs.rewards.accuracy)
         curriculum.restore(taken.curriculum)
     prompts = OrderedPrompts(inputs.train_prompts, config.run.seed, taken.prompts, curriculum)
-    source: RolloutSource = CollectiveSource(
-        sampler=in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks),
+    answered = in_conversation(sampler, inputs.environment, config, inputs.tokenizer, ranks)
+    source: RolloutSource = (served or partial(CollectiveSource, sampler=answered))(
         ranks=ranks,
         reward=inputs.rewards,
         tokenizer=inputs.tokenizer,
@@ -73,6 +79,13 @@ def assemble(
         group_size=r.group_size,
         vocab_size=vocab_size,
     )
+    if isinstance(source, BufferedSource):
+        source.saved = held
+    elif held and held.about["groups"]:
+        console.warn(
+            f"rollout.max_lag=0: {plural(len(held.about['groups']), 'group')} that the run had sampled ahead, with the "
+            "lag it had, are dropped"
+        )
     if r.dynamic_sampling:
         source = DynamicSampling(source, r.prompts_per_step, r.dynamic_sampling, inputs.rewards.accuracy)
     packer = packer_of(inputs, ranks)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.contents import contents_of
+from gspo_megatron.build.engines import open_engines
 from gspo_megatron.build.eval_sets import rewards_in
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import assemble, never
@@ -106,31 +107,34 @@ def open_trainer(
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
-        gpu = gpu_named(device.name)
-        parts = assemble(
-            inputs,
-            policy,
-            sampler,
-            groups,
-            console=console,
-            writer=writer,
-            checkpoints=checkpoints,
-            exports=MegatronExports(policy, beside, console.say),
-            guards=state.guards if state else None,
-            taken=continuation.taken,
-            contents=contents,
-            peak_flops=gpu.peak_of(config.precision.dtype, fp8=config.precision.fp8 != "none") if gpu else None,
-            stop=stop,
-            note=watchdog.note,
-        )
-        trainer = Trainer(parts, continuation)
-        # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
-        del state, continuation
-        try:
-            yield trainer
-        finally:
-            if writer:
-                writer.close()
+        with open_engines(inputs, policy, groups, beside, device, console, stop) as served:
+            gpu = gpu_named(device.name)
+            parts = assemble(
+                inputs,
+                policy,
+                sampler,
+                groups,
+                console=console,
+                writer=writer,
+                checkpoints=checkpoints,
+                exports=MegatronExports(policy, beside, console.say),
+                guards=state.guards if state else None,
+                taken=continuation.taken,
+                held=state.held if state else None,
+                contents=contents,
+                peak_flops=gpu.peak_of(config.precision.dtype, fp8=config.precision.fp8 != "none") if gpu else None,
+                stop=stop,
+                note=watchdog.note,
+                served=served,
+            )
+            trainer = Trainer(parts, continuation)
+            # A loaded step maps its files. The trainer has copied what it needs, and they may be deleted.
+            del state, continuation
+            try:
+                yield trainer
+            finally:
+                if writer:
+                    writer.close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.errors import CheckpointError
-from gspo_megatron.checkpoint.export import FILE_BYTES, Export, Stored
+from gspo_megatron.checkpoint.export import FILE_BYTES, Export, Stored, header_of
 from gspo_megatron.checkpoint.manifest import MANIFEST, write_synced
 from gspo_megatron.checkpoint.shards import ShardFiles
 from gspo_megatron.models.counts import count_parameters
@@ -55,7 +55,8 @@ class ResumableExport(Export):
         kept: list[str] = []
         for name, share in self._files.items():
             # Files are written one after the other, so one of full size is complete.
-            size = len(self._header(share)) + sum(self._tensors[each].num_bytes for each in share)
+            stored = {each: self._tensors[each] for each in share}
+            size = len(header_of(stored)) + sum(each.num_bytes for each in stored.values())
             if not earlier or not (earlier / name).is_file() or (earlier / name).stat().st_size != size:
                 break
             os.rename(earlier / name, self.partial / name)

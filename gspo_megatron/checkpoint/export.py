@@ -162,7 +162,8 @@ class Export:
             if new_file:
                 self._close()
                 self._open = new_file.open("xb")
-                self._open.write(self._header(self._files[new_file.name]))
+                names = self._files[new_file.name]
+                self._open.write(header_of({name: self._tensors[name] for name in names}))
             assert self._open is not None
             self._open.write(numbers.view(-1).view(torch.uint8).numpy().data)
         except (OSError, MemoryError) as error:
@@ -207,17 +208,6 @@ class Export:
         self._open = None
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _header(self, names: Iterable[str]) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            stored = self._tensors[name]
-            start, end = end, end + stored.num_bytes
-            entries[name] = {"dtype": FORMATS[stored.dtype], "shape": stored.shape, "data_offsets": [start, end]}
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
     def _close(self) -> None:
         if self._open is not None:
             self._open.flush()
@@ -230,6 +220,18 @@ class Export:
             f"{self.path} cannot be written ({error}); nothing of that name was left half-written; make "
             f"{self.path.parent} writable, free some space, or move run.dir elsewhere"
         )
+
+
+def header_of(tensors: Mapping[str, Stored]) -> bytes:
+    """What a safetensors file begins with: the tensors' bytes follow, in this order and without gaps."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, stored in tensors.items():
+        start, end = end, end + stored.num_bytes
+        entries[name] = {"dtype": FORMATS[stored.dtype], "shape": stored.shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:

@@ -2,7 +2,7 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of sections `model`, `eval` and `guards`, in model.py, evaluation.py and guards.py;
+A setting is declared once, here or, of sections `model`, `eval`, `engine` and `guards`, in files of their names;
 `make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the number of
 processes, are in build/checks.py.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from gspo_megatron.base.replay import REPLAYS, Replay
 from gspo_megatron.config.declarations import setting
+from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.model import ModelConfig
@@ -172,6 +173,12 @@ class DataConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
+    engine: str = setting(
+        "collective",
+        "What samples: the model under training on its own processes (collective), or vLLM with a copy of its weights "
+        "(vllm; docs/engines.md).",
+        choices=("collective", "vllm"),
+    )
     group_size: int = setting(8, "Rollouts per prompt.", least=1, most=2**20)
     prompts_per_step: int = setting(32, "Prompts per step.", least=1, most=2**24)
     max_new_tokens: int = setting(
@@ -206,6 +213,13 @@ class RolloutConfig:
         "Replace groups whose rewards are all equal by those of further prompts, in up to this many further rounds of "
         "sampling (DAPO). What is missing then is filled with such groups. 0: off.",
         least=0,
+    )
+    max_lag: int = setting(
+        0,
+        "With an engine: most steps between the beginning of a group and the step that trains on it. Above 0, engines "
+        "sample while the trainer trains (docs/engines.md). 0: a step samples with its own weights.",
+        least=0,
+        most=1000,
     )
     max_batch: int = setting(256, "Largest number of rollouts that one data-parallel rank decodes together.", least=1)
 
@@ -436,6 +450,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

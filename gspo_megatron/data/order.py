@@ -56,6 +56,14 @@ class OrderedPrompts:
         if self.curriculum:
             self.curriculum.observe(groups, self._skipped)
 
+    def begin(self, count: int) -> list[Prompt]:
+        """The `count` prompts that come next, which are taken with it; their rollouts come in any order."""
+        chosen = self.next(count)
+        self.taken += count + len(self._skipped)
+        if self.curriculum:
+            self.curriculum.observe((), self._skipped)
+        return chosen
+
     def take(self, position: int, count: int) -> list[Prompt]:
         """`count` prompts, starting at `position`."""
         return [self.source[index] for index in self.order.slice(position, count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, DataError, EngineError, StopRequested
 from gspo_megatron.config.sections import ParallelConfig
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.mcore.context_parallel import SumOverRanks
@@ -22,7 +23,9 @@ Result = TypeVar("Result")
 MAIN = 0
 """The rank that writes files and prints."""
 POLL_S = 0.02
-"""Seconds between checks whether any process is still working on files."""
+"""Seconds between checks whether the main process is still at work for all."""
+TOLD = (CheckpointError, DataError, EngineError)
+"""Errors of the main process that the others learn."""
 
 
 class Groups:
@@ -130,22 +133,38 @@ class Groups:
                 raise CheckpointError(f"{what}: {reason} (process {rank})")
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on the main process; returns its result, or raises its CheckpointError, on all processes. It may
-        take longer than the timeout of a collective."""
+        """Runs `work` on the main process; returns its result, or raises its error if that is one of TOLD, on all
+        processes. It may take longer than the timeout of a collective."""
+        return self.from_main(lambda stopped: work(), lambda: False)
+
+    def from_main(self, work: Callable[[Event], Result], stop: Callable[[], bool]) -> Result:
+        """See `Ranks.from_main`."""
+        stopped = Event()
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(work) if self.is_main else None
-            while self.any_rank(running is not None and not running.done()):
-                time.sleep(POLL_S)
+            running = pool.submit(work, stopped) if self.is_main else None
+            while not stopped.is_set():
+                busy = running is not None and not running.done()
+                is_busy, is_asked = self.max_over_ranks([int(busy), int(stop())])
+                if is_asked:
+                    stopped.set()
+                elif not is_busy:
+                    break
+                else:
+                    time.sleep(POLL_S)
+        if stopped.is_set():
+            raise StopRequested
         outcome: list[Any] = [None]
         if running is not None:
             error = running.exception()
-            if error is not None and not isinstance(error, CheckpointError):
+            if error is not None and not isinstance(error, TOLD):
                 raise error
             outcome = [error or running.result()]
-        dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], CheckpointError):
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], TOLD):
             raise outcome[0]
-        return outcome[0]
+        result: Result = outcome[0]
+        return result
 
     def close(self) -> None:
         """Destroys the groups once every process is done: no rank closes a connection that another still uses."""

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
         return re.fullmatch(pattern, key) is not None
 
 
-OF_THE_MACHINE = ("time/", "tokens_per_second", "mfu", "memory/")
+OF_THE_MACHINE = ("time/", "tokens_per_second", "mfu", "memory/", "engine/sync_s")
 """Beginnings of the keys that the machine decides, not the run: equal runs differ in them."""
 
 CATALOGUE = (
@@ -111,6 +111,21 @@ CATALOGUE = (
     ),
     Entry("groups/all_right_fraction", "reward", "Share of groups in which every rollout is correct.", "Too easy."),
     Entry("groups/all_wrong_fraction", "reward", "Share of groups in which none is.", "Too hard."),
+    # Rollouts ahead of the trainer (rollout.max_lag).
+    Entry("lag/mean", "reward", "Steps between the beginning of a group and the step that trains on it, mean."),
+    Entry("lag/max", "reward", "The largest of them, at most rollout.max_lag."),
+    Entry(
+        "lag/swept",
+        "reward",
+        "Groups that grew too old since the last step; their prompts are sampled anew.",
+        "Above 0, often: long responses are lost. Raise rollout.max_lag, or add engines.",
+    ),
+    Entry(
+        "lag/older_tokens",
+        "reward",
+        "Share of tokens from older weights than those the step begins with.",
+        "sampler/kl says how far these weights are.",
+    ),
     # Dynamic sampling (rollout.dynamic_sampling). All other numbers are of the groups that the step trains on.
     Entry(
         "groups/rounds",
@@ -259,6 +274,18 @@ CATALOGUE = (
         "sampler",
         "Mean |log rho| of live tokens from this position of their sequence on, up to the next of 64, 256, 1024, ...",
         "Growing with the position: errors add up along the response.",
+    ),
+    Entry(
+        "engine/probe_gap",
+        "sampler",
+        "With rollout.engine=vllm: the largest distance between an engine's log-prob of a token and the trainer's, in "
+        "the sequence that both score after each change of weights.",
+        "Growing: an engine computes in another way than the trainer; engine.probe_limit stops the run.",
+    ),
+    Entry(
+        "engine/sync_s",
+        "sampler",
+        "Seconds in which the last new weights came to the engines, and were probed; a part of time/rollout_s.",
     ),
     Entry("sampler/not_finite", "sampler", "Tokens without a number from the sampler; their rho is taken as 1."),
     Entry(

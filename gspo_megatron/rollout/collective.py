@@ -1,4 +1,5 @@
-"""Rollouts sampled by the model under training; every data-parallel rank samples a share of the prompts."""
+"""Rollouts with their rewards, in numbered groups; and those that the model under training samples: every data-parallel
+rank samples a share of the prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
+from gspo_megatron.base.batches import Held, Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.base.protocols import Ranks, Sampler
 from gspo_megatron.data.order import OrderedPrompts
 from gspo_megatron.data.sources import checked_tokens
@@ -15,16 +16,18 @@ from gspo_megatron.data.token_ids import Tokenizer, text_of
 from gspo_megatron.rewards.rewards import Reward, refuse_unscored
 from gspo_megatron.rollout.group_scores import GroupScores
 
+Asked = Seq[tuple[Prompt, int]]
+"""(prompt, id) of each rollout, in the order of the ids. Consecutive ones are a group."""
+
 
 @dataclass
-class HeldOutSource:
-    """Responses to held-out prompts, over a `Sampler`.
+class ScoredSource:
+    """Rollouts with their rewards, whoever samples them.
 
     Attributes:
         vocab_size: number of ids that the embedding has.
     """
 
-    sampler: Sampler
     ranks: Ranks
     tokenizer: Tokenizer
     vocab_size: int
@@ -34,12 +37,30 @@ class HeldOutSource:
         return self._scored([(p, i * n + j) for i, p in enumerate(prompts) for j in range(n)], n, reward, sampling)
 
     def _scored(
-        self, asked: Seq[tuple[Prompt, int]], together: int, reward: Reward, sampling: Sampling | None = None
+        self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None = None
     ) -> list[RolloutGroup]:
-        """A rollout for each (prompt, id), with its reward, in the order of the ids. Each `together` consecutive items
-        are a group, and go to one rank."""
+        """A rollout for each (prompt, id), with its reward. Each `together` of them are a group."""
         for prompt in {prompt.id: prompt for prompt, _ in asked}.values():
             checked_tokens(prompt, (), self.vocab_size)
+        rollouts = sorted(self._rollouts(asked, together, reward, sampling), key=lambda r: r.id)
+        refuse_unscored(rollouts, reward.most_lost)
+        return [RolloutGroup(asked[i][0], rollouts[i : i + together]) for i in range(0, len(asked), together)]
+
+    def _rollouts(self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None) -> list[Rollout]:
+        """The rollouts, scored, in any order, the same on all ranks."""
+        raise NotImplementedError
+
+    def _decode(self, rollout: Rollout) -> None:
+        rollout.text = text_of(self.tokenizer, rollout.last_turn)
+
+
+@dataclass
+class HeldOutSource(ScoredSource):
+    """Responses to held-out prompts, over a `Sampler`. A group goes to one rank."""
+
+    sampler: Sampler
+
+    def _rollouts(self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None) -> list[Rollout]:
         mine = [asked[i + j] for i in self._share(len(asked), together) for j in range(together)]
         prompts, ids = [prompt for prompt, _ in mine], [number for _, number in mine]
         greedy = sampling is not None and sampling.temperature == 0
@@ -51,14 +72,10 @@ class HeldOutSource:
         else:
             rollouts = generate()
         experts = {rollout.id: rollout.routed_experts for rollout in rollouts}
-        gathered = sorted(self.ranks.gather(rollouts), key=lambda r: r.id)
+        gathered = self.ranks.gather(rollouts)
         for rollout in gathered:
             rollout.routed_experts = experts.get(rollout.id)
-        refuse_unscored(gathered, reward.most_lost)
-        return [RolloutGroup(asked[i][0], gathered[i : i + together]) for i in range(0, len(asked), together)]
-
-    def _decode(self, rollout: Rollout) -> None:
-        rollout.text = text_of(self.tokenizer, rollout.last_turn)
+        return gathered
 
     def _share(self, stop: int, stride: int) -> range:
         """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and
@@ -69,8 +86,8 @@ class HeldOutSource:
 
 
 @dataclass
-class CollectiveSource(HeldOutSource):
-    """`RolloutSource` over a `Sampler`.
+class TrainingSource(ScoredSource):
+    """`RolloutSource`: numbered groups of the training prompts.
 
     Attributes:
         next_id: the id of the next rollout.
@@ -88,6 +105,10 @@ class CollectiveSource(HeldOutSource):
         curriculum = self.prompts.curriculum
         return Taken(self.prompts.taken, self.next_id, curriculum.state() if curriculum else {})
 
+    def held(self) -> Held | None:
+        """See `RolloutSource.held`."""
+        return None
+
     @property
     def metrics(self) -> Mapping[str, float]:
         """See `RolloutSource.metrics`."""
@@ -104,3 +125,8 @@ class CollectiveSource(HeldOutSource):
         self.prompts.pass_on(groups)
         self.next_id += len(asked)
         return groups
+
+
+@dataclass
+class CollectiveSource(TrainingSource, HeldOutSource):
+    """`RolloutSource` over a `Sampler`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from gspo_megatron.base.batches import Prompt, Rollout, RolloutGroup, Sampling, Taken
+from gspo_megatron.base.batches import Held, Prompt, Rollout, RolloutGroup, Sampling, Taken
 from gspo_megatron.objective import rewards_differ
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.source import RolloutSource
@@ -40,6 +40,10 @@ class DynamicSampling:
         """See `RolloutSource.taken`. A step whose sampling was interrupted has taken nothing: its first round, and so
         every other, is sampled again."""
         return self._before or self.source.taken
+
+    def held(self) -> Held | None:
+        """See `RolloutSource.held`."""
+        return self.source.held()
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -101,7 +101,7 @@ class Engine(Protocol):
         """The version of the weights that it samples with; -1: those it was started with."""
 
     def probe(self, tokens: Seq[int], prompt_length: int) -> list[float]:
-        """Log-probs at temperature 1 of the tokens from `prompt_length` on, each given those before it."""
+        """Log-probs of the tokens from `prompt_length` on, each given those before it, at the run's temperature."""
 
     def alive(self) -> bool:
         """Whether it answers. Never raises."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from gspo_megatron.base.batches import Prompt, RolloutGroup, Sampling, Taken
+from gspo_megatron.base.batches import Held, Prompt, RolloutGroup, Sampling, Taken
 from gspo_megatron.rewards.rewards import Reward
 
 
@@ -16,6 +16,9 @@ class RolloutSource(Protocol):
     @property
     def taken(self) -> Taken:
         """What the groups so far have used up. A checkpoint holds it; the source of a continued run begins there."""
+
+    def held(self) -> Held | None:
+        """What was sampled for steps to come, if anything can be. A checkpoint holds it. Collective."""
 
     @property
     def metrics(self) -> Mapping[str, float]:

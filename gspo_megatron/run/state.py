@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.batches import COLUMNS, NOTHING, Position, Taken
+from gspo_megatron.base.batches import COLUMNS, NOTHING, Held, Position, Taken
 from gspo_megatron.checkpoint.fields import (
     BY_COUNT,
     COUNT,
@@ -82,6 +82,7 @@ STATE = {
     "contents": optional(OBJECT),
     "warm_start_loss": optional(NUMBER),
     "records": optional(OBJECTS),
+    "held": optional(OBJECT),
 }
 PARTS = {
     "guards": {
@@ -93,6 +94,7 @@ PARTS = {
     "taken": {"prompts": COUNT, "rollouts": COUNT, "curriculum": optional(BY_COUNT)},
     "contents": {"digests": OBJECT, "num_prompts": optional(COUNT)},
     "step": {"number": COUNT, "prompts": LIST, "rollouts": LIST, "updates": LIST, "noted": optional(NUMBER_BY_NAME)},
+    "held": {"groups": LIST, "again": LIST},
 }
 """The fields of a state in JSON, and of its objects."""
 RECORD = {"value": NUMBER, "step": COUNT, "since": COUNT}
@@ -125,6 +127,7 @@ class RunState:
         step: the unfinished step, if any: this process's snapshot when saved, those of all processes when loaded.
         warm_start_loss: of the last update of a warm start.
         records: the best evaluation so far, by metric.
+        held: what was sampled for steps to come.
     """
 
     position: Position
@@ -137,6 +140,7 @@ class RunState:
     config_sha256: str = ""
     warm_start_loss: float | None = None
     records: Mapping[str, Record] = field(default_factory=dict)
+    held: Held | None = None
 
     @classmethod
     def of(
@@ -151,6 +155,7 @@ class RunState:
         contents: Contents | None = None,
         warm_start_loss: float | None = None,
         records: Mapping[str, Record] | None = None,
+        held: Held | None = None,
     ) -> RunState:
         return cls(
             position,
@@ -163,6 +168,7 @@ class RunState:
             config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
             warm_start_loss=warm_start_loss,
             records=dict(records or {}),
+            held=held,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -182,11 +188,14 @@ class RunState:
             "warm_start_loss": self.warm_start_loss,
             "records": {name: record._asdict() for name, record in self.records.items()},
             "step": None if self.step is None else self.step.about,
+            "held": None if self.held is None else self.held.about,
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """This process's share of what is too large for JSON."""
-        return self.step.tensors if isinstance(self.step, StepSnapshot) else {}
+        of_step = self.step.tensors if isinstance(self.step, StepSnapshot) else {}
+        held = self.held.tensors if self.held else {}
+        return of_step | {HELD + name: tensor for name, tensor in held.items()}
 
     @classmethod
     def from_saved(cls, about: Mapping[str, Any], shares: Seq[Mapping[str, Tensor]]) -> RunState:
@@ -206,6 +215,7 @@ class RunState:
         step = about.get("step")
         if step is not None and "advantages" in step:
             step, shares = _step_of_format_1(step)
+        held, shares = _held(about.get("held"), shares)
         position = Position(*about["position"])
         settings = {RENAMED.get(name, name): value for name, value in settings_of(about["config"]).items()}
         # A checkpoint of an earlier version lacks what is read by `get`.
@@ -223,7 +233,21 @@ class RunState:
             about["config_sha256"],
             about.get("warm_start_loss"),
             {name: Record(**{key: record[key] for key in RECORD}) for name, record in records.items()},
+            held,
         )
+
+
+HELD = "held."
+"""Before the names of tensors that `Held` has, where they stand with those of a step."""
+
+
+def _held(
+    about: Mapping[str, Any] | None, shares: Seq[Mapping[str, Tensor]]
+) -> tuple[Held | None, list[Mapping[str, Tensor]]]:
+    """What a source had, and the shares of the step without it."""
+    own = {name.removeprefix(HELD): t for share in shares for name, t in share.items() if name.startswith(HELD)}
+    others = [{name: t for name, t in share.items() if not name.startswith(HELD)} for share in shares]
+    return (Held(about, own) if about is not None else None), list(others)
 
 
 def taken_until(position: Position, settings: Mapping[str, Any], *, inside: bool) -> Taken:

@@ -239,7 +239,7 @@ class StepState:
             for rollout in rollouts:
                 sequence = next(numbers)
                 drawn = {"tokens": sequence.tokens[len(asked.tokens) :].tolist(), "log_probs": next(sampled).tolist()}
-                spans = {"outside": [tuple(span) for span in rollout.get("outside", [])]}
+                spans = {name: [tuple(span) for span in rollout.get(name, [])] for name in ("outside", "versions")}
                 groups[-1].rollouts.append(Rollout(prompt=asked, **(rollout | drawn | spans)))
         step = cls(about["number"], groups, sequences)
         step.set_columns([_values_of(share, dtype) for share in shares])
@@ -350,6 +350,8 @@ def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
     prompt = row.pop("prompt")
     if not rollout.turns:
         row = {name: value for name, value in row.items() if name not in OF_CONVERSATIONS}
+    if not rollout.versions:
+        del row["versions"]
     return {
         "prompt_id": prompt["id"],
         "prompt": prompt["text"],

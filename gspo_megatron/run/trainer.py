@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Position, Rollout, RolloutGroup, Sequence
-from gspo_megatron.base.errors import CheckpointError, DataError, GuardError, StopRequested, plural
+from gspo_megatron.base.errors import CheckpointError, DataError, EngineError, GuardError, StopRequested, plural
 from gspo_megatron.base.protocols import Checkpoints, Exports, Policy, Ranks
 from gspo_megatron.checkpoint.names import CHECKPOINTS, name_of
 from gspo_megatron.config.sections import Config
@@ -142,7 +142,7 @@ class Trainer:
         except StopRequested:
             self.save(wait=True)
             return False
-        except (GuardError, DataError):
+        except (GuardError, DataError, EngineError):
             if parts.checkpoints:
                 parts.checkpoints.finish()
             raise
@@ -226,6 +226,7 @@ class Trainer:
                 guards=self.guards.state(),
                 step=inside.snapshot(self.ranks) if inside else None,
                 taken=self.parts.source.taken,
+                held=self.parts.source.held(),
                 contents=self.parts.contents,
                 warm_start_loss=self.warm_start_loss,
                 records=self.records.held,
@@ -326,11 +327,11 @@ class Trainer:
 
     @contextmanager
     def saved_first(self) -> Iterator[None]:
-        """Saves the run before a prompt or a reward ends it. All processes find such an error together, and the policy
-        is as good as before."""
+        """Saves the run before a prompt, a reward or an engine ends it. All processes find such an error together, and
+        the policy is as good as before."""
         try:
             yield
-        except DataError:
+        except (DataError, EngineError):
             if self.position != START:
                 self.save(wait=True)
                 self.say_saved(

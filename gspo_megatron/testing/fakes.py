@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import IGNORED, MicroBatch, Position, Prompt, Rollout, Sampling, UpdateBatch
+from gspo_megatron.base.errors import EngineError, StopRequested
 from gspo_megatron.base.metrics import Metric, merge
 from gspo_megatron.base.protocols import Accept, Loss, Ranks, Sampler, SavedState
 from gspo_megatron.build.environments import environment_of
@@ -100,6 +101,12 @@ class OneRank:
     def any_rank(self, flag: bool) -> bool:
         return flag
 
+    def from_main(self, work: Callable[[threading.Event], Result], stop: Callable[[], bool]) -> Result:
+        stopped = threading.Event()
+        if stop():
+            raise StopRequested
+        return work(stopped)
+
 
 class Replicas:
     """`Ranks` of `size` data-parallel replicas in as many threads, which wait for each other in `gather`."""
@@ -155,6 +162,20 @@ class _Replica:
 
     def any_rank(self, flag: bool) -> bool:
         return any(self.gather([flag]))
+
+    def from_main(self, work: Callable[[threading.Event], Result], stop: Callable[[], bool]) -> Result:
+        if self.any_rank(stop()):
+            raise StopRequested
+        outcome: list[Any] = []
+        if self.is_main:
+            try:
+                outcome = [work(threading.Event())]
+            except EngineError as error:
+                outcome = [error]
+        [result] = self.gather(outcome)
+        if isinstance(result, EngineError):
+            raise result
+        return result
 
 
 class TablePolicy:
@@ -350,6 +371,7 @@ def trainer_of(
         console=console or Notebook(),
         guards=state.guards if state else None,
         taken=state.taken if state else None,
+        held=state.held if state else None,
         **parts,
     )
     newest = config.checkpoint.load == "latest"

@@ -321,3 +321,31 @@ def test_what_transformer_engines_layers_lack_is_refused(
     with pytest.raises(ConfigError, match=message):
         check_config(load_config(None, on_gpus), world_size)
     check_config(load_config(None, [*on_gpus, "precision.transformer_engine=off"]), world_size)
+
+
+VLLM = "rollout.engine=vllm"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("rollout.max_lag=1",), "rollout.max_lag=1 with rollout.engine=collective: the model under training cannot"),
+        ((VLLM, "rollout.max_lag=1", "rollout.dynamic_sampling=2"), "rollout.max_lag=1 and rollout.dynamic_sampling=2"),
+        (("engine.count=2",), "engine.count=2 has no effect with rollout.engine=collective"),
+        ((VLLM, "rollout.stop=[7, x]"), "rollout.stop=['x'] with rollout.engine=vllm: engines get token ids"),
+        ((VLLM, "rollout.environment=calculator"), "rollout.environment=calculator with rollout.engine=vllm"),
+        ((VLLM, "algorithm.sampling_mask=true", "rollout.top_p=0.9"), "engines do not send the ids that"),
+        ((VLLM, "algorithm.routing_replay=R3"), "engines do not send the experts"),
+        ((VLLM, "algorithm.old_log_probs=rollout"), "an engine's log-probs are another program's"),
+        ((VLLM, "precision.dtype=fp64", "optimizer.distributed=false"), "vLLM computes in fp32 or bf16"),
+        ((VLLM, "engine.gpus=[1]", "engine.count=2"), "they take 2 GPUs; name each of them once"),
+        ((VLLM, "engine.gpus=[3, 3]", "engine.tensor_parallel=2"), "they take 2 GPUs; name each of them once"),
+        ((VLLM, "engine.gpus=[x]"), "'x' is not the number of a GPU"),
+        (("rollout.engine=sglang",), "rollout.engine='sglang' is not one of collective, vllm"),
+    ],
+)
+def test_what_an_engine_does_not_offer_is_refused(overrides: tuple[str, ...], complaint: str) -> None:
+    assert complaint in refusal(*overrides)
+    check_config(
+        load_config(None, [VLLM, "rollout.top_p=0.9", "rollout.stop=[7]", "algorithm.correction=token_tis"]), 1
+    )

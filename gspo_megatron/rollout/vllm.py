@@ -1,0 +1,233 @@
+"""`Engine` over the HTTP server of vLLM. Token ids go in and come out; nothing becomes text.
+
+The server has to draw as vllm_draw.py does, and to serve `/inference/v1/generate` and vLLM's routes for RL:
+engine_server.py starts it so. Responses are streamed: what an engine has sent before it dies is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from typing import Any
+
+from gspo_megatron.base.errors import EngineError
+from gspo_megatron.rollout.engine import Finish, PauseMode, Piece, Request, Span, Weights
+from gspo_megatron.rollout.http import Address, call, events
+
+KEY = "gspo_megatron"
+"""In `SamplingParams.extra_args`, what vllm_draw.py reads."""
+GENERATE = "/inference/v1/generate"
+FINISHES: Mapping[str | None, Finish] = {None: "", "stop": "stop", "length": "length", "abort": "abort"}
+NO_VERSION = "default"
+"""What vLLM calls the weights it was started with."""
+MOST_STREAMS = 1024
+"""Connections of one `generate`: files that a process may open are few."""
+
+
+class VllmEngine:
+    """See `Engine`. It has no `load` of its own: weight_sync.py gives new weights to all engines at once.
+
+    Attributes:
+        address: where the server listens; it changes when the server is started again.
+        num_ids: the tokenizer's ids; those beyond them are never sampled.
+        temperature: of the log-probs of `probe`.
+        timeout_s: how long the engine may send nothing while it samples, and may take for anything else.
+        stream_interval: tokens of an event. With 1, the version of every token is known when it arrives.
+    """
+
+    def __init__(
+        self, address: Address, *, num_ids: int, temperature: float, timeout_s: float, stream_interval: int
+    ) -> None:
+        self.address, self.name = address, address.name
+        self.num_ids, self.temperature, self.timeout_s = num_ids, temperature, timeout_s
+        self.stream_interval = stream_interval
+        self._known = -1
+        """The version, when it was last asked for."""
+
+    # ------------------------------------------------------------------------------------------------- sampling
+
+    def generate(self, requests: Seq[Request]) -> Iterator[Piece]:
+        """See `Engine.generate`. One event loop in a thread reads all streams; closing the iterator ends them."""
+        arrived: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+        loop = asyncio.new_event_loop()
+        reading = threading.Thread(
+            target=_run, args=(loop, self._streams(requests, arrived.put), arrived.put), daemon=True
+        )
+        reading.start()
+        under_way = len(requests)
+        try:
+            while under_way:
+                piece = arrived.get(timeout=self.timeout_s)
+                if isinstance(piece, BaseException):
+                    raise piece
+                under_way -= bool(piece.finish)
+                yield piece
+        except queue.Empty:
+            raise self.address.error(f"sent no token for {self.timeout_s:g} s (engine.timeout_s)") from None
+        finally:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(_cancel_all, loop)
+            reading.join()
+
+    async def _streams(self, requests: Seq[Request], put: Callable[[Piece], None]) -> None:
+        room = asyncio.Semaphore(MOST_STREAMS)
+        await asyncio.gather(*(self._stream(request, put, room) for request in requests))
+
+    async def _stream(self, request: Request, put: Callable[[Piece], None], room: asyncio.Semaphore) -> None:
+        async with room:
+            told: list[Span] = []
+            last: Piece | None = None
+            position = len(request.response)
+            async for event in events(self.address, GENERATE, self._asked(request)):
+                if last is not None:
+                    raise self.address.error(f"went on with a response that had ended: {event}")
+                piece = self._piece(request, event, position, told)
+                if piece.finish:
+                    last = piece
+                    continue
+                told += piece.versions
+                position += len(piece.tokens)
+                put(piece)
+            if last is None:
+                raise self.address.error("ended a stream in the middle of a response")
+            put(last)
+
+    def _asked(self, request: Request, forced: Seq[int] = ()) -> dict[str, Any]:
+        drawn = {
+            "seed": request.seed,
+            "id": request.id,
+            "begin": len(request.response),
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "num_ids": self.num_ids,
+            "forced": list(forced),
+        }
+        params = {
+            "temperature": 0,
+            "max_tokens": request.max_new_tokens - len(request.response),
+            "stop_token_ids": list(request.stop_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "detokenize": False,
+            "stream_interval": self.stream_interval,
+            "extra_args": {KEY: drawn},
+        }
+        return {"token_ids": [*request.prompt, *request.response], "sampling_params": params, "stream": True}
+
+    def _piece(self, request: Request, event: Any, position: int, told: Seq[Span]) -> Piece:
+        """What an event says of the tokens from `position` of the response on. `told`: versions of those before."""
+        if isinstance(event, dict) and "error" in event:
+            raise self.address.error(f"failed while it sampled: {event['error']}")
+        try:
+            [choice] = event["choices"]
+            tokens, finish = tuple(choice["token_ids"] or ()), FINISHES[choice["finish_reason"]]
+            scored = (choice["logprobs"] or {}).get("content") or []
+            named = tuple(entry["token_id"] for entry in scored)
+            log_probs = tuple(float(entry["logprob"]) for entry in scored)
+            begin = len(request.response)
+            said = choice["weight_versions"] or ()
+            spans = [Span(_version(span["version"]), begin + span["start"], begin + span["end"]) for span in said]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.address.error(f"streams an event that vLLM does not send ({error!r})") from error
+        if tokens != named:
+            raise self.address.error(f"sent tokens {tokens} with log-probs of {named}")
+        if strange := [token for token in tokens if not (isinstance(token, int) and 0 <= token < self.num_ids)]:
+            raise self.address.error(
+                f"sent token {strange[0]}, but the tokenizer has {self.num_ids} ids",
+                "the engine must have the model of this run, and draw as gspo_megatron.rollout.vllm_draw does",
+            )
+        end = position + len(tokens)
+        # vLLM tells versions at the end, of all tokens of the request, and may count tokens that it did not send.
+        versions = _within(spans, position, end) if said else (Span(self._known, position, end),) if tokens else ()
+        if said and _within(spans, begin, position) != _joined(told):
+            raise self.address.error(f"sampled tokens of versions {spans}, which came when it had {list(told)}")
+        return Piece(request.id, tokens, log_probs, versions, finish)
+
+    # -------------------------------------------------------------------------------------------------- control
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that the engine answers to a call."""
+        return call(self.address, method, path, body, timeout_s=self.timeout_s)
+
+    def pause(self, mode: PauseMode) -> None:
+        """See `Engine.pause`."""
+        self.ask("POST", f"/pause?mode={mode}&clear_cache=true")
+
+    def resume(self) -> None:
+        """See `Engine.resume`."""
+        self.version()
+        self.ask("POST", "/resume")
+
+    def load(self, weights: Weights) -> None:
+        """Not offered."""
+        raise self.address.error("cannot take weights by itself", "send them with rollout.weight_sync.send_weights")
+
+    def version(self) -> int:
+        """See `Engine.version`."""
+        try:
+            self._known = _version(self.ask("GET", "/weight_info")["weight_version"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.address.error(f"does not tell the version of its weights ({error!r})") from error
+        return self._known
+
+    def probe(self, tokens: Seq[int], prompt_length: int) -> list[float]:
+        """See `Engine.probe`. The engine takes these tokens as if it had drawn them, through its cache."""
+        prompt, forced = tuple(tokens[:prompt_length]), tuple(tokens[prompt_length:])
+        request = Request(0, prompt, (), 0, self.temperature, 1.0, 0, len(forced), ())
+        answer = self.ask("POST", GENERATE, {**self._asked(request, forced), "stream": False})
+        piece = self._piece(request, answer, 0, ())
+        if piece.tokens != forced:
+            raise self.address.error(f"scored {piece.tokens} where it was asked for {forced}")
+        return list(piece.log_probs)
+
+    def alive(self) -> bool:
+        """See `Engine.alive`."""
+        try:
+            return call(self.address, "GET", "/health", timeout_s=min(5.0, self.timeout_s)) in (None, {})
+        except EngineError:
+            return False
+
+
+def _version(text: str | None) -> int:
+    return -1 if text in (None, NO_VERSION) else int(text)
+
+
+def _within(spans: Seq[Span], begin: int, end: int) -> tuple[Span, ...]:
+    """What they say of the tokens [begin, end)."""
+    cut = (Span(s.version, max(s.begin, begin), min(s.end, end)) for s in spans)
+    return tuple(span for span in cut if span.begin < span.end)
+
+
+def _joined(spans: Seq[Span]) -> tuple[Span, ...]:
+    """Neighbours of one version as one."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].version == span.version:
+            joined[-1] = joined[-1]._replace(end=span.end)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def _run(loop: asyncio.AbstractEventLoop, work: Any, put: Callable[[BaseException], None]) -> None:
+    try:
+        loop.run_until_complete(work)
+    except asyncio.CancelledError:
+        pass
+    except BaseException as error:
+        put(error)
+    finally:
+        _cancel_all(loop)
+        with suppress(Exception):
+            loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(loop), return_exceptions=True))
+        loop.close()
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()

@@ -1,0 +1,117 @@
+"""How buckets of weights get from the trainer into the workers of engines: the receivers' ends.
+
+`weight_channels.py` has the other ends. A receiver returns memory of its own, which lives as long as a tensor in it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.base.errors import EngineError
+from gspo_megatron.device.private_group import PrivateGroup
+from gspo_megatron.rollout.weight_stream import Bucket, Header
+
+MARKER = "complete.json"
+"""The file that a folder of weights has once it is whole: its buckets' headers."""
+
+
+@dataclass
+class Receiver:
+    """What a worker needs to receive with.
+
+    Attributes:
+        device: of the worker's weights.
+        group: with the sender, for the channel broadcast.
+        session: the group's.
+    """
+
+    device: torch.device
+    group: PrivateGroup | None = None
+    session: str = ""
+
+    def join(self, *, session: str, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
+        self.leave()
+        self.group = PrivateGroup.join(host, port, rank, size, self.device, timeout_s=timeout_s)
+        self.session = session
+
+    def leave(self) -> None:
+        group, self.group, self.session = self.group, None, ""
+        if group is not None:
+            group.close()
+
+    def buckets(self, channel: str, header: dict[str, Any] | None, place: str) -> Iterator[Bucket]:
+        """What one order of the sender stands for.
+
+        Raises:
+            EngineError: it cannot be received.
+        """
+        if channel not in RECEIVERS:
+            raise EngineError(f"the channel {channel!r} is unknown here; trainer and engine must have the same version")
+        return RECEIVERS[channel](self, None if header is None else Header.from_json(header), place)
+
+
+def _broadcast(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:
+    if receiver.group is None or receiver.session != place:
+        raise EngineError(f"this worker is in no group {place}; the engine was started again meanwhile")
+    assert header is not None
+    payload = torch.empty(header.num_bytes, dtype=torch.uint8, device=receiver.device)
+    receiver.group.receive(payload)
+    yield Bucket(header, payload)
+
+
+def _shared_memory(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:
+    assert header is not None
+    payload = torch.empty(header.num_bytes, dtype=torch.uint8, device=receiver.device)
+    with Path(place).open("r+b") as file, mmap.mmap(file.fileno(), header.num_bytes) as memory:
+        shared = torch.frombuffer(memory, dtype=torch.uint8)
+        payload.copy_(shared)
+        del shared  # it keeps the mapping open
+    yield Bucket(header, payload)
+
+
+def _disk(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:
+    folder = Path(place)
+    try:
+        headers = [Header.from_json(each) for each in json.loads((folder / MARKER).read_text())]
+        for each in headers:
+            yield Bucket(each, _read(folder / file_of(each.index), each.num_bytes).to(receiver.device))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{folder} cannot be read ({error}); it must be a folder that the trainer has completed, under the same "
+            "path on the engine's machine"
+        ) from error
+
+
+def file_of(index: int) -> str:
+    """The name of a bucket's file."""
+    return f"bucket_{index:05d}.safetensors"
+
+
+def _read(path: Path, num_bytes: int) -> Tensor:
+    """The last bytes of a file: in a safetensors file, a header comes first."""
+    payload = torch.empty(num_bytes, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(-num_bytes, os.SEEK_END)
+        space, at = payload.numpy().data, 0
+        while at < num_bytes:
+            read = file.readinto(space[at:])
+            if not read:
+                raise OSError(f"{path.name} ends early")
+            at += read
+    return payload
+
+
+RECEIVERS: dict[str, Callable[[Receiver, Header | None, str], Iterator[Bucket]]] = {
+    "broadcast": _broadcast,
+    "shared_memory": _shared_memory,
+    "disk": _disk,
+}

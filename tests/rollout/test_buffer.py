@@ -1,0 +1,273 @@
+"""Runs over engines: with lag 0 they are those of the own sampler; with more, every rule of the buffer holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.base.batches import Prompt, Sampling
+from gspo_megatron.base.errors import CheckpointError, EnginesDown
+from gspo_megatron.base.protocols import Ranks
+from gspo_megatron.rollout.buffer import RolloutBuffer
+from gspo_megatron.rollout.buffered import BufferedSource
+from gspo_megatron.rollout.engine import Request
+from gspo_megatron.rollout.engine_pool import EnginePool
+from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.served import ServedSource
+from gspo_megatron.run.state import RunState
+from gspo_megatron.testing.fake_engine import FakeEngine, weights_of
+from gspo_megatron.testing.fakes import TOKENIZER, OneRank, Prompts, Replicas, Shelf, TablePolicy, config_of, trainer_of
+from tests.rollout.test_engine_pool import wait_until
+from tests.run.test_trainer import Rows, without_times
+
+SETTINGS = ("rollout.prompts_per_step=4", "rollout.group_size=2", "train.steps=4", "checkpoint.load=latest")
+PER_STEP, GROUP = 4, 2
+
+
+class Run:
+    """A run over fake engines, or, without any, of the own sampler."""
+
+    def __init__(
+        self,
+        *engines: FakeEngine,
+        source: type[ServedSource] = BufferedSource,
+        ranks: Ranks | None = None,
+        state: RunState | None = None,
+        policy: TablePolicy | None = None,
+        overrides: tuple[str, ...] = (),
+        restarts: bool = True,
+        stop_at: int = 0,
+        down: bool = False,
+        **how: Any,
+    ) -> None:
+        ranks = ranks or OneRank()
+        self.policy = policy or TablePolicy(ranks)
+        self.rows, self.shelf, self.engines = Rows(), Shelf(ranks), engines
+        self.tables = dict[int, torch.Tensor]()
+        config, self.points, self.stop_at = config_of(*SETTINGS, *overrides), 0, stop_at
+        r = config.rollout
+        parts: dict[str, Any] = {}
+        if engines:
+            parts["served"] = partial(
+                source,
+                policy=self.policy,
+                open_pool=partial(self.pool, restarts=restarts) if ranks.is_main else None,
+                weights=self.weights,
+                probe=Probe.of_vocabulary(TOKENIZER.vocab_size, 8),
+                score=self.score,
+                as_in_training=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, config.run.seed),
+                stop_ids=(TOKENIZER.eos_id,),
+                **how,
+            )
+        self.trainer = trainer_of(
+            config,
+            ranks,
+            self.policy,
+            train_prompts=Prompts(),
+            writer=self.rows,
+            checkpoints=self.shelf,
+            state=state,
+            stop=self.stop,
+            **parts,
+        )
+        with pytest.raises(EnginesDown, match="no engine is left") if down else nullcontext():
+            self.completed = self.trainer.run()
+
+    def pool(self, wrong: Any, *, restarts: bool) -> EnginePool:
+        start = (lambda engine: engine.start()) if restarts else None
+        return EnginePool(self.engines, probe=wrong, start=start)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.tables[self.policy.version] = self.policy.logits_VV
+        return weights_of(self.policy.version, self.policy.logits_VV).tensors
+
+    def score(self, tokens: Any, begin: int) -> list[float]:
+        log_probs_VV = self.policy.logits_VV.log_softmax(dim=-1)
+        return [float(log_probs_VV[tokens[i - 1], tokens[i]]) for i in range(begin, len(tokens))]
+
+    def stop(self) -> bool:
+        self.points += 1
+        return self.points == self.stop_at
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    rows = without_times(run.rows.rows)
+    return [{k: v for k, v in row.items() if not k.startswith(("engine/", "lag/"))} for row in rows]
+
+
+# --- lag 0 ---
+
+
+@pytest.fixture(scope="module")
+def own() -> Run:
+    return Run()
+
+
+@pytest.mark.parametrize("source", [ServedSource, partial(BufferedSource, max_lag=0)], ids=["served", "buffered"])
+def test_with_lag_0_a_run_is_that_of_the_own_sampler(own: Run, source: Any) -> None:
+    # One engine dies in a step, and the other one in another.
+    engines = FakeEngine("a", dies_after=7), FakeEngine("b", delay_s=0.001, dies_after=15)
+    run = Run(*engines, source=source)
+    assert run.completed and rows_of(run) == rows_of(own)
+    assert torch.equal(run.policy.logits_VV, own.policy.logits_VV)
+    assert sum(call.startswith("load") for engine in engines for call in engine.calls) >= 9
+    if source is not ServedSource:
+        lags = [{k: v for k, v in row.items() if k.startswith("lag/")} for row in run.rows.rows[1:]]
+        assert lags == [{"lag/mean": 0, "lag/max": 0, "lag/swept": 0, "lag/older_tokens": 0}] * 4
+
+
+def test_with_lag_0_a_run_goes_on_with_the_same_bits(own: Run) -> None:
+    points = Run(FakeEngine("a"), max_lag=0).points
+    for stop_at in range(3, points, 4):
+        first = Run(FakeEngine("a"), max_lag=0, stop_at=stop_at)
+        assert not first.completed
+        state = first.shelf.saved[-1][1]
+        second = Run(FakeEngine("b"), max_lag=0, state=state, policy=first.policy)
+        assert rows_of(first) + rows_of(second) == rows_of(own), stop_at
+        assert torch.equal(second.policy.logits_VV, own.policy.logits_VV)
+
+
+# --- lag ---
+
+
+def check_tokens(run: Run, rollouts: list[dict[str, Any]]) -> int:
+    """Every log-prob is that of the version that its span names; returns how many rollouts have several."""
+    several = 0
+    for rollout in rollouts:
+        at, before = 0, TOKENIZER.encode(rollout["prompt"])[-1]
+        for version, begin, end in rollout["versions"]:
+            assert begin == at
+            log_probs_VV = run.tables[version].log_softmax(dim=-1)
+            for token, log_prob in zip(rollout["tokens"][begin:end], rollout["log_probs"][begin:end], strict=True):
+                assert log_prob == float(log_probs_VV[before, token])
+                before = token
+            at = end
+        assert at == len(rollout["tokens"])
+        assert rollout["policy_version"] == min(version for version, _, _ in rollout["versions"])
+        several += len(rollout["versions"]) > 1
+    return several
+
+
+def check_prompts(*runs: Run) -> None:
+    """No prompt twice, none left out: what is not trained on yet is under way, or to be asked again."""
+    source, held = runs[-1].trainer.parts.source, runs[-1].shelf.saved[-1][1].held
+    assert held is not None and len(held.about["groups"]) <= 2 * PER_STEP
+    waiting = [group["prompt"] for group in held.about["groups"]] + held.about["again"]
+    trained = [rows[i]["prompt_id"] for run in runs for rows in run.rows.samples.values() for i in range(0, 8, GROUP)]
+    order = source.prompts.order  # type: ignore[attr-defined]
+    assert sorted(trained + waiting) == sorted(order.slice(0, source.taken.prompts))
+
+
+LONG = ("rollout.max_new_tokens=30", "model.max_sequence_length=40", "train.tokens_per_micro_batch=64")
+
+
+def test_a_run_ahead_of_its_trainer() -> None:
+    engines = [FakeEngine(name, delay_s=0.01, piece=1) for name in "ab"]
+    run = Run(*engines, max_lag=2, overrides=(*LONG, "train.steps=5", "logging.rollouts_per_step=-1"))
+    rows = run.rows.rows[1:]
+    assert run.completed and len(rows) == 5
+    assert rows[0]["lag/max"] == 0 and all(0 <= row["lag/mean"] <= row["lag/max"] <= 2 for row in rows)
+    assert any(row["lag/mean"] > 0 for row in rows) and any(row["lag/older_tokens"] > 0 for row in rows)
+    samples = [rollout for step in run.rows.samples.values() for rollout in step]
+    assert len(samples) == 5 * PER_STEP * GROUP and check_tokens(run, samples) > 0
+    check_prompts(run)
+    # Without a lag, sampler and trainer agree; nan: no token with an advantage.
+    assert not any(row["sampler/kl"] > 1e-12 for row in rows if not row["lag/older_tokens"])
+
+
+def test_a_run_with_lag_goes_on_where_its_rollouts_were_cut() -> None:
+    how: dict[str, Any] = {"max_lag": 1, "overrides": (*LONG, "logging.rollouts_per_step=-1")}
+    first = Run(FakeEngine("a", delay_s=0.005, piece=1), stop_at=4, **how)
+    assert not first.completed
+    state = first.shelf.saved[-1][1]
+    assert state.held is not None
+    cut = {
+        rollout["id"]: int(length)
+        for rollout, length in zip(
+            [rollout for group in state.held.about["groups"] for rollout in group["rollouts"]],
+            state.held.tensors["lengths_S"],
+            strict=True,
+        )
+        if not rollout["finish"]
+    }
+    assert any(cut.values())
+    second = Run(engine := FakeEngine("b", delay_s=0.005, piece=1), state=state, policy=first.policy, **how)
+    assert second.completed
+    begun = {request.id: len(request.response) for requests in engine.asked for request in requests}
+    assert {number: begun[number] for number in cut} == cut
+    second.tables = first.tables | second.tables
+    check_tokens(second, [rollout for step in second.rows.samples.values() for rollout in step])
+    broken = state.held._replace(tensors=dict(state.held.tensors, tokens_R=state.held.tensors["tokens_R"][1:]))
+    with pytest.raises(CheckpointError, match="rollouts under way of the checkpoint do not fit together"):
+        Run(FakeEngine("c"), state=replace(state, held=broken), policy=first.policy, **how)
+
+
+def test_what_grew_too_old_is_sampled_anew() -> None:
+    policy = TablePolicy(OneRank())
+    engine = FakeEngine("a", delay_s=0.002)
+    pool = EnginePool([engine], probe=lambda engine: "")
+    pool.update(weights_of(0, policy.logits_VV))
+
+    scored = list[int]()
+
+    class Right:
+        groups_at_once, most_lost = 0, 0.5
+
+        def score(self, rollouts: Any) -> Any:
+            scored.append(rollouts[0].prompt.id)
+            return [(1.0, {}, "", False)] * len(rollouts)
+
+    buffer = RolloutBuffer(pool, Right(), lambda rollout: None, max_lag=1)
+
+    def begin(number: int, longest: int, step: int) -> None:
+        prompt = Prompt(number, "", (3,), "")
+        asked = [Request(2 * number + i, (3,), (), 0, 1.0, 1.0, 0, longest, ()) for i in range(2)]
+        buffer.begin(prompt, asked, step)
+
+    begin(0, 100_000, 1)
+    begin(1, 3, 1)
+    begin(2, 3, 2)
+    # The oldest of those that are whole.
+    [first] = buffer.wait(1, threading.Event())
+    wait_until(lambda: sum(bool(group.rollouts) for group in buffer.groups) == 2)
+    [first] = buffer.wait(1, threading.Event())
+    buffer.go_on()  # nothing rests but what an error has stopped
+    assert first.prompt.id == 1 and buffer.remove([first]) == [1]
+    assert buffer.sweep(2) == []
+    assert [prompt.id for prompt in buffer.sweep(3)] == [0]
+    wait_until(lambda: pool.members[0].in_flight == 0)
+    assert [group.prompt.id for group in buffer.groups] == [2] and sorted(scored) == [1, 2]
+    buffer.close()
+    pool.close()
+
+
+def test_all_ranks_get_the_same() -> None:
+    engines = [FakeEngine(name) for name in "ab"]
+    runs = Replicas(2).run(lambda ranks: Run(*engines, ranks=ranks, max_lag=1))
+    assert rows_of(runs[0])[1]["step"] == 1
+    assert torch.equal(runs[0].policy.logits_VV, runs[1].policy.logits_VV)
+    [a, b] = [run.trainer.parts.source for run in runs]
+    assert a.taken == b.taken and {k: v for k, v in a.metrics.items() if k[:4] == "lag/"} == {
+        k: v for k, v in b.metrics.items() if k[:4] == "lag/"
+    }
+
+
+# --- the end of all engines ---
+
+
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_a_run_whose_engines_are_all_dead_is_saved(max_lag: int) -> None:
+    how: dict[str, Any] = {"max_lag": max_lag, "overrides": ("logging.rollouts_per_step=-1",)}
+    first = Run(FakeEngine("a", dies_after=48), restarts=False, down=True, **how)
+    assert first.trainer.completed_steps < 4
+    second = Run(FakeEngine("c"), state=first.shelf.saved[-1][1], policy=first.policy, **how)
+    assert second.completed
+    check_prompts(first, second)
+    assert [row["step"] for row in [*first.rows.rows, *second.rows.rows]] == [0, 1, 2, 3, 4]
