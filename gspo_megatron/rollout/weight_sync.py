@@ -8,15 +8,13 @@ Engines are servers with the worker of vllm_worker.py. They must be paused: vLLM
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
-from gspo_megatron.base.errors import EngineError, printable, shortened
+from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Weights
+from gspo_megatron.rollout.http import Address, call
 from gspo_megatron.rollout.weight_channels import Channel
 
 GET = ("/get_world_size", "/is_paused", "/weight_info")
@@ -77,7 +75,8 @@ class Servers:
 
     def __init__(self, addresses: Sequence[str], *, timeout_s: float, token: str = "") -> None:
         self.addresses = tuple(addresses)
-        self._timeout_s, self._token = timeout_s, token
+        self._timeout_s = timeout_s
+        self._servers = [Address.of("engine", address, token) for address in self.addresses]
         self._threads = ThreadPoolExecutor(max_workers=2 * len(self.addresses), thread_name_prefix="engines")
 
     def __enter__(self) -> Servers:
@@ -88,14 +87,15 @@ class Servers:
         self._threads.shutdown(wait=False)
 
     def post(self, route: str, *bodies: dict[str, Any]) -> list[Any]:
-        """See `Engines.post`. The routes in GET are asked by that method."""
+        """See `Engines`. The routes in GET are asked by that method."""
         return self.begin(route, *bodies).result()
 
     def begin(self, route: str, *bodies: dict[str, Any]) -> Future[list[Any]]:
+        method = "GET" if route in GET else "POST"
         each = bodies if len(bodies) > 1 else (bodies or ({},)) * len(self.addresses)
         asked = [
-            self._threads.submit(ask, address, route, body, self._timeout_s, self._token)
-            for address, body in zip(self.addresses, each, strict=True)
+            self._threads.submit(call, server, method, route, body, timeout_s=self._timeout_s)
+            for server, body in zip(self._servers, each, strict=True)
         ]
         return _Together(asked)
 
@@ -120,32 +120,3 @@ class _Together(Future[list[Any]]):
             self.set_exception(error)
         else:
             self.set_result([each.result() for each in self._parts])
-
-
-def ask(address: str, route: str, body: dict[str, Any], timeout_s: float, token: str = "") -> Any:
-    """The answer of a server to a request with JSON.
-
-    Raises:
-        EngineError: it does not answer within `timeout_s`, not with status 200, or not with JSON.
-    """
-    parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        if route in GET:
-            connection.request("GET", route, headers=headers)
-        else:
-            connection.request("POST", route, json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace")
-        if answer.status == http.HTTPStatus.OK:
-            return json.loads(text) if text else {}
-        reason = f"status {answer.status}: {shortened(printable(text))}"
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    finally:
-        connection.close()
-    raise EngineError(
-        f"engine {address} did not do {route} ({reason}); its log says more; it serves again once it has been started "
-        "again and has the current weights"
-    )

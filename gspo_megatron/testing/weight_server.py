@@ -92,7 +92,7 @@ def _handler_of(server: WeightServer) -> type[BaseHTTPRequestHandler]:
             try:
                 status, content = 200, json.dumps(server.answer(self.path, body))
             except Exception as error:
-                status, content = 500, json.dumps({"error": str(error)})
+                status, content = 500, json.dumps({"error": {"message": str(error)}})
             self.send_response(status)
             self.end_headers()
             self.wfile.write(content.encode())

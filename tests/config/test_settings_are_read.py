@@ -22,7 +22,8 @@ from gspo_megatron.models.shape import ModelShape
 from gspo_megatron.testing import commands  # noqa: F401  (for the forked ranks)
 from gspo_megatron.testing.local_ranks import run_distributed
 
-NO_USE = ("gspo_megatron.config.", "gspo_megatron.build.checks", "dataclasses", "omegaconf.", "copy")
+CHECKS = ("gspo_megatron.build.checks", "gspo_megatron.build.engine_checks")
+NO_USE = ("gspo_megatron.config.", *CHECKS, "dataclasses", "omegaconf.", "copy")
 """Beginnings of the names of modules that only check, compare, copy or print settings."""
 
 UNREAD = {
@@ -30,6 +31,8 @@ UNREAD = {
     "model.hf_allow_nan": "only a run that starts from a folder (tests/checkpoint/test_hugging_face.py)",
     "checkpoint.allow_other_variant": "only a run that continues with another variant (tests/run/test_resume.py)",
     "guards.on_memory": "only a GPU has memory of its own (tests/test_train.py)",
+    "rollout.max_lag": "only a run with engines (tests/rollout/test_buffer.py)",
+    **{key: "only a run with engines (tests/build/test_engines.py)" for key in settings_of(Config) if "engine." in key},
 }
 """Settings that these runs do not read, and why."""
 

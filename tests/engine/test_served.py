@@ -6,13 +6,14 @@ transformers, which shares no code with this package or with vLLM, says what the
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import torch
 from safetensors.torch import load_file
 
 from gspo_megatron.base.errors import EngineError
+from gspo_megatron.rollout import weight_channels
 from gspo_megatron.rollout.engine import Piece, Request, Span, Weights
 from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
 from gspo_megatron.rollout.native.sampling import Decoding, distribution, draw, uniforms
+from gspo_megatron.rollout.probe import Probe
 from gspo_megatron.rollout.vllm import VllmEngine
-from gspo_megatron.rollout.weight_channels import SharedMemory
+from gspo_megatron.rollout.weight_channels import SHARED, Broadcast, Channel, Disk, SharedMemory
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.testing.commands import forked, metrics, rollouts
 from gspo_megatron.testing.time_limits import time_factor
@@ -71,7 +74,7 @@ def test_a_run_has_the_rollouts_of_the_own_sampler(served: Path, tmp_path: Path)
     own = trained(tmp_path / "run", *OWN)
     for of_engine, of_sampler in zip(rollouts(served), rollouts(own), strict=True):
         assert len(of_engine) == 64
-        assert [r["response"] for r in of_engine] == [r["response"] for r in of_sampler]
+        assert [r["tokens"] for r in of_engine] == [r["tokens"] for r in of_sampler]
         assert [r["reward"] for r in of_engine] == [r["reward"] for r in of_sampler]
     rows = metrics(served)[1:]
     assert len(rows) == STEPS
@@ -226,6 +229,49 @@ def test_what_the_engine_refuses_is_said(server: EngineServer) -> None:
         stranger.address = replace(server.address, token="guessed")
         list(stranger.generate([request(0)]))
     assert engine_of(server).alive()
+
+
+CHANNELS: dict[str, Callable[[Path], Channel]] = {
+    "broadcast": lambda folder: Broadcast("127.0.0.1", bucket_bytes=20_000, timeout_s=60 * time_factor()),
+    "shared_memory": lambda folder: SharedMemory("channels", bucket_bytes=20_000),
+    "disk": lambda folder: Disk(folder, bucket_bytes=20_000),
+}
+
+
+def test_every_channel_brings_the_weights(server: EngineServer, served: Path, model: Any, tmp_path: Path) -> None:
+    """Other ones and those of before, twice: through memory, groups and layers that exist already, too."""
+    assert CHANNELS.keys() == weight_channels.CHANNELS.keys()
+    engine, probe = engine_of(server, temperature=1.0), Probe.of_vocabulary(NUM_IDS, 20)
+    of_run = weights_in(served)
+    others = {name: 0.75 * tensor for name, tensor in of_run.items()}
+    other_model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other_model.parameters():
+            parameter *= 0.75
+    expected = [scored(each, probe.tokens) for each in (other_model, model)]
+    assert probe.complaint(*expected)
+    version, seconds = 100, []
+    for name, open_channel in CHANNELS.items():
+        channel = open_channel(tmp_path / name)
+        for tensors, log_probs in 2 * [*zip((others, of_run), expected, strict=True)]:
+            engine.pause("keep")
+            started = time.monotonic()
+            content = Weights(version := version + 1, iter(tensors.items()))
+            send_weights([server.address.url], content, channel, token=server.token)
+            seconds.append(time.monotonic() - started)
+            engine.resume()
+            assert engine.version() == version
+            probe.check(engine, log_probs)
+        channel.close()
+    assert sorted(seconds)[len(seconds) // 2] < 0.5 * time_factor()
+    assert not list(SHARED.glob("gspo_megatron.channels.*"))
+
+
+def scored(model: Any, tokens: Sequence[int]) -> list[float]:
+    """Log-probs of all but the first."""
+    with torch.no_grad():
+        log_probs_LV = torch.log_softmax(model(torch.tensor([tokens])).logits[0, :-1, :NUM_IDS], -1)
+    return log_probs_LV.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
 def test_a_server_that_is_killed_leaves_nothing(server: EngineServer, tmp_path: Path) -> None:

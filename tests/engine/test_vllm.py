@@ -95,7 +95,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_vllm_has_the_same_log_probs(base: Path, family: str) -> None:
     answers = base / f"{family}.jsonl"
     assert answers.exists(), answers.with_suffix(".error").read_text() + (base / "vllm.log").read_text()
-    *lines, _, rendered = (json.loads(line) for line in answers.read_text().splitlines())
+    *lines, rendered, _ = (json.loads(line) for line in answers.read_text().splitlines())
     assert [len(line["tokens"]) for line in lines] == [length + NUM_NEW for length in LENGTHS]
     given, scored = base / f"{family}_in.jsonl", base / f"{family}_out.jsonl"
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -144,4 +144,4 @@ def test_a_model_that_vllm_does_not_reload_is_refused(base: Path, family: str) -
 def reloads(base: Path, family: str) -> dict[str, Any]:
     answers = base / f"{family}.jsonl"
     assert answers.exists(), answers.with_suffix(".error").read_text() + (base / "vllm.log").read_text()
-    return json.loads(answers.read_text().splitlines()[-2])["reloads"]
+    return json.loads(answers.read_text().splitlines()[-1])["reloads"]

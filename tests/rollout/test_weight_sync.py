@@ -115,11 +115,26 @@ def _unpaused(server: WeightServer) -> None:
     server.paused = False
 
 
+def test_200_updates_leave_no_memory_behind(servers: list[WeightServer], channel: Channel, tmp_path: Path) -> None:
+    """benchmarks/weight_sync.py does the same with a real vLLM."""
+    resident = []
+    for version in range(200):
+        send(servers, weights(version), channel)
+        if version % 20 == 0:
+            channel.close()  # the next one makes a group again
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert resident[-1] < 1.02 * resident[1]
+    assert len(list(tmp_path.rglob("*.safetensors"))) <= 4 and not list(tmp_path.glob(f"{PREFIX}*"))
+
+
 FAULTS: dict[str, tuple[Callable[[WeightServer], object], str]] = {
     "not paused": (_unpaused, r"is not paused"),
-    "refused": (lambda server: setattr(server, "fail", _raise), r"did not do /update_weights .*500.*it does not fit"),
+    "refused": (
+        lambda server: setattr(server, "fail", _raise),
+        r"answered /update_weights with status 500: it does not fit",
+    ),
     "damaged": (lambda server: setattr(server, "damage", _garbled), r"is not what was sent: its digest is"),
-    "gone": (lambda server: server.close(), r"did not do /is_paused .*refused"),
+    "gone": (lambda server: server.close(), r"does not answer .*refused"),
     "another version": (lambda server: setattr(server, "version", "7"), r"says that it has weights version '7'"),
 }
 
@@ -136,7 +151,7 @@ def test_a_fault_is_named_and_the_weights_are_read_to_their_end(
         broken.answer = _without_finish(broken)  # type: ignore[method-assign]
     content = weights(2)
     started = time.monotonic()
-    with pytest.raises(EngineError, match=f"engine {broken.address} .*{message}" if fault != "damaged" else message):
+    with pytest.raises(EngineError, match=f"{broken.address}.*{message}"):
         send(servers, content, channel)
     # At once: nobody waits for a broadcast that one will not join.
     assert time.monotonic() - started < 10 * time_factor()
@@ -179,7 +194,7 @@ def test_a_killed_engine_is_noticed_in_the_middle_of_a_broadcast() -> None:
             yield "f", torch.zeros(10_000)
 
         started = time.monotonic()
-        with pytest.raises(EngineError, match=rf"engine http://{LOOPBACK}:{port} did not do /update_weights"):
+        with pytest.raises(EngineError, match=rf"http://{LOOPBACK}:{port}\)? (does not answer|broke within bucket \d)"):
             send_weights([f"http://{LOOPBACK}:{port}"], Weights(1, tensors()), channel)
         assert time.monotonic() - started < 20 * time_factor()
     finally:
@@ -255,7 +270,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gspo_megatron.rollout.weight_channels import SharedFile
-SharedFile(Path(sys.argv[1]), "job-7", 4096)
+SharedFile(Path(sys.argv[1]), "runs/job 7", 4096)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -264,9 +279,11 @@ def test_what_a_killed_run_left_in_shared_memory_goes_at_the_next_start(tmp_path
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
     [left] = tmp_path.iterdir()
-    assert left.name.startswith(f"{PREFIX}.job-7.")
+    assert left.name.startswith(f"{PREFIX}.runs_job_7.")
     living = weight_channels.SharedFile(tmp_path, "job-8", 4096)
-    assert SharedMemory("job-9", folder=tmp_path).removed == (left.name,)
+    said: list[str] = []
+    SharedMemory("job-9", folder=tmp_path, say=said.append)
+    assert said == [f"removed from {tmp_path}, where killed runs had left them: {left.name}"]
     assert list(tmp_path.iterdir()) == [living.path]
     living.close()
     assert remove_leftovers(tmp_path) == () and not list(tmp_path.iterdir())

@@ -3,10 +3,10 @@
     python -m tests.support.vllm_answers ORDERS.json
 
 ORDERS.json is a list of {"folder", "prompts", "output", "options"}: prompts are lists of token ids, options go to vLLM.
-A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and a
-log-prob for each token but the first. Then come {"reloads": ...}, what `reloads` returns, and {"rendered": [...]}:
-CONVERSATION as vLLM's chat endpoint would tokenise it. vLLM is imported once, and each folder has a process of its own,
-since a process holds one engine; where it fails, output.error has the traceback.
+A line of the output is {"tokens": [...], "prompt_length": 1, "vllm": [...]}: the prompt and vLLM's continuation, and
+a log-prob for each token but the first. Then come {"rendered": [...]}, CONVERSATION as vLLM's chat endpoint would
+tokenise it, and {"reloads": ...}, what `reloads` returns. vLLM is imported once, and each folder has a process of its
+own, since a process holds one engine; where it fails, output.error has the traceback.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def answer(order: dict[str, Any]) -> None:
         found = [*output.prompt_logprobs[1:], *drawn.logprobs]
         log_probs = [by_token[token].logprob for token, by_token in zip(tokens[1:], found, strict=True)]
         lines.append({"tokens": tokens, "prompt_length": 1, "vllm": log_probs})
-    lines.append({"reloads": reloads(model, Path(order["folder"]), order["prompts"][-1])})
     [chat] = model.chat([CONVERSATION], SamplingParams(max_tokens=1), use_tqdm=False)
     lines.append({"rendered": list(chat.prompt_token_ids)})
+    # Last: an engine that has refused weights answers nothing more.
+    lines.append({"reloads": reloads(model, Path(order["folder"]), order["prompts"][-1])})
     Path(order["output"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -1,0 +1,80 @@
+"""What the settings of section engine become: a server's command, its environment, and how it is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.base.errors import EngineError
+from gspo_megatron.build import engines
+from gspo_megatron.build.engines import server_settings
+from gspo_megatron.config.engine import EngineConfig
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
+from gspo_megatron.testing.time_limits import time_factor
+
+SETTINGS = (
+    *("rollout.engine=vllm", "engine.python=/other/python", "engine.cache_gib=2", "engine.threads=3"),
+    *("engine.tensor_parallel=2", "engine.arguments=['--seed', 7]", "engine.start_timeout_s=5"),
+    *("rollout.max_batch=64", "model.max_sequence_length=48", "precision.dtype=bf16"),
+)
+
+
+def after(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_settings_reach_the_server() -> None:
+    settings = server_settings(load_config(None, SETTINGS), Path("RUN/engine/model"))
+    command = settings.command(8123)
+    assert command[0] == "/other/python"
+    assert command[-2:] == ["--seed", "7"]
+    told = {"--model": "RUN/engine/model", "--dtype": "bfloat16", "--max-model-len": "48", "--max-num-seqs": "64"}
+    told |= {"--tensor-parallel-size": "2", "--kv-cache-memory-bytes": str(2 << 30), "--port": "8123"}
+    told |= {"--host": "127.0.0.1"}
+    assert {name: after(command, name) for name in told} == told
+    assert settings.environment("secret", Path("cache"))["OMP_NUM_THREADS"] == "3"
+    assert settings.start_timeout_s == 5
+    # A GPU's memory is vLLM's to divide, and it has graphs.
+    on_gpu = dataclasses.replace(settings, cache_gib=0).on((4, 5)).command(1)
+    assert "--kv-cache-memory-bytes" not in on_gpu
+    assert "--enforce-eager" not in on_gpu
+    assert "--enforce-eager" in command
+
+
+def test_every_setting_of_the_section_is_used() -> None:
+    source = inspect.getsource(engines)
+    unused = [f.name for f in dataclasses.fields(EngineConfig) if f"e.{f.name}" not in source.replace("engine.", "e.")]
+    assert not unused
+
+
+def test_a_server_that_cannot_start_says_what_its_log_says(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho starting\necho \"ModuleNotFoundError: No module named 'vllm'\"\nexit 3\n")
+    python.chmod(0o755)
+    settings = ServerSettings(str(python), tmp_path, "float32", 24, 8, start_timeout_s=60 * time_factor())
+    server = EngineServer("engine 0", settings, tmp_path / "engine.log")
+    server.start()
+    with pytest.raises(EngineError, match=r"(?s)engine 0 ended with status 3 .*No module named 'vllm'"):
+        server.wait()
+    python.write_text("#!/bin/sh\necho waiting\nsleep 1000\n")
+    server.settings = dataclasses.replace(settings, start_timeout_s=0.5)
+    server.start()
+    with pytest.raises(EngineError, match=r"was not ready after 0.5 s \(engine.start_timeout_s\)"):
+        server.wait()
+    server.start()
+    server.wait(lambda: True)
+    server.end()
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = ServerSettings("python", tmp_path, "float32", 24, 8)
+        with pytest.raises(EngineError, match=rf"port {port} of 127.0.0.1 is in use; set engine.port"):
+            EngineServer("engine 0", settings, tmp_path / "log", port).start()
