@@ -2,8 +2,8 @@
 
     python -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
 
-One policy and one batch; updates (with a learning rate of 0) and scoring passes with and without, in turns. Times are
-the processor's, since other work would show in those of the clock; ratios are medians over the turns.
+One policy and one batch; updates (with a learning rate of 0), scoring passes and sampling with and without, in turns.
+Times are the processor's, since other work would show in those of the clock; ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks.reports import keep, machine, median_ratio, table, versions
-from gspo_megatron.base.batches import Sequence, UpdateBatch
+from gspo_megatron.base.batches import Prompt, Sequence, UpdateBatch
 from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.rollout.native.stopping import Stops
 
 SETTINGS = (
     "model.preset=tiny_moe",
@@ -37,6 +38,7 @@ SETTINGS = (
     "model.max_sequence_length=512",
     "precision.device=cpu",
     "precision.dtype=fp32",
+    "rollout.max_new_tokens=64",
     "algorithm.routing_replay=R2",
 )
 
@@ -48,6 +50,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
     from gspo_megatron.mcore import compat
     from gspo_megatron.mcore.groups import Groups
     from gspo_megatron.mcore.policy import MegatronPolicy
+    from gspo_megatron.mcore.sampler import MegatronSampler
     from gspo_megatron.run.algorithm import Algorithm
     from gspo_megatron.run.stages import PolicyLoss
 
@@ -67,7 +70,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
         m.columns["old_log_probs"] = log_probs_R
     loss = PolicyLoss(algorithm.objective, groups, False)
     batch = UpdateBatch(micro_batches, len(sequences), sum(s.num_trained for s in sequences))
-    policy.log_probs(micro_batches, record_experts=True)
+    policy.log_probs(micro_batches, as_old=True)
     routed = [m.columns["routed_experts"] for m in micro_batches]
 
     def update(replay: bool) -> None:
@@ -77,11 +80,20 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
                 m.columns["routed_experts"] = column
         policy.update(batch, loss, lr=0.0)
 
+    sampler = MegatronSampler(policy, stops=Stops(()), pad_id=0)
+    prompts = [Prompt(i, "", tuple(s.tokens[:64].tolist()), "") for i, s in enumerate(sequences)]
+
+    def sample(recorded: bool) -> None:
+        sampler.records_experts = recorded
+        sampler.generate(prompts, range(len(prompts)))
+
     works: dict[str, Callable[[], Any]] = {
         "update": lambda: update(False),
         "update, R2": lambda: update(True),
         "scoring": lambda: policy.log_probs(micro_batches),
-        "scoring, recorded": lambda: policy.log_probs(micro_batches, record_experts=True),
+        "scoring, recorded": lambda: policy.log_probs(micro_batches, as_old=True),
+        "sampling": lambda: sample(False),
+        "sampling, recorded": lambda: sample(True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):
@@ -95,6 +107,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
         "ratios": {
             "update": median_ratio(seconds["update, R2"], seconds["update"]),
             "scoring": median_ratio(seconds["scoring, recorded"], seconds["scoring"]),
+            "sampling": median_ratio(seconds["sampling, recorded"], seconds["sampling"]),
         },
         "bytes_per_token": routed[0][0].numel() * routed[0].element_size(),
         "settings": [*SETTINGS, *overrides],

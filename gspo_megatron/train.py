@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -40,8 +40,8 @@ EXAMPLE = """example, two processes on this machine:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+def main(argv: Sequence[str] | None = None, *, prepare: Callable[[Trainer], None] | None = None) -> int:
+    """The command; returns the exit status. An experiment may `prepare` the trainer before it runs."""
     # Megatron-Core warns about every missing optional package; our own choices are printed by the run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in describe_start(inputs):
             console.say(line)
         with opened(inputs, device, console, stop) as trainer:
+            if prepare:
+                prepare(trainer)
             if trainer.run():
                 for line in describe_end(inputs.config):
                     console.say(line)

@@ -170,11 +170,13 @@ TALKING = (
     "rollout.max_new_tokens=9",
     "train.warm_start_steps=3",
     "reward.workers=1",
+    "algorithm.routing_replay=R3",
 )
 
 
 def test_a_run_of_conversations_continues_to_the_last_bit(tmp_path: Path) -> None:
-    """Killed while it samples, while it samples a second turn, and between two updates."""
+    """Killed while it samples, while it samples a second turn, and in an update; stopped between two updates. What the
+    sampler's routers chose is part of it."""
     for status, errors in forked(2, arguments_of(tmp_path, "undisturbed", *TALKING)):
         assert status == 0, errors
     lengths = [len(r["outside"]) for step in rollouts(tmp_path / "undisturbed") for r in step]
@@ -187,7 +189,11 @@ def test_a_run_of_conversations_continues_to_the_last_bit(tmp_path: Path) -> Non
     ):
         with pytest.raises(RankError, match="died without a word"):
             run_distributed(attempt, 2, arguments_of(tmp_path, "run", *TALKING), kill, like_torchrun=True)
-    assert run_distributed(attempt, 2, arguments_of(tmp_path, "run", *TALKING), None, like_torchrun=True) == [0, 0]
+    stop = Kill((1,), POLICY + "update", 4, number=signal.SIGUSR1)
+    for kill, status in ((stop, STOPPED), (None, 0)):
+        again = arguments_of(tmp_path, "run", *TALKING)
+        assert run_distributed(attempt, 2, again, kill, like_torchrun=True) == [status] * 2
+        assert status == 0 or (tmp_path / "run" / "checkpoints" / "latest").read_text().strip().endswith("_update_001")
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 

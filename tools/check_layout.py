@@ -135,8 +135,9 @@ class LayoutRequest:
         return " ".join(shown) or "one process"
 
 
-Drawn = list[tuple[int, list[int], list[float], Ragged | None]]
-"""(rollout id, tokens, log-probs, ids kept for each token) of every rollout, as the sampler drew them."""
+Drawn = list[tuple[int, list[int], list[float], Ragged | None, Tensor | None]]
+"""(rollout id, tokens, log-probs, ids kept for each token, experts of each token) of every rollout, as the sampler drew
+them."""
 
 
 @dataclass
@@ -174,9 +175,12 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     trainer.policy.begin(with_reference=algorithm.needs_reference)
     groups = trainer.sample(1)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    drawn = [(r.id, r.tokens, r.log_probs, r.support) for r in rollouts]
-    for rollout, (_, tokens, log_probs, support) in zip(rollouts, given or drawn, strict=True):
+    held = [(r.id, r.routed_experts) for r in rollouts if r.routed_experts is not None]
+    experts = dict(trainer.ranks.gather(held))
+    drawn = [(r.id, r.tokens, r.log_probs, r.support, experts.get(r.id)) for r in rollouts]
+    for rollout, (_, tokens, log_probs, support, routed) in zip(rollouts, given or drawn, strict=True):
         rollout.tokens, rollout.log_probs, rollout.support = tokens, log_probs, support
+        rollout.routed_experts = routed
     sequences = trainer.advantages(groups)
     clip = algorithm.variant.clip.reach
     for rollout, sequence in zip(rollouts, sequences, strict=True):
@@ -192,7 +196,7 @@ def one_update(trainer: Trainer, given: Drawn | None) -> tuple[Drawn, dict[str, 
     step = StepState(1, groups, sequences)
     trainer.pack(step)
     [batch] = step.batches
-    scored = trainer.policy.log_probs(batch.micro_batches)
+    scored = trainer.policy.log_probs(batch.micro_batches, as_old=True)
     update = trainer.policy.update(batch, trainer.loss, lr=trainer.config.optimizer.lr)
     reduced = reduced_metrics([update], trainer.ranks)
     metrics = {name: value for name, value in reduced.items() if not name.startswith(OF_THE_MACHINE)}

@@ -97,7 +97,7 @@ def start(run: Run) -> subprocess.Popen[bytes]:
     run.begin()
     places = [str(Path(gspo_megatron.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-W", "ignore", "-m", "gspo_megatron.train", *run.arguments, "checkpoint.load=latest"]
+    command = [sys.executable, "-W", "ignore", "-m", *run.arguments, "checkpoint.load=latest"]
     with (run.directory / LOG).open("ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment

@@ -9,6 +9,8 @@
       grpo: [algorithm.variant=grpo]
     seeds: [1, 2, 3]
 
+`program` names another module that trains, with its own arguments: [gspo_megatron.testing.noisy_sampler, --bf16, --].
+
 `points`, which may be left out, repeats every row under further overrides, which win over the row's:
 
     axis: updates per rollout batch
@@ -38,7 +40,8 @@ from gspo_megatron.config.loading import SETTINGS, load_config, to_yaml
 from gspo_megatron.config.sections import Config
 from gspo_megatron.run.stop import STOPPED_BY_GUARD
 
-KEYS = ("title", "about", "base", "settings", "rows", "points", "axis", "seeds")
+KEYS = ("title", "about", "program", "base", "settings", "rows", "points", "axis", "seeds")
+TRAIN = ("gspo_megatron.train",)
 OWN = ("run.dir", "run.seed", "checkpoint.load")
 """Settings that the sweep gives each run."""
 MAY_CHANGE = ("run.dir", "checkpoint.", "logging.")
@@ -47,26 +50,29 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """Of a row or point: it names a folder."""
 OUTCOME, MADE_BY = "outcome.json", "sweep.yaml"
 """In the directory of a run: how it ended, and the settings that it was started with."""
+MADE_WITH = "# program: "
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process of `gspo_megatron.train`, and the directory that it writes."""
+    """One process of `program`, and the directory that it writes."""
 
     seed: int
     directory: Path
     base: Path
     overrides: tuple[str, ...]
+    program: tuple[str, ...] = TRAIN
+    """A module that takes the arguments of `gspo_megatron.train`, after some of its own."""
 
     @property
     def arguments(self) -> list[str]:
-        """Of `python -m gspo_megatron.train`."""
+        """Of `python -m`."""
         place = (f"run.dir={self.directory}", f"run.seed={self.seed}")
-        return ["--config", str(self.base), *self.overrides, *place]
+        return [*self.program, "--config", str(self.base), *self.overrides, *place]
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", "-m", "gspo_megatron.train", *self.arguments])
+        return shlex.join(["python", "-m", *self.arguments])
 
     def config(self) -> Config:
         return load_config(self.base, [*self.overrides, f"run.dir={self.directory}", f"run.seed={self.seed}"])
@@ -110,7 +116,7 @@ class Run:
         """Makes the directory and notes the settings."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with written_aside(self.directory / MADE_BY) as file:
-            file.write(to_yaml(self.config()))
+            file.write(f"{MADE_WITH}{shlex.join(self.program)}\n{to_yaml(self.config())}")
 
     def end(self, status: int, seconds: float, said: str) -> None:
         seconds += self.outcome().get("seconds", 0.0)
@@ -125,7 +131,15 @@ class Run:
         made_by = self.directory / MADE_BY
         if not made_by.is_file():
             return
-        before, now = (OmegaConf.create(text) for text in (made_by.read_text(), to_yaml(self.config())))
+        text = made_by.read_text()
+        first = text.partition("\n")[0]
+        program = first.removeprefix(MADE_WITH) if first.startswith(MADE_WITH) else shlex.join(TRAIN)
+        if program != shlex.join(self.program):
+            raise ConfigError(
+                f"{self.directory} was made by {program}, and the sweep has {shlex.join(self.program)}; name another "
+                "folder with --runs, or remove this one"
+            )
+        before, now = (OmegaConf.create(each) for each in (text, to_yaml(self.config())))
         for key in SETTINGS:
             old, new = OmegaConf.select(before, key, default=...), OmegaConf.select(now, key)
             if not key.startswith(MAY_CHANGE) and old is not ... and old != new:
@@ -187,6 +201,9 @@ def load_sweep(
     content = _read(file)
     folder = folder or Path("runs") / file.stem
     base = Path(os.path.normpath(file.parent / str(content["base"])))
+    program = content.get("program", list(TRAIN))
+    if not isinstance(program, list) or not all(isinstance(item, str) for item in program) or not program:
+        raise ConfigError(f"{file}: program must be a list, a module and its arguments, got {program!r}")
     common = _overrides(content.get("settings", []), f"{file}: settings")
     points = {str(name): _overrides(value, f"{file}: points.{name}") for name, value in content["points"].items()}
     seeds = content["seeds"][:num_seeds]
@@ -203,7 +220,7 @@ def load_sweep(
                 raise ConfigError(f"{place} names the point {point!r}, and points has {', '.join(points)}")
             overrides = (*common, *_overrides(asked.get("settings", []), place), *points[point])
             directory = folder / str(name) / point if point else folder / str(name)
-            runs = tuple(Run(seed, directory / f"seed_{seed}", base, overrides) for seed in seeds)
+            runs = tuple(Run(seed, directory / f"seed_{seed}", base, overrides, tuple(program)) for seed in seeds)
             curves.append(Curve(str(name), point, runs))
     wanted = _wanted(curves, rows)
     for curve in wanted:

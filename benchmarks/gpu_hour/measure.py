@@ -230,7 +230,15 @@ def same_forward_twice(bench: Bench, options: argparse.Namespace) -> dict[str, A
 
 def first_ratio(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     batch = bench.batch(bench.lengths)
-    return {"ratio_noise": ratio_noise(batch, look(bench.policy(te=True), batch)), "sequences": batch.num_sequences}
+    found = {name: look(bench.policy(te=name == "te"), batch) for name in ("local", "te")}
+    pairs = list(zip(found["te"].old, found["te"].new, strict=True))
+    return {
+        "ratio_noise": ratio_noise(batch, found["te"]),
+        "ratio_noise_local": ratio_noise(batch, found["local"]),
+        "sequences": batch.num_sequences,
+        "log_probs": sum(old.numel() for old, _ in pairs),
+        "log_probs_that_differ": sum(int((old != new).sum()) for old, new in pairs),
+    }
 
 
 def fp8(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def run(folder: Path, *settings: str) -> list[dict[str, Any]]:
 
 def responses(folder: Path) -> list[Any]:
     lines = (folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
-    return [json.loads(line)["response"] for line in lines]
+    return [json.loads(line)["tokens"] for line in lines]
 
 
 def measured(folder: Path, rehearse: bool) -> dict[str, Any]:

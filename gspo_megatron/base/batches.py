@@ -63,6 +63,10 @@ class Rollout:
     was drawn from; `support` has the ids to which that gave a probability, where top-k or top-p left some out and they
     were recorded. `id` is unique in the run: it seeds the random numbers of this rollout, whichever rank samples it.
 
+    `routed_experts`, [L, layers, experts of a token], are those that the sampler chose for the L tokens of prompt and
+    response that it has processed: all but the last. The ranks that sampled the rollout have them, where they were
+    recorded; they are too many to be pickled.
+
     `text` is that of the last turn. `turns` tells the whole conversation, {role, content, sampled} each; it is empty
     without an environment.
     """
@@ -89,6 +93,10 @@ class Rollout:
     """(version, begin, end): `tokens[begin:end]` come from the weights of that version. Empty: all from
     `policy_version`, otherwise that is the oldest."""
     support: Ragged | None = field(default=None, compare=False, repr=False)
+    routed_experts: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"routed_experts": None}
 
     @property
     def sampled(self) -> list[int]:
@@ -159,6 +167,8 @@ COLUMNS: dict[str, Column] = {
         Column("sampler_log_probs", "log-prob of the sampler", finite=False),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
+        # [layers, experts of a token], of the old policy's routers
+        Column("expert_log_probs", "router's log-prob of an expert", of_model=True, every_token=True),
         # The ids that a token was drawn from.
         Column("support", "kept id", of_model=True, finite=False, ragged=True),
     )

@@ -25,14 +25,11 @@ Accept = Callable[[float, bool], bool]
 class Scores(Protocol):
     """A model that scores sequences. All ranks call it together."""
 
-    def log_probs(
-        self, micro_batches: Seq[MicroBatch], *, reference: bool = False, record_experts: bool = False
-    ) -> list[Tensor]:
-        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank. `record_experts` also
-        fills in the column `routed_experts` of the micro-batches."""
+    def log_probs(self, micro_batches: Seq[MicroBatch]) -> list[Tensor]:
+        """Log-probs without gradient, [R] in `score_dtype` for each micro-batch, on every rank."""
 
 
-class Policy(Scores, Protocol):
+class Policy(Protocol):
     """The model in training, whatever its parallelism. All ranks call every method together."""
 
     version: int
@@ -43,6 +40,12 @@ class Policy(Scores, Protocol):
     def begin(self, *, with_reference: bool) -> None:
         """Called before the first RL step: sets `version` to 0 and, `with_reference`, keeps the current policy as the
         reference."""
+
+    def log_probs(
+        self, micro_batches: Seq[MicroBatch], *, reference: bool = False, as_old: bool = False
+    ) -> list[Tensor]:
+        """See `Scores.log_probs`; of the reference, where asked. `as_old`: the updates compare with this pass, which
+        reads and writes `routed_experts` of the micro-batches as algorithm.routing_replay says."""
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """One optimizer step; `version` grows by 1. Returns this rank's loss metrics, merged over its micro-batches,
@@ -102,6 +105,11 @@ class Ranks(Protocol):
 
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         """Sum over the context-parallel ranks, of values and, in the backward pass, of gradients."""
+
+    def exchange(self, parts: Seq[Tensor]) -> list[Tensor]:
+        """Part i, a list of numbers, goes to rank i of the dp_size * cp_size that hold the same part of the model,
+        counted as dp_rank * cp_size + cp_rank; returns what each of these has sent here. All are of one dtype and on
+        the host."""
 
 
 class SavedState(Protocol):

@@ -12,6 +12,7 @@ from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural,
 from gspo_megatron.build.data import SETTINGS, shown, sources_of
 from gspo_megatron.build.engine_checks import check_engine
 from gspo_megatron.build.eval_sets import metric_names, set_specs
+from gspo_megatron.build.replay import check_replay
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
 from gspo_megatron.config.loading import check_values
@@ -51,7 +52,7 @@ def check_config(config: Config, world_size: int) -> Layout:
     _check_batches(config, algorithm)
     _check_kl(config, algorithm)
     _check_savings(config, algorithm)
-    _check_routing_replay(config, algorithm)
+    check_replay(config, algorithm)
     _check_folders(config)
     check_engine(config)
     return layout
@@ -322,29 +323,6 @@ def _truncation(config: Config) -> str:
     r = config.rollout
     acting = {f"rollout.top_k={r.top_k}": r.top_k > 0, f"rollout.top_p={r.top_p}": r.top_p < 1}
     return ", ".join(setting for setting, acts in acting.items() if acts)
-
-
-def _check_routing_replay(config: Config, algorithm: Algorithm) -> None:
-    replay = config.algorithm.routing_replay
-    if replay == "none":
-        return
-    if not config.model.shape.num_experts:
-        raise ConfigError(
-            f"algorithm.routing_replay={replay} has no effect: model.family={config.model.family} has no experts; set "
-            "it to none"
-        )
-    if algorithm.old_log_probs != "trainer":
-        raise ConfigError(
-            f"algorithm.routing_replay={replay} records the experts in the pass that scores old log-probs, and there "
-            f"is none with algorithm.old_log_probs={config.algorithm.old_log_probs} and algorithm.updates_per_rollout="
-            f"{config.algorithm.updates_per_rollout}; set old_log_probs=recompute, or routing_replay=none"
-        )
-    if replay == "R2" and algorithm.balances_load:
-        raise ConfigError(
-            f"algorithm.routing_replay=R2 with model.aux_loss_coef={config.model.aux_loss_coef}: the balancing loss "
-            "counts the experts that the router would choose, not those that are used; set aux_loss_coef=0, or "
-            "routing_replay=compare"
-        )
 
 
 def _check_savings(config: Config, algorithm: Algorithm) -> None:

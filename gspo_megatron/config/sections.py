@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gspo_megatron.base.replay import REPLAYS, Replay
 from gspo_megatron.config.declarations import setting
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.evaluation import EvalConfig
@@ -291,10 +292,26 @@ class AlgorithmConfig:
     )
     routing_replay: str = setting(
         "none",
-        "Records the experts that the policy at the start of a step chooses. compare: updates report how many tokens "
-        "go to others (router/changed_fraction). R2: updates use the recorded ones.",
-        choices=("none", "compare", "R2"),
+        "Records which experts tokens go to. compare: report how many go to others in the pass that scores old "
+        "log-probs than in sampling (router/sampler_changed_fraction), and in updates than in that pass "
+        "(router/changed_fraction). R2: updates use the experts of that pass. R3: both use those of the sampler.",
+        choices=("none", "compare", "R2", "R3"),
     )
+    router_shift_floor: float | None = setting(
+        None,
+        "Multiply each token's ratio, before it is averaged and clipped, by exp(-shift), but at least by this. Shift: "
+        "how far the routers' log-probs of the token's experts have moved, on average over experts and layers (RSPO; "
+        "0.8 there). null: do not.",
+        above=0,
+        below=1,
+    )
+
+    @property
+    def replay(self) -> Replay:
+        """Whose experts are recorded, and where they are used again."""
+        replay = REPLAYS[self.routing_replay]
+        # A shift is that of the experts which the old policy has used.
+        return replay if self.router_shift_floor is None else replay._replace(of_old=True, log_probs=True)
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,18 @@ def pack(
     dp_size: int = 1,
     cp_rank: int = 0,
     cp_size: int = 1,
+    planned: Callable[[Plan], None] | None = None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of an update's `sequences`, which every rank passes in the same order.
 
     `plan_micro_batches` says what `max_tokens` and `cost` mean, `build_micro_batch` what a context-parallel rank holds.
-    With rules.same_tokens the k-th micro-batch is padded to the largest k-th one of all data-parallel ranks.
+    With rules.same_tokens the k-th micro-batch is padded to the largest k-th one of all data-parallel ranks. `planned`
+    is called before sequences are read: it may add columns to those of this rank.
     """
     lengths = [len(sequence) for sequence in sequences]
     plan = plan_micro_batches(lengths, dp_size, max_tokens, cost=cost, rules=rules)
+    if planned:
+        planned(plan)
     micro_batches = []
     for index_by_rank in zip(*plan, strict=True):
         sizes = [_packed_size([lengths[i] for i in index], rules) for index in index_by_rank]

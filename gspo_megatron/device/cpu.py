@@ -10,6 +10,7 @@ import ctypes
 import functools
 import inspect
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -72,6 +73,7 @@ def install() -> None:
     """Installs the stand-ins, once. Compiled functions run eagerly: compilation costs more than tiny models gain."""
     if getattr(torch.cuda.current_device, "stands_in", False):
         return
+    _hide_packages_for_gpus()
     here = torch.device("cpu")
     _stand_in(torch.cuda, "current_device", lambda: here)
     _stand_in(torch.cuda, "Stream", _Stream)
@@ -91,6 +93,14 @@ def install() -> None:
         _stand_in(dist, collective, _copied_here_when_alone(getattr(dist, collective)))
     _stand_in(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
     torch.compiler.set_stance("force_eager")
+
+
+def _hide_packages_for_gpus() -> None:
+    """Makes Megatron-Core go without Transformer Engine and Apex, whose kernels for the router, the gradient norm and
+    Adam it would use wherever it can import them: in a container for GPUs, every run on the CPU would fail. A package
+    that was imported before stays."""
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _stand_in(owner: Any, name: str, replacement: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any, TypeVar
@@ -79,6 +79,20 @@ class Groups:
     def sum_over_parts(self, partial_S: torch.Tensor) -> torch.Tensor:
         """See `Ranks.sum_over_parts`."""
         return partial_S if self.cp_size == 1 else SumOverRanks.apply(partial_S, self.cp)
+
+    def exchange(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Ranks.exchange`."""
+        if len(parts) == 1:
+            return list(parts)
+        group, dtype = self.collection.dp_cp, parts[0].dtype
+        # As bytes: NCCL knows no int16.
+        sent = torch.cat(list(parts)).view(torch.uint8).to(self.device)
+        sizes = [part.numel() * part.element_size() for part in parts]
+        heard = torch.tensor(sizes, device=self.device)
+        dist.all_to_all_single(heard, heard.clone(), group=group)
+        received = sent.new_empty(int(heard.sum()))
+        dist.all_to_all_single(received, sent, heard.tolist(), sizes, group=group)
+        return [part.view(dtype) for part in received.cpu().split(heard.tolist())]
 
     def max_over_ranks(self, numbers: list[Number]) -> list[Number]:
         """The elementwise maximum over all processes. All numbers are int, or all are float and none is NaN."""

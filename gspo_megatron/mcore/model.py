@@ -14,7 +14,7 @@ from torch import Tensor
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
 from gspo_megatron.device.precision import RECIPES
-from gspo_megatron.mcore import compat
+from gspo_megatron.mcore import compat, routing
 from gspo_megatron.mcore.attention import Rotary
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.layers import LAYERS
@@ -149,4 +149,5 @@ def build_model(
         compat.mark_expert_parameters(model, groups.experts_have_own_groups)
         initialize_weights(model, shape, groups, std=config.model.init_std, seed=config.run.seed)
         chunks.append(model)
+    routing.install(chunks)
     return chunks

@@ -93,8 +93,8 @@ class CachedTokens(NamedTuple):
     longest: int
     """Length of the longest continued row, its newest token included."""
 
-    def packed(self, cache: KVCache) -> PackedTokens:
-        """What attention sees of these tokens."""
+    def packed(self, cache: KVCache, routing: Routing | None = None) -> PackedTokens:
+        """What attention sees of these tokens, and what decides their experts."""
         position_B1 = self.positions_T[: self.num_continued, None]
         seen_BL = torch.arange(self.longest, device=self.positions_T.device) <= position_B1
         return PackedTokens(
@@ -103,6 +103,7 @@ class CachedTokens(NamedTuple):
             slots_T=self.prompt_slots_P,
             grid=self.prompt_grid,
             through_cache=CacheUse(cache, self.write, self.first_row, seen_BL, self.prompts),
+            routing=routing,
         )
 
 

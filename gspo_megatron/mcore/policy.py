@@ -17,14 +17,14 @@ from gspo_megatron.checkpoint.place import Place
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import Device
 from gspo_megatron.log_probs import Scoring
-from gspo_megatron.mcore import routing, schedule
+from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.model import PolicyModel, build_model
 from gspo_megatron.mcore.optimizer import build_optimizer, wait_for_weights, wrap_model
 from gspo_megatron.mcore.parameters import named_parameters
 from gspo_megatron.mcore.replica_check import differing_replicas
 from gspo_megatron.mcore.router_load import RouterLoad
-from gspo_megatron.mcore.routing import Recorded, Recording, Routing, RoutingDrift
+from gspo_megatron.mcore.routing import Routing, RoutingReplay
 from gspo_megatron.mcore.weights import load_weights, whole_sizes, whole_weights
 from gspo_megatron.models.names import HubSize, NameRule, Sliceable
 
@@ -51,7 +51,6 @@ class MegatronModel:
         self._model = build_model(config, groups, device, use_te, num_ids=num_ids)
         self.chunks: list[Any] = self._model
         """The same as they are called in a forward."""
-        self.reference: list[PolicyModel] | None = None
         self.version = 0
         self.score_dtype = torch.float64 if device.dtype == torch.float64 else torch.float32
 
@@ -60,23 +59,14 @@ class MegatronModel:
         """This rank's parts of the model."""
         return self._model
 
-    def log_probs(
-        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
-    ) -> list[Tensor]:
-        """See `Policy.log_probs`.
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """See `Scores.log_probs`."""
+        return self._scored(self.model, [self._here(m) for m in micro_batches], [None] * len(micro_batches))
 
-        Raises:
-            RuntimeError: the reference is requested before `freeze_reference`.
-        """
-        chunks = self.reference if reference else self.model
-        if chunks is None:
-            raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
-        here = [self._here(m) for m in micro_batches]
-        recordings = [Recording() for _ in here] if record_experts else []
-        scored = schedule.log_probs(chunks, self.groups, here, self.scoring, recordings)
-        for micro_batch, moved, recording in zip(micro_batches, here, recordings, strict=record_experts):
-            column = recording.column(moved, self.config.model.shape, self.groups)
-            micro_batch.columns["routed_experts"] = column
+    def _scored(
+        self, chunks: Sequence[PolicyModel], here: Sequence[MicroBatch], routings: Sequence[Routing | None]
+    ) -> list[Tensor]:
+        scored = schedule.log_probs(chunks, self.groups, here, self.scoring, routings)
         counts = [len(m.sequence_R) for m in here]
         joined = (
             torch.cat(scored)
@@ -117,12 +107,11 @@ class MegatronPolicy(MegatronModel):
         num_ids: int | None = None,
     ) -> None:
         super().__init__(config, groups, device, use_te, scoring, num_ids=num_ids)
+        self.reference: list[PolicyModel] | None = None
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
-        self.routing_drift = RoutingDrift(config.model.shape, groups)
-        if config.algorithm.routing_replay != "none":
-            routing.install(self._model)
+        self.routing = RoutingReplay(config.algorithm, config.model.shape, groups)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property
@@ -146,6 +135,25 @@ class MegatronPolicy(MegatronModel):
             frozen.load_state_dict(chunk.state_dict())
             frozen.requires_grad_(False).eval()
 
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, as_old: bool = False
+    ) -> list[Tensor]:
+        """See `Policy.log_probs`.
+
+        Raises:
+            RuntimeError: the reference is requested before `freeze_reference`.
+        """
+        chunks = self.reference if reference else self.model
+        if chunks is None:
+            raise RuntimeError("no reference policy was frozen; call freeze_reference() first")
+        here = [self._here(m) for m in micro_batches]
+        plans = [self.routing.in_scoring(m) if as_old else (None, None) for m in here]
+        scored = self._scored(chunks, here, [routing for routing, _ in plans])
+        for micro_batch, moved, (_, recording) in zip(micro_batches, here, plans, strict=True):
+            if recording:
+                micro_batch.columns |= recording.columns(moved, self.config.model.shape, self.groups)
+        return scored
+
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:
         """See `Policy.update`."""
         for group in self.optimizer.param_groups:
@@ -157,7 +165,7 @@ class MegatronPolicy(MegatronModel):
         self.optimizer.zero_grad()
         here = UpdateBatch([self._here(m) for m in batch.micro_batches], batch.num_sequences, batch.num_tokens)
         metrics = merge(
-            schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load, self._routing_of)
+            schedule.train(self.chunks, self.groups, here, loss, self.scoring, self.router_load, self.routing)
         )
         with self.device.optimizer_scope():
             self.optimizer.prepare_grads()
@@ -175,18 +183,10 @@ class MegatronPolicy(MegatronModel):
             "grad_norm": Metric(grad_norm),
             "memory/peak_gib": Metric(peak, reduction="max"),
             **self.router_load.metrics(),
-            **self.routing_drift.metrics(),
+            **self.routing.metrics(),
         }
         first = (self.groups.dp_rank, self.groups.cp_rank) == (0, 0)  # equal on all ranks; counted once
         return metrics | (of_all if first else {})
-
-    def _routing_of(self, micro_batch: MicroBatch) -> Routing | None:
-        """The experts that were recorded for a micro-batch. None: the routers choose, as in a warm start."""
-        recorded = micro_batch.columns.get("routed_experts")
-        if recorded is None:
-            return None
-        replay = self.config.algorithm.routing_replay == "R2"
-        return Recorded(recorded, self.groups, self.routing_drift, replay=replay)
 
     def _step(self, grad_norm: float) -> None:
         """The rest of `self.optimizer.step()`, which in one call would leave no room for a decision after the norm."""

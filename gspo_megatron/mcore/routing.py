@@ -12,6 +12,7 @@ token; L layers of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,10 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import NO_EXPERT, MicroBatch
 from gspo_megatron.base.metrics import Metric
+from gspo_megatron.base.replay import expert_dtype
+from gspo_megatron.config.sections import AlgorithmConfig
 from gspo_megatron.mcore.groups import Groups
+from gspo_megatron.models.families import has_sigmoid_router
 from gspo_megatron.models.shape import ModelShape
 
 Choice = tuple[Tensor, Tensor]
@@ -37,78 +41,202 @@ class Routing(Protocol):
 
 
 class Recording:
-    """Keeps what the routers choose."""
+    """Keeps what the routers choose, and on request the log-probs of that."""
 
-    def __init__(self) -> None:
-        self._chosen: dict[int, Tensor] = {}
+    def __init__(self, *, log_probs: bool = False) -> None:
+        self._experts: dict[int, Tensor] = {}
+        self._log_probs: dict[int, Tensor] | None = {} if log_probs else None
 
     def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
-        scores_Tk, experts_Tk = own
-        # Without gradient, Megatron-Core 0.19.2 leaves the k experts of a token in any order on a GPU; with it, in the
-        # order of their scores. The order decides the last bit of their softmax.
-        order_Tk = scores_Tk.argsort(dim=1, descending=True, stable=True)
-        self._chosen[layer] = experts_Tk.gather(1, order_Tk)
+        self._experts[layer] = own[1]
+        if self._log_probs is not None:
+            self._log_probs[layer] = log_probs_of(scores_TE, self._experts[layer])
         return own
 
-    def column(self, micro_batch: MicroBatch, shape: ModelShape, groups: Groups) -> Tensor:
-        """`routed_experts` of the micro-batch, [T, L, k]: NO_EXPERT in padding and in layers without a router.
-        Collective over the tensor-parallel ranks, which have seen a part of the tokens each, and the pipeline stages,
-        which have seen their own layers."""
-        layout, num_tokens = groups.layout, len(micro_batch.tokens_T)
-        size = num_tokens // layout.tp, shape.num_layers, shape.experts_per_token
-        seen_TLk = torch.full(size, NO_EXPERT, dtype=torch.int32, device=groups.device)
-        for layer, experts_Tk in self._chosen.items():
-            seen_TLk[:, layer] = experts_Tk.int()
-        if layout.tp > 1:
-            parts = [torch.empty_like(seen_TLk) for _ in range(layout.tp)]
-            dist.all_gather(parts, seen_TLk, group=groups.tp)
-            seen_TLk = torch.cat(parts)
-        if layout.pp > 1:
-            dist.all_reduce(seen_TLk, op=dist.ReduceOp.MAX, group=groups.pp)
-        seen_TLk[~micro_batch.inside_T] = NO_EXPERT
-        return seen_TLk.to(expert_dtype(shape))
+    def seen(self, num_tokens: int, shape: ModelShape, groups: Groups) -> Tensor:
+        """Experts [T / tp, L, k] of a forward of T = `num_tokens`, as this rank has seen it: NO_EXPERT in layers
+        without a router and in those of other pipeline stages."""
+        size = num_tokens // groups.layout.tp, shape.num_layers, shape.experts_per_token
+        dtype = expert_dtype(shape.num_experts)
+        return _by_layer(self._experts, torch.full(size, NO_EXPERT, dtype=dtype, device=groups.device))
+
+    def columns(self, micro_batch: MicroBatch, shape: ModelShape, groups: Groups) -> dict[str, Tensor]:
+        """`routed_experts` of the micro-batch, [T, L, k], with NO_EXPERT in padding and in layers without a router, and
+        `expert_log_probs`, 0 in those. Collective over the tensor-parallel ranks and the pipeline stages."""
+        seen_TLk, outside_T = self.seen(len(micro_batch.tokens_T), shape, groups), ~micro_batch.inside_T
+        experts_TLk = torch.cat(from_parts(seen_TLk, groups))
+        experts_TLk[outside_T] = NO_EXPERT
+        found = {"routed_experts": experts_TLk}
+        if self._log_probs is not None:
+            dtype = next((x.dtype for x in self._log_probs.values()), torch.float32)
+            log_probs_TLk = _by_layer(self._log_probs, torch.zeros(seen_TLk.shape, dtype=dtype, device=groups.device))
+            found["expert_log_probs"] = torch.cat(from_parts(log_probs_TLk, groups))
+            found["expert_log_probs"][outside_T] = 0
+        return found
+
+
+def _by_layer(found: dict[int, Tensor], empty_TLk: Tensor) -> Tensor:
+    if found:
+        empty_TLk[:, list(found)] = torch.stack(list(found.values()), 1).to(empty_TLk.dtype)
+    return empty_TLk
+
+
+def log_probs_of(scores_TE: Tensor, experts_Tk: Tensor) -> Tensor:
+    """log softmax of a router's logits at some experts, in float32 or more. Scores are logits where the softmax comes
+    after the choice, as in all families without a sigmoid router."""
+    scores_TE = scores_TE.detach().to(torch.promote_types(scores_TE.dtype, torch.float32))
+    return scores_TE.log_softmax(dim=1).gather(1, experts_Tk)
+
+
+def from_parts(seen_TLk: Tensor, groups: Groups) -> list[Tensor]:
+    """What each tensor-parallel rank has seen, in all layers of the model, from what the ranks have seen of it in
+    theirs: where that is nothing, NO_EXPERT among integers, or 0. Collective over the tensor-parallel ranks and the
+    pipeline stages."""
+    parts = [seen_TLk]
+    if groups.layout.tp > 1:
+        parts = [torch.empty_like(seen_TLk) for _ in range(groups.layout.tp)]
+        # As bytes: NCCL knows no int16.
+        dist.all_gather([part.view(torch.uint8) for part in parts], seen_TLk.view(torch.uint8), group=groups.tp)
+    if groups.layout.pp > 1:
+        for part in parts:
+            whole = part.int() if part.dtype == torch.int16 else part
+            dist.all_reduce(
+                whole, op=dist.ReduceOp.SUM if part.is_floating_point() else dist.ReduceOp.MAX, group=groups.pp
+            )
+            part.copy_(whole)
+    return parts
 
 
 class Recorded:
     """Compares the routers' choice with an earlier one, `routed_experts` of a micro-batch, and where `replay` is set,
-    puts that in its place; `drift` counts what differs."""
+    puts that in its place. `changed` counts what differs. With the log-probs that the routers gave those experts then,
+    `shift` averages how far they have moved, in layer l
 
-    def __init__(self, experts_TLk: Tensor, groups: Groups, drift: RoutingDrift, *, replay: bool) -> None:
-        self._experts_TLk = experts_TLk.chunk(groups.layout.tp)[groups.tp_rank]
-        self._drift, self._replay = drift, replay
+        d_t^l = 1/k sum_e |log p_new^l(e) - log p_old^l(e)|      over the k recorded experts e of token t  (2510.23027)
+    """
+
+    def __init__(
+        self,
+        experts_TLk: Tensor,
+        changed: LayerMeans,
+        *,
+        replay: bool,
+        log_probs_TLk: Tensor | None = None,
+        shift: LayerMeans | None = None,
+    ) -> None:
+        self._groups = changed.groups
+        self._experts_TLk, self._log_probs_TLk = self._part(experts_TLk), None
+        if log_probs_TLk is not None:
+            self._log_probs_TLk = self._part(log_probs_TLk)
+        self._changed, self._shift, self._replay = changed, shift, replay
+        self._shifts: dict[int, Tensor] = {}
+
+    def _part(self, whole_T: Tensor) -> Tensor:
+        return whole_T.chunk(self._groups.layout.tp)[self._groups.tp_rank]
 
     def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
         recorded_Tk, own_Tk = self._experts_TLk[:, layer].long(), own[1]
         assert recorded_Tk.shape == own_Tk.shape, (recorded_Tk.shape, own_Tk.shape)
-        known_T1 = recorded_Tk[:, :1] != NO_EXPERT
-        self._drift.count(layer, recorded_Tk, own_Tk, known_T1)
+        known_T = recorded_Tk[:, 0] != NO_EXPERT
+        differs_T = (recorded_Tk.sort(dim=1).values != own_Tk.sort(dim=1).values).any(dim=1)
+        self._changed.add(layer, differs_T, known_T)
+        if self._shift is not None and self._log_probs_TLk is not None:
+            moved_Tk = log_probs_of(scores_TE, recorded_Tk.clamp(min=0)) - self._log_probs_TLk[:, layer]
+            # Set, not added: the forward that recompute repeats finds the same.
+            self._shifts[layer] = torch.where(known_T, moved_Tk.abs().mean(dim=1), 0.0)
+            self._shift.add(layer, self._shifts[layer], known_T)
         if not self._replay:
             return own
-        experts_Tk = torch.where(known_T1, recorded_Tk, own_Tk)
+        experts_Tk = torch.where(known_T[:, None], recorded_Tk, own_Tk)
         return scores_TE.gather(1, experts_Tk), experts_Tk
 
+    def shift_of(self, micro_batch: MicroBatch) -> Tensor:
+        """[R]: the mean of d^l over the layers with a router, of the row that predicts each trained token. Once the
+        whole model has run, on a rank that has all of its layers. Collective over the tensor-parallel ranks."""
+        shift_T = torch.stack(list(self._shifts.values())).mean(dim=0)
+        return torch.cat(from_parts(shift_T, self._groups))[micro_batch.rows_R]
 
-class RoutingDrift:
-    """Counts, for every layer, the tokens whose set of experts is not the recorded one."""
 
-    def __init__(self, shape: ModelShape, groups: Groups) -> None:
-        self.groups = groups
-        self._changed_known_2L = torch.zeros(2, shape.num_layers, dtype=torch.int64, device=groups.device)
+@dataclass(frozen=True)
+class Both:
+    """Two of them, the second of which is given the choice of the first."""
 
-    def count(self, layer: int, recorded_Tk: Tensor, own_Tk: Tensor, known_T1: Tensor) -> None:
-        differs_T1 = (recorded_Tk.sort(dim=1).values != own_Tk.sort(dim=1).values).any(dim=1, keepdim=True)
-        self._changed_known_2L[:, layer] += torch.stack([(differs_T1 & known_T1).sum(), known_T1.sum()])
+    first: Routing
+    second: Routing
+
+    def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
+        return self.second.choose(layer, scores_TE, self.first.choose(layer, scores_TE, own))
+
+
+class RoutingReplay:
+    """What the forwards of a step do with the experts of the sampler and of the old policy, both in turn in the column
+    `routed_experts`, by the settings of `algorithm`."""
+
+    def __init__(self, algorithm: AlgorithmConfig, shape: ModelShape, groups: Groups) -> None:
+        # A router of sigmoids has no probabilities of experts.
+        self.replay = algorithm.replay._replace(
+            log_probs=algorithm.replay.log_probs and not has_sigmoid_router(shape.family)
+        )
+        self.weighs_shift = algorithm.router_shift_floor is not None
+        self.shape, self.groups = shape, groups
+        self._since_sampler = LayerMeans("sampler_changed_fraction", shape, groups)
+        self._since_old = LayerMeans("changed_fraction", shape, groups)
+        self._shift = LayerMeans("shift", shape, groups)
+
+    def in_scoring(self, micro_batch: MicroBatch) -> tuple[Routing | None, Recording | None]:
+        """Of the pass that scores old log-probs: what decides the experts, and the part of it that records them."""
+        of_sampler, recording = micro_batch.columns.get("routed_experts"), None
+        routing: Routing | None = None
+        if of_sampler is not None:
+            routing = Recorded(of_sampler, self._since_sampler, replay=self.replay.in_scoring)
+        if self.replay.of_old:
+            recording = Recording(log_probs=self.replay.log_probs)
+            routing = Both(routing, recording) if routing else recording
+        return routing, recording
+
+    def in_update(self, micro_batch: MicroBatch) -> Recorded | None:
+        """None: the routers choose, as in a warm start."""
+        recorded = micro_batch.columns.get("routed_experts")
+        if recorded is None:
+            return None
+        return Recorded(
+            recorded,
+            self._since_old,
+            replay=self.replay.in_updates,
+            log_probs_TLk=micro_batch.columns.get("expert_log_probs"),
+            shift=self._shift,
+        )
+
+    def note_shift(self, routing: Recorded | None, micro_batch: MicroBatch) -> None:
+        """Fills in `router_shift` of a micro-batch whose loss comes next, where ratios are weighed by it."""
+        if self.weighs_shift and routing is not None:
+            micro_batch.columns["router_shift"] = routing.shift_of(micro_batch)
 
     def metrics(self) -> dict[str, Metric]:
-        """Of each layer with recorded tokens, the share of them whose experts have changed, from the counts over all
-        ranks, which start again from 0. Collective."""
-        changed_L, known_L = self.groups.sum_over_ranks(self._changed_known_2L).double().cpu()
-        self._changed_known_2L.zero_()
-        counts = zip(changed_L.tolist(), known_L.tolist(), strict=True)
+        """See `LayerMeans.metrics`. Collective."""
+        return self._since_sampler.metrics() | self._since_old.metrics() | self._shift.metrics()
+
+
+class LayerMeans:
+    """For every layer, the mean of a number over tokens: router/`name`/layer_NN."""
+
+    def __init__(self, name: str, shape: ModelShape, groups: Groups) -> None:
+        self.name, self.groups = name, groups
+        self._sums_2L = torch.zeros(2, shape.num_layers, dtype=torch.float64, device=groups.device)
+
+    def add(self, layer: int, values_T: Tensor, counted_T: Tensor) -> None:
+        self._sums_2L[0, layer] += torch.where(counted_T, values_T, 0).sum(dtype=torch.float64)
+        self._sums_2L[1, layer] += counted_T.sum()
+
+    def metrics(self) -> dict[str, Metric]:
+        """Of each layer with tokens, from the sums over all ranks, which start again from 0. Collective."""
+        total_L, count_L = self.groups.sum_over_ranks(self._sums_2L).cpu()
+        self._sums_2L.zero_()
+        sums = zip(total_L.tolist(), count_L.tolist(), strict=True)
         return {
-            f"router/changed_fraction/layer_{layer + 1:02d}": Metric(changed, known)
-            for layer, (changed, known) in enumerate(counts)
-            if known
+            f"router/{self.name}/layer_{layer + 1:02d}": Metric(total, count)
+            for layer, (total, count) in enumerate(sums)
+            if count
         }
 
 
@@ -131,16 +259,24 @@ class LayerChoice:
         """Megatron-Core calls it in place of its own top-k, `default_compute_topk`."""
         assert default_compute_topk is not None
         own = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
+        if not torch.is_grad_enabled():
+            own = _in_order(own)
         return own if self.routing is None else self.routing.choose(self.layer, scores_TE, own)
 
 
-def expert_dtype(shape: ModelShape) -> torch.dtype:
-    """Of `routed_experts`: the smallest that holds NO_EXPERT and all experts."""
-    return torch.int8 if shape.num_experts <= 128 else torch.int16
+def _in_order(choice: Choice) -> Choice:
+    """By falling score, as with gradient. Without gradient, Megatron-Core 0.19.2 leaves the k experts of a token in any
+    order on a GPU (moe_utils.py, `sorted=torch.is_grad_enabled()`), and the order decides the last bit of the sum that
+    their probabilities are divided by: in bf16 the mean log-ratio of a first update was off by 4e-4 on an H200, as
+    much as GSPO's clip band."""
+    scores_Tk, experts_Tk = choice
+    scores_Tk, order_Tk = scores_Tk.sort(dim=1, descending=True, stable=True)
+    return scores_Tk, experts_Tk.gather(1, order_Tk)
 
 
 def install(chunks: Sequence[torch.nn.Module]) -> None:
-    """Lets the routing of a forward (`PackedTokens.routing`) decide in every router of the model."""
+    """Lets the routing of a forward (`PackedTokens.routing`) decide in every router of the model; where there is none,
+    the routers choose as they do, in the same order with and without gradient."""
     for layer in (module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerLayer)):
         router = getattr(layer.mlp, "router", None)
         if isinstance(router, TopKRouter):

@@ -39,6 +39,8 @@ from gspo_megatron.mcore import schedule
 from gspo_megatron.mcore.kv_cache import KVCache
 from gspo_megatron.mcore.packed_tokens import CachedPrompt, CachedTokens, cached_tokens
 from gspo_megatron.mcore.policy import MegatronModel
+from gspo_megatron.mcore.routing import Routing
+from gspo_megatron.mcore.sampled_routing import SampledRouting
 from gspo_megatron.rollout.native.sampling import Decoding, distribution, draw, uniforms
 from gspo_megatron.rollout.native.scheduler import DecodeMicroBatch, DecodeScheduler, num_tokens_of_forward
 from gspo_megatron.rollout.native.stopping import Stops, StopTable
@@ -89,6 +91,7 @@ class MegatronSampler:
         self.settings = r = policy.config.rollout
         self.as_in_training = Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, policy.config.run.seed)
         self.records_support = policy.config.algorithm.sampling_mask and self.groups.is_reporter
+        self.records_experts = policy.config.algorithm.replay.of_sampler
         self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"
@@ -117,8 +120,11 @@ class MegatronSampler:
         """
         how = sampling or self.as_in_training
         # Of greedy tokens, only the log-prob depends on a temperature.
-        recorded = self.records_support and sampling is None and not greedy
+        training = sampling is None and not greedy
+        recorded = self.records_support and training
         decoding = Decoding(how.temperature or self.settings.temperature, how.top_k, how.top_p, greedy, recorded)
+        routing = SampledRouting(self.policy.config.model.shape, self.groups)
+        recording = routing if self.records_experts and training else None
         scheduler = DecodeScheduler(
             prompts,
             ids,
@@ -136,7 +142,9 @@ class MegatronSampler:
         try:
             *num_tokens, stop = self.groups.max_over_ranks([*scheduler.next_num_tokens().tolist(), int(self.stop())])
             while any(num_tokens) and not stop:
-                just_ended, (*num_tokens, stop) = self._forward(cache, scheduler, num_tokens, decoding, how.seed)
+                just_ended, (*num_tokens, stop) = self._forward(
+                    cache, scheduler, num_tokens, decoding, how.seed, recording
+                )
                 for index in just_ended:
                     rollouts[index] = scheduler.rollout(index, self.policy.version)
                     ended(rollouts[index])
@@ -146,10 +154,18 @@ class MegatronSampler:
                 chunk.train()
         if stop:
             raise StopRequested
+        for index, experts in (recording.of_rollouts() if recording else {}).items():
+            rollouts[index].routed_experts = experts
         return [rollouts[index] for index in range(len(prompts))]
 
     def _forward(
-        self, cache: KVCache, scheduler: DecodeScheduler, num_tokens: Sequence[int], decoding: Decoding, seed: int
+        self,
+        cache: KVCache,
+        scheduler: DecodeScheduler,
+        num_tokens: Sequence[int],
+        decoding: Decoding,
+        seed: int,
+        recording: SampledRouting | None,
     ) -> tuple[list[int], list[int]]:
         """Draws a token for every rollout that continues or is admitted. `num_tokens` are the tokens of each
         micro-batch on the rank with the most. Returns which rollouts have ended, and the tokens of the next forward,
@@ -172,7 +188,13 @@ class MegatronSampler:
         )
         if row_copy.length:
             cache.copy_rows(inputs.copied_from_rows, inputs.copied_to_rows, row_copy.length)
-        drawn_2B, kept = self._draw(cache, inputs.feeds, decoding)
+        sizes = [feed.tokens_T.numel() for feed in inputs.feeds]
+        routings = [
+            recording.recording(*each) if recording else None for each in zip(micro_batches, sizes, strict=True)
+        ]
+        drawn_2B, kept = self._draw(cache, inputs.feeds, decoding, routings)
+        if recording:
+            recording.keep()
         agreed = self._agree_on_next(inputs, drawn_2B[0])
         received = torch.cat([drawn_2B.flatten(), agreed.double()]).cpu().numpy()
         tokens, log_probs, next_counts = np.split(received, [len(rollout_index), 2 * len(rollout_index)])
@@ -202,7 +224,9 @@ class MegatronSampler:
             ),
         )
 
-    def _draw(self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding) -> tuple[Tensor, list[Tensor]]:
+    def _draw(
+        self, cache: KVCache, feeds: Sequence[Feed], decoding: Decoding, routings: Sequence[Routing | None]
+    ) -> tuple[Tensor, list[Tensor]]:
         """[2, B] float64: token and log-prob drawn for each rollout, micro-batch by micro-batch; and for each
         micro-batch, where they are recorded, which ids the tokens were drawn from, bool [., V]."""
         head = self.policy.model[-1]
@@ -223,7 +247,10 @@ class MegatronSampler:
             token_B, log_prob_B = draw(log_probs_BV, feed.uniforms_B, decoding)
             return torch.stack([token_B.double(), log_prob_B.double()])
 
-        steps = [((feed.tokens_T, feed.cached.packed(cache)), partial(drawn_of, feed)) for feed in feeds]
+        steps = [
+            ((feed.tokens_T, feed.cached.packed(cache, routing)), partial(drawn_of, feed))
+            for feed, routing in zip(feeds, routings, strict=True)
+        ]
         drawn = schedule.forward(self.policy.chunks, steps)
         num_rollouts = sum(len(feed.uniforms_B) for feed in feeds)
         joined = torch.cat(drawn, 1) if drawn else torch.empty(2, num_rollouts, dtype=torch.float64, device=self.device)

@@ -31,7 +31,7 @@ from gspo_megatron.mcore.model import PolicyModel
 from gspo_megatron.mcore.optimizer import wait_for_weight
 from gspo_megatron.mcore.packed_tokens import PackedTokens, packed
 from gspo_megatron.mcore.router_load import RouterLoad
-from gspo_megatron.mcore.routing import Routing
+from gspo_megatron.mcore.routing import Recorded, Routing, RoutingReplay
 
 ModelInput = tuple[Tensor, PackedTokens]
 Chunks = Sequence[Any]
@@ -45,25 +45,29 @@ def train(
     loss: Loss,
     scoring: Scoring,
     load: RouterLoad,
-    routing_of: Callable[[MicroBatch], Routing | None],
+    replay: RoutingReplay,
 ) -> list[dict[str, Metric]]:
     """Forward and backward of one update; leaves reduced gradients in the buffers, and the tokens of every expert in
-    `load`. `routing_of` a micro-batch decides its experts, None: the routers. Metrics exist on the last stage only, on
+    `load`. `replay` decides the experts. Metrics exist on the last stage only, on
     its device. Nothing here waits for the device, except that scoring.skip_zero_rows reads which rows to skip."""
     scale = len(batch.micro_batches) * groups.dp_size
 
-    def micro_batch_loss(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Metric]]:
+    def micro_batch_loss(
+        micro_batch: MicroBatch, routing: Recorded | None, hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Metric]]:
         head = _bare(chunks[-1])
         wait_for_weight(chunks[-1], head.head_weight())
         log_probs_R, entropy_R = response_log_probs(head, groups, micro_batch, hidden, scoring)
+        replay.note_shift(routing, micro_batch)
         terms = loss(log_probs_R, entropy_R, micro_batch, batch)
         return terms.loss * scale, terms.metrics | {"loss": Metric(terms.loss.detach().double(), reduction="sum")}
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(micro_batches)
+        routing = replay.in_update(micro_batch)
         with load.counting(micro_batch):
-            hidden = model(*model_input(micro_batch, groups, routing_of(micro_batch)))
-        return hidden, partial(micro_batch_loss, micro_batch)
+            hidden = model(*model_input(micro_batch, groups, routing))
+        return hidden, partial(micro_batch_loss, micro_batch, routing)
 
     return _run(forward_step, chunks, batch.micro_batches, forward_only=False)
 
@@ -74,7 +78,7 @@ def log_probs(
     groups: Groups,
     micro_batches: Sequence[MicroBatch],
     scoring: Scoring,
-    routings: Sequence[Routing | None] | None = None,
+    routings: Sequence[Routing | None],
 ) -> list[Tensor]:
     """Log-probs of every micro-batch's response tokens, [R] each, without gradient; an empty list before the last
     stage. `routings` decide the experts of each, None: the routers."""
@@ -83,7 +87,6 @@ def log_probs(
     def score(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
         return response_log_probs(module, groups, micro_batch, hidden, scoring.forward_only)[0]
 
-    routings = routings or [None] * len(micro_batches)
     steps = [(model_input(m, groups, r), partial(score, m)) for m, r in zip(micro_batches, routings, strict=True)]
     return forward(chunks, steps)
 

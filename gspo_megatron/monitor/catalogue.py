@@ -309,10 +309,32 @@ CATALOGUE = (
     Entry(
         "router/changed_fraction/layer_NN",
         "router",
-        "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose "
-        "(algorithm.routing_replay).",
+        "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose, or "
+        "under R3 the sampler (algorithm.routing_replay).",
         "The larger, the more a ratio compares two different networks.",
     ),
+    Entry(
+        "router/sampler_changed_fraction/layer_NN",
+        "router",
+        "Share of the tokens that the policy at the start of the step, which scores old log-probs, sends to other "
+        "experts than the sampler did (algorithm.routing_replay: compare, R3).",
+        "0 in float64. Number formats, other batch shapes and another engine raise it.",
+    ),
+    Entry(
+        "router/shift/layer_NN",
+        "router",
+        "Mean over the updates' tokens of |log p - log p_old|, averaged over a token's recorded experts: the router's "
+        "log-probs now, and in the policy at the start of the step (algorithm.routing_replay=compare, "
+        "algorithm.router_shift_floor).",
+        "RSPO's drift (arXiv 2510.23027).",
+    ),
+    Entry(
+        "router/shift_weight",
+        "router",
+        "Mean factor of the ratios, exp(-mean shift over layers) or the floor (algorithm.router_shift_floor).",
+        "1: the routers have not moved.",
+    ),
+    Entry("router/shift_floor_fraction", "router", "Share of tokens whose factor is the floor."),
     # Speed and memory.
     Entry("tokens_per_second", "time", "tokens / time/step_s."),
     Entry("tokens_per_second_per_gpu", "time", "The same divided by the number of processes."),

@@ -37,19 +37,29 @@ class PolicyObjective:
         kl_coef: weight of the KL term; the variant's own by default.
         kl_estimator: a key of KL_ESTIMATORS; kl.py says how their gradients differ.
         entropy_coef: weight of the entropy bonus, 0 or more.
+        router_shift_floor: RSPO (2510.23027): ratios w_t become sg[max(exp(-shift_t), floor)] w_t, ahead of level and
+            clip; None: they do not.
 
     Raises:
-        ConfigError: unknown estimator, or a weight that is negative or not finite.
+        ConfigError: unknown estimator, a weight that is negative or not finite, or a floor outside (0, 1).
     """
 
     def __init__(
-        self, variant: Variant, *, kl_coef: float | None = None, kl_estimator: str = "k3", entropy_coef: float = 0.0
+        self,
+        variant: Variant,
+        *,
+        kl_coef: float | None = None,
+        kl_estimator: str = "k3",
+        entropy_coef: float = 0.0,
+        router_shift_floor: float | None = None,
     ) -> None:
         self.variant = variant if kl_coef is None else replace(variant, kl_coef=kl_coef)
         self.kl = lookup(KL_ESTIMATORS, kl_estimator, "kl_estimator")
         if not 0 <= entropy_coef < math.inf:
             raise ConfigError(f"entropy_coef={entropy_coef}: a bonus has a finite weight; set it to 0 or more")
-        self.entropy_coef = entropy_coef
+        if router_shift_floor is not None and not 0 < router_shift_floor < 1:
+            raise ConfigError(f"router_shift_floor={router_shift_floor}: the least of a weight up to 1; try 0.8")
+        self.entropy_coef, self.router_shift_floor = entropy_coef, router_shift_floor
 
     def __call__(
         self,
@@ -62,6 +72,7 @@ class PolicyObjective:
         sampler_log_probs_T: Tensor | None = None,
         ref_log_probs_T: Tensor | None = None,
         entropy_T: Tensor | None = None,
+        router_shift_T: Tensor | None = None,
         num_sequences: int | None = None,
         num_tokens: int | None = None,
     ) -> LossTerms:
@@ -77,6 +88,7 @@ class PolicyObjective:
             token_advantages_T: an advantage for each token in place of advantages_S    (2507.18071 Eq. 14, gspo_token).
             sampler_log_probs_T: of what drew the tokens; required by a correction, otherwise only measured.
             ref_log_probs_T, entropy_T: required where kl_coef or entropy_coef is not 0; otherwise only measured.
+            router_shift_T: mean |log p - log p_old| of the routers, 0 or more; required where it has a floor.
             num_sequences, num_tokens: non-empty responses and response tokens of the whole update over all ranks;
                 by default of this batch.
 
@@ -85,7 +97,7 @@ class PolicyObjective:
                 of tokens for one ratio per sequence.
         """
         # Different shapes may broadcast, to numbers that look right.
-        others = (token_advantages_T, sampler_log_probs_T, ref_log_probs_T, entropy_T)
+        others = (token_advantages_T, sampler_log_probs_T, ref_log_probs_T, entropy_T, router_shift_T)
         packed = [x_T for x_T in (log_probs_T, old_log_probs_T, *others) if x_T is not None]
         assert all(x_T.shape == segments.index_R.shape for x_T in packed), [x_T.shape for x_T in packed]
         assert advantages_S.shape == segments.lengths_S.shape, advantages_S.shape
@@ -99,10 +111,11 @@ class PolicyObjective:
                 "tokens use level='sequence_token' (the row gspo_token)"
             )
         tokens = Tokens(log_probs_R, old_log_probs_R, advantages_R.detach().to(dtype))
-        surrogate = variant.clip.surrogate(tokens, lambda log_R: variant.level.log_ratio(log_R, segments))
+        shifted, of_shift = self._shifted(tokens, router_shift_T)
+        surrogate = variant.clip.surrogate(shifted, lambda log_R: variant.level.log_ratio(log_R, segments))
         weight_R, of_sampler = self._correction(tokens, segments, sampler_log_probs_T)
         terms_R = -surrogate.terms_R if weight_R is None else -weight_R * surrogate.terms_R
-        metrics = self._ratio_metrics(surrogate, segments) | of_sampler
+        metrics = self._ratio_metrics(surrogate, segments) | of_sampler | of_shift
         metrics["kl/old"] = _token_mean(k3(old_log_probs_R, log_probs_R.detach()))
         kl_R = None if ref_log_probs_T is None else self.kl(log_probs_R, ref_log_probs_T.detach().to(dtype))
         for name, coef, values_R in (("kl/ref", variant.kl_coef, kl_R), ("entropy", -self.entropy_coef, entropy_T)):
@@ -118,6 +131,20 @@ class PolicyObjective:
         num_tokens = max(segments.num_tokens if num_tokens is None else num_tokens, 1)
         loss = variant.aggregate.share(terms_R, segments, num_sequences, num_tokens)
         return LossTerms(loss.to(dtype), metrics)
+
+    def _shifted(self, tokens: Tokens, shift_R: Tensor | None) -> tuple[Tokens, dict[str, Metric]]:
+        """The tokens with their ratios multiplied for the routers' shift, and what is known of that."""
+        if self.router_shift_floor is None:
+            return tokens, {}
+        if shift_R is None:
+            raise ConfigError(f"router_shift_floor={self.router_shift_floor}: pass router_shift_T, or set it to None")
+        floor = math.log(self.router_shift_floor)
+        log_weight_R = (-shift_R.detach().to(tokens.old_log_probs_R.dtype)).clamp(min=floor)
+        metrics = {
+            "router/shift_weight": _token_mean(log_weight_R.exp()),
+            "router/shift_floor_fraction": _token_mean(log_weight_R <= floor),
+        }
+        return tokens._replace(old_log_probs_R=tokens.old_log_probs_R - log_weight_R), metrics
 
     def _correction(
         self, tokens: Tokens, segments: Segments, sampler_log_probs_R: Tensor | None

@@ -71,7 +71,11 @@ class HeldOutSource(ScoredSource):
                 scores.finish()
         else:
             rollouts = generate()
-        return self.ranks.gather(rollouts)
+        experts = {rollout.id: rollout.routed_experts for rollout in rollouts}
+        gathered = self.ranks.gather(rollouts)
+        for rollout in gathered:
+            rollout.routed_experts = experts.get(rollout.id)
+        return gathered
 
     def _share(self, stop: int, stride: int) -> range:
         """What this rank samples: every n-th item of range(0, stop, stride), where n counts data-parallel and

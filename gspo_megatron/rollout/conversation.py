@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.protocols import Ranks, Sampler
@@ -152,6 +154,9 @@ def _sample_turn(sample: Callable[..., list[Rollout]], due: Seq[Rollout]) -> Non
         rollout.truncated = turn.truncated
         if rollout.support is not None and turn.support is not None:
             rollout.support = Ragged.join([rollout.support, turn.support])
+        if (before := rollout.routed_experts) is not None and (all_so_far := turn.routed_experts) is not None:
+            # The turn has processed earlier ones once more: their tokens keep the experts that they were drawn with.
+            rollout.routed_experts = torch.cat([before, all_so_far[len(before) :]])
 
 
 def _refuse_failing(failed: Seq[Reply], total: int) -> None:

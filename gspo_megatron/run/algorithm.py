@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gspo_megatron.base.replay import Replay
 from gspo_megatron.config.sections import Config
 from gspo_megatron.log_probs import Scoring
 from gspo_megatron.objective import PolicyObjective, Variant, resolve_variant
@@ -22,7 +23,8 @@ class Algorithm:
         updates_per_rollout: mini-batches that a rollout batch is split into, each used for one update.
         old_log_probs: what computes the log-probs of the policy at the start of a step: a forward pass of the
             `trainer`, the `sampler`, or the `update` itself, if a rollout batch has only one.
-        records_experts: the experts that the policy at the start of a step chooses are recorded for the updates.
+        replay: whose experts are recorded, and where they are used again.
+        router_shift_floor: the least that a ratio is multiplied by for a shift of the routers; None: ratios are not.
         masks_sampling: log-probs are of the ids that top-k and top-p kept when the token was sampled.
         drops_truncated: responses without an end are not trained on.
         balances_load: the router's load-balancing loss is on, so every token has a gradient.
@@ -38,7 +40,8 @@ class Algorithm:
     entropy_coef: float
     updates_per_rollout: int
     old_log_probs: str
-    records_experts: bool
+    replay: Replay
+    router_shift_floor: float | None
     masks_sampling: bool
     drops_truncated: bool
     balances_load: bool
@@ -75,7 +78,8 @@ class Algorithm:
             entropy_coef=a.entropy_coef,
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
-            records_experts=a.routing_replay != "none",
+            replay=a.replay,
+            router_shift_floor=a.router_shift_floor,
             masks_sampling=a.sampling_mask,
             drops_truncated=a.drop_truncated,
             balances_load=config.model.aux_loss_coef > 0,
@@ -95,6 +99,8 @@ class Algorithm:
             given = {name: value for name, value in dial.parameters().items() if math.isfinite(value)}
             parameters = ", ".join(f"{name} {value:g}" for name, value in given.items())
             dials.append(f"{kind} {dial.name}" + (f" ({parameters})" if parameters else ""))
+        if self.router_shift_floor is not None:
+            dials.append(f"router shift (floor {self.router_shift_floor:g})")
         kl = f"KL {self.kl_estimator} to the reference with weight {self.variant.kl_coef:g}"
         kl += " in the reward" if self.kl_in_reward else ""
         return f"{self.variant.name}: {', '.join(dials)}, {kl if self.needs_reference else 'no KL term'}"
@@ -103,7 +109,11 @@ class Algorithm:
     def objective(self) -> PolicyObjective:
         kl_coef = 0.0 if self.kl_in_reward else None  # measured in either case
         return PolicyObjective(
-            self.variant, kl_coef=kl_coef, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef
+            self.variant,
+            kl_coef=kl_coef,
+            kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            router_shift_floor=self.router_shift_floor,
         )
 
     @property

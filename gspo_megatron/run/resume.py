@@ -28,6 +28,7 @@ CUTTING = (
     "algorithm.kl_in",
     "algorithm.entropy_coef",
     "algorithm.routing_replay",
+    "algorithm.router_shift_floor",
     "model.aux_loss_coef",
     "train.skip_zero_gradient",
     "rollout.temperature",

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from gspo_megatron.base.errors import DataError
 from gspo_megatron.base.metrics import LossTerms, Metric, merge, on_host, values
 from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.base.ragged import Ragged
-from gspo_megatron.data.packing import pack
+from gspo_megatron.data.packing import Plan, pack
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.objective import KL_ESTIMATORS, PolicyObjective, Segments, group_advantages
 from gspo_megatron.objective.corrections import drift_by_position, gap_to_sampler
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.sampled_experts import SampledExperts
 from gspo_megatron.run.step_state import StepState
 
 
@@ -105,10 +107,18 @@ class Packer:
     updates_per_rollout: int
     seed: int
 
-    def pack(self, step: StepState, *, drop_zero_advantage: bool, drop_truncated: bool = False) -> None:
+    def pack(
+        self,
+        step: StepState,
+        *,
+        drop_zero_advantage: bool,
+        drop_truncated: bool = False,
+        experts: SampledExperts | None = None,
+    ) -> None:
         """Splits the step into mini-batches of complete groups, shuffled by (seed, step), each packed for this rank.
         Sequences of advantage 0 may be dropped: they still count, and their term of the loss is 0 with gradient 0.
-        Truncated responses may be dropped, too, and then count nowhere but in the baseline of their group."""
+        Truncated responses may be dropped, too, and then count nowhere but in the baseline of their group. The
+        `experts` that the sampler chose go with the sequences."""
         draws = random.Random(f"{self.seed}:{step.number}")
         # Sorted by draws: of Python's generator, only random() is guaranteed to stay the same across versions.
         order = [g for _, g in sorted((draws.random(), g) for g in range(len(step.groups)))]
@@ -119,13 +129,23 @@ class Packer:
             members = [n for n in members if not (drop_truncated and rollouts[n].truncated)]
             with_gradient = [n for n in members if step.sequences[n].advantage or not drop_zero_advantage]
             step.mini_batches.append(with_gradient)
+            planned = partial(experts.deliver, members=with_gradient, sequences=step.sequences) if experts else None
             step.batches.append(
-                self.update_batch([step.sequences[n] for n in with_gradient], [step.sequences[n] for n in members])
+                self.update_batch(
+                    [step.sequences[n] for n in with_gradient], [step.sequences[n] for n in members], planned
+                )
             )
+        if experts:
+            experts.release(step.sequences)
 
-    def update_batch(self, sequences: Seq[Sequence], all_sequences: Seq[Sequence] | None = None) -> UpdateBatch:
+    def update_batch(
+        self,
+        sequences: Seq[Sequence],
+        all_sequences: Seq[Sequence] | None = None,
+        planned: Callable[[Plan], None] | None = None,
+    ) -> UpdateBatch:
         """This rank's micro-batches of an update on `sequences`, and the counts over all ranks that normalise its loss:
-        those of `all_sequences`, by default the same."""
+        those of `all_sequences`, by default the same. `planned`: as in `data.packing.pack`."""
         micro_batches = pack(
             sequences,
             pad_id=self.pad_id,
@@ -136,6 +156,7 @@ class Packer:
             dp_size=self.ranks.dp_size,
             cp_rank=self.ranks.cp_rank,
             cp_size=self.ranks.cp_size,
+            planned=planned,
         )
         trained = [s.num_trained for s in (sequences if all_sequences is None else all_sequences) if s.num_trained]
         return UpdateBatch(micro_batches, num_sequences=len(trained), num_tokens=sum(trained))
@@ -147,7 +168,7 @@ def score(batches: Seq[UpdateBatch], policy: Policy, algorithm: Algorithm) -> No
     micro_batches = [m for b in batches for m in b.micro_batches]
     scores: dict[str, dict[str, bool]] = {}
     if algorithm.scores_old:
-        scores["old_log_probs"] = {"record_experts": algorithm.records_experts}
+        scores["old_log_probs"] = {"as_old": True}
     if algorithm.needs_reference:
         scores["ref_log_probs"] = {"reference": True}
     for column, how in scores.items():
@@ -213,6 +234,7 @@ class PolicyLoss:
             sampler_log_probs_T=sampler_log_probs_R,
             ref_log_probs_T=micro_batch.columns["ref_log_probs"] if self.with_reference else None,
             entropy_T=entropy_R,
+            router_shift_T=micro_batch.columns.get("router_shift"),
             num_sequences=batch.num_sequences,
             num_tokens=batch.num_tokens,
         )

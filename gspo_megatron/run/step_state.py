@@ -64,6 +64,10 @@ class StepState:
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
+    def has_column(self, name: str) -> bool:
+        """Whether the sequences have it, as those of a step that goes on."""
+        return any(name in sequence.columns for sequence in self.sequences)
+
     def has_advantages(self, update: int) -> bool:
         """Whether a sequence of this update has an advantage, and tokens to give it to."""
         return any(s.advantage and s.num_trained for s in (self.sequences[i] for i in self.mini_batches[update]))
@@ -291,7 +295,8 @@ def _of_conversations(rollouts: Seq[Rollout]) -> dict[str, float]:
     }
 
 
-KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs", "support")
+COLUMNS_OF_ROLLOUTS = ("support", "routed_experts")
+KEPT_ELSEWHERE = ("prompt", "tokens", "log_probs", *COLUMNS_OF_ROLLOUTS)
 """Fields of a rollout that a snapshot keeps for its group, as tensors, or as a column."""
 
 
@@ -340,9 +345,9 @@ OF_CONVERSATIONS = ("outside", "turns", "tool_calls", "tool_errors", "environmen
 
 def rollout_row(rollout: Rollout, sequence: Sequence) -> dict[str, Any]:
     """One line of rollouts/step_*.jsonl."""
-    row = asdict(replace(rollout, support=None))
+    row = asdict(replace(rollout, support=None, routed_experts=None))
+    row = {name: value for name, value in row.items() if name not in COLUMNS_OF_ROLLOUTS}
     prompt = row.pop("prompt")
-    del row["support"]
     if not rollout.turns:
         row = {name: value for name, value in row.items() if name not in OF_CONVERSATIONS}
     if not rollout.versions:

@@ -35,6 +35,7 @@ from gspo_megatron.run.evaluation import Evaluation
 from gspo_megatron.run.guards import Guards, rows_of
 from gspo_megatron.run.learning_rate import LearningRate
 from gspo_megatron.run.resume import Continuation
+from gspo_megatron.run.sampled_experts import SampledExperts
 from gspo_megatron.run.save_request import SaveRequest
 from gspo_megatron.run.stages import Packer, PolicyLoss
 from gspo_megatron.run.state import Contents, RunState, SavedStep
@@ -273,8 +274,17 @@ class Trainer:
 
     def pack(self, step: StepState) -> None:
         """3. Mini-batches, and this rank's micro-batches of each."""
-        a = self.algorithm
-        self.parts.packer.pack(step, drop_zero_advantage=a.drops_zero_advantage, drop_truncated=a.drops_truncated)
+        a, experts = self.algorithm, None
+        # A step that goes on has them in its columns.
+        if a.replay.of_sampler and not step.has_column("routed_experts"):
+            shape, needed = self.config.model.shape, a.replay.in_scoring
+            experts = SampledExperts.of(step.rollouts, shape, self.ranks, needed=needed)
+        self.parts.packer.pack(
+            step,
+            drop_zero_advantage=a.drops_zero_advantage,
+            drop_truncated=a.drops_truncated,
+            experts=experts,
+        )
 
     def score(self, step: StepState) -> None:
         """4. Old and reference log-probs, if the algorithm needs them, and what a reward loses by their distance."""

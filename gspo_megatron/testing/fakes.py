@@ -94,6 +94,9 @@ class OneRank:
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         return partial_S
 
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return list(parts)
+
     def any_rank(self, flag: bool) -> bool:
         return flag
 
@@ -153,6 +156,9 @@ class _Replica:
     def sum_over_parts(self, partial_S: Tensor) -> Tensor:
         return partial_S
 
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [sent[self.dp_rank] for sent in self.gather([list(parts)])]
+
     def any_rank(self, flag: bool) -> bool:
         return any(self.gather([flag]))
 
@@ -196,7 +202,7 @@ class TablePolicy:
         self.reference_VV = self.logits_VV.clone() if with_reference else None
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, as_old: bool = False
     ) -> list[Tensor]:
         self.calls.append("reference log-probs" if reference else "log-probs")
         table_VV = self.reference_VV if reference else self.logits_VV

@@ -68,13 +68,15 @@ def run_distributed(
     with tempfile.TemporaryDirectory() as folder:
         store = None if like_torchrun else Path(folder, "store")
         processes, readers, port = [], [], _free_port()
+        # As bytes: multiprocessing would open a file for each of their tensors, and a few hundred are too many.
+        packed = pickle.dumps(args)
         collective_s = timeout_s * time_factor()
         try:
             for rank in range(world_size):
                 reader, writer = context.Pipe(duplex=False)
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
                 environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                process = context.Process(target=_run_rank, args=(fn, args, environment, store, collective_s, writer))
+                process = context.Process(target=_run_rank, args=(fn, packed, environment, store, collective_s, writer))
                 process.start()
                 writer.close()
                 processes.append(process)
@@ -102,7 +104,7 @@ def _free_port() -> int:
 
 def _run_rank(
     fn: Callable[..., Any],
-    args: tuple[Any, ...],
+    packed: bytes,
     environment: dict[str, Any],
     store: Path | None,
     timeout_s: float,
@@ -116,7 +118,7 @@ def _run_rank(
             rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
             place = {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
             dist.init_process_group("gloo", **place, timeout=timedelta(seconds=timeout_s))
-        report = (True, fn(*args))
+        report = (True, fn(*pickle.loads(packed)))
         if dist.is_initialized():
             # Nobody leaves while another rank still reads from its sockets.
             dist.barrier()

@@ -195,11 +195,23 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
         (["algorithm.updates_per_rollout=1"], "there is none with algorithm.old_log_probs=auto and .*rollout=1"),
         (["algorithm.old_log_probs=rollout"], "there is none with algorithm.old_log_probs=rollout"),
         (["model.aux_loss_coef=0.01"], "R2 with model.aux_loss_coef=0.01: the balancing loss counts"),
+        (["algorithm.router_shift_floor=0.8", "model.preset=tiny_dense"], "router_shift_floor=0.8 has no effect"),
+        (
+            ["algorithm.router_shift_floor=0.8", "algorithm.old_log_probs=rollout"],
+            "shift_floor=0.8 records the experts",
+        ),
+        (["algorithm.router_shift_floor=0.8", "parallel.pp=2"], "pp=2: a token's weight is an average over all layers"),
+        (
+            ["algorithm.router_shift_floor=0.8", "model.preset=tiny_glm"],
+            "that of model.family=glm4_moe gives every expert a sigmoid",
+        ),
+        (["algorithm.routing_replay=R3", "model.preset=tiny_dense"], "routing_replay=R3 has no effect: .* no experts"),
+        (["algorithm.routing_replay=R3", "model.aux_loss_coef=0.01"], "R3 with model.aux_loss_coef=0.01: the balanc"),
     ],
 )
 def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_config(load_config(None, ["algorithm.routing_replay=R2", *overrides]), 1)
+        check_config(load_config(None, ["algorithm.routing_replay=R2", *overrides]), 2)
 
 
 @pytest.mark.parametrize(

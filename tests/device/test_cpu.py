@@ -317,7 +317,7 @@ def test_the_cuda_lane_trains(dtype: str, tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "gspo_megatron.train", *settings],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=300 * time_factor(),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.batches import NO_EXPERT, Sequence, UpdateBatch
-from gspo_megatron.base.metrics import merge, on_host, values
+from gspo_megatron.base.metrics import LossTerms, merge, on_host, values
 from gspo_megatron.data.packing import pack
 from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.packed_tokens import packed
 from gspo_megatron.mcore.policy import MegatronPolicy
 from gspo_megatron.mcore.routing import Choice
@@ -77,7 +78,7 @@ def replayed(world_size: int, settings: tuple[str, ...]) -> Result:
     batch, step = batch_of(policy, sequences())
     plain = policy.log_probs(batch.micro_batches)
     _, without = update(batch)
-    recorded = policy.log_probs(batch.micro_batches, record_experts=True)
+    recorded = policy.log_probs(batch.micro_batches, as_old=True)
     metrics, replay = update(batch)
     step.collect_columns(policy.groups)
 
@@ -199,3 +200,35 @@ def compared() -> tuple[dict[str, float], bool]:
 def test_compare_changes_nothing() -> None:
     [(drift, same)] = run_distributed(compared, 1)
     assert same and len(drift) == LAYERS and min(drift.values()) > 0.3
+
+
+def scored_and_updated(settings: tuple[str, ...]) -> list[bool]:
+    """Whether old log-probs equal those of the first update's forward, by micro-batch, where a top-k that need not
+    be sorted comes in the opposite order."""
+    topk, unsorted = torch.topk, []
+
+    def any_order(*arguments: Any, sorted: bool = True, **options: Any) -> Any:
+        values_and_indices = topk(*arguments, **options)
+        unsorted.append(not sorted)
+        return values_and_indices if sorted else tuple(x.flip(-1) for x in values_and_indices)
+
+    torch.topk = any_order  # type: ignore[assignment]
+    policy, _ = open_policy(1, *settings)
+    batch, _ = batch_of(policy, sequences())
+    old = policy.log_probs(batch.micro_batches)
+    assert any(unsorted) or compat.VERSION.startswith("0.16."), "Megatron-Core sorts now: `_in_order` can go"
+    new: list[Tensor] = []
+
+    def loss(log_probs_R: Tensor, *_: Any) -> LossTerms:
+        new.append(log_probs_R.detach())
+        return LossTerms(-log_probs_R.sum(), {})
+
+    policy.update(batch, loss, lr=0.0)
+    return [torch.equal(a, b) for a, b in zip(old, new, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_experts_come_in_the_same_order_without_gradient(dtype: str) -> None:
+    """So that the ratios of a first update are 1 to the last bit."""
+    [equal] = run_distributed(scored_and_updated, 1, (f"precision.dtype={dtype}", "model.experts_per_token=3"))
+    assert len(equal) > 1 and all(equal)

@@ -273,7 +273,7 @@ class BadScorer(TablePolicy):
         self.of_reference, self.hit = of_reference, (-1, -1)
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, as_old: bool = False
     ) -> list[Tensor]:
         scored = super().log_probs(micro_batches, reference=reference)
         if reference == self.of_reference and self.ranks.dp_rank == self.ranks.dp_size - 1:
@@ -318,7 +318,7 @@ def test_a_log_prob_that_is_not_finite_is_found_on_every_replica(whose: str, val
 def test_ratios_that_do_not_start_at_one(tmp_path: Path) -> None:
     class Shifted(TablePolicy):
         def log_probs(
-            self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, record_experts: bool = False
+            self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, as_old: bool = False
         ) -> list[Tensor]:
             return [values + 1e-3 for values in super().log_probs(micro_batches)]
 

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 SWEEP = """
 title: "Two & two"
 about: A test.
+program: [gspo_megatron.testing.noisy_sampler, --router, "0.3", --bf16, --]
 base: base.yaml
 settings: [train.steps=2]
 rows:
@@ -95,6 +96,9 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     found = json.loads((folder / "report.json").read_text())
     assert_numbers_are_the_runs(found, folder)
     assert found["curves"][0]["measures"]["routers_changed"]["interval"]["n"] > 0
+    # Of a step whose rewards are all equal nothing is scored.
+    assert max(row.get("router/sampler_changed_fraction/layer_02", 0) for row in runs[0].rows()) > 0.01
+    assert "python -m gspo_megatron.testing.noisy_sampler --router 0.3 --bf16 -- --config" in runs[0].command
 
     ended = {run.directory: (run.directory / "outcome.json").stat().st_mtime_ns for run in runs}
     assert main(arguments) == 0
@@ -279,6 +283,11 @@ axis: updates
         ("gspo: [", "../gspo: [", "has the name '../gspo', which is to name a folder"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be a list of different numbers"),
         ("seeds: [1, 2]", "seeds: []", "has no seeds"),
+        (
+            'program: [gspo_megatron.testing.noisy_sampler, --router, "0.3", --bf16, --]',
+            "program: gspo_megatron.train",
+            "program must be a list, a module and its arguments",
+        ),
         ("settings: [", "settings: {a: ", "is not YAML"),
         ("settings: [train.steps=2]", "settings: train.steps=2", "settings must be a list of overrides"),
     ],
@@ -300,7 +309,7 @@ def test_a_row_that_is_not_there(sweep_file: Path) -> None:
 
 def test_the_sweeps_in_the_folder_can_start() -> None:
     sweeps = sorted((ROOT / "examples/sweeps").glob("*.yaml"))
-    assert [file.stem for file in sweeps] == ["figure2", "updates"]
+    assert [file.stem for file in sweeps] == ["figure2", "noise", "updates"]
     for file in sweeps:
         assert len(list(load_sweep(file).runs)) >= 15
 
