@@ -36,3 +36,10 @@ REPLAYS = {
 def expert_dtype(num_experts: int) -> torch.dtype:
     """Of recorded experts: the smallest that holds all of them, and NO_EXPERT."""
     return torch.int8 if num_experts <= 128 else torch.int16
+
+
+def replay_of(routing_replay: str, router_shift_floor: float | None) -> Replay:
+    """What a run with these settings of algorithm records, and where it uses that again."""
+    replay = REPLAYS[routing_replay]
+    # A shift is that of the experts which the old policy has used.
+    return replay if router_shift_floor is None else replay._replace(of_old=True, log_probs=True)

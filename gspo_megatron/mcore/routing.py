@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import NO_EXPERT, MicroBatch
 from gspo_megatron.base.metrics import Metric
-from gspo_megatron.base.replay import expert_dtype
+from gspo_megatron.base.replay import expert_dtype, replay_of
 from gspo_megatron.config.sections import AlgorithmConfig
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.models.families import has_sigmoid_router
@@ -174,9 +174,8 @@ class RoutingReplay:
 
     def __init__(self, algorithm: AlgorithmConfig, shape: ModelShape, groups: Groups) -> None:
         # A router of sigmoids has no probabilities of experts.
-        self.replay = algorithm.replay._replace(
-            log_probs=algorithm.replay.log_probs and not has_sigmoid_router(shape.family)
-        )
+        replay = replay_of(algorithm.routing_replay, algorithm.router_shift_floor)
+        self.replay = replay._replace(log_probs=replay.log_probs and not has_sigmoid_router(shape.family))
         self.weighs_shift = algorithm.router_shift_floor is not None
         self.shape, self.groups = shape, groups
         self._since_sampler = LayerMeans("sampler_changed_fraction", shape, groups)

@@ -32,6 +32,7 @@ from torch import Tensor
 from gspo_megatron.base.batches import IntArray, Prompt, Rollout, Sampling
 from gspo_megatron.base.errors import StopRequested
 from gspo_megatron.base.ragged import Ragged
+from gspo_megatron.base.replay import replay_of
 from gspo_megatron.base.tensors import all_on_device
 from gspo_megatron.layout.layout import packing_rules, sampler_token_multiple
 from gspo_megatron.log_probs import vocab_parallel_logits
@@ -91,7 +92,9 @@ class MegatronSampler:
         self.settings = r = policy.config.rollout
         self.as_in_training = Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, policy.config.run.seed)
         self.records_support = policy.config.algorithm.sampling_mask and self.groups.is_reporter
-        self.records_experts = policy.config.algorithm.replay.of_sampler
+        algorithm = policy.config.algorithm
+        replay = replay_of(algorithm.routing_replay, algorithm.router_shift_floor)
+        self.records_experts = replay.of_sampler
         self.pad_id, self.stop = pad_id, stop
         self.sign_of_life = sign_of_life
         assert policy.config.model.vocab_size is not None, "settle sets model.vocab_size"

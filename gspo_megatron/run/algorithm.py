@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gspo_megatron.base.replay import Replay
+from gspo_megatron.base.replay import Replay, replay_of
 from gspo_megatron.config.sections import Config
 from gspo_megatron.log_probs import Scoring
 from gspo_megatron.objective import PolicyObjective, Variant, resolve_variant
@@ -78,7 +78,7 @@ class Algorithm:
             entropy_coef=a.entropy_coef,
             updates_per_rollout=a.updates_per_rollout,
             old_log_probs="sampler" if a.old_log_probs == "rollout" else "update" if by_itself else "trainer",
-            replay=a.replay,
+            replay=replay_of(a.routing_replay, a.router_shift_floor),
             router_shift_floor=a.router_shift_floor,
             masks_sampling=a.sampling_mask,
             drops_truncated=a.drop_truncated,
