@@ -136,8 +136,9 @@ def run(part: Part, deadline: float, options: argparse.Namespace) -> dict[str, A
         if reason is not None:
             reason = f"{reason}: {lines[-1].strip()}" if lines else reason
     state = "failed" if reason else "measured"
+    shown = ["RESULT" if argument == str(output) else argument for argument in command[1:]]
     result: dict[str, Any] = {"state": state, "reason": reason, "values": values}
-    result |= {"seconds": time.monotonic() - started, "command": command[1:], "details": details}
+    result |= {"seconds": time.monotonic() - started, "command": shown, "details": details}
     return result | ({"end_of_log": lines[-60:]} if reason else {})
 
 

@@ -143,7 +143,7 @@ def update_of(fp8: str) -> Callable[[Path, bool], list[str]]:
         steps = ["--steps", "1", "--warmup", "1"] if rehearse else ["--steps", "8", "--warmup", "2"]
         # FP8 needs a GPU; the command is otherwise the same.
         settings = SMALLER if rehearse else (f"precision.fp8={fp8}",)
-        step = _module("benchmarks.step", "--config", str(UPDATE), "--against", "pretraining", *steps)
+        step = _module("benchmarks.step", "--config", str(UPDATE.relative_to(ROOT)), "--against", "pretraining", *steps)
         return [*step, "--output", str(output), *settings]
 
     return command

@@ -2,9 +2,9 @@
 
     config = load_config("examples/cpu_tiny_moe.yaml", ["optimizer.lr=3e-4"])     # strict: an unknown key is an error
 
-A setting is declared once, here or, of sections `model`, `eval`, `engine`, `algorithm`, `reward` and `guards`, in files of
-their names; `make docs` writes docs/settings.md from these declarations. Rules that involve several settings, or the
-number of processes, are in build/checks.py.
+A setting is declared once, here or, of sections `model`, `eval`, `engine`, `algorithm`, `reward` and `guards`, in
+files of their names; `make docs` writes docs/settings.md from these declarations. Rules that involve several settings,
+or the number of processes, are in build/checks.py.
 """
 
 from __future__ import annotations

