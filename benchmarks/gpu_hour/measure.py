@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ class Bench:
         overrides = [*model, *FIXED, f"precision.fp8={fp8}", f"precision.deterministic={options.deterministic}".lower()]
         config = load_config(file and str(file), [*overrides, *(SMALLER if options.rehearse else ())])
         p = config.precision
+        if options.te:
+            import_module("transformer_engine")  # a run on the CPU hides it, unless it was imported before
         device = open_device(p.device, p.dtype, fp8=p.fp8, deterministic=p.deterministic)
         # Only now: Megatron-Core imports Transformer Engine, which reads its variables at once.
         from gspo_megatron.mcore import compat

@@ -157,8 +157,8 @@ class Unfit(Exception):
     """A method has no numbers here; the message says why."""
 
 
-def open_method(name: str, case: Case, device: Device) -> LogProbs:
-    """Opens a method that is right on a small shape.
+def open_method(name: str, case: Case, device: Device, inputs: Inputs) -> LogProbs:
+    """Opens a method for these inputs, where it is right on a small shape.
 
     Raises:
         Unfit: the method cannot run here, or its results are wrong.
@@ -172,7 +172,7 @@ def open_method(name: str, case: Case, device: Device) -> LogProbs:
     found = deviations(small, log_probs)
     if max(found.values()) > max(TOLERANCE[dtype] for dtype in (method.gradients, device.dtype)):
         raise Unfit("wrong: " + ", ".join(f"{what} off by {x:.0e}" for what, x in found.items()))
-    return log_probs
+    return method.open(inputs)  # not `log_probs`: what ours keeps is sized by its inputs
 
 
 def measure_times(case: Case, names: Sequence[str], turns: int) -> dict[str, dict[str, Any]]:
@@ -183,7 +183,7 @@ def measure_times(case: Case, names: Sequence[str], turns: int) -> dict[str, dic
     opened: dict[str, LogProbs] = {}
     for name in names:
         try:
-            log_probs = open_method(name, case, device)
+            log_probs = open_method(name, case, device, inputs)
             results[name] = {"status": "ok", "seconds": [], "collectives": first_step(inputs, log_probs)}
             if not device.on_cpu:
                 results[name]["peak_extra_mib"] = step_memory(device, inputs, log_probs)

@@ -118,6 +118,16 @@ def open_that_fails(inputs: Inputs) -> LogProbs:
     return log_probs
 
 
+def open_for_its_inputs(inputs: Inputs) -> LogProbs:
+    log_softmax = open_log_softmax(inputs)
+
+    def log_probs(x: Inputs) -> Tensor:
+        assert len(x.targets_N) == len(inputs.targets_N), "opened for another shape"
+        return log_softmax(x)
+
+    return log_probs
+
+
 def open_with_50_mib(inputs: Inputs) -> LogProbs:
     log_softmax = open_log_softmax(inputs)
 
@@ -134,6 +144,7 @@ OTHERS = [
     Method("fails", open_that_fails),
     Method("absent", open_log_softmax, packages=("no_such_package",)),
     Method("50 MiB", open_with_50_mib),
+    Method("for its inputs", open_for_its_inputs),
 ]
 
 
@@ -153,8 +164,9 @@ def ours_that_fails(case: Case) -> None:
 
 
 def test_what_is_wrong_or_absent_gets_no_number() -> None:
-    found = run_distributed(measure_others, 1, TINY, **HOW)[0]
-    assert found.pop("50 MiB")["status"] == "ok"
+    # More rows than those of the trial.
+    found = run_distributed(measure_others, 1, replace(TINY, rows=256), **HOW)[0]
+    assert [found.pop(name)["status"] for name in ("50 MiB", "for its inputs")] == ["ok", "ok"]
     assert all(list(x) == ["status"] for x in found.values())
     assert "gradient of weight off by 1e+00" in found["without weight gradient"]["status"]
     assert found["slightly off"]["status"].startswith("wrong: log-probs off by 1e-03")

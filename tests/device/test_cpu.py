@@ -102,6 +102,16 @@ def test_training_fails_without(without: str, what_happens: str) -> None:
     assert error.startswith(what_happens) and bool(error) == bool(what_happens)
 
 
+def hidden_packages() -> dict[str, Any]:
+    open_device("cpu", "fp32")
+    return {name: sys.modules.get(name, "may be imported") for name in ("transformer_engine", "apex")}
+
+
+def test_runs_on_the_cpu_go_without_packages_for_gpus() -> None:
+    """Megatron-Core would call their kernels in the router, the gradient norm and Adam."""
+    assert run_distributed(hidden_packages, 1) == [{"transformer_engine": None, "apex": None}]
+
+
 @pytest.mark.parametrize(
     ("without", "axis", "what_happens"),
     [
@@ -313,6 +323,8 @@ def test_the_cuda_lane_trains(dtype: str, tmp_path: Path) -> None:
         "data.eval_size=16",
         "rollout.prompts_per_step=4",
         "train.steps=1",
+        # Of an untrained model all rewards are equal, and no sequence has a gradient.
+        "train.skip_zero_gradient=false",
         "logging.tensorboard=false",
     ]
     done = subprocess.run(
