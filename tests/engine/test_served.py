@@ -224,7 +224,7 @@ def test_pieces_tell_their_version_across_pauses(server: EngineServer) -> None:
 
 
 def test_what_the_engine_refuses_is_said(server: EngineServer) -> None:
-    with pytest.raises(EngineError, match=r"engine 0 .* with status 400: .*24"):
+    with pytest.raises(EngineError, match=r"engine 0 .* failed while it sampled: .*24"):
         list(engine_of(server).generate([request(0, prompt=(3,) * 30, max_new_tokens=12)]))
     with pytest.raises(EngineError, match="status 401"):
         stranger = engine_of(server)
