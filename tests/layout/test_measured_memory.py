@@ -100,7 +100,7 @@ class Run:
     def forward_and_backward(self) -> None:
         policy = self.policy
         schedule.train(
-            policy.chunks, self.groups, self.batch, self.loss, policy.scoring, policy.router_load, lambda _: None
+            policy.chunks, self.groups, self.batch, self.loss, policy.scoring, policy.router_load, policy.routing
         )
 
     def planned(self, with_reference: bool = False) -> Memory:
