@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo demo-vllm gsm8k bench bench-log-probs bench-trl bench-engine study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
+.PHONY: help venv venv-next venv-te venv-cuda venv-hf venv-engine venv-trl demo demo-vllm gsm8k bench bench-log-probs bench-engine bench-trl study planner grid test test-next test-triton test-hf test-engine test-peers fuzz test-slurm test-te dry-cuda check docs doctor gpu gpu-hour clean
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'

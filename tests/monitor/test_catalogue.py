@@ -10,8 +10,9 @@ from gspo_megatron.monitor.catalogue import CATALOGUE, board_name, entry_of
 from gspo_megatron.testing.commands import forked
 from tests.support.small import SMALL
 
-OF_ENGINES = ("engine/", "lag/")
-"""Metrics of runs with engines: tests/rollout/test_served.py, test_buffer.py and tests/engine have them."""
+OF_OTHER_RUNS = ("engine/", "lag/", "router/shift_weight", "router/shift_floor_fraction")
+"""Metrics of runs with engines: tests/rollout/test_served.py, test_buffer.py and tests/engine have them; and of the
+routers' shift: tests/mcore/test_router_shift.py."""
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -59,7 +60,7 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
     keys = dict.fromkeys(key for row in found for key in row)
     assert not [key for key in keys if entry_of(key) is None]
     missing = [entry.key for entry in CATALOGUE if not any(entry_of(key) is entry for key in keys)]
-    assert not [key for key in missing if not key.startswith(OF_ENGINES)]
+    assert not [key for key in missing if not key.startswith(OF_OTHER_RUNS)]
     # The CPU's peak is not known; everything else is a number with these settings.
     assert [key for key, value in (found[0] | found[1]).items() if value is None] == ["mfu"]
     assert len({board_name(key) for key in keys}) == len(keys)

@@ -25,7 +25,6 @@ ALIKE = {
     "config/test_declarations.py": "settings",
     "config/test_settings_are_read.py": "which settings a run reads",
     "rewards/test_code.py": "the sandbox of programs",
-    "tools/test_compare_algorithms.py": "tables of several runs",
     "tools/test_plan_layout.py": "the planner, which test_measured_memory.py holds against Megatron",
     # Tools: the scorer, the kernels and the comparison that they start have tests of their own, in tests/mcore,
     # tests/test_score.py and tests/tools/test_check_layout.py.
