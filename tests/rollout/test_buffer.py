@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -52,6 +53,7 @@ class Run:
         self.rows, self.shelf, self.engines = Rows(), Shelf(ranks), engines
         self.tables = dict[int, torch.Tensor]()
         config, self.points, self.stop_at = config_of(*SETTINGS, *overrides), 0, stop_at
+        self.is_ahead = how.get("max_lag", 0) > 0
         r = config.rollout
         parts: dict[str, Any] = {}
         if engines:
@@ -94,7 +96,12 @@ class Run:
 
     def stop(self) -> bool:
         self.points += 1
-        return self.points == self.stop_at
+        if (is_now := self.points == self.stop_at) and self.is_ahead:
+            # What is under way has tokens when the run stops.
+            rounds, since = sum(engine.rounds for engine in self.engines), time.monotonic()
+            while sum(engine.rounds for engine in self.engines) < rounds + 3 and time.monotonic() - since < 1.0:
+                time.sleep(0.001)
+        return is_now
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
@@ -188,14 +195,13 @@ def test_a_run_with_lag_goes_on_where_its_rollouts_were_cut() -> None:
     assert not first.completed
     state = first.shelf.saved[-1][1]
     assert state.held is not None
+    groups = state.held.about["groups"]
+    newest = max(group["step"] for group in groups)  # what began before is swept when the next step begins
+    rollouts = [(group["step"] == newest, rollout) for group in groups for rollout in group["rollouts"]]
     cut = {
         rollout["id"]: int(length)
-        for rollout, length in zip(
-            [rollout for group in state.held.about["groups"] for rollout in group["rollouts"]],
-            state.held.tensors["lengths_S"],
-            strict=True,
-        )
-        if not rollout["finish"]
+        for (is_kept, rollout), length in zip(rollouts, state.held.tensors["lengths_S"], strict=True)
+        if is_kept and not rollout["finish"]
     }
     assert any(cut.values())
     second = Run(engine := FakeEngine("b", delay_s=0.005, piece=1), state=state, policy=first.policy, **how)
