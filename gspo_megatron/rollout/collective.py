@@ -3,6 +3,7 @@ rank samples a share of the prompts."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Asked = Seq[tuple[Prompt, int]]
 
 
 @dataclass
-class ScoredSource:
+class ScoredSource(ABC):
     """Rollouts with their rewards, whoever samples them.
 
     Attributes:
@@ -46,9 +47,9 @@ class ScoredSource:
         refuse_unscored(rollouts, reward.most_lost)
         return [RolloutGroup(asked[i][0], rollouts[i : i + together]) for i in range(0, len(asked), together)]
 
+    @abstractmethod
     def _rollouts(self, asked: Asked, together: int, reward: Reward, sampling: Sampling | None) -> list[Rollout]:
         """The rollouts, scored, in any order, the same on all ranks."""
-        raise NotImplementedError
 
     def _decode(self, rollout: Rollout) -> None:
         rollout.text = text_of(self.tokenizer, rollout.last_turn)
