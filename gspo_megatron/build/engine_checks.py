@@ -8,6 +8,15 @@ from gspo_megatron.base.errors import ConfigError, plural
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.sections import Config
 
+USED: dict[str, tuple[tuple[str, ...], str]] = {
+    "collective": ((), "the model under training samples"),
+    "vllm_colocated": (
+        ("tensor_parallel", "cache_gib", "arguments", "probe_limit"),
+        "the run's own processes are the engines",
+    ),
+}
+"""(settings of section engine that it reads, why not the others), where it does not read them all."""
+
 
 def check_engine(config: Config) -> None:
     """
@@ -15,18 +24,19 @@ def check_engine(config: Config) -> None:
         ConfigError: settings that do not go together with rollout.engine.
     """
     r, e = config.rollout, config.engine
+    used, where = USED.get(r.engine, (None, ""))
+    changed = [f.name for f in fields(e) if getattr(e, f.name) != getattr(EngineConfig(), f.name)]
+    if used is not None and (ignored := [name for name in changed if name not in used]):
+        raise ConfigError(
+            f"engine.{ignored[0]}={getattr(e, ignored[0])} has no effect with rollout.engine={r.engine}, where {where}"
+            "; remove it, or set rollout.engine=vllm"
+        )
+    if used is not None and r.max_lag:
+        raise ConfigError(
+            f"rollout.max_lag={r.max_lag} with rollout.engine={r.engine}: what trains cannot sample meanwhile; set "
+            "max_lag=0, or rollout.engine=vllm"
+        )
     if r.engine == "collective":
-        changed = [f.name for f in fields(e) if getattr(e, f.name) != getattr(EngineConfig(), f.name)]
-        if changed:
-            raise ConfigError(
-                f"engine.{changed[0]}={getattr(e, changed[0])} has no effect with rollout.engine=collective, where the "
-                "model under training samples; remove it, or set rollout.engine=vllm"
-            )
-        if r.max_lag:
-            raise ConfigError(
-                f"rollout.max_lag={r.max_lag} with rollout.engine=collective: the model under training cannot sample "
-                "while it trains; set max_lag=0, or rollout.engine=vllm"
-            )
         return
     for what, why, fix in _not_offered(config):
         raise ConfigError(f"{what} with rollout.engine={r.engine}: {why}; {fix}")

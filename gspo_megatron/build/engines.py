@@ -158,6 +158,19 @@ def write_config(folder: Path, files: FolderFiles, dtype: torch.dtype) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def probe_of(inputs: Inputs) -> Probe:
+    """What engines score after every change of weights."""
+    config = inputs.config
+    limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
+    return Probe.of_vocabulary(inputs.tokenizer.vocab_size, config.model.max_sequence_length, limit=limit)
+
+
+def scores_of(inputs: Inputs, policy: Any, ranks: Any, console: Console) -> Callable[[Seq[int], int], Seq[float]]:
+    """The trainer's log-probs of a sequence from a position on. All ranks call it together."""
+    scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
+    return lambda tokens, begin: scorer.log_probs([Response("the probe", {}, list(tokens), begin)])[0]
+
+
 @contextmanager
 def open_engines(
     inputs: Inputs,
@@ -167,25 +180,20 @@ def open_engines(
     device: Device,
     console: Console,
     stop: Callable[[], bool],
-) -> Iterator[Callable[..., ServedSource] | None]:
-    """What makes the source of rollouts from the arguments that every source has; None: the model under training
-    samples. Engines start meanwhile, and end with the context. Collective.
+) -> Iterator[Callable[..., ServedSource]]:
+    """What makes the source of rollouts from the arguments that every source has. Engines start meanwhile, and end with
+    the context. Collective.
 
     Raises:
         ConfigError: engines on a CPU beside a run on GPUs, or the other way round.
         EngineError: one cannot be started.
     """
     config, tokenizer = inputs.config, inputs.tokenizer
-    if config.rollout.engine == "collective":
-        yield None
-        return
     if device.on_cpu == bool(config.engine.gpus):
         raise ConfigError(
             f"engine.gpus={config.engine.gpus} with a run on {device.describe()}: "
             + ("remove it" if device.on_cpu else "name GPUs of the first node that no process of the run uses")
         )
-    limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
-    scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
     engines = VllmEngines(inputs, files, device, console.warn, stop) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:
@@ -195,8 +203,8 @@ def open_engines(
             policy=policy,
             open_pool=engines.ready if engines else None,
             weights=partial(policy.weights, rules, only_to=0),
-            probe=Probe.of_vocabulary(tokenizer.vocab_size, config.model.max_sequence_length, limit=limit),
-            score=lambda tokens, begin: scorer.log_probs([Response("the probe", {}, list(tokens), begin)])[0],
+            probe=probe_of(inputs),
+            score=scores_of(inputs, policy, ranks, console),
             as_in_training=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, config.run.seed),
             stop_ids=stops_of(r.stop, tokenizer).ids,
             stop=stop,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.colocated import open_colocated
 from gspo_megatron.build.contents import contents_of
 from gspo_megatron.build.engines import open_engines
 from gspo_megatron.build.eval_sets import rewards_in
@@ -41,6 +42,13 @@ from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.run.resume import Continuation
 from gspo_megatron.run.state import RunState, settings_of
 from gspo_megatron.run.trainer import Trainer
+
+OPENED: Mapping[str, Callable[..., AbstractContextManager[Callable[..., Any] | None]]] = {
+    "collective": lambda *_: nullcontext(),  # the model under training samples
+    "vllm": open_engines,
+    "vllm_colocated": open_colocated,
+}
+"""What rollout.engine opens."""
 
 
 def device_of(config: Config) -> Device:
@@ -107,7 +115,7 @@ def open_trainer(
             if writer.moved:
                 console.say(f"an earlier run used {config.run.dir}: {', '.join(writer.moved)}")
         beside = folder_files(config.model.shape, tokenizer, config.data.tokenizer, config.model.hf)
-        with open_engines(inputs, policy, groups, beside, device, console, stop) as served:
+        with OPENED[config.rollout.engine](inputs, policy, groups, beside, device, console, stop) as served:
             gpu = gpu_named(device.name)
             parts = assemble(
                 inputs,

@@ -175,9 +175,9 @@ class RolloutConfig:
 
     engine: str = setting(
         "collective",
-        "What samples: the model under training on its own processes (collective), or vLLM with a copy of its weights "
-        "(vllm; docs/engines.md).",
-        choices=("collective", "vllm"),
+        "What samples: the model under training on its own processes (collective), or vLLM with a copy of its weights, "
+        "in programs of its own (vllm) or in the run's processes (vllm_colocated; docs/engines.md).",
+        choices=("collective", "vllm", "vllm_colocated"),
     )
     group_size: int = setting(8, "Rollouts per prompt.", least=1, most=2**20)
     prompts_per_step: int = setting(32, "Prompts per step.", least=1, most=2**24)

@@ -44,6 +44,14 @@ def this_process() -> Machine:
     )
 
 
+def set_variables(variables: Mapping[str, str], rank: int) -> None:
+    """Sets variables of this process's environment, for a package that is imported after that, and those of torchrun
+    where one process runs without it."""
+    os.environ.update(variables)
+    os.environ.setdefault("RANK", str(rank))
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 def torch_and_gpus() -> dict[str, Any]:
     import torch
 

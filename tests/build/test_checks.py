@@ -323,13 +323,25 @@ def test_what_transformer_engines_layers_lack_is_refused(
     check_config(load_config(None, [*on_gpus, "precision.transformer_engine=off"]), world_size)
 
 
-VLLM = "rollout.engine=vllm"
+VLLM, COLOCATED = "rollout.engine=vllm", "rollout.engine=vllm_colocated"
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (("rollout.max_lag=1",), "rollout.max_lag=1 with rollout.engine=collective: the model under training cannot"),
+        (
+            ("rollout.max_lag=1",),
+            "rollout.max_lag=1 with rollout.engine=collective: what trains cannot sample",
+        ),
+        (
+            (COLOCATED, "rollout.max_lag=1"),
+            "rollout.max_lag=1 with rollout.engine=vllm_colocated: what trains cannot",
+        ),
+        (
+            (COLOCATED, "engine.count=2"),
+            "engine.count=2 has no effect with rollout.engine=vllm_colocated, where the run's",
+        ),
+        ((COLOCATED, "algorithm.routing_replay=R3"), "algorithm.routing_replay=R3 with rollout.engine=vllm_colocated"),
         ((VLLM, "rollout.max_lag=1", "rollout.dynamic_sampling=2"), "rollout.max_lag=1 and rollout.dynamic_sampling=2"),
         (("engine.count=2",), "engine.count=2 has no effect with rollout.engine=collective"),
         ((VLLM, "rollout.stop=[7, x]"), "rollout.stop=['x'] with rollout.engine=vllm: engines get token ids"),
