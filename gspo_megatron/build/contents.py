@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ def _file_of_module(name: str) -> list[Path]:
 
 
 def _files_of(path: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The file, or the files in a folder."""
-    if path.is_dir():
+    """The file, or the files in a folder; none where the path is no path, such as a long alphabet (characters:...)."""
+    if os.path.isdir(path):
         return sorted(file for pattern in patterns for file in path.glob(pattern) if file.is_file())
-    return [path] if path.is_file() else []
+    return [path] if os.path.isfile(path) else []

@@ -176,8 +176,10 @@ def open_groups(
 def folder_files(shape: ModelShape, tokenizer: Tokenizer, spec: str, hf: str | None) -> FolderFiles:
     """What an exported folder holds besides weights: as in the folder `hf` that the run started from, with the run's
     tokenizer, which data.tokenizer=`spec` names."""
-    place = Path(spec)
-    folder = (place if place.is_dir() else place.parent) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    folder = None
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # else `spec` need not be a path
+        place = Path(spec)
+        folder = place if place.is_dir() else place.parent
     if hf:
         return FolderFiles.like(Path(hf), folder)
     return FolderFiles.of(family_of(shape).hf_config(shape), tokenizer.stop_ids, tokenizer.pad_id, folder)
