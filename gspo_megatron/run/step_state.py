@@ -64,10 +64,6 @@ class StepState:
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
-    def has_column(self, name: str) -> bool:
-        """Whether the sequences have it, as those of a step that goes on."""
-        return any(name in sequence.columns for sequence in self.sequences)
-
     def has_advantages(self, update: int) -> bool:
         """Whether a sequence of this update has an advantage, and tokens to give it to."""
         return any(s.advantage and s.num_trained for s in (self.sequences[i] for i in self.mini_batches[update]))

@@ -275,8 +275,8 @@ class Trainer:
     def pack(self, step: StepState) -> None:
         """3. Mini-batches, and this rank's micro-batches of each."""
         a, experts = self.algorithm, None
-        # A step that goes on has them in its columns.
-        if a.replay.of_sampler and not step.has_column("routed_experts"):
+        # A step that goes on has them in its columns, where it needs any.
+        if a.replay.of_sampler and not step.updates:
             shape, needed = self.config.model.shape, a.replay.in_scoring
             experts = SampledExperts.of(step.rollouts, shape, self.ranks, needed=needed)
         self.parts.packer.pack(
