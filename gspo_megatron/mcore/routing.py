@@ -63,7 +63,8 @@ class Recording:
 
     def columns(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """`routed_experts` of the micro-batch, [T, L, k], with NO_EXPERT in padding and in layers without a router, and
-        `expert_log_probs`, 0 in those. Collective over the tensor-parallel ranks and the pipeline stages."""
+        `expert_log_probs`, 0 in those. Called once: what was kept is freed. Collective over the tensor-parallel ranks
+        and the pipeline stages."""
         num_tokens, outside_T = len(micro_batch.tokens_T), ~micro_batch.inside_T
         experts_TLk = torch.cat(from_parts(self.seen(num_tokens), self.groups))
         experts_TLk[outside_T] = NO_EXPERT
@@ -72,6 +73,8 @@ class Recording:
             log_probs_TLk = self._by_layer(self._log_probs, num_tokens, 0, self._log_prob_dtype)
             found["expert_log_probs"] = torch.cat(from_parts(log_probs_TLk, self.groups))
             found["expert_log_probs"][outside_T] = 0
+        self._experts.clear()
+        self._log_probs.clear()
         return found
 
     def _by_layer(self, found: dict[int, Tensor], num_tokens: int, fill: int, dtype: torch.dtype) -> Tensor:

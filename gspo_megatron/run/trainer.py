@@ -134,6 +134,7 @@ class Trainer:
                 self.record(row)
                 assert done is not None
                 self.guards.check_step(done, row)
+                del done  # its columns would take their memory until the next step has been scored
                 every = self.config.checkpoint.save_every
                 is_best = "time/eval_s" in row and self.records.note(row)
                 if is_best or (every and step % every == 0):
