@@ -183,10 +183,13 @@ class Baseline(Dial):
     Attributes:
         scope: whose rewards it is compared with, those of its group or of the whole batch. Where they are all equal,
             advantages are 0. In a scope "none" a reward stands for itself.
+        of_returns: where a reward comes token by token, as with KL in the reward, and a token has a ratio of its own,
+            each token has an advantage: that of what it and the tokens after it earn.
     """
 
     kind = "baseline"
     scope: ClassVar[Literal["group", "batch", "none"]] = "group"
+    of_returns: ClassVar[bool] = False
 
     @abstractmethod
     def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:

@@ -85,7 +85,12 @@ class Trainer:
     def __init__(self, parts: Parts, continuation: Continuation) -> None:
         self.parts, self.config, self.algorithm = parts, parts.config, parts.algorithm
         self.ranks, self.policy, self.guards, self.note = parts.ranks, parts.policy, parts.guards, parts.note
-        self.loss = PolicyLoss(self.algorithm.objective, self.ranks, self.algorithm.needs_reference)
+        self.loss = PolicyLoss(
+            self.algorithm.objective,
+            self.ranks,
+            self.algorithm.needs_reference,
+            self.algorithm.has_token_advantages,
+        )
         self.clock, self.pause_s = Clock(), 0.0
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
@@ -295,7 +300,8 @@ class Trainer:
         self.complete_save()
         self.guards.check_columns(step)
         if self.algorithm.kl_in_reward:
-            stages.penalise(step, self.algorithm, self.ranks)
+            by_token = self.algorithm.has_token_advantages
+            (stages.penalise_tokens if by_token else stages.penalise)(step, self.algorithm, self.ranks)
 
     def update(self, step: StepState) -> dict[str, float]:
         """5. The remaining updates of the step, each subject to the guards; returns the metrics of all."""
