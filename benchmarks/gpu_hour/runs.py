@@ -36,7 +36,10 @@ DEMO = (
 SMALL = ("rollout.prompts_per_step=4", "rollout.group_size=2", "data.eval_size=16", "train.warm_start_steps=2")
 
 
-def run(folder: Path, *settings: str) -> list[dict[str, Any]]:
+Row = dict[str, Any]
+
+
+def run(folder: Path, *settings: str) -> list[Row]:
     """The rows of a run's metrics.jsonl, without what the machine decides."""
     command = [sys.executable, "-W", "ignore", "-m", "gspo_megatron.train", "--config", "examples/cpu_tiny_moe.yaml"]
     done = subprocess.run([*command, *DEMO, f"run.dir={folder}", *settings], cwd=ROOT, capture_output=True, text=True)
@@ -51,6 +54,20 @@ def responses(folder: Path) -> list[Any]:
     return [json.loads(line)["tokens"] for line in lines]
 
 
+def after_resume(whole: Sequence[Row], continued: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The two rows of each step that both runs make.
+
+    Raises:
+        ValueError: one of them lacks such a step, and a comparison without it would say too little.
+    """
+    by_step = [{row["step"]: row for row in rows} for rows in (whole, continued)]
+    wanted = list(range(STEPS // 2 + 1, STEPS + 1))
+    for name, rows in zip(("whole", "continued"), by_step, strict=True):
+        if missing := [step for step in wanted if step not in rows]:
+            raise ValueError(f"the {name} run has no rows of the steps {missing}, which were to be compared")
+    return [(by_step[0][step], by_step[1][step]) for step in wanted]
+
+
 def measured(folder: Path, rehearse: bool) -> dict[str, Any]:
     small, gpu = (SMALL, "cpu") if rehearse else ((), "cuda")
     on_cpu = run(folder / "cpu", "precision.device=cpu", "precision.dtype=fp32", *small)
@@ -60,7 +77,7 @@ def measured(folder: Path, rehearse: bool) -> dict[str, Any]:
     whole = run(folder / "whole", *exact)
     half = folder / "whole" / "checkpoints" / f"step_{STEPS // 2:06d}"
     continued = run(folder / "continued", *exact, f"checkpoint.load={half}")
-    both = [(a, b) for a in whole for b in continued if a["step"] == b["step"] > STEPS // 2]
+    both = after_resume(whole, continued)
     keys = {key for a, b in both for key in {*a, *b} if a.get(key) != b.get(key)}
     warm = [rows[0]["warm_start/loss"] for rows in (on_cpu, on_gpu)]
     return {

@@ -165,6 +165,8 @@ COLUMNS: dict[str, Column] = {
         Column("ref_log_probs", "reference log-prob"),
         # An engine may give no number for a token: a correction takes such a ratio as 1 and counts it.
         Column("sampler_log_probs", "log-prob of the sampler", finite=False),
+        # Where what a token and those after it earn is compared, not what the response does.
+        Column("return_advantages", "advantage of a token's return"),
         # [layers, experts of a token]
         Column("routed_experts", "expert", of_model=True, every_token=True, fill=NO_EXPERT, finite=False),
         # [layers, experts of a token], of the old policy's routers

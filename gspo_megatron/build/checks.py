@@ -11,7 +11,7 @@ from datetime import date
 from gspo_megatron.base.errors import ConfigError, did_you_mean, lookup, plural, shortened
 from gspo_megatron.build.data import SETTINGS, is_chat, shown, sources_of
 from gspo_megatron.build.engine_checks import check_engine
-from gspo_megatron.build.replay import check_replay
+from gspo_megatron.build.replay import check_replay, replay_warnings
 from gspo_megatron.build.set_specs import all_sources, metric_names
 from gspo_megatron.config.evaluation import EvalConfig
 from gspo_megatron.config.guards import GuardConfig
@@ -343,7 +343,7 @@ def _check_savings(config: Config, algorithm: Algorithm) -> None:
 
 def config_warnings(config: Config, algorithm: Algorithm) -> list[str]:
     """Settings that work but are probably not intended."""
-    notes = algorithm.variant.warnings()
+    notes = algorithm.variant.warnings() + replay_warnings(config, algorithm)
     if not algorithm.variant.clip.corrects and algorithm.updates_per_rollout > 1:
         notes.append(
             f"algorithm.variant={algorithm.variant.name} has no ratio to correct with, and of the "

@@ -34,6 +34,11 @@ def check_replay(config: Config, algorithm: Algorithm) -> None:
             "balancing loss counts the experts that the router would choose, not those that are used; set "
             "aux_loss_coef=0, or routing_replay=compare"
         )
+    if shifts and not algorithm.variant.clip.corrects:
+        raise ConfigError(
+            f"{given} multiplies the ratios of the loss, and that of algorithm.variant={a.variant} has none (clip "
+            f"{algorithm.variant.clip.name}); use a variant with ratios, such as gspo, or set {off}"
+        )
     if shifts and has_sigmoid_router(family):
         raise ConfigError(
             f"{given} compares a router's probabilities of experts; that of model.family={family} gives every expert a "
@@ -44,3 +49,15 @@ def check_replay(config: Config, algorithm: Algorithm) -> None:
             f"{given} with parallel.pp={config.parallel.pp}: a token's weight is an average over all layers, and a "
             f"pipeline stage knows its own; set pp=1, or {off}"
         )
+
+
+def replay_warnings(config: Config, algorithm: Algorithm) -> list[str]:
+    """Settings that work but have no effect."""
+    floor = config.algorithm.router_shift_floor
+    if floor is None or algorithm.updates_per_rollout > 1:
+        return []
+    return [
+        f"algorithm.router_shift_floor={floor} with algorithm.updates_per_rollout=1: the one update of a rollout batch "
+        "finds the routers as they were when old log-probs were scored, so their shift is 0 and no ratio changes; use "
+        "2 or more, or set router_shift_floor=null"
+    ]

@@ -1,4 +1,4 @@
-"""eval.sets as the settings describe them, and with them all sources of a run."""
+"""Reads eval.sets: where each held-out set comes from and how it is sampled. Lists all sources of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLED = ("temperature", "top_p", "top_k", "max_new_tokens")
 """Settings of section `rollout` that a set may have for itself."""
 OWN = ("source", "size", "n", "k", *SAMPLED, "reward", "by")
 METRICS = ("accuracy", "reward")
-"""Metrics of every set of which more is better."""
+"""Metrics that every set has; larger is better."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def chat_templates(config: Config, tokenizer: Tokenizer) -> list[ChatTemplate]:
 
 
 def metric_names(config: Config) -> list[str]:
-    """The metrics of evaluations that can decide something: more of them is better."""
+    """The metrics of evaluations that a best checkpoint can be chosen by; larger is better."""
     found = [f"eval/{name}" for name in METRICS]
     for spec in set_specs(config):
         at_k = [f"{kind}@{k}" for k in spec.k for kind in ("pass", "maj")]
@@ -109,7 +109,7 @@ def _spec(config: Config, name: str, entry: Any) -> SetSpec:
 
 
 def _sampling(config: Config, name: str, entry: Mapping[str, Any], n: int) -> Sampling:
-    """As in training, where the set does not say; one response is greedy, several are not."""
+    """The set's own settings, and those of training for the rest; a single response is greedy by default."""
     place, own = f"eval.sets.{name}", {}
     for key in SAMPLED:
         value = entry.get(key)
@@ -119,7 +119,7 @@ def _sampling(config: Config, name: str, entry: Mapping[str, Any], n: int) -> Sa
         if isinstance(value, bool) or not isinstance(value, (int, float) if float in declared.kinds else int):
             raise ConfigError(f"{place}: {key}={value!r} must be a number")
         value = declared.kinds[0](value)
-        # Nothing can be trained on at temperature 0, but evaluated.
+        # Evaluation may be greedy, training may not.
         if (key, value) != ("temperature", 0) and (complaint := declared.complaint(value)):
             raise ConfigError(f"{place}: {complaint.removeprefix('rollout.')}")
         own[key] = value

@@ -27,8 +27,8 @@ class AlgorithmConfig:
     )
     kl_in: str = setting(
         "loss",
-        "Where that divergence counts: as a term of the loss, or, summed over a response, subtracted from its reward "
-        "before rewards become advantages.",
+        "Where that divergence counts: as a term of the loss, or subtracted from the reward before rewards become "
+        "advantages: summed over a response, or, for each token in reinforce_pp, over the tokens from it on.",
         choices=("loss", "reward"),
     )
     entropy_coef: float = setting(0.0, "Coefficient of the entropy bonus.", least=0)

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gspo_megatron.base.replay import expert_dtype, replay_of
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device.precision import RECIPES
 from gspo_megatron.layout.activations import BYTES, Format, core_ends, kept_by_layer, working_bytes
 from gspo_megatron.layout.layout import Layout
 from gspo_megatron.log_probs.blocks import ACCELERATOR_BLOCK, CPU_BLOCK
 from gspo_megatron.models.counts import count_parameters
-from gspo_megatron.models.families import family_of
+from gspo_megatron.models.families import family_of, has_sigmoid_router
 from gspo_megatron.models.family import LayerCount, ParameterCount, TokenCount
 from gspo_megatron.models.shape import ModelShape
 
@@ -237,19 +238,57 @@ def state_bytes(x: TokenCount, width: int) -> int:
     return max(width, 4) * x.states + width * x.inputs
 
 
+def expert_bytes(config: Config) -> tuple[int, int]:
+    """Of one token, in all layers of the model: the experts that are recorded, and the routers' log-probs of them."""
+    m, replay = config.model.shape, replay_of(config.algorithm.routing_replay, config.algorithm.router_shift_floor)
+    chosen = m.num_layers * m.experts_per_token
+    has_log_probs = replay.log_probs and not has_sigmoid_router(m.family)
+    return chosen * expert_dtype(m.num_experts).itemsize, has_log_probs * chosen * max(BYTES[config.precision.dtype], 4)
+
+
+def recorded_sizes(config: Config, layout: Layout) -> dict[str, float]:
+    """Recorded experts by phase, where they are of the trainer. What scoring has recorded stays on the device, for all
+    tokens that this rank trains on, until the step ends; the sampler's experts are on the host, all of them are copied
+    for scoring, and those of a mini-batch for its update."""
+    a, r = config.algorithm, config.rollout
+    replay, (experts, log_probs) = replay_of(a.routing_replay, a.router_shift_floor), expert_bytes(config)
+    rollouts = -(-r.prompts_per_step * r.group_size // layout.dp)
+    tokens = rollouts * config.model.max_sequence_length / layout.cp
+    of_old, of_sampler = replay.of_old * (experts + log_probs), replay.of_sampler * experts
+    return {
+        "update": tokens * (of_old or of_sampler / a.updates_per_rollout),
+        "scoring": tokens * (of_old + of_sampler),
+    }
+
+
+def sampled_experts(config: Config, layout: Layout) -> tuple[float, float]:
+    """What the sampler has recorded when its last rollout ends, and what it then is at most: three copies of the parts
+    of all tensor-parallel ranks, while they are put in order. As if no rollouts shared the forward of their prompt."""
+    r, a = config.rollout, config.algorithm
+    if not replay_of(a.routing_replay, a.router_shift_floor).of_sampler:
+        return 0.0, 0.0
+    rollouts = -(-r.prompts_per_step * r.group_size // (layout.dp * layout.cp))
+    whole = rollouts * config.model.max_sequence_length * expert_bytes(config)[0]
+    return whole / layout.tp, 3.0 * whole
+
+
 def rollout_sizes(config: Config, layout: Layout, stage: int) -> dict[str, float]:
     """The cache; one layer at work on a forward's tokens, at most those of a micro-batch; the last stage's logits, as
-    float32 and three times as float64 (rollout/native/sampling.py)."""
+    float32 and three times as float64 (rollout/native/sampling.py); the experts of all tokens, which are put together
+    when no layer is at work any more."""
     m, r, rows = config.model.shape, config.rollout, rollouts_at_once(config, layout)
     assert m.vocab_size is not None
     # A later turn of a conversation begins with all that was said before.
     prompt = m.max_sequence_length - (r.max_new_tokens if r.environment == "single_turn" else 0)
     prompts = min(config.train.tokens_per_micro_batch, rows * prompt)
     f, is_last = Format.of(config), stage == layout.pp - 1
+    working, logits = (prompts + rows) * largest_layer(m, layout, f), is_last * rows * m.vocab_size * (2 * 4 + 3 * 8)
+    kept, together = sampled_experts(config, layout)
     return {
         "KV cache": cache_bytes(config, layout, stage, rows=rows, positions=m.max_sequence_length),
-        "working memory": (prompts + rows) * largest_layer(m, layout, f),
-        "logits": is_last * rows * m.vocab_size * (2 * 4 + 3 * 8),
+        "working memory": working,
+        "logits": logits,
+        "recorded experts": max(kept, together - working - logits),
     }
 
 
@@ -267,13 +306,13 @@ def memory_of_stage(config: Config, layout: Layout, stage: int, *, with_referenc
     workspace = head.pop("log-prob workspace")
     update = {**activations, **head, "layer at work": max(working - workspace, 0.0), "log-prob workspace": workspace}
     dense, experts = stage_parameters(m, layout, stage)
-    reference = held["reference"] / (layout.dp * layout.cp)
+    reference, recorded = held["reference"] / (layout.dp * layout.cp), recorded_sizes(config, layout)
     return Memory(
         stage,
         held,
         {
-            "update": update,
-            "scoring": {"layer at work": tokens * layer, **scored},
+            "update": {**update, "recorded experts": recorded["update"]},
+            "scoring": {"layer at work": tokens * layer, **scored, "recorded experts": recorded["scoring"]},
             "rollout": rollout_sizes(config, layout, stage),
             "save": {},
         },

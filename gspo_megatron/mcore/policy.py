@@ -111,7 +111,7 @@ class MegatronPolicy(MegatronModel):
         self.chunks = wrap_model(self._model, device, config.optimizer)
         self._gathering = False
         self.router_load = RouterLoad(self._model, config.model.shape, groups)
-        self.routing = RoutingReplay(config.algorithm, config.model.shape, groups)
+        self.routing = RoutingReplay(config.algorithm, config.model.shape, groups, self.score_dtype)
         self.optimizer = build_optimizer(self.chunks, device, config.optimizer)
 
     @property
@@ -151,7 +151,7 @@ class MegatronPolicy(MegatronModel):
         scored = self._scored(chunks, here, [routing for routing, _ in plans])
         for micro_batch, moved, (_, recording) in zip(micro_batches, here, plans, strict=True):
             if recording:
-                micro_batch.columns |= recording.columns(moved, self.config.model.shape, self.groups)
+                micro_batch.columns |= recording.columns(moved)
         return scored
 
     def update(self, batch: UpdateBatch, loss: Loss, *, lr: float, accept: Accept | None = None) -> dict[str, Metric]:

@@ -41,44 +41,48 @@ class Routing(Protocol):
 
 
 class Recording:
-    """Keeps what the routers choose, and on request the log-probs of that."""
+    """Keeps what the routers of one forward choose, in the dtype of the column, and with `log_prob_dtype` the log-probs
+    of that."""
 
-    def __init__(self, *, log_probs: bool = False) -> None:
+    def __init__(self, shape: ModelShape, groups: Groups, *, log_prob_dtype: torch.dtype | None = None) -> None:
+        self.shape, self.groups = shape, groups
+        self._dtype, self._log_prob_dtype = expert_dtype(shape.num_experts), log_prob_dtype
         self._experts: dict[int, Tensor] = {}
-        self._log_probs: dict[int, Tensor] | None = {} if log_probs else None
+        self._log_probs: dict[int, Tensor] = {}
 
     def choose(self, layer: int, scores_TE: Tensor, own: Choice) -> Choice:
-        self._experts[layer] = own[1]
-        if self._log_probs is not None:
-            self._log_probs[layer] = log_probs_of(scores_TE, self._experts[layer])
+        self._experts[layer] = own[1].to(self._dtype)
+        if self._log_prob_dtype is not None:
+            self._log_probs[layer] = log_probs_of(scores_TE, own[1]).to(self._log_prob_dtype)
         return own
 
-    def seen(self, num_tokens: int, shape: ModelShape, groups: Groups) -> Tensor:
+    def seen(self, num_tokens: int) -> Tensor:
         """Experts [T / tp, L, k] of a forward of T = `num_tokens`, as this rank has seen it: NO_EXPERT in layers
         without a router and in those of other pipeline stages."""
-        size = num_tokens // groups.layout.tp, shape.num_layers, shape.experts_per_token
-        dtype = expert_dtype(shape.num_experts)
-        return _by_layer(self._experts, torch.full(size, NO_EXPERT, dtype=dtype, device=groups.device))
+        return self._by_layer(self._experts, num_tokens, NO_EXPERT, self._dtype)
 
-    def columns(self, micro_batch: MicroBatch, shape: ModelShape, groups: Groups) -> dict[str, Tensor]:
+    def columns(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """`routed_experts` of the micro-batch, [T, L, k], with NO_EXPERT in padding and in layers without a router, and
-        `expert_log_probs`, 0 in those. Collective over the tensor-parallel ranks and the pipeline stages."""
-        seen_TLk, outside_T = self.seen(len(micro_batch.tokens_T), shape, groups), ~micro_batch.inside_T
-        experts_TLk = torch.cat(from_parts(seen_TLk, groups))
+        `expert_log_probs`, 0 in those. Called once: what was kept is freed. Collective over the tensor-parallel ranks
+        and the pipeline stages."""
+        num_tokens, outside_T = len(micro_batch.tokens_T), ~micro_batch.inside_T
+        experts_TLk = torch.cat(from_parts(self.seen(num_tokens), self.groups))
         experts_TLk[outside_T] = NO_EXPERT
         found = {"routed_experts": experts_TLk}
-        if self._log_probs is not None:
-            dtype = next((x.dtype for x in self._log_probs.values()), torch.float32)
-            log_probs_TLk = _by_layer(self._log_probs, torch.zeros(seen_TLk.shape, dtype=dtype, device=groups.device))
-            found["expert_log_probs"] = torch.cat(from_parts(log_probs_TLk, groups))
+        if self._log_prob_dtype is not None:
+            log_probs_TLk = self._by_layer(self._log_probs, num_tokens, 0, self._log_prob_dtype)
+            found["expert_log_probs"] = torch.cat(from_parts(log_probs_TLk, self.groups))
             found["expert_log_probs"][outside_T] = 0
+        self._experts.clear()
+        self._log_probs.clear()
         return found
 
-
-def _by_layer(found: dict[int, Tensor], empty_TLk: Tensor) -> Tensor:
-    if found:
-        empty_TLk[:, list(found)] = torch.stack(list(found.values()), 1).to(empty_TLk.dtype)
-    return empty_TLk
+    def _by_layer(self, found: dict[int, Tensor], num_tokens: int, fill: int, dtype: torch.dtype) -> Tensor:
+        size = num_tokens // self.groups.layout.tp, self.shape.num_layers, self.shape.experts_per_token
+        whole_TLk = torch.full(size, fill, dtype=dtype, device=self.groups.device)
+        if found:
+            whole_TLk[:, list(found)] = torch.stack(list(found.values()), 1)
+        return whole_TLk
 
 
 def log_probs_of(scores_TE: Tensor, experts_Tk: Tensor) -> Tensor:
@@ -170,14 +174,14 @@ class Both:
 
 class RoutingReplay:
     """What the forwards of a step do with the experts of the sampler and of the old policy, both in turn in the column
-    `routed_experts`, by the settings of `algorithm`."""
+    `routed_experts`, by the settings of `algorithm`. `score_dtype`: of log-probs, the routers' too."""
 
-    def __init__(self, algorithm: AlgorithmConfig, shape: ModelShape, groups: Groups) -> None:
+    def __init__(self, algorithm: AlgorithmConfig, shape: ModelShape, groups: Groups, score_dtype: torch.dtype) -> None:
         # A router of sigmoids has no probabilities of experts.
         replay = replay_of(algorithm.routing_replay, algorithm.router_shift_floor)
         self.replay = replay._replace(log_probs=replay.log_probs and not has_sigmoid_router(shape.family))
         self.weighs_shift = algorithm.router_shift_floor is not None
-        self.shape, self.groups = shape, groups
+        self.shape, self.groups, self.score_dtype = shape, groups, score_dtype
         self._since_sampler = LayerMeans("sampler_changed_fraction", shape, groups)
         self._since_old = LayerMeans("changed_fraction", shape, groups)
         self._shift = LayerMeans("shift", shape, groups)
@@ -189,7 +193,8 @@ class RoutingReplay:
         if of_sampler is not None:
             routing = Recorded(of_sampler, self._since_sampler, replay=self.replay.in_scoring)
         if self.replay.of_old:
-            recording = Recording(log_probs=self.replay.log_probs)
+            log_prob_dtype = self.score_dtype if self.replay.log_probs else None
+            recording = Recording(self.shape, self.groups, log_prob_dtype=log_prob_dtype)
             routing = Both(routing, recording) if routing else recording
         return routing, recording
 
@@ -207,9 +212,11 @@ class RoutingReplay:
         )
 
     def note_shift(self, routing: Recorded | None, micro_batch: MicroBatch) -> None:
-        """Fills in `router_shift` of a micro-batch whose loss comes next, where ratios are weighed by it."""
-        if self.weighs_shift and routing is not None:
-            micro_batch.columns["router_shift"] = routing.shift_of(micro_batch)
+        """Fills in `router_shift` of a micro-batch whose loss comes next, where ratios are weighed by it: 0 without
+        `routing`, as on a rank without sequences in a step that goes on."""
+        if self.weighs_shift:
+            none_R = torch.zeros(len(micro_batch.rows_R), dtype=self.score_dtype, device=self.groups.device)
+            micro_batch.columns["router_shift"] = none_R if routing is None else routing.shift_of(micro_batch)
 
     def metrics(self) -> dict[str, Metric]:
         """See `LayerMeans.metrics`. Collective."""

@@ -45,12 +45,12 @@ class SampledRouting:
             self._prompts.update((index, places) for index in rollout_index.tolist())
         self._num_tokens += num_tokens
         self._sizes.append(num_tokens)
-        self._running.append((recording := Recording(), num_tokens))
+        self._running.append((recording := Recording(self.shape, self.groups), num_tokens))
         return recording
 
     def keep(self) -> None:
-        """Called after each forward: what it recorded takes the least space until the end."""
-        self._seen += [recording.seen(size, self.shape, self.groups) for recording, size in self._running]
+        """Called after each forward: what it recorded is joined, a tensor for each micro-batch."""
+        self._seen += [recording.seen(size) for recording, size in self._running]
         self._running.clear()
 
     def of_rollouts(self) -> dict[int, Tensor]:

@@ -74,10 +74,12 @@ class MeanNormalised(Baseline):
 
 @dataclass(frozen=True)
 class BatchMeanStd(GroupMeanStd):
-    """A_i = (R_i - mean(R)) / std(R) over all rewards of the step                          (2501.03262, REINFORCE++)"""
+    """A_i = (R_i - mean(R)) / std(R) over all rewards of the step, or over all returns of its tokens
+    (2501.03262, REINFORCE++)"""
 
     name = "batch_mean_std"
     scope = "batch"
+    of_returns = True
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class PpoClip(Clip):
 
     def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
         advantages_R = tokens.advantages_R
-        ratio_R = capped(level(tokens.log_ratio_R)).exp()
+        ratio_R = capped(level(tokens.weighed_log_ratio_R)).exp()
         low_R = (ratio_R < 1 - self.low) & (advantages_R < 0)
         high_R = (ratio_R > 1 + self.high) & (advantages_R > 0)
         # min() by the decision. torch.minimum halves the gradient where both products round to the same number, which
@@ -103,7 +103,7 @@ class LogClip(Clip):
                 raise ConfigError(f"clip_{name}={bound}: log-ratios lie around 0; set it to 0 or more")
 
     def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
-        log_ratio_R, advantages_R = tokens.log_ratio_R, tokens.advantages_R
+        log_ratio_R, advantages_R = tokens.weighed_log_ratio_R, tokens.advantages_R
         low_R = (log_ratio_R < -self.low) & (advantages_R < 0)
         high_R = (log_ratio_R > self.high) & (advantages_R > 0)
         bounded_R = log_ratio_R.detach().clamp(-self.low, self.high)
@@ -134,7 +134,7 @@ class SoftGate(Clip):
                 raise ConfigError(f"clip.{name}={tau}: the gate is 4 / tau high; set it above 0")
 
     def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
-        ratio_R = capped(level(tokens.log_ratio_R)).exp()
+        ratio_R = capped(level(tokens.weighed_log_ratio_R)).exp()
         positive_R = tokens.advantages_R > 0
         tau_R = torch.full_like(ratio_R, self.tau_neg).masked_fill(positive_R, self.tau_pos)
         never_R = torch.zeros_like(positive_R)

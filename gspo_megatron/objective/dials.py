@@ -77,15 +77,23 @@ class Level(Dial):
 
 
 class Tokens(NamedTuple):
-    """What is known of each response token. Only `log_probs_R` has a gradient."""
+    """What is known of each response token. Only `log_probs_R` has a gradient. `log_weight_R`: the log of a factor
+    of its ratio, ahead of level and clip; None for 1."""
 
     log_probs_R: Tensor
     old_log_probs_R: Tensor
     advantages_R: Tensor
+    log_weight_R: Tensor | None = None
 
     @property
     def log_ratio_R(self) -> Tensor:
+        """How far the token's log-prob has moved: for a rule that looks at probabilities."""
         return self.log_probs_R - self.old_log_probs_R
+
+    @property
+    def weighed_log_ratio_R(self) -> Tensor:
+        """What a level takes: for a ratio that is averaged, clipped, or the weight of a term."""
+        return self.log_ratio_R if self.log_weight_R is None else self.log_ratio_R + self.log_weight_R
 
 
 class Surrogate(NamedTuple):
@@ -175,10 +183,13 @@ class Baseline(Dial):
     Attributes:
         scope: whose rewards it is compared with, those of its group or of the whole batch. Where they are all equal,
             advantages are 0. In a scope "none" a reward stands for itself.
+        of_returns: where a reward comes token by token, as with KL in the reward, and a token has a ratio of its own,
+            each token has an advantage: that of what it and the tokens after it earn.
     """
 
     kind = "baseline"
     scope: ClassVar[Literal["group", "batch", "none"]] = "group"
+    of_returns: ClassVar[bool] = False
 
     @abstractmethod
     def advantages(self, rewards_S: Tensor, groups: Groups) -> Tensor:

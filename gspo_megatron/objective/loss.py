@@ -110,9 +110,9 @@ class PolicyObjective:
                 f"level={variant.level.name!r} has one ratio per sequence, and so one advantage; for advantages of "
                 "tokens use level='sequence_token' (the row gspo_token)"
             )
-        tokens = Tokens(log_probs_R, old_log_probs_R, advantages_R.detach().to(dtype))
-        shifted, of_shift = self._shifted(tokens, router_shift_T)
-        surrogate = variant.clip.surrogate(shifted, lambda log_R: variant.level.log_ratio(log_R, segments))
+        log_weight_R, of_shift = self._log_weight(router_shift_T, dtype)
+        tokens = Tokens(log_probs_R, old_log_probs_R, advantages_R.detach().to(dtype), log_weight_R)
+        surrogate = variant.clip.surrogate(tokens, lambda log_R: variant.level.log_ratio(log_R, segments))
         weight_R, of_sampler = self._correction(tokens, segments, sampler_log_probs_T)
         terms_R = -surrogate.terms_R if weight_R is None else -weight_R * surrogate.terms_R
         metrics = self._ratio_metrics(surrogate, segments) | of_sampler | of_shift
@@ -132,19 +132,19 @@ class PolicyObjective:
         loss = variant.aggregate.share(terms_R, segments, num_sequences, num_tokens)
         return LossTerms(loss.to(dtype), metrics)
 
-    def _shifted(self, tokens: Tokens, shift_R: Tensor | None) -> tuple[Tokens, dict[str, Metric]]:
-        """The tokens with their ratios multiplied for the routers' shift, and what is known of that."""
+    def _log_weight(self, shift_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, dict[str, Metric]]:
+        """The log of what ratios are multiplied by for the routers' shift, None for 1, and what is known of that."""
         if self.router_shift_floor is None:
-            return tokens, {}
+            return None, {}
         if shift_R is None:
             raise ConfigError(f"router_shift_floor={self.router_shift_floor}: pass router_shift_T, or set it to None")
         floor = math.log(self.router_shift_floor)
-        log_weight_R = (-shift_R.detach().to(tokens.old_log_probs_R.dtype)).clamp(min=floor)
+        log_weight_R = (-shift_R.detach().to(dtype)).clamp(min=floor)
         metrics = {
             "router/shift_weight": _token_mean(log_weight_R.exp()),
             "router/shift_floor_fraction": _token_mean(log_weight_R <= floor),
         }
-        return tokens._replace(old_log_probs_R=tokens.old_log_probs_R - log_weight_R), metrics
+        return log_weight_R, metrics
 
     def _correction(
         self, tokens: Tokens, segments: Segments, sampler_log_probs_R: Tensor | None

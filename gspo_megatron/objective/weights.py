@@ -29,7 +29,7 @@ class Weighted(Clip):
 
     def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
         frozen = tokens._replace(log_probs_R=tokens.log_probs_R.detach())
-        log_ratio_R = capped(level(frozen.log_ratio_R))
+        log_ratio_R = capped(level(frozen.weighed_log_ratio_R))
         weight_R, low_R, high_R = self.weight(log_ratio_R, frozen)
         return Surrogate(weight_R * tokens.advantages_R * tokens.log_probs_R, log_ratio_R.exp(), low_R, high_R)
 

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -135,7 +135,8 @@ def _case(case: Any, where: str) -> Mapping[str, Any]:
 
 def _assertion(text: str, where: str) -> dict[str, Any]:
     """{"evaluate": an expression, "expected": its value}. Of `assert f(3) == 4` the program gets `f(3)` alone; what is
-    compared with something other than a literal, it gets as a whole.
+    compared with something other than a literal, it gets as a whole, with its truth as `not` sees it: a program may
+    have a `bool` of its own.
 
     Raises:
         ValueError: it is not an assert.
@@ -149,11 +150,26 @@ def _assertion(text: str, where: str) -> dict[str, Any]:
     test = body[0].test
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
         for asked, literal in ((test.left, test.comparators[0]), (test.comparators[0], test.left)):
-            with suppress(ValueError, TypeError, RecursionError, MemoryError):
-                return {"evaluate": ast.unparse(asked), "expected": ast.literal_eval(literal)}
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                return {"evaluate": ast.unparse(asked), "expected": _literal(literal)}
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return {"evaluate": f"bool({ast.unparse(test.operand)})", "expected": False}
-    return {"evaluate": f"bool({ast.unparse(test)})", "expected": True}
+        return {"evaluate": f"not not ({ast.unparse(test.operand)})", "expected": False}
+    return {"evaluate": f"not not ({ast.unparse(test)})", "expected": True}
+
+
+MAKERS: Mapping[str, Callable[..., Any]] = {"set": set, "frozenset": frozenset, "sorted": sorted, "tuple": tuple}
+"""Functions by name that only make another collection of one; asserts call them on literals."""
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal, or of MAKERS on one: `set([1, 2])`.
+
+    Raises:
+        ValueError, TypeError, SyntaxError, RecursionError, MemoryError: it has none.
+    """
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MAKERS and not node.keywords:
+        return MAKERS[node.func.id](*map(_literal, node.args))
+    return ast.literal_eval(node)
 
 
 EXAMPLES = (

@@ -116,7 +116,7 @@ def run_calls(source: str, calls: list) -> None:
     for call in calls:
         try:
             found = repr(plain(eval(call, program.__dict__))) if isinstance(call, str) else result(program, *call)
-            text = json.dumps([found])
+            text = json.dumps([found], default=number)
         except BaseException as error:
             text = json.dumps({"error": type(error).__name__})
         line = text.encode() + b"\n"
@@ -134,7 +134,13 @@ def plain(value: object) -> object:
             return kind(map(plain, value))
     if isinstance(value, frozenset):
         return set(value)
-    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), number(value))
+
+
+def number(value: object) -> object:
+    """Python's own number for one of NumPy's, which has no JSON, and whose repr() names its type. Others stay."""
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy and isinstance(value, numpy.generic) else value
 
 
 def result(place: object, name: str, arguments: list) -> object:

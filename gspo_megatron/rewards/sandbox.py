@@ -234,8 +234,8 @@ class _Start(NamedTuple):
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started inherit it: what a scheduler sends to every process of a job ends no program, whose
-    score would be 0 for it."""
+    """Blocks the run's signals, also in processes that are started meanwhile: a scheduler signals every process of a
+    job, and a program that this ended would score 0."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RUN)
     try:
         yield

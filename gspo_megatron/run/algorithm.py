@@ -103,6 +103,7 @@ class Algorithm:
             dials.append(f"router shift (floor {self.router_shift_floor:g})")
         kl = f"KL {self.kl_estimator} to the reference with weight {self.variant.kl_coef:g}"
         kl += " in the reward" if self.kl_in_reward else ""
+        kl += ", by returns of tokens" if self.has_token_advantages else ""
         return f"{self.variant.name}: {', '.join(dials)}, {kl if self.needs_reference else 'no KL term'}"
 
     @property
@@ -120,6 +121,11 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether a frozen copy of the policy, as of the first step, is kept and scored."""
         return self.variant.kl_coef > 0
+
+    @property
+    def has_token_advantages(self) -> bool:
+        """Whether tokens have advantages of their own, by their returns: what KL in the reward leaves from them on."""
+        return self.kl_in_reward and self.variant.baseline.of_returns and self.variant.unit == "token"
 
     @property
     def scores_old(self) -> bool:

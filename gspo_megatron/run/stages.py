@@ -26,7 +26,7 @@ from gspo_megatron.objective import KL_ESTIMATORS, PolicyObjective, Segments, gr
 from gspo_megatron.objective.corrections import drift_by_position, gap_to_sampler
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.sampled_experts import SampledExperts
-from gspo_megatron.run.step_state import StepState
+from gspo_megatron.run.step_state import StepState, places_of_trained
 
 
 def sequences_of(
@@ -184,15 +184,13 @@ def penalise(step: StepState, algorithm: Algorithm, ranks: Ranks) -> None:
     shares: list[tuple[int, float]] = []
     for mini_batch, batch in zip(step.mini_batches, step.batches, strict=True):
         for m in batch.micro_batches:
-            kl_R = KL_ESTIMATORS[algorithm.kl_estimator](
-                *(m.columns[c].cpu().double() for c in ("old_log_probs", "ref_log_probs"))
-            )
+            kl_R = _penalty_of(m, algorithm)
             kl_S = kl_R.new_zeros(len(m.index)).index_add(0, m.sequence_R.cpu(), kl_R)
             shares += zip([mini_batch[i] for i in m.index], kl_S.tolist(), strict=True)
     penalties = [0.0] * len(step.sequences)
     # Under context parallel a rank has a share of every sequence.
     for number, kl in ranks.gather(shares):
-        penalties[number] += algorithm.variant.kl_coef * kl
+        penalties[number] += kl
     rewards = [rollout.reward - penalty for rollout, penalty in zip(step.rollouts, penalties, strict=True)]
     for sequence, advantage in zip(step.sequences, advantages_of(step.groups, rewards, algorithm), strict=True):
         sequence.advantage = advantage
@@ -200,6 +198,41 @@ def penalise(step: StepState, algorithm: Algorithm, ranks: Ranks) -> None:
         for m in batch.micro_batches:
             m.advantages_S = m.advantages_S.new_tensor([step.sequences[mini_batch[i]].advantage for i in m.index])
     step.noted["kl/penalty"] = statistics.fmean(penalties)
+
+
+def _penalty_of(m: MicroBatch, algorithm: Algorithm) -> Tensor:
+    """kl_coef KL(old || ref) of each trained token, [R] float64."""
+    of_old, of_ref = (m.columns[name].cpu().double() for name in ("old_log_probs", "ref_log_probs"))
+    return algorithm.variant.kl_coef * KL_ESTIMATORS[algorithm.kl_estimator](of_old, of_ref)
+
+
+def penalise_tokens(step: StepState, algorithm: Algorithm, ranks: Ranks) -> None:
+    """A_it = baseline(G)_it over all trained tokens of the step, G_it = R_i - kl_coef sum_{s >= t} KL(old || ref)_is
+    (2501.03262)
+
+    Fills in `return_advantages`, in micro-batches that hold all sequences of the step, scored. The advantage of a
+    sequence is the mean of its tokens', for what reports one. Equal on all ranks."""
+    own = [(m, places_of_trained(m, first_S)) for m, first_S in step.micro_batches()]
+    lengths = [len(s) for s in step.sequences]
+    penalty_L = torch.zeros(sum(lengths), dtype=torch.float64)
+    # Under context parallel a rank has a part of every sequence, but what follows a token is anywhere.
+    for places_R, penalty_R in ranks.gather([(places_R, _penalty_of(m, algorithm)) for m, places_R in own]):
+        penalty_L[places_R] = penalty_R
+    after_L = torch.cat([of_one.flip(0).cumsum(0).flip(0) for of_one in penalty_L.split(lengths)])
+    reward_L = torch.tensor([r.reward for r in step.rollouts], dtype=torch.float64).repeat_interleave(
+        torch.tensor(lengths)
+    )
+    trained_L = torch.cat([s.trained for s in step.sequences])
+    returns_R = (reward_L - after_L)[trained_L]
+    advantages_L = torch.zeros_like(penalty_L)
+    if len(returns_R):
+        together = torch.zeros(len(returns_R), dtype=torch.int64)
+        advantages_L[trained_L] = group_advantages(returns_R, together, baseline=algorithm.variant.baseline)
+    for sequence, advantages in zip(step.sequences, advantages_L.split(lengths), strict=True):
+        sequence.advantage = float(advantages.sum()) / max(sequence.num_trained, 1)
+    for m, places_R in own:
+        m.columns["return_advantages"] = advantages_L[places_R].to(m.columns["old_log_probs"])
+    step.noted["kl/penalty"] = float(penalty_L.sum()) / len(step.rollouts)
 
 
 def segments_of(micro_batch: MicroBatch, ranks: Ranks) -> Segments:
@@ -219,6 +252,7 @@ class PolicyLoss:
     objective: PolicyObjective
     ranks: Ranks
     with_reference: bool
+    with_token_advantages: bool = False
 
     def __call__(
         self, log_probs_R: Tensor, entropy_R: Tensor | None, micro_batch: MicroBatch, batch: UpdateBatch
@@ -231,6 +265,7 @@ class PolicyLoss:
             old_log_probs_R,
             micro_batch.advantages_S,
             segments_of(micro_batch, self.ranks),
+            token_advantages_T=micro_batch.columns["return_advantages"] if self.with_token_advantages else None,
             sampler_log_probs_T=sampler_log_probs_R,
             ref_log_probs_T=micro_batch.columns["ref_log_probs"] if self.with_reference else None,
             entropy_T=entropy_R,

@@ -13,7 +13,7 @@ S  sequences of the step      L  tokens of all of them      R  trained tokens
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -64,10 +64,6 @@ class StepState:
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
-    def has_column(self, name: str) -> bool:
-        """Whether the sequences have it, as those of a step that goes on."""
-        return any(name in sequence.columns for sequence in self.sequences)
-
     def has_advantages(self, update: int) -> bool:
         """Whether a sequence of this update has an advantage, and tokens to give it to."""
         return any(s.advantage and s.num_trained for s in (self.sequences[i] for i in self.mini_batches[update]))
@@ -116,17 +112,21 @@ class StepState:
 
     # ---------------------------------------------------------------------------------------------------- its columns
 
-    def column_values(self) -> Values:
-        """The columns of this rank's micro-batches."""
+    def micro_batches(self) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Those of this rank, each with the places where its sequences begin."""
         lengths_S = torch.tensor([len(s) for s in self.sequences], dtype=torch.int64)
         starts_S = lengths_S.cumsum(0) - lengths_S
-        found: dict[str, list[tuple[Tensor, Any]]] = {}
         for mini_batch, batch in zip(self.mini_batches, self.batches, strict=True):
             numbers = torch.tensor(mini_batch, dtype=torch.int64)
             for m in batch.micro_batches:
-                own = numbers[m.index]
-                for name in m.columns:
-                    found.setdefault(name, []).append(_places_and_values(m, starts_S[own], name))
+                yield m, starts_S[numbers[m.index]]
+
+    def column_values(self) -> Values:
+        """The columns of this rank's micro-batches."""
+        found: dict[str, list[tuple[Tensor, Any]]] = {}
+        for m, first_S in self.micro_batches():
+            for name in m.columns:
+                found.setdefault(name, []).append(_places_and_values(m, first_S, name))
         return {
             name: (torch.cat([at for at, _ in parts]), joined([values for _, values in parts]))
             for name, parts in found.items()
@@ -257,13 +257,18 @@ class StepSnapshot:
     tensors: dict[str, Tensor]
 
 
+def places_of_trained(m: MicroBatch, first_S: Tensor) -> Tensor:
+    """Of the R trained tokens of a micro-batch, whose sequences begin at `first_S`."""
+    # The row of a predicted token stands one before it.
+    return first_S[m.sequence_R.cpu()] + m.positions_T.cpu()[m.rows_R.cpu()] + 1
+
+
 def _places_and_values(m: MicroBatch, first_S: Tensor, name: str) -> tuple[Tensor, Any]:
     """(places of the tokens, their values) of a column of one micro-batch, whose sequences begin at `first_S`. Padding
     has no place."""
     values, positions_T = m.columns[name].cpu(), m.positions_T.cpu()
     if not COLUMNS[name].every_token:
-        # The row of a predicted token stands one before it.
-        return first_S[m.sequence_R.cpu()] + positions_T[m.rows_R.cpu()] + 1, values
+        return places_of_trained(m, first_S), values
     borders = m.cu_seqlens.cpu().long()
     # Under context parallel this rank has an equal part of every segment.
     num_parts = int(borders[-1]) // len(positions_T)

@@ -85,7 +85,12 @@ class Trainer:
     def __init__(self, parts: Parts, continuation: Continuation) -> None:
         self.parts, self.config, self.algorithm = parts, parts.config, parts.algorithm
         self.ranks, self.policy, self.guards, self.note = parts.ranks, parts.policy, parts.guards, parts.note
-        self.loss = PolicyLoss(self.algorithm.objective, self.ranks, self.algorithm.needs_reference)
+        self.loss = PolicyLoss(
+            self.algorithm.objective,
+            self.ranks,
+            self.algorithm.needs_reference,
+            self.algorithm.has_token_advantages,
+        )
         self.clock, self.pause_s = Clock(), 0.0
         # The position in the run, and what belongs to it.
         self.warm_updates, self.completed_steps = 0, 0
@@ -134,6 +139,7 @@ class Trainer:
                 self.record(row)
                 assert done is not None
                 self.guards.check_step(done, row)
+                del done  # its columns would take their memory until the next step has been scored
                 every = self.config.checkpoint.save_every
                 is_best = "time/eval_s" in row and self.records.note(row)
                 if is_best or (every and step % every == 0):
@@ -275,8 +281,8 @@ class Trainer:
     def pack(self, step: StepState) -> None:
         """3. Mini-batches, and this rank's micro-batches of each."""
         a, experts = self.algorithm, None
-        # A step that goes on has them in its columns.
-        if a.replay.of_sampler and not step.has_column("routed_experts"):
+        # A step that goes on has them in its columns, where it needs any.
+        if a.replay.of_sampler and not step.updates:
             shape, needed = self.config.model.shape, a.replay.in_scoring
             experts = SampledExperts.of(step.rollouts, shape, self.ranks, needed=needed)
         self.parts.packer.pack(
@@ -294,7 +300,8 @@ class Trainer:
         self.complete_save()
         self.guards.check_columns(step)
         if self.algorithm.kl_in_reward:
-            stages.penalise(step, self.algorithm, self.ranks)
+            by_token = self.algorithm.has_token_advantages
+            (stages.penalise_tokens if by_token else stages.penalise)(step, self.algorithm, self.ranks)
 
     def update(self, step: StepState) -> dict[str, float]:
         """5. The remaining updates of the step, each subject to the guards; returns the metrics of all."""

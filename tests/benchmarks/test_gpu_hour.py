@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_hour import __main__ as gpu_hour
-from benchmarks.gpu_hour import measure, status
+from benchmarks.gpu_hour import measure, runs, status
 from benchmarks.gpu_hour.parts import BY_NAME, PARTS, ROOT, Part, Shown, Target, derived
 from gspo_megatron.base.batches import MicroBatch, UpdateBatch
 from gspo_megatron.device.facts import Facts, Gpu, Package
@@ -105,6 +106,22 @@ def test_a_difference_shows() -> None:
     assert found["same"] == pytest.approx(1) and found["cosine"] < 1 - 1e-9
     assert found["error"] > 1e-4 and found["rms"] > 1e-6
     assert max(found["worst"].values()) >= found["error"]
+
+
+def test_steps_that_did_not_run_are_not_equal() -> None:
+    rows = [{"step": step, "loss": 0.5 * step} for step in range(runs.STEPS + 1)]
+    both = runs.after_resume(rows, rows[3:])
+    assert [(a["step"], b["step"]) for a, b in both] == [(3, 3), (4, 4)]
+    for continued, missing in (([], [3, 4]), (rows[:3], [3, 4]), (rows[:4], [4])):
+        with pytest.raises(ValueError, match=rf"the continued run has no rows of the steps {re.escape(str(missing))}"):
+            runs.after_resume(rows, continued)
+    with pytest.raises(ValueError, match=r"the whole run has no rows of the steps \[4\]"):
+        runs.after_resume(rows[:4], rows)
+
+
+def test_kernels_that_were_all_skipped_miss_a_target() -> None:
+    result = {"state": "measured", "values": {"failed": 0, "passed": 0, "skipped": 70}}
+    assert status.missed({"kernels": result}) == ["kernels: tests that passed is 0, the target is >= 1"]
 
 
 def test_the_ratio_is_gspos() -> None:

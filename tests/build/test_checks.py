@@ -205,6 +205,10 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
             ["algorithm.router_shift_floor=0.8", "model.preset=tiny_glm"],
             "that of model.family=glm4_moe gives every expert a sigmoid",
         ),
+        (
+            ["algorithm.router_shift_floor=0.8", "algorithm.variant=rloo"],
+            r"shift_floor=0.8 multiplies the ratios of the loss.*variant=rloo has none \(clip reinforce\); use a",
+        ),
         (["algorithm.routing_replay=R3", "model.preset=tiny_dense"], "routing_replay=R3 has no effect: .* no experts"),
         (["algorithm.routing_replay=R3", "model.aux_loss_coef=0.01"], "R3 with model.aux_loss_coef=0.01: the balanc"),
     ],
@@ -212,6 +216,15 @@ def test_a_config_changed_in_python_is_checked_too() -> None:
 def test_routing_replay_where_there_is_nothing_to_replay(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(load_config(None, ["algorithm.routing_replay=R2", *overrides]), 2)
+
+
+@pytest.mark.parametrize(("updates", "warned"), [(1, True), (2, False)])
+def test_routers_do_not_shift_before_the_first_update(updates: int, warned: bool) -> None:
+    overrides = ["algorithm.router_shift_floor=0.8", "algorithm.old_log_probs=recompute"]
+    config = load_config(None, [*overrides, f"algorithm.updates_per_rollout={updates}"])
+    check_config(config, 1)
+    found = [note for note in config_warnings(config, Algorithm.of(config)) if "router_shift_floor=0.8 with" in note]
+    assert len(found) == warned and all("updates_per_rollout=1" in note and "shift is 0" in note for note in found)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
 from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import packing_rules
-from gspo_megatron.layout.memory import Memory, cache_bytes, memory_of_stage
+from gspo_megatron.layout.memory import Memory, cache_bytes, memory_of_stage, sampled_experts
 from gspo_megatron.log_probs import linear_log_probs
 from gspo_megatron.mcore import compat, schedule
 from gspo_megatron.mcore.groups import Groups
 from gspo_megatron.mcore.kv_cache import KVCache
 from gspo_megatron.mcore.optimizer import shards_of_adam
 from gspo_megatron.mcore.policy import MegatronPolicy
+from gspo_megatron.mcore.sampled_routing import SampledRouting
 from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.objective import LikelihoodObjective, Segments
 from gspo_megatron.rollout.native.stopping import Stops
@@ -227,6 +228,60 @@ def head_peak(dtype: str, vocab_size: int) -> tuple[int, float]:
 def test_the_log_prob_workspace_is_within_a_tenth(dtype: str, vocab_size: int) -> None:
     [(measured, planned)] = run_distributed(head_peak, 1, dtype, vocab_size)
     assert planned == pytest.approx(measured, rel=0.1), f"{planned / measured - 1:+.1%}"
+
+
+STEP = (f"rollout.group_size={ROWS}", "algorithm.updates_per_rollout=1", "algorithm.old_log_probs=recompute")
+
+
+def recorded(world_size: int, overrides: tuple[str, ...]) -> tuple[int, float]:
+    """(measured, planned) bytes of what the scoring pass has recorded of a step's tokens."""
+    run = Run(world_size, *STEP, *overrides)
+    run.policy.log_probs(run.batch.micro_batches, as_old=True)
+    names = ("routed_experts", "expert_log_probs")
+    columns = [m.columns[name] for m in run.batch.micro_batches for name in names if name in m.columns]
+    return sum(column.nbytes for column in columns), run.planned().phases["update"]["recorded experts"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ("algorithm.router_shift_floor=0.8", "rollout.prompts_per_step=1")),
+        (1, ("algorithm.router_shift_floor=0.8", "rollout.prompts_per_step=1", "precision.dtype=fp64")),
+        (1, ("algorithm.routing_replay=R2", "rollout.prompts_per_step=1", "model.num_experts=136")),
+        (2, ("algorithm.routing_replay=R2", "rollout.prompts_per_step=2", "parallel.ep=2")),
+        (2, ("algorithm.routing_replay=compare", "rollout.prompts_per_step=1", "parallel.cp=2")),
+        (2, ("algorithm.routing_replay=R2", "rollout.prompts_per_step=1", "parallel.tp=2")),
+    ],
+)
+def test_recorded_experts_are_exact(world_size: int, overrides: tuple[str, ...]) -> None:
+    for measured, planned in run_distributed(recorded, world_size, world_size, overrides):
+        assert measured == planned > 0
+
+
+def recorded_in_sampling() -> tuple[int, int, tuple[float, float]]:
+    """Bytes of the sampler's record of whole sequences when they end, and at most of its copies while it is put
+    together, when the record itself is freed already; both as planned."""
+    run = Run(1, *STEP, "rollout.prompts_per_step=1", "algorithm.routing_replay=R3")
+    seen: list[int] = []
+    put_together = SampledRouting.of_rollouts
+
+    def measured(self: SampledRouting) -> Any:
+        found: list[Any] = []
+        seen.append(sum(x.nbytes for x in self._seen))
+        seen.append(allocated(lambda: found.append(put_together(self))))
+        return found[0]
+
+    SampledRouting.of_rollouts = measured  # type: ignore[method-assign]
+    sampler = MegatronSampler(run.policy, stops=Stops(()), pad_id=0)
+    # Equal ones would be processed once.
+    prompts = [Prompt(i, "", (2 + i,) + (5,) * (LENGTH - 9), "") for i in range(ROWS)]
+    sampler.generate(prompts, list(range(ROWS)))
+    return seen[0], seen[1], sampled_experts(run.config, run.layout)
+
+
+def test_the_samplers_record_is_within_a_twentieth() -> None:
+    [(kept, copies, (planned, together))] = run_distributed(recorded_in_sampling, 1)
+    assert planned == pytest.approx(kept, rel=0.05) and together == pytest.approx(copies, rel=0.05)
 
 
 def cache_of_a_rollout(world_size: int, overrides: tuple[str, ...]) -> tuple[int, float]:

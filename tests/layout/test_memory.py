@@ -99,6 +99,26 @@ def test_a_reference_costs_a_second_set_of_weights() -> None:
     assert sizes["reference"] == sizes["weights"] > 1
 
 
+def test_recorded_experts_of_a_plan() -> None:
+    """48 layers, 8 of 128 experts: 384 bytes a token. 16 rollouts of 1,024 tokens on each of 8 ranks."""
+    size = ("parallel.ep=8", "rollout.prompts_per_step=16", "rollout.group_size=8", "algorithm.updates_per_rollout=4")
+    size += ("model.max_sequence_length=1024", "rollout.max_new_tokens=512", "rollout.max_batch=1")
+
+    def sizes(*overrides: str) -> list[float]:
+        _, config, layout = plan_of(8, *size, *overrides)
+        phases = memory_of_stage(config, layout, 0, with_reference=False).phases
+        return [phases[phase]["recorded experts"] / (16 * 1024 * 384) for phase in ("update", "scoring", "rollout")]
+
+    assert sizes() == [0, 0, 0]
+    assert sizes("algorithm.routing_replay=R2") == [1, 1, 0]
+    assert sizes("algorithm.router_shift_floor=0.8") == [5, 5, 0]
+    assert sizes("algorithm.routing_replay=R3")[:2] == [1 / 4, 1]
+    assert sizes("algorithm.routing_replay=compare")[:2] == [5, 6]
+    # Put together: three times, less what no longer works then.
+    assert 1 <= sizes("algorithm.routing_replay=R3")[2] <= 3
+    assert sizes("algorithm.routing_replay=R2", "parallel.cp=2") == [1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("overrides", "name", "factor"),
     [

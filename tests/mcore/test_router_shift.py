@@ -144,3 +144,19 @@ def test_loss_and_gradients_are_those_of_the_loop(layout: str) -> None:
         place = places[name]
         whole = place.join([slices[name][i] for i in range(place.count)])[: len(wanted)]
         assert float((whole - wanted).abs().max()) < 1e-9 * float(wanted.abs().max()), name
+
+
+def without_a_record(settings: tuple[str, ...]) -> tuple[float, list[Tensor]]:
+    """(Mean weight, gradients) of an update on old log-probs whose experts were not recorded."""
+    policy, algorithm = open_policy(1, *settings)
+    loss = PolicyLoss(algorithm.objective, policy.groups, False)
+    metrics = values(on_host(policy.update(batch_of(policy, sequences())[0], loss, lr=0.0)))
+    return metrics.get("router/shift_weight", 1.0), [gradient.clone() for _, gradient in policy.gradients()]
+
+
+def test_nothing_recorded_is_no_shift() -> None:
+    """As in a step that goes on, on a rank without sequences."""
+    [(_, expected)] = run_distributed(without_a_record, 1, SHIFT[1:])
+    [(weight, gradients)] = run_distributed(without_a_record, 1, SHIFT)
+    assert weight == 1 and len(gradients) > 10
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from gspo_megatron.base.batches import NO_EXPERT, Sequence, UpdateBatch
 from gspo_megatron.base.metrics import LossTerms, merge, on_host, values
+from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
-from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.layout.layout import Layout, packing_rules
 from gspo_megatron.mcore import compat
 from gspo_megatron.mcore.packed_tokens import packed
 from gspo_megatron.mcore.policy import MegatronPolicy
-from gspo_megatron.mcore.routing import Choice
+from gspo_megatron.mcore.routing import Choice, Recording
 from gspo_megatron.run.stages import PolicyLoss, reduced
 from gspo_megatron.run.step_state import StepState
 from gspo_megatron.testing.local_ranks import run_distributed
@@ -200,6 +202,32 @@ def compared() -> tuple[dict[str, float], bool]:
 def test_compare_changes_nothing() -> None:
     [(drift, same)] = run_distributed(compared, 1)
     assert same and len(drift) == LAYERS and min(drift.values()) > 0.3
+
+
+@pytest.mark.parametrize("has_router", [True, False], ids=["a router", "dense layers alone"])
+def test_a_record_has_the_dtypes_of_its_columns(has_router: bool) -> None:
+    """From the moment it is made, 64 bits a choice would add up over the layers; and whatever a pipeline stage has
+    seen, since stages exchange records as bytes."""
+    groups: Any = SimpleNamespace(layout=Layout(1), device=torch.device("cpu"))
+    shape = load_config(None, ["model.preset=tiny_moe", "model.num_layers=2"]).model.shape
+    recording = Recording(shape, groups, log_prob_dtype=torch.float64)
+    scores = torch.randn(5, shape.num_experts)
+    own = torch.topk(scores, shape.experts_per_token)
+    if has_router:
+        assert recording.choose(1, scores, own) is own
+        assert [kept.dtype for kept in recording._experts.values()] == [torch.int8]
+        assert [kept.dtype for kept in recording._log_probs.values()] == [torch.float64]
+    assert recording.seen(5).dtype == torch.int8
+    made: Any = SimpleNamespace(tokens_T=torch.zeros(5), inside_T=torch.tensor([True] * 4 + [False]))
+    found = recording.columns(made)
+    assert {name: values.dtype for name, values in found.items()} == {
+        "routed_experts": torch.int8,
+        "expert_log_probs": torch.float64,
+    }
+    expected = torch.full((5, 2, shape.experts_per_token), NO_EXPERT, dtype=torch.int8)
+    if has_router:
+        expected[:4, 1] = own.indices[:4].to(torch.int8)
+    assert torch.equal(found["routed_experts"], expected)
 
 
 def scored_and_updated(settings: tuple[str, ...]) -> list[bool]:

@@ -52,7 +52,7 @@ class Gate(Clip):
                 raise ConfigError(f"clip.{name}={tau}: a temperature is finite; set it above 0")
 
     def surrogate(self, tokens: Tokens, level: Callable[[Tensor], Tensor]) -> Surrogate:
-        ratio_R, advantages_R = level(tokens.log_ratio_R).exp(), tokens.advantages_R
+        ratio_R, advantages_R = level(tokens.weighed_log_ratio_R).exp(), tokens.advantages_R
         tau_R = torch.full_like(advantages_R, self.tau_neg).masked_fill(advantages_R > 0, self.tau_pos)
         never_R = torch.zeros_like(ratio_R, dtype=torch.bool)
         return Surrogate(4 / tau_R * torch.sigmoid(tau_R * (ratio_R - 1)) * advantages_R, ratio_R, never_R, never_R)

@@ -15,6 +15,7 @@ FLOOR = 0.8
 LENGTHS = (5, 3, 4)
 ADVANTAGES = (1.0, -1.5, 0.5)
 LOW, HIGH = 0.1, 0.15
+WIDTH = 0.02
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +75,46 @@ def test_value_and_gradient_are_those_of_the_loops(name: str) -> None:
     # The distance to the old policy is not that of the weighted ratios.
     plain = PolicyObjective(variant, kl_coef=0.0)(new, old, advantages, segments)
     assert metrics["kl/old"] == plain.metrics["kl/old"] and loss.item() != plain.loss.item()
+
+
+def masked_by_loops(name: str, new: list[Tensor], old: list[float], shift: list[float]) -> tuple[Tensor, int]:
+    """(loss, masked tokens) of DPPO: the ratio with its factor weighs a token that the probabilities keep."""
+    total, masked, at = torch.zeros((), dtype=torch.float64), 0, 0
+    for length, advantage in zip(LENGTHS, ADVANTAGES, strict=True):
+        for t in range(at, at + length):
+            p, q = math.exp(new[t].item()), math.exp(old[t])
+            divergence = abs(p - q)
+            if name == "dppo_kl":
+                divergence = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+            if divergence > WIDTH and (p - q) * advantage > 0:
+                masked += 1
+                continue
+            total = total - p / q * max(math.exp(-shift[t]), FLOOR) * advantage * new[t] / sum(LENGTHS)
+        at += length
+    return total, masked
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_a_mask_of_probabilities_does_not_see_the_shift(name: str) -> None:
+    """A factor below 1 is not a token that has become less likely."""
+    new, old, shift = data()
+    variant = resolve_variant(name, dials={"clip.width": WIDTH})
+    inputs = old, torch.tensor(ADVANTAGES), Segments.from_lengths(LENGTHS)
+    ours = new.clone().requires_grad_()
+    loss, metrics = PolicyObjective(variant, router_shift_floor=FLOOR)(ours, *inputs, router_shift_T=shift)
+    [gradient] = torch.autograd.grad(loss, ours)
+
+    theirs = [x.clone().requires_grad_() for x in new]
+    expected, masked = masked_by_loops(name, theirs, old.tolist(), shift.tolist())
+    wanted = torch.stack([g if g is not None else old.new_zeros(()) for g in _gradients(expected, theirs)])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-15)
+    plain = PolicyObjective(variant)(new, *inputs).metrics
+    assert metrics["clip_fraction"].total == plain["clip_fraction"].total == masked > 0
+    # Old log-probs that contain the factor would mask others.
+    moved = old + shift.clamp(max=-math.log(FLOOR))
+    folded = PolicyObjective(variant)(new, moved, *inputs[1:]).metrics
+    assert folded["clip_fraction"].total != masked
 
 
 def _gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:

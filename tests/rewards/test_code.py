@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -66,6 +67,30 @@ CASES: dict[str, tuple[str, list[Any], str, float]] = {
         "class Yes(int):\n    def __eq__(self, other): return True\n    def __repr__(self): return '7'\n"
         "def add(a, b): return Yes(1)",
         ["assert add(3, 4) == 7"],
+        "wrong",
+        0,
+    ),
+    "equals_any_set_in_asserts": (
+        "class Yes(set):\n    def __eq__(self, other): return True\ndef add(a, b): return Yes()",
+        ["assert add(3, 4) == set([7])", "assert add(3, 4) == frozenset((7,))", "assert sorted([7]) == add(3, 4)"],
+        "wrong",
+        0,
+    ),
+    "has_its_own_bool": (
+        "def bool(x): return True\ndef add(a, b): return 0",
+        ["assert add(3, 4) == 3 + 4", "assert add(3, 4)"],
+        "wrong",
+        0,
+    ),
+    "has_its_own_bool_for_not": (
+        "def bool(x): return False\ndef add(a, b): return 7",
+        ["assert not add(3, 4)"],
+        "wrong",
+        0,
+    ),
+    "is_not_a_number": (
+        "def add(a, b): return float('nan')",
+        ["assert add(3, 4) == 7", {"call": "add", "args": [3, 4], "expected": float("nan")}],
         "wrong",
         0,
     ),
@@ -167,7 +192,53 @@ def test_asserts_hold_where_python_says_so() -> None:
     asked = [case["evaluate"] for case in code._cases({"tests": ASSERTS}, "", "tests")]
     with pytest.raises(ValueError, match="its field 'imports' is null; expected code"):
         code.code(response="", answer="", metadata={"tests": ASSERTS}, setup="imports", sandbox=SANDBOX)
-    assert asked[:3] == ["freq('abca')", "freq('')", "freq('x')"] and asked[5] == "bool(freq(''))"
+    assert asked[:3] == ["freq('abca')", "freq('')", "freq('x')"] and asked[5] == "not not (freq(''))"
+    assert asked[3] == "set(freq('ab'))"
+
+
+@pytest.mark.parametrize(
+    ("assertion", "evaluate", "expected"),
+    [
+        ("assert set(f(3)) == set((4, 5))", "set(f(3))", {4, 5}),
+        ("assert f() == set()", "f()", set()),
+        ("assert tuple(sorted([3, 1])) == f()", "f()", (1, 3)),
+        ("assert f() == frozenset({'a'})", "f()", frozenset("a")),
+        # No literal: the program evaluates them as a whole.
+        ("assert f() == sorted([1, 3], reverse=True)", None, True),
+        ("assert f() == sorted([1, 'a'])", None, True),
+        ("assert f() == set([[1]])", None, True),
+        ("assert f() == set(g())", None, True),
+        ("assert f() == open('/etc/passwd')", None, True),
+        ("assert f() == [set([1])]", None, True),
+        ("assert not f() == set([1])", None, False),
+    ],
+)
+def test_what_the_program_is_told(assertion: str, evaluate: str | None, expected: Any) -> None:
+    [case] = code._cases({"tests": [assertion]}, "", "tests")
+    whole = "not not (" + assertion.removeprefix("assert ").removeprefix("not ") + ")"
+    assert case == {"evaluate": evaluate or whole, "expected": expected}
+    assert type(case["expected"]) is type(expected)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    program = (
+        "import numpy\ndef add(a, b): return numpy.array([a, b]).sum()\ndef both(a): return {'x': [numpy.int64(a)]}\n"
+    )
+    program += "def more(a): return numpy.bool_(a > 1)\ndef half(a): return numpy.float32(a / 2)"
+    tests = [
+        {"call": "add", "args": [3, 4], "expected": 7},
+        {"call": "half", "args": [3], "expected": 1.5},
+        {"call": "both", "args": [3], "expected": {"x": [3]}},
+        {"call": "more", "args": [3], "expected": True},
+        *("assert add(3, 4) == 7", "assert half(3) == 1.5", "assert both(3) == {'x': [3]}", "assert more(3) == True"),
+        {"call": "add", "args": [3, 4], "expected": 8},
+        "assert more(3) == False",
+    ]
+    box = SANDBOX | {"seconds": 5 * time_factor(), "memory_gib": 1}
+    values = code.code(
+        response=fenced(program), answer="", metadata={"tests": tests}, all_or_nothing=False, sandbox=box
+    )
+    assert values["score"] == 0.8 and values["wrong"] == 1
 
 
 def _holds(program: str, test: str) -> bool:
@@ -195,6 +266,9 @@ def _holds(program: str, test: str) -> bool:
         (0.3001, 0.3, False),
         (10**400, 1.0, False),
         (float("nan"), 1.0, False),
+        (float("nan"), float("nan"), False),
+        ({"a": [math.nan]}, {"a": [math.nan]}, False),
+        (math.nan, 1, False),
         (None, None, True),
         (None, [], False),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gspo_megatron.monitor.catalogue import OF_THE_MACHINE
 from gspo_megatron.monitor.run_directory import RunWriter
 from gspo_megatron.rollout.collective import CollectiveSource
 from gspo_megatron.run.algorithm import Algorithm
+from gspo_megatron.run.step_state import StepState
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fakes import (
     TOKENIZER,
@@ -417,3 +419,23 @@ def test_a_clip_range_that_cannot_act_is_a_warning() -> None:
     config = config_of("algorithm.clip_low=0.2", "algorithm.clip_high=0.2")
     (warning,) = [note for note in config_warnings(config, Algorithm.of(config)) if "clip" in note]
     assert "clip_low=0.2" in warning and "too wide to act" in warning
+
+
+def test_a_step_is_gone_before_the_next_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns take memory of the device."""
+    steps: list[weakref.ref[StepState]] = []
+    alive: list[int] = []
+    sample, update = Trainer.sample, Trainer.update
+
+    def sampling(self: Trainer, number: int) -> Any:
+        alive.append(sum(step() is not None for step in steps))
+        return sample(self, number)
+
+    def updating(self: Trainer, step: StepState) -> Any:
+        steps.append(weakref.ref(step))
+        return update(self, step)
+
+    monkeypatch.setattr(Trainer, "sample", sampling)
+    monkeypatch.setattr(Trainer, "update", updating)
+    run("train.steps=3")
+    assert alive == [0, 0, 0]
