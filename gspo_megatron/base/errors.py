@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """An engine that cannot be started, does not answer, or has other weights than it should. Names the engine."""
 
 
+class UnfitEngine(EngineError):
+    """An engine at an address of the settings that the run cannot use: another program, or one started otherwise."""
+
+
 class EnginesDown(EngineError):
     """No engine is left to sample with. The policy is as good as before: the run is saved and can be started again."""
 
