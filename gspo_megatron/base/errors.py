@@ -32,6 +32,10 @@ class EnginesDown(EngineError):
     """No engine is left to sample with. The policy is as good as before: the run is saved and can be started again."""
 
 
+class EnginesStale(EnginesDown):
+    """Engines answer, and none has the current weights: they were started again. New weights bring them back."""
+
+
 class WrongWeights(EngineError):
     """An engine has other log-probs than the trainer for the same tokens: nothing that it samples can be trained on."""
 
