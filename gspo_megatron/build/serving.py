@@ -80,8 +80,11 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
             if why:
                 deaths += 1
                 if deaths > most_starts:
-                    raise EngineError(f"{why}; it was started {plural(deaths, 'time')} (engine.most_starts)")
-                say(f"{why}; it is started again")
+                    raise EngineError(
+                        f"{why}, after {plural(deaths, 'start')} (engine.most_starts={most_starts}); {server.log} ends "
+                        f"with:\n{server.last_lines()}"
+                    )
+                say(f"{why}; it is started again; its log is {server.log}")
     finally:
         server.end()
 
@@ -96,6 +99,6 @@ def _death_of(server: EngineServer, stop: Callable[[], bool]) -> str:
     """What the server died of; empty if it is to end."""
     while not stop():
         if (status := server.status()) is not None:
-            return f"{server.name} ended with status {status}; {server.log} ends with:\n{server.last_lines()}\n"
+            return f"{server.name} ended with status {status}"
         time.sleep(POLL_S)
     return ""
