@@ -31,16 +31,16 @@ exit "${SRUN_STATUS:-0}"
 """
 
 
-def sbatch(folder: Path, *arguments: str, **environment: str) -> list[str]:
-    """What train.sbatch prints, with a srun that prints its arguments, one a line, in a job of two nodes with 16 cores
-    each."""
+def sbatch(folder: Path, *arguments: str, script: str = "train.sbatch", **environment: str) -> list[str]:
+    """What the batch script prints, with a srun that prints its arguments, one a line, in a job of two nodes with 16
+    cores each."""
     for name, text in (("srun", FAKE_SRUN), ("scontrol", '#!/bin/bash\necho "scontrol $*"\n')):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_NAME": "gspo", "SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "16"}
     job |= {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    script = ["bash", str(ROOT / "examples/slurm/train.sbatch"), *arguments]
-    done = subprocess.run(script, cwd=folder, env=job | environment, capture_output=True, text=True)
+    command = ["bash", str(ROOT / "examples/slurm" / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=job | environment, capture_output=True, text=True)
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
 
@@ -107,6 +107,108 @@ def test_a_site_is_told_how_the_job_goes_on(tmp_path: Path, status: int, how: st
     told = words.index(f"told: {status} {how}")
     assert words[told + 1] == "gspo-1234567: after_job failed with 1"
     assert (words[told + 2 :] == ["scontrol requeue 1234567"]) == (how == "requeued")
+
+
+# --- engines on the first nodes ---
+
+FAKE_STEPS = """#!/bin/bash
+if [[ $* == *"--label hostname"* ]]; then printf '%s\n' '2: node-c' '0: node-a' '1: node-b'; exit; fi
+name=training; [[ $* == *--job-name=engines* ]] && name=engines
+printf '%s\n' "$GSPO_ENGINE_TOKEN" "$@" > "$name.words"
+# Until it ends by itself, or a signal for it is left as a file.
+for ((tenth = 0; tenth < 300; tenth++)); do
+    if [[ -e $name.status ]]; then exit "$(< "$name.status")"; fi
+    if [[ -e $name.signal ]]; then
+        echo "$name got $(< "$name.signal")"
+        exit "$(cat "$name.at_signal" 2> /dev/null || echo 0)"
+    fi
+    sleep 0.1
+done
+exit 99
+"""
+FAKE_SQUEUE = "#!/bin/bash\nprintf '%s\\n' '1234567.batch batch' '1234567.4 engines' '1234567.5 training'\n"
+FAKE_SCANCEL = """#!/bin/bash
+name=training; [[ $2 == 1234567.4 ]] && name=engines
+echo "${1#--signal=}" > "$name.signal"
+"""
+
+
+def served(folder: Path, *arguments: str, **environment: str) -> tuple[list[str], list[str], list[str]]:
+    """What train_served.sbatch prints in a job of three nodes, and the words of the engines' and the training's step.
+    Steps end when a file says so: `engines.status`, `training.status`; after a signal with `*.at_signal`."""
+    job = {"script": "train_served.sbatch", "SLURM_NNODES": "3"} | environment
+    for name, text in (("squeue", FAKE_SQUEUE), ("scancel", FAKE_SCANCEL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "FAKE_SRUN", FAKE_STEPS)
+        printed = sbatch(folder, *arguments, **job)
+    return printed, *((folder / f"{name}.words").read_text().splitlines() for name in ("engines", "training"))
+
+
+def test_the_first_nodes_run_engines_and_the_others_train(tmp_path: Path) -> None:
+    (tmp_path / "training.status").write_text("0")
+    printed, engines, training = served(
+        tmp_path, "--config", "a b.yaml", "train.steps=3", "--", "engine.threads=2", SLURM_GPUS_ON_NODE="2"
+    )
+    assert printed == ["engines got TERM", "gspo-1234567: exit status 0, not requeued"]
+    assert {"--nodes=1", "--ntasks=1", "--relative=0", "--kill-on-bad-exit=1", "--cpus-per-task=16"} <= set(engines)
+    assert engines[engines.index("serve") + 1 :] == [
+        *("--port", "14567", "--config", "a b.yaml", "train.steps=3"),
+        *("engine.gpus=[0,1]", "engine.tensor_parallel=2", "engine.threads=2"),
+    ]
+    assert {"--nodes=2", "--ntasks=2", "--relative=1", "--kill-on-bad-exit=1", "--cpus-per-task=16"} <= set(training)
+    assert (option(training, "--nnodes"), option(training, "--nproc_per_node")) == ("2", "2")
+    assert option(training, "--rdzv_endpoint") == "node-b:24567"
+    program = ["-m", "gspo_megatron.train", "checkpoint.load=latest", "--config", "a b.yaml", "train.steps=3"]
+    assert training[-len(program) - 1 :] == [*program, "engine.addresses=[http://node-a:14567]"]
+    # The token is in the environment of both, and nowhere else.
+    token = engines[0]
+    assert len(token) == 32 and training[0] == token
+    assert token not in " ".join([*engines[1:], *training[1:], *printed])
+
+
+def test_several_engine_nodes(tmp_path: Path) -> None:
+    (tmp_path / "training.status").write_text("0")
+    _, engines, training = served(tmp_path, "--config", "c.yaml", ENGINE_NODES="2")
+    assert "--nodes=2" in engines and "--relative=2" in training
+    assert training[-1] == "engine.addresses=[http://node-a:14567,http://node-b:14567]"
+    assert option(training, "--rdzv_endpoint") == "node-c:24567"
+    assert "engine.gpus" not in " ".join(engines)
+
+
+@pytest.mark.parametrize(
+    ("engines", "training", "how"),
+    [
+        # The engines cannot start: that is why the training ended as it did.
+        (2, 75, "exit status 2, not requeued"),
+        (1, 75, "exit status 1, requeued"),
+        (1, 1, "exit status 1, requeued"),
+        (0, 75, "exit status 75, requeued"),
+        # It had nothing left to do.
+        (1, 0, "exit status 0, not requeued"),
+        (1, 70, "exit status 70, not requeued"),
+    ],
+)
+def test_engines_that_end_end_the_training(tmp_path: Path, engines: int, training: int, how: str) -> None:
+    (tmp_path / "engines.status").write_text(str(engines))
+    (tmp_path / "training.at_signal").write_text("1")
+    (tmp_path / "gspo-1234567.0.status").write_text(str(training))
+    printed, *_ = served(tmp_path, "--config", "c.yaml")
+    assert printed[:3] == [
+        f"gspo-1234567: the engines ended with status {engines}; the training saves and ends",
+        "training got USR1",
+        f"gspo-1234567: {how}",
+    ]
+
+
+def test_all_nodes_for_engines_are_refused(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "examples/slurm/train_served.sbatch"), "--config", "c.yaml"]
+    job = {"SLURM_JOB_NAME": "gspo", "SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1"}
+    environment = job | {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ENGINE_NODES=1 of 1 nodes; at least one node has to train" in done.stderr
 
 
 # --- Kubernetes ---

@@ -133,7 +133,8 @@ def test_make_can_take_the_torch_that_is_there():
     assert "pip install torch" not in commands and "requirements/torch.txt" not in commands
 
 
-SCRIPTS = (".ci/run", "examples/launch.sh", "examples/slurm/train.sbatch", "examples/slurm/site.sh")
+SLURM = ("train.sbatch", "train_served.sbatch", "common.sh", "site.sh")
+SCRIPTS = (".ci/run", "examples/launch.sh", *(f"examples/slurm/{name}" for name in SLURM))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

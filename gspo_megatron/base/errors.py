@@ -24,8 +24,16 @@ class EngineError(RuntimeError):
     """An engine that cannot be started, does not answer, or has other weights than it should. Names the engine."""
 
 
+class UnfitEngine(EngineError):
+    """An engine at an address of the settings that the run cannot use: another program, or one started otherwise."""
+
+
 class EnginesDown(EngineError):
     """No engine is left to sample with. The policy is as good as before: the run is saved and can be started again."""
+
+
+class EnginesStale(EnginesDown):
+    """Engines answer, and none has the current weights: they were started again. New weights bring them back."""
 
 
 class WrongWeights(EngineError):

@@ -11,7 +11,8 @@ from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, plural
-from gspo_megatron.build.engines import FOLDER, probe_of, scores_of, server_settings, write_config
+from gspo_megatron.build.engine_servers import FOLDER, server_settings, write_config
+from gspo_megatron.build.engines import probe_of, scores_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.device import DTYPES, Device

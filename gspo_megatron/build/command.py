@@ -14,6 +14,7 @@ from gspo_megatron.base.errors import (
     EnginesDown,
     GuardError,
     StartError,
+    UnfitEngine,
     WrongWeights,
     printable,
 )
@@ -26,6 +27,7 @@ STATUSES: dict[type[Exception], int] = {
     CheckpointError: REFUSED,
     StartError: FAILED,
     EnginesDown: STOPPED,
+    UnfitEngine: REFUSED,
     WrongWeights: STOPPED_BY_GUARD,
     EngineError: FAILED,
     GuardError: STOPPED_BY_GUARD,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from gspo_megatron.base.errors import ConfigError, plural
+from gspo_megatron.base.errors import ConfigError, EngineError, plural
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.sections import Config
+from gspo_megatron.rollout.http import Address
+
+OF_THE_SERVER = ("count", "python", "port", "gpus", "tensor_parallel", "threads", "cache_gib", "arguments")
+"""Settings of the engines that a run starts itself, or that the command serve starts."""
 
 USED: dict[str, tuple[tuple[str, ...], str]] = {
     "collective": ((), "the model under training samples"),
@@ -40,6 +44,8 @@ def check_engine(config: Config) -> None:
         return
     for what, why, fix in _not_offered(config):
         raise ConfigError(f"{what} with rollout.engine={r.engine}: {why}; {fix}")
+    if e.addresses:
+        _check_addresses(e)
     wanted = e.count * e.tensor_parallel
     if e.gpus and (len(e.gpus) != wanted or len(set(e.gpus)) != wanted):
         raise ConfigError(
@@ -48,6 +54,21 @@ def check_engine(config: Config) -> None:
         )
     if bad := [gpu for gpu in e.gpus if not isinstance(gpu, int) or isinstance(gpu, bool) or gpu < 0]:
         raise ConfigError(f"engine.gpus={e.gpus}: {bad[0]!r} is not the number of a GPU; write them as [6, 7]")
+
+
+def _check_addresses(e: EngineConfig) -> None:
+    for name in OF_THE_SERVER:
+        if getattr(e, name) != getattr(EngineConfig(), name):
+            raise ConfigError(
+                f"engine.{name}={getattr(e, name)} has no effect with engine.addresses, whose engines are running "
+                "already; remove it, and give it to the command that starts them (python -m gspo_megatron.serve)"
+            )
+    try:
+        places = [(a.host, a.port) for a in (Address.of("engine.addresses", str(url)) for url in e.addresses)]
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    if len(set(places)) < len(places):
+        raise ConfigError(f"engine.addresses={e.addresses} has an engine twice; name each once")
 
 
 def _not_offered(config: Config) -> list[tuple[str, str, str]]:

@@ -1,46 +1,37 @@
-"""The engines of a run: started on the machine of the main process, watched, and ended with it."""
+"""The engines of a run as one source of rollouts: from their start, or the first look at them, to the end."""
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.build.engine_servers import channel_of, servers_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
 from gspo_megatron.checkpoint.export import FolderFiles
-from gspo_megatron.config.sections import Config
 from gspo_megatron.data.responses import Response
-from gspo_megatron.device import DTYPES, Device
+from gspo_megatron.device import Device
 from gspo_megatron.models.families import family_of
 from gspo_megatron.monitor.console import Console
 from gspo_megatron.rollout.buffered import BufferedSource
 from gspo_megatron.rollout.engine import Engine, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
-from gspo_megatron.rollout.engine_server import HOST, EngineServer, ServerSettings
 from gspo_megatron.rollout.native.stopping import stops_of
 from gspo_megatron.rollout.probe import Probe
 from gspo_megatron.rollout.served import ServedSource
 from gspo_megatron.rollout.vllm import VllmEngine
-from gspo_megatron.rollout.weight_channels import Broadcast, Channel, SharedMemory
+from gspo_megatron.rollout.weight_channels import Channel
 from gspo_megatron.rollout.weight_sync import send_weights
 from gspo_megatron.run.scoring import Scorer
 
 STREAM_INTERVAL = 16
 """Tokens of an event: one for every token takes the server of a small model more time than the tokens."""
 PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.5}
-FOLDER = "engine"
-"""In run.dir: the model's config.json for the engines, and their logs."""
 
 
 class VllmEngines:
@@ -55,19 +46,14 @@ class VllmEngines:
         stop: Callable[[], bool],
     ) -> None:
         config, e = inputs.config, inputs.config.engine
-        self.folder = Path(config.run.dir) / FOLDER
-        settings = server_settings(config, self.folder / "model")
-        write_config(settings.folder, files, DTYPES[config.precision.dtype])
-        self.servers = {f"engine {i}": self._server(i, config, settings) for i in range(e.count)}
+        self.servers = servers_of(config, files, device, say)
         self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
         self._stop = stop
-        self._channel: Channel = (
-            SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name), say=say)
-            if device.on_cpu
-            else Broadcast(HOST, device.torch_device)
-        )
+        self._running_already = bool(e.addresses)
+        self._open_channel = partial(channel_of, config, device, say)
+        self._channel: Channel | None = None
         self._engine = partial(
             VllmEngine,
             num_ids=inputs.tokenizer.vocab_size,
@@ -77,20 +63,22 @@ class VllmEngines:
             stream_interval=1 if config.rollout.max_lag else STREAM_INTERVAL,
         )
 
-    def _server(self, number: int, config: Config, settings: ServerSettings) -> EngineServer:
-        e = config.engine
-        gpus = tuple(e.gpus[number * e.tensor_parallel : (number + 1) * e.tensor_parallel])
-        log, port = self.folder / f"engine_{number}.log", e.port and e.port + number
-        return EngineServer(f"engine {number}", settings.on(gpus), log, port)
-
     def start(self) -> None:
-        """Starts all servers; they become ready meanwhile.
+        """Starts all servers; they become ready meanwhile. Those that run already are looked at now, before anything is
+        trained.
 
         Raises:
-            EngineError: a port is in use.
+            EngineError: a port is in use, or an engine of engine.addresses cannot be used.
         """
         for server in self.servers.values():
             server.start()
+        if self._running_already:
+            self._wait()
+        self._channel = self._open_channel()
+
+    def _wait(self) -> None:
+        for server in self.servers.values():
+            server.wait(self._stop)
 
     def ready(self, wrong: Callable[[Engine], str]) -> EnginePool:
         """The pool, once all servers answer, or the run is to stop. `wrong`: what is wrong with an engine's log-probs,
@@ -99,8 +87,7 @@ class VllmEngines:
         Raises:
             EngineError: one does not start.
         """
-        for server in self.servers.values():
-            server.wait(self._stop)
+        self._wait()
         self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
@@ -122,6 +109,7 @@ class VllmEngines:
         addresses = [engine.address for engine in engines]
         if addresses:
             urls, token = [address.url for address in addresses], addresses[0].token
+            assert self._channel is not None, "start() was called"
             send_weights(urls, weights, self._channel, timeout_s=self._timeout_s, token=token)
 
     def close(self) -> None:
@@ -129,33 +117,10 @@ class VllmEngines:
         if self.pool:
             # First: it would start them again.
             self.pool.close()
-        self._channel.close()
+        if self._channel:
+            self._channel.close()
         for server in self.servers.values():
             server.end()
-
-
-def server_settings(config: Config, folder: Path) -> ServerSettings:
-    """What each engine of the run is started with, but for its GPUs."""
-    e = config.engine
-    return ServerSettings(
-        python=e.python or sys.executable,
-        folder=folder,
-        dtype=str(DTYPES[config.precision.dtype]).removeprefix("torch."),
-        max_length=config.model.max_sequence_length,
-        max_batch=config.rollout.max_batch,
-        tensor_parallel=e.tensor_parallel,
-        cache_gib=e.cache_gib,
-        threads=e.threads,
-        arguments=tuple(map(str, e.arguments)),
-        start_timeout_s=e.start_timeout_s,
-    )
-
-
-def write_config(folder: Path, files: FolderFiles, dtype: torch.dtype) -> None:
-    """config.json, from which an engine builds the model. Its weights come later, and it needs no tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.content(dtype).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def probe_of(inputs: Inputs) -> Probe:
@@ -189,7 +154,7 @@ def open_engines(
         EngineError: one cannot be started.
     """
     config, tokenizer = inputs.config, inputs.tokenizer
-    if device.on_cpu == bool(config.engine.gpus):
+    if not config.engine.addresses and device.on_cpu == bool(config.engine.gpus):
         raise ConfigError(
             f"engine.gpus={config.engine.gpus} with a run on {device.describe()}: "
             + ("remove it" if device.on_cpu else "name GPUs of the first node that no process of the run uses")

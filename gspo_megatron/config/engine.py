@@ -12,6 +12,11 @@ from gspo_megatron.config.declarations import setting
 class EngineConfig:
     """Programs of their own that sample rollouts, where rollout.engine names their kind."""
 
+    addresses: list[Any] = setting(
+        [],
+        "Engines that `python -m gspo_megatron.serve` starts apart from the run, as ['http://HOST:PORT']. []: the run "
+        "starts its own.",
+    )
     count: int = setting(1, "Engines that the run starts, beside its process 0.", least=1, most=64)
     python: str | None = setting(None, "The Python that has vLLM. null: the run's own.")
     port: int = setting(
@@ -31,14 +36,25 @@ class EngineConfig:
         most=2**20,
     )
     arguments: list[Any] = setting([], "Further arguments of vLLM's server, such as ['--enforce-eager'].")
+    channel: str = setting(
+        "auto",
+        "How new weights come to engines: shared_memory, on one machine; broadcast, by gloo or NCCL; disk, a folder of "
+        "run.dir that all see. auto: shared_memory where all engines are on this machine and on its CPU, else "
+        "broadcast.",
+        choices=("auto", "shared_memory", "broadcast", "disk"),
+    )
     probe_limit: float | None = setting(
         None,
         "After every change of weights an engine scores a fixed sequence. A log-prob further than this from the "
         "trainer's stops the run. null: 1e-4 in fp32, 0.5 in bf16.",
         above=0,
     )
-    most_starts: int = setting(3, "How often an engine that died is started again.", least=0, most=1000)
-    start_timeout_s: float = setting(900.0, "How long an engine may take to start.", above=0, most=1e6)
+    most_starts: int = setting(
+        3, "How often an engine that died is started again, or one of addresses waited for.", least=0, most=1000
+    )
+    start_timeout_s: float = setting(
+        900.0, "How long an engine may take to start, or one of addresses to answer.", above=0, most=1e6
+    )
     timeout_s: float = setting(
         300.0, "How long an engine may send no token, or take for anything else.", above=0, most=1e6
     )

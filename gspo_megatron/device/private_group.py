@@ -26,16 +26,16 @@ class PrivateGroup:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, host: str, device: torch.device, timeout_s: float):
+        """`host`: the address of this machine that the others reach."""
         self.size, self._sent = size, 0
         self._store = store  # it listens as long as it is referred to
         kind: Any = dist.ProcessGroupGloo if device.type == "cpu" else dist.ProcessGroupNCCL
         options = kind._Options() if device.type == "cpu" else kind.Options()
         options._timeout = timedelta(seconds=timeout_s)
         if device.type == "cpu":
-            # By default gloo listens at the address of this machine's name, which may not reach the machine itself.
-            options._devices = [
-                kind.create_device(hostname=host) if _is_loopback(host) else kind.create_default_device()
-            ]
+            # By default gloo listens at the address of this machine's name, which may be one that no other machine
+            # reaches, or one of another network.
+            options._devices = [kind.create_device(hostname=host)]
         self._group = kind(dist.PrefixStore(KEY, store), rank, size, options)
 
     @classmethod
@@ -45,7 +45,7 @@ class PrivateGroup:
         Raises:
             OSError: `host` is no address of this machine.
         """
-        listener = socket.create_server((host, 0), family=_family(host))
+        listener = socket.create_server((host, 0), family=family_of(host))
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=timeout_s)
         # The store closes the descriptor.
@@ -83,7 +83,7 @@ class PrivateGroup:
     ) -> PrivateGroup:
         store = dist.TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
         store.set(_arrived(rank), "")
-        return cls(store, rank, size, host, device, timeout_s)
+        return cls(store, rank, size, own_address(host), device, timeout_s)
 
     def send(self, tensor: Tensor, check: Callable[[], None] = lambda: None) -> None:
         """Rank 0: to all others, once they all wait for it; nothing can end a broadcast that one of them never joins.
@@ -116,11 +116,31 @@ def _arrived(rank: int) -> str:
     return f"{KEY}/arrived/{rank}"
 
 
-def _family(host: str) -> socket.AddressFamily:
+def family_of(host: str) -> socket.AddressFamily:
+    """
+    Raises:
+        OSError: the name is unknown.
+    """
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+def own_address(towards: str) -> str:
+    """The address of this machine from which it reaches `towards`, a name or an address.
+
+    Raises:
+        OSError: the name is unknown, or no network leads there.
+    """
+    family, kind, _, _, place = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # which sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address is this machine's, and reaches no other."""
+    try:
+        found = {place[0] for *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(each).is_loopback for each in found)

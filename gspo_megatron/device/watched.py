@@ -90,8 +90,9 @@ def main(grace_s: float, command: Sequence[str]) -> int:
 
 
 def _as_started() -> None:
-    """In the program, before it begins: the signals of a new process, and the end of the watcher ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    """In the program, before it begins: the signals of a new process, and the end of the watcher ends it. USR1 stays
+    ignored: a batch system may send it to every process of a job, for runs to save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -88,9 +88,15 @@ class RolloutBuffer:
         self._changed = threading.Condition()
         """Of the groups, which three kinds of threads share: the run's own, the one that listens, those that score."""
         self._error: BaseException | None = None
+        self._num_tokens = 0
         self._scoring = ThreadPoolExecutor(max(1, reward.groups_at_once), "reward")
         self._listener = threading.Thread(target=self._listen, name="buffer", daemon=True)
         self._listener.start()
+
+    @property
+    def num_tokens(self) -> int:
+        """All that was sampled so far."""
+        return self._num_tokens
 
     def begin(self, prompt: Prompt, requests: Seq[Request], step: int) -> None:
         """Samples a group."""
@@ -194,6 +200,7 @@ class RolloutBuffer:
         else:
             answer = next(answer for answer in group.answers if answer.request.id == piece.id)
             answer.add(piece, range(self._pool.version + 1))
+            self._num_tokens += len(piece.tokens)
 
     def _score(self, group: BufferedGroup) -> None:
         group.scoring = True

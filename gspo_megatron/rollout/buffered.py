@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import torch
 
 from gspo_megatron.base.batches import Held, Prompt, RolloutGroup, Taken
-from gspo_megatron.base.errors import CheckpointError, EnginesDown
+from gspo_megatron.base.errors import CheckpointError
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.rewards.rewards import refuse_unscored
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.buffer import BufferedGroup, RolloutBuffer
 from gspo_megatron.rollout.engine import PauseMode, Span
-from gspo_megatron.rollout.served import MOST_ATTEMPTS, ServedSource
+from gspo_megatron.rollout.served import ServedSource
 
 
 class Found(NamedTuple):
@@ -74,31 +74,24 @@ class BufferedSource(ServedSource):
     def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
         """See `RolloutSource.groups`."""
         wanted = count or self.prompts_per_step
-        for attempt in range(1, MOST_ATTEMPTS + 1):
-            try:
-                self._give_weights()
-                found = self.ranks.from_main(lambda stopped: self._next(step, wanted, stopped), self.stop)
-                break
-            except EnginesDown:
-                self._sent = None
-                if attempt == MOST_ATTEMPTS:
-                    raise
-        self._found = found
-        return found.groups
+        self._found = self._attempted(lambda stopped: self._next(step, wanted, stopped))
+        return self._found.groups
 
     # -------------------------------------------------------------------------------------- on the main process
 
     def _next(self, step: int, count: int, stopped: Event) -> Found:
         assert self._buffer is not None, "the main process has the buffer"
-        swept = self._buffer.sweep(step)
+        buffer = self._buffer
+        swept = buffer.sweep(step)
         self._again += swept
-        self._buffer.go_on()
+        buffer.go_on()
         self._begin(step, self.max_lag * self.prompts_per_step + count)
-        groups = self._buffer.wait(count, stopped)
+        with self._counted(lambda: buffer.num_tokens):
+            groups = buffer.wait(count, stopped)
         if stopped.is_set():
             return Found([], super().taken, {})
         refuse_unscored([rollout for group in groups for rollout in group.rollouts], self.reward.most_lost)
-        began = self._buffer.remove(groups)
+        began = buffer.remove(groups)
         if self.prompts.curriculum:
             self.prompts.curriculum.observe(groups, ())
         self._begin(step, self.max_lag * self.prompts_per_step)

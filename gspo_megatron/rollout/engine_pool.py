@@ -13,14 +13,17 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights, plural
+from gspo_megatron.base.errors import EngineError, EnginesDown, EnginesStale, WrongWeights, plural
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, PauseMode, Piece, Request, Weights
 from gspo_megatron.rollout.engine_states import Member
 from gspo_megatron.rollout.fan_out import fan_out
+
+POLL_S = 0.2
+"""Seconds between two looks whether the run was asked to stop, while nothing arrives."""
 
 
 @dataclass(eq=False)
@@ -67,7 +70,7 @@ class EnginePool:
         say: called with a line for the user, from any thread.
 
     Raises, all methods but `close`:
-        EnginesDown: no engine is alive, and none is returning.
+        EnginesDown: no engine is alive, and none is returning; EnginesStale where an `update` would help.
         WrongWeights: an engine has other log-probs than the trainer.
     """
 
@@ -98,15 +101,21 @@ class EnginePool:
 
     # ------------------------------------------------------------------------------------------------- data plane
 
-    def generate(self, groups: Seq[Seq[Request]]) -> Iterator[Piece]:
+    def generate(self, groups: Seq[Seq[Request]], stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
         """Pieces of the requests of all groups, as they are sampled; each request ends with one whose `finish` is
-        `stop` or `length`. One engine samples a group. Closing the iterator ends all requests."""
+        `stop` or `length`. One engine samples a group. Closing the iterator ends all requests, and so does `stopped`,
+        also while engines are waited for."""
         heard: SimpleQueue[Heard] = SimpleQueue()
         flights = [self.submit(group, heard) for group in groups]
         under_way = len(flights)
         try:
             while under_way:
-                _, piece = heard.get()
+                try:
+                    _, piece = heard.get(timeout=POLL_S)
+                except Empty:
+                    if stopped():
+                        return
+                    continue
                 if isinstance(piece, BaseException):
                     raise piece
                 if piece is None:
@@ -176,7 +185,8 @@ class EnginePool:
             # While weights change, engines are stale for a moment.
             if self._weights_change.locked() and any(member.answers for member in self.members):
                 return
-            raise EnginesDown(f"no engine is left to sample with: {self._states()}")
+            error = EnginesStale if any(member.answers for member in self.members) else EnginesDown
+            raise error(f"no engine is left to sample with: {self._states()}")
 
     def _sample(self, flight: Flight, member: Member, life: int, known_from: int) -> None:
         """One engine's turn: until every response has ended or was aborted, or the engine is dead."""

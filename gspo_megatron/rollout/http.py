@@ -66,7 +66,7 @@ class Address:
         return self.error(f"does not answer ({reason})")
 
     def refused(self, path: str, status: int, body: bytes) -> EngineError:
-        return self.error(f"answered {path} with status {status}: {_said(body)}")
+        return self.error(f"answered {path} with status {status}: {said(body)}")
 
 
 def call(address: Address, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> Any:
@@ -74,6 +74,23 @@ def call(address: Address, method: str, path: str, body: Mapping[str, Any] | Non
 
     Raises:
         EngineError: no answer in `timeout_s` seconds, a status other than 200, or something that is not JSON.
+    """
+    status, received = exchange(address, method, path, body, timeout_s=timeout_s)
+    if status != 200:
+        raise address.refused(path, status, received)
+    try:
+        return json.loads(received) if received.strip() else None
+    except ValueError as error:
+        raise address.error(f"answered {path} with what is not JSON: {said(received)}") from error
+
+
+def exchange(
+    address: Address, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and content of what the engine answers.
+
+    Raises:
+        EngineError: no answer in `timeout_s` seconds.
     """
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     try:
@@ -85,12 +102,7 @@ def call(address: Address, method: str, path: str, body: Mapping[str, Any] | Non
         raise address.unreachable(error) from error
     finally:
         connection.close()
-    if answer.status != 200:
-        raise address.refused(path, answer.status, received)
-    try:
-        return json.loads(received) if received.strip() else None
-    except ValueError as error:
-        raise address.error(f"answered {path} with what is not JSON: {_said(received)}") from error
+    return answer.status, received
 
 
 async def events(address: Address, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
@@ -113,7 +125,7 @@ async def events(address: Address, path: str, body: Mapping[str, Any]) -> AsyncI
         async for line in _lines(reader, chunked):
             if not line.startswith(b"data:"):
                 if line:
-                    raise address.error(f"streams what is not an event: {_said(line)}")
+                    raise address.error(f"streams what is not an event: {said(line)}")
                 continue
             data = line.removeprefix(b"data:").strip()
             if data == DONE.encode():
@@ -121,7 +133,7 @@ async def events(address: Address, path: str, body: Mapping[str, Any]) -> AsyncI
             try:
                 yield json.loads(data)
             except ValueError as error:
-                raise address.error(f"streams what is not JSON: {_said(data)}") from error
+                raise address.error(f"streams what is not JSON: {said(data)}") from error
         raise address.error("ended a stream in the middle of a response")
     except (OSError, EOFError, ValueError) as error:
         raise address.unreachable(error) from error
@@ -159,7 +171,7 @@ async def _lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[b
             yield line.rstrip(b"\r")
 
 
-def _said(body: bytes) -> str:
+def said(body: bytes) -> str:
     """What an answer says, in a line: the message of an error where it has one."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return shortened(str(json.loads(body)["error"]["message"]))

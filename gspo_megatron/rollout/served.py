@@ -7,6 +7,7 @@ One call of `groups` or `held_out`:
 3. Every rank gets the same groups.
 
 A rollout depends on its weights, its id and the seed alone: what engines lost when they died is sampled again, equal.
+Rollouts that were whole are kept.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
+from typing import TypeVar
 
 from torch import Tensor
 
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
-from gspo_megatron.base.errors import EngineError, EnginesDown
+from gspo_megatron.base.errors import EngineError, EnginesDown, EnginesStale
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
@@ -30,8 +33,10 @@ from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.group_scores import GroupScores
 from gspo_megatron.rollout.probe import Probe
 
-MOST_ATTEMPTS = 3
-"""At the rollouts of a step, after all engines have died."""
+MOST_IN_VAIN = 3
+"""Times that all engines die and are started again, without a rollout or a token in between."""
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -65,6 +70,8 @@ class ServedSource(TrainingSource):
     _expected: Seq[float] = field(default=(), init=False)
     _gap: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
+    _in_vain: int = field(default=0, init=False)
+    """Attempts since the last one that brought something. Of the main process."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -76,15 +83,37 @@ class ServedSource(TrainingSource):
         requests = [self._request(prompt, number, how) for prompt, number in asked]
         prompts = {number: prompt for prompt, number in asked}
         groups = [requests[i : i + together] for i in range(0, len(requests), together)]
-        for attempt in range(1, MOST_ATTEMPTS + 1):
+        whole: dict[int, Rollout] = {}
+        return self._attempted(lambda stopped: self._drawn(groups, prompts, whole, reward, stopped))
+
+    def _attempted(self, work: Callable[[Event], Result]) -> Result:
+        """What the main process makes of engines with the weights as they are; again, where engines were lost and have
+        been started again meanwhile. Collective."""
+        while True:
             try:
                 self._give_weights()
-                return self.ranks.from_main(lambda stopped: self._drawn(groups, prompts, reward, stopped), self.stop)
-            except EnginesDown:
+                return self.ranks.from_main(work, self.stop)
+            except EnginesStale:
                 self._sent = None
-                if attempt == MOST_ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+
+    @contextmanager
+    def _counted(self, gained: Callable[[], int]) -> Iterator[None]:
+        """On the main process, around one attempt, in which `gained` grows by what engines have sampled.
+
+        Raises:
+            EnginesDown: in place of EnginesStale, after too many attempts in vain.
+        """
+        before = gained()
+        try:
+            yield
+        except EnginesStale as error:
+            self._in_vain = 0 if gained() > before else self._in_vain + 1
+            if self._in_vain == MOST_IN_VAIN:
+                raise EnginesDown(
+                    f"{error}; {MOST_IN_VAIN} times in a row they died before they had sampled anything"
+                ) from error
+            raise
+        self._in_vain = 0
 
     def _request(self, prompt: Prompt, number: int, how: Sampling) -> Request:
         return Request(
@@ -126,7 +155,8 @@ class ServedSource(TrainingSource):
 
     def _outcome(self, error: EngineError | None, stopped: Event) -> float:
         if error is not None:
-            raise error
+            with self._counted(lambda: 0):
+                raise error
         return self._gap
 
     def _open(self, stopped: Event) -> None:
@@ -142,15 +172,27 @@ class ServedSource(TrainingSource):
         return complaint
 
     def _drawn(
-        self, groups: Seq[Seq[Request]], prompts: Mapping[int, Prompt], reward: Reward, stopped: Event
+        self,
+        groups: Seq[Seq[Request]],
+        prompts: Mapping[int, Prompt],
+        whole: dict[int, Rollout],
+        reward: Reward,
+        stopped: Event,
     ) -> list[Rollout]:
-        """On the main process: the responses, scored."""
+        """On the main process: the responses, scored. `whole`: those that need not be sampled, to which it adds."""
         assert self._pool is not None, "the main process has the engines"
         size, version = len(groups[0]), self.policy.version
         rollouts = {r.id: Rollout(r.id, prompts[r.id], [], [], True, version) for group in groups for r in group}
-        num_ended = num_tokens = 0
-        with GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores:
-            for piece in self._pool.generate(groups):
+        rollouts |= {number: replace(rollout) for number, rollout in whole.items()}
+        missing = [[request for request in group if request.id not in whole] for group in groups]
+        num_ended, num_tokens = len(whole), sum(len(rollout.tokens) for rollout in whole.values())
+        with (
+            self._counted(lambda: len(whole)),
+            GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores,
+        ):
+            for number in sorted(whole):
+                scores.add(rollouts[number])
+            for piece in self._pool.generate([group for group in missing if group], stopped.is_set):
                 if stopped.is_set():
                     return []
                 if wrong := [span for span in piece.versions if span.version != version]:
@@ -161,9 +203,12 @@ class ServedSource(TrainingSource):
                 num_tokens += len(piece.tokens)
                 if piece.finish:
                     rollout.truncated = piece.finish != "stop"
+                    whole[rollout.id] = replace(rollout)
                     scores.add(rollout)
                     num_ended += 1
                 progress = f"{num_ended:,} of {len(rollouts):,} rollouts, {num_tokens:,} tokens"
                 self.sign_of_life(lambda text=progress: text)  # type: ignore[misc]
+            if stopped.is_set():
+                return []
             scores.finish()
         return list(rollouts.values())

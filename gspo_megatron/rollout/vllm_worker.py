@@ -81,6 +81,7 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
             names.setdefault(parameter, set()).add(name)
         tied = {name: group for group in names.values() for name in group}
         forget_packed_experts(self.model)
+        forget_half_loaded(self.model)
         initialize_layerwise_reload(self.model)
         # Only now: what vLLM computes from weights, such as the absorbed matrices of latent attention, is gone.
         self.awaited = {name: tied.get(name, {name}) for name, _ in self.model.named_parameters()}
@@ -139,6 +140,16 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
+def forget_half_loaded(model: torch.nn.Module) -> None:
+    """Drops what an earlier update left that did not end: vLLM keeps the tensors of layers that were not whole, and
+    would count them as a part of the next update."""
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.load_numel = 0
+            info.loaded_weights.clear()
+
+
 def lost_layers(model: torch.nn.Module) -> list[str]:
     """Layers with parameters into which nothing was loaded since the reload began; vLLM would put back what they had,
     with a warning. A model's own loader may write around the loaders of its parameters, which a reload needs. A layer
@@ -169,6 +180,18 @@ class Extension:
     """Mixed into vLLM's worker; its methods are called by name (`/collective_rpc`)."""
 
     weight_transfer_engine: WeightEngine
+    model_config: Any
+    device: torch.device
+    _weight_update_active: bool
+    """vLLM's own: between start and finish of an update."""
+
+    def gspo_about(self) -> dict[str, Any]:
+        """What a run that did not start the engine compares with its own."""
+        return {"vocab_size": self.model_config.get_vocab_size(), "device": self.device.type}
+
+    def gspo_forget_update(self) -> None:
+        """After a trainer that was killed within an update, of which vLLM waits for the end."""
+        self._weight_update_active = False
 
     def gspo_session(self) -> str:
         """The group that this worker is in; empty where it is in none."""

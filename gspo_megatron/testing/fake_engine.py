@@ -86,11 +86,13 @@ class FakeEngine:
             self._alive("generate")
             self.asked.append(list(requests))
             self._under_way += 1
+            life = self._life
         try:
             yield from self._pieces([_UnderWay(request) for request in requests])
         finally:
             with self._changed:
-                self._under_way -= 1
+                # The next life counts its own.
+                self._under_way -= life == self._life
                 self._changed.notify_all()
 
     def _pieces(self, open_: list[_UnderWay]) -> Iterator[Piece]:

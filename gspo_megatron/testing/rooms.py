@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = "gspo_megatron"
 FOLDER = Path(__file__).parents[1]
 
-COMMANDS = ("train", "evaluate", "score", "convert", "report", "doctor")
+COMMANDS = ("train", "evaluate", "score", "serve", "convert", "report", "doctor")
 LAYERS = (
     (*COMMANDS, "testing"),
     ("build",),

@@ -337,6 +337,7 @@ def test_what_transformer_engines_layers_lack_is_refused(
 
 
 VLLM, COLOCATED = "rollout.engine=vllm", "rollout.engine=vllm_colocated"
+APART = "engine.addresses=[http://node7:8000, http://node8:8000]"
 
 
 @pytest.mark.parametrize(
@@ -366,6 +367,17 @@ VLLM, COLOCATED = "rollout.engine=vllm", "rollout.engine=vllm_colocated"
         ((VLLM, "engine.gpus=[1]", "engine.count=2"), "they take 2 GPUs; name each of them once"),
         ((VLLM, "engine.gpus=[3, 3]", "engine.tensor_parallel=2"), "they take 2 GPUs; name each of them once"),
         ((VLLM, "engine.gpus=[x]"), "'x' is not the number of a GPU"),
+        ((VLLM, APART, "engine.count=2"), "engine.count=2 has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.python=/x"), "engine.python=/x has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.port=8000"), "engine.port=8000 has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.gpus=[0]"), "engine.gpus=[0] has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.tensor_parallel=2"), "engine.tensor_parallel=2 has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.threads=2"), "engine.threads=2 has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.cache_gib=1"), "engine.cache_gib=1.0 has no effect with engine.addresses"),
+        ((VLLM, APART, "engine.arguments=[--x]"), "engine.arguments=['--x'] has no effect with engine.addresses"),
+        ((VLLM, "engine.addresses=[node7:8000]"), "'node7:8000' is not an address of an engine; write it as http://"),
+        ((VLLM, "engine.addresses=[http://n:1, http://n:1/]"), "has an engine twice; name each once"),
+        ((VLLM, "engine.channel=nfs"), "engine.channel='nfs' is not one of auto, shared_memory, broadcast, disk"),
         (("rollout.engine=sglang",), "rollout.engine='sglang' is not one of collective, vllm"),
     ],
 )
@@ -374,3 +386,7 @@ def test_what_an_engine_does_not_offer_is_refused(overrides: tuple[str, ...], co
     check_config(
         load_config(None, [VLLM, "rollout.top_p=0.9", "rollout.stop=[7]", "algorithm.correction=token_tis"]), 1
     )
+
+
+def test_engines_apart_from_the_run_are_taken() -> None:
+    check_config(load_config(None, [VLLM, APART, "engine.channel=disk", "engine.most_starts=1"]), 1)

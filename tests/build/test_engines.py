@@ -7,13 +7,18 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 from gspo_megatron.base.errors import EngineError
-from gspo_megatron.build import engines
-from gspo_megatron.build.engines import server_settings
+from gspo_megatron.build import engine_servers, engines
+from gspo_megatron.build.engine_servers import channel_of, server_settings, servers_of
+from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.loading import load_config
+from gspo_megatron.device import Device
 from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
+from gspo_megatron.rollout.external_engine import ExternalEngine
+from gspo_megatron.rollout.weight_channels import Broadcast, Channel, Disk, SharedMemory
 from gspo_megatron.testing.time_limits import time_factor
 
 SETTINGS = (
@@ -45,8 +50,57 @@ def test_settings_reach_the_server() -> None:
     assert "--enforce-eager" in command
 
 
+CPU = Device(torch.device("cpu"), "", torch.float32, 1, 0)
+OTHER_DEVICE = dataclasses.replace(CPU, torch_device=torch.device("meta"))
+HERE, APART = "http://127.0.0.1:8000", "http://node7:8000"
+SIZES = ("model.max_sequence_length=48", "model.vocab_size=13", "engine.start_timeout_s=7")
+
+
+def channel(device: Device, *overrides: str) -> Channel:
+    return channel_of(
+        load_config(None, ["rollout.engine=vllm", "run.dir=RUN/a", *overrides]), device, lambda line: None
+    )
+
+
+def test_weights_take_the_way_that_all_engines_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_servers, "own_address", lambda towards: f"seen from {towards}")
+    monkeypatch.setattr(engine_servers, "is_loopback", lambda host: host == "127.0.0.1")
+    for own in ((), (f"engine.addresses=[{HERE}]",)):
+        assert isinstance(channel(CPU, *own), SharedMemory)
+        of_gpus = channel(OTHER_DEVICE, *own)
+        assert isinstance(of_gpus, Broadcast)
+        assert (of_gpus.host, of_gpus.device.type) == ("seen from 127.0.0.1", "meta")
+    both = f"engine.addresses=[{HERE}, {APART}]"
+    apart = channel(CPU, both)
+    assert isinstance(apart, Broadcast) and apart.host == "seen from node7"
+    assert isinstance(channel(CPU, "engine.channel=broadcast"), Broadcast)
+    assert isinstance(channel(CPU, both, "engine.channel=shared_memory"), SharedMemory)
+    by_disk = channel(CPU, both, "engine.channel=disk")
+    assert isinstance(by_disk, Disk) and by_disk.directory == Path("RUN/a/engine/weights")
+
+
+def test_a_machine_that_no_network_leads_to_is_named() -> None:
+    with pytest.raises(EngineError, match=r"no network leads .* the engine at no-such.invalid .*engine\.addresses"):
+        channel(CPU, "engine.addresses=[http://no-such.invalid:1]")
+
+
+def test_engines_apart_get_the_token_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GSPO_ENGINE_TOKEN", "known to both")
+    settings = ["rollout.engine=vllm", f"run.dir={tmp_path}", f"engine.addresses=[{HERE}, {APART}]", *SIZES]
+    servers = servers_of(load_config(None, settings), FolderFiles({}, {}), CPU, print)
+    assert list(servers) == ["engine 0", "engine 1"]
+    first, second = servers.values()
+    assert isinstance(first, ExternalEngine) and isinstance(second, ExternalEngine)
+    assert (second.address.url, second.address.token) == (APART, "known to both")
+    assert (second.max_length, second.vocab_size, second.start_timeout_s) == (48, 13, 7)
+    assert second.same_device == "cpu"
+    by_disk = servers_of(load_config(None, [*settings, "engine.channel=disk"]), FolderFiles({}, {}), CPU, print)
+    assert [each.same_device for each in by_disk.values() if isinstance(each, ExternalEngine)] == ["", ""]
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_setting_of_the_section_is_used() -> None:
-    source = inspect.getsource(engines)
+    source = inspect.getsource(engines) + inspect.getsource(engine_servers)
     unused = [f.name for f in dataclasses.fields(EngineConfig) if f"e.{f.name}" not in source.replace("engine.", "e.")]
     assert not unused
 
@@ -78,3 +132,9 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
         settings = ServerSettings("python", tmp_path, "float32", 24, 8)
         with pytest.raises(EngineError, match=rf"port {port} of 127.0.0.1 is in use; set engine.port"):
             EngineServer("engine 0", settings, tmp_path / "log", port).start()
+
+
+def test_an_address_of_another_machine_is_said(tmp_path: Path) -> None:
+    settings = ServerSettings("python", tmp_path, "float32", 24, 8, host="198.51.100.1")
+    with pytest.raises(EngineError, match=r"cannot listen at 198\.51\.100\.1 .*; name an address of this machine"):
+        EngineServer("engine 0", settings, tmp_path / "log").start()

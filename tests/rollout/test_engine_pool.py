@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import get_args
@@ -270,6 +271,20 @@ def test_no_engine_stays_paused() -> None:
 
 
 # --- the end ---
+
+
+def test_whoever_waits_for_an_engine_to_return_can_be_stopped() -> None:
+    setup, waited, done = Setup(FakeEngine("a", dies_after=2)), threading.Event(), threading.Event()
+    setup.update(0)
+
+    def start_never(engine: Engine) -> None:
+        waited.set()
+        done.wait()
+
+    setup.pool._start = start_never
+    assert len(list(setup.pool.generate(groups_of(2), waited.is_set))) < 8
+    assert waited.is_set()
+    done.set()
 
 
 def test_an_iterator_that_is_closed_ends_its_requests() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gspo_megatron.base.batches import Sampling
-from gspo_megatron.base.errors import WrongWeights
+from gspo_megatron.base.errors import EnginesDown, WrongWeights
 from gspo_megatron.base.protocols import Ranks
 from gspo_megatron.config.sections import Config
 from gspo_megatron.rollout.engine import Engine
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.probe import Probe
-from gspo_megatron.rollout.served import MOST_ATTEMPTS, ServedSource
+from gspo_megatron.rollout.served import MOST_IN_VAIN, ServedSource
 from gspo_megatron.run.trainer import Trainer
 from gspo_megatron.testing.fake_engine import FakeEngine, weights_of
 from gspo_megatron.testing.fakes import TOKENIZER, OneRank, Replicas, Shelf, TablePolicy, config_of, trainer_of
@@ -24,14 +24,31 @@ SETTINGS = ("train.steps=3", "train.eval_every=2", "rollout.prompts_per_step=4",
 
 
 def over_engines(
-    config: Config, ranks: Ranks, *engines: FakeEngine, stop: Callable[[], bool] = lambda: False, **parts: object
+    config: Config,
+    ranks: Ranks,
+    *engines: FakeEngine,
+    stop: Callable[[], bool] = lambda: False,
+    restarts: bool = True,
+    start: Callable[[FakeEngine], None] = lambda engine: engine.start(),
+    most_starts: int = 3,
+    most_in_flight: int = 256,
+    **parts: object,
 ) -> Trainer:
     """A trainer whose rollouts come from the engines; on other ranks than the main one, too."""
     policy, r = TablePolicy(ranks), config.rollout
 
-    def start(engine: Engine) -> None:
+    def start_again(engine: Engine) -> None:
         assert isinstance(engine, FakeEngine)
-        engine.start()
+        start(engine)
+
+    def pool(wrong: Callable[[Engine], str]) -> EnginePool:
+        return EnginePool(
+            engines,
+            probe=wrong,
+            start=start_again if restarts else None,
+            most_starts=most_starts,
+            most_in_flight=most_in_flight,
+        )
 
     def score(tokens: tuple[int, ...], begin: int) -> list[float]:
         log_probs_VV = policy.logits_VV.log_softmax(dim=-1)
@@ -40,7 +57,7 @@ def over_engines(
     served = partial(
         ServedSource,
         policy=policy,
-        open_pool=(lambda wrong: EnginePool(engines, probe=wrong, start=start)) if ranks.is_main else None,
+        open_pool=pool if ranks.is_main else None,
         weights=lambda: weights_of(policy.version, policy.logits_VV).tensors,
         probe=Probe.of_vocabulary(TOKENIZER.vocab_size, 16),
         score=score,
@@ -112,7 +129,34 @@ def test_an_engine_that_does_not_stay_up_ends_the_run_on_every_rank() -> None:
     with pytest.raises(Exception, match="engine 0") as caught:
         Replicas(2).run(lambda ranks: over_engines(config_of(*SETTINGS), ranks, engine).run())
     assert type(caught.value).__name__ == "EnginesDown"
-    assert len(engine.asked) == MOST_ATTEMPTS
+    assert len(engine.asked) == MOST_IN_VAIN
+
+
+def test_engines_that_stay_dead_are_not_asked_again() -> None:
+    engine = FakeEngine("engine 0", dies_after=0)
+    with pytest.raises(EnginesDown, match="engine 0 is dead"):
+        over_engines(config_of(*SETTINGS), OneRank(), engine, restarts=False).run()
+    assert len(engine.asked) == 1
+    assert len([call for call in engine.calls if call.startswith("load")]) == 1
+
+
+def test_what_was_whole_when_an_engine_died_is_kept() -> None:
+    """An engine that dies within a step more often than may happen in vain: it has time for one group, or two."""
+    settings = (*SETTINGS, "train.steps=1", "rollout.prompts_per_step=16")
+    engine = FakeEngine("engine 0", dies_after=5)
+
+    def start(engine: FakeEngine) -> None:
+        engine.start()
+        engine.dies_after = engine.rounds + 5
+
+    pool = {"start": start, "most_starts": 1000, "most_in_flight": 4}
+    trainer = over_engines(config_of(*settings), OneRank(), engine, **pool)  # type: ignore[arg-type]
+    assert trainer.run()
+    own = trainer_of(config_of(*settings))
+    assert own.run()
+    assert torch.equal(learned(trainer), learned(own))
+    loads = [call for call in engine.calls if call.startswith("load")]
+    assert loads.count("load 0") > MOST_IN_VAIN + 1
 
 
 def test_nothing_is_trained_on_wrong_weights() -> None:

@@ -1,4 +1,4 @@
-"""examples/slurm/train.sbatch on a real Slurm: a cluster of two nodes, which start.sh starts on this machine.
+"""examples/slurm/*.sbatch on a real Slurm: a cluster of two nodes, which start.sh starts on this machine.
 
 The undisturbed run proceeds alongside the others; what happens to those must not show in their metrics.
 """
@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gspo_megatron.testing.commands import metrics, rollouts
 from gspo_megatron.testing.time_limits import time_factor
 
 HERE = Path(__file__).parent
@@ -30,9 +32,17 @@ def slurm(*command: str) -> str:
 
 
 class Job:
-    """A run of the example's batch script with the tiny model, below `directory`, one process on each node."""
+    """A run of an example's batch script with a tiny model, below `directory`, one process on each node."""
 
-    def __init__(self, directory: Path, *arguments: str, max_crashes: int = 0, site: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        max_crashes: int = 0,
+        site: str = "",
+        script: str = "train.sbatch",
+        config: Path = HERE / "tiny.yaml",
+    ) -> None:
         """`site`: the text of its site file, which then has to bring the environment, too."""
         self.directory, self.run = directory, directory / "run"
         directory.mkdir()
@@ -47,8 +57,8 @@ class Job:
             "--time=60",
             f"--export={inherited},MAX_CRASHES={max_crashes}",
         ]
-        script = [str(ROOT / "examples/slurm/train.sbatch"), "--config", str(HERE / "tiny.yaml"), f"run.dir={self.run}"]
-        self.id = slurm("sbatch", "--parsable", f"--chdir={directory}", *options, *script, *arguments).strip()
+        command = [str(ROOT / "examples/slurm" / script), "--config", str(config), f"run.dir={self.run}"]
+        self.id = slurm("sbatch", "--parsable", f"--chdir={directory}", *options, *command, *arguments).strip()
 
     def shows(self, field: str) -> str:
         """A field of what Slurm knows about the job."""
@@ -183,3 +193,45 @@ def test_a_job_that_crashes_is_requeued_until_it_is_given_up(undisturbed: Job, t
     assert logs == [2, 2] and "step 2/40" in "".join(
         p.read_text() for p in job.directory.glob("logs/0/*/*/0/stdout.log")
     )
+
+
+# --- train_served.sbatch: an engine on the first node, training on the second ---
+
+SERVED: dict[str, Any] = {"script": "train_served.sbatch", "config": HERE / "served.yaml"}
+VLLM = ROOT / ".venv-engine/bin/python"
+
+
+@pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: make venv-engine")
+def test_a_job_with_an_engine_node_is_requeued_and_ends_as_if_undisturbed(cluster: None, tmp_path: Path) -> None:
+    # The two nodes are one machine: over the network, all the same.
+    job = Job(tmp_path / "job", "engine.channel=broadcast", "--", f"engine.python={VLLM}", **SERVED)
+    job.wait_until("3 rows of metrics", lambda: job.rows() >= 3, timeout_s=400)
+    slurm("scancel", "--signal=USR1", job.id)
+    job.start_again()
+    assert "exit status 75, requeued" in job.log()
+    rows_before = job.rows()
+    assert rows_before < 9
+    job.wait_until("the state COMPLETED", lambda: job.shows("JobState") == "COMPLETED", timeout_s=400)
+    assert job.shows("Restarts") == "1"
+    assert "continuing after" in job.log() and job.log().count("ready: engine.addresses=[http://") == 2
+    assert not subprocess.run(["pgrep", "-f", f"run.dir={job.run}|{job.run}/engine"], capture_output=True).stdout
+    # The product's own sampler draws the same tokens.
+    own = tmp_path / "own"
+    settings = ["--config", str(SERVED["config"]), "rollout.engine=collective", f"run.dir={own}"]
+    done = subprocess.run([sys.executable, "-m", "gspo_megatron.train", *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(own)) == len(metrics(job.run)) == 9
+    for of_job, of_own in zip(metrics(job.run), metrics(own), strict=True):
+        assert [of_job.get(key) for key in ("loss", "grad_norm", "step")] == [
+            of_own.get(key) for key in ("loss", "grad_norm", "step")
+        ]
+    drawn = [[[(r["id"], r["tokens"], r["reward"]) for r in step] for step in rollouts(run)] for run in (job.run, own)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 8
+
+
+def test_a_wrong_setting_of_the_engines_fails_the_job_once(cluster: None, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", "--", "engine.count=2", max_crashes=3, **SERVED)
+    job.wait_for_state("FAILED")
+    assert (job.shows("Restarts"), job.shows("ExitCode")) == ("0", "2:0")
+    assert "engine.count=2: this command starts one engine" in job.log()
+    assert "the engines ended with status 2; the training saves and ends" in job.log()

@@ -1,0 +1,167 @@
+"""Engines that a run did not start: each that it cannot use is named before anything is trained.
+
+The server here answers what vLLM 0.32 answers, and each case spoils one answer. A real one is in tests/engine.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from gspo_megatron.base.errors import EngineError, UnfitEngine
+from gspo_megatron.rollout.external_engine import DRAWS, GENERATE, ROUTES, RPC, ExternalEngine
+from gspo_megatron.rollout.http import Address
+from gspo_megatron.testing.time_limits import time_factor
+
+
+class Vllm:
+    """Attributes: answers, by method and route or by the method of an RPC: (status, JSON). asked: in order."""
+
+    def __init__(self, port: int = 0) -> None:
+        refused = {"error": {"message": f"this engine draws tokens for a trainer: {DRAWS} seed, id, got None"}}
+        self.answers: dict[str, tuple[int, Any]] = {
+            "GET /health": (200, None),
+            "GET /version": (200, {"version": "0.32.0"}),
+            "GET /v1/models": (200, {"data": [{"id": "policy", "max_model_len": 24}]}),
+            f"POST {GENERATE}": (400, refused),
+            "gspo_about": (200, {"results": [{"vocab_size": 13, "device": "cpu"}]}),
+            "gspo_forget_update": (200, {"results": [None]}),
+        }
+        self.missing: tuple[str, ...] = ()
+        self.token, self.asked = "secret", list[str]()
+        vllm = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+                key = f"{self.command} {self.path}"
+                if self.path == RPC and self.command == "POST":
+                    key = body["method"]
+                vllm.asked.append(key)
+                status, content = vllm.answers.get(key, (405 if self.path in ROUTES else 404, {"detail": "no"}))
+                if self.path in vllm.missing:
+                    status, content = 404, {"detail": "Not Found"}
+                if self.path != "/health" and self.headers["Authorization"] != f"Bearer {vllm.token}":
+                    status, content = 401, {"error": {"message": "Unauthorized"}}
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+            do_GET = do_POST
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._http.server_port
+        threading.Thread(target=self._http.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def vllm() -> Iterator[Vllm]:
+    server = Vllm()
+    yield server
+    server.close()
+
+
+def engine_at(port: int, **changed: Any) -> ExternalEngine:
+    address = Address("engine 0", "127.0.0.1", port, "secret")
+    how: dict[str, Any] = {"max_length": 24, "vocab_size": 13, "start_timeout_s": 30 * time_factor()}
+    return ExternalEngine(address, **how | changed)
+
+
+def test_an_engine_of_the_command_serve_is_taken(vllm: Vllm) -> None:
+    said: list[str] = []
+    engine_at(vllm.port, same_device="cpu", say=said.append).wait()
+    assert vllm.asked[-1] == "gspo_forget_update"
+    assert not said
+    vllm.answers["GET /version"] = 200, {"version": "0.34.1"}
+    engine_at(vllm.port, say=said.append).wait()
+    assert said == ["engine 0 is vLLM 0.34.1; 0.32 is what was tested"]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "complaint"),
+    [
+        ({"GET /version": (404, {"detail": "Not Found"})}, "is not vLLM: it answers /version with status 404"),
+        ({"GET /version": (200, b"<html>")}, "is not vLLM: it answers /version with status 200, '<html>'"),
+        ({"GET /version": (200, {"version": "0.11.2"})}, "is vLLM 0.11.2, older than 0.32; install 0.32"),
+        ({"GET /v1/models": (500, {})}, "answers /v1/models with status 500"),
+        ({"GET /v1/models": (200, {"data": [{"max_model_len": 23}]})}, "takes sequences of 23 tokens"),
+        ({f"POST {GENERATE}": (403, {"error": "off"})}, "does not serve token ids (--enable-scale-out)"),
+        ({f"POST {GENERATE}": (200, {"choices": []})}, "draws tokens by itself"),
+        ({"gspo_about": (500, {"error": {"message": "no attribute"}})}, "has no worker that takes the run's weights"),
+        ({"gspo_about": (200, {"results": [{"vocab_size": 14}]})}, "has a model of 14 ids, and the run's has 13"),
+        (
+            {"gspo_about": (200, {"results": [{"vocab_size": 13, "device": "cuda"}]})},
+            "computes on cuda and the run on cpu, which no broadcast joins; set engine.channel=disk",
+        ),
+    ],
+)
+def test_an_engine_that_a_run_cannot_use_is_refused(vllm: Vllm, spoilt: dict[str, Any], complaint: str) -> None:
+    vllm.answers |= spoilt
+    with pytest.raises(UnfitEngine) as caught:
+        engine_at(vllm.port, same_device="cpu").wait()
+    assert str(caught.value).startswith(f"engine 0 (http://127.0.0.1:{vllm.port}) {complaint}"), caught.value
+    assert "gspo_forget_update" not in vllm.asked
+
+
+def test_a_vllm_without_the_routes_is_refused(vllm: Vllm) -> None:
+    vllm.missing = ("/pause", "/update_weights")
+    with pytest.raises(UnfitEngine, match=r"is vLLM 0.32.0 without /pause, /update_weights; start it with"):
+        engine_at(vllm.port).wait()
+
+
+def test_another_token_is_said(vllm: Vllm) -> None:
+    vllm.token = "other"
+    with pytest.raises(UnfitEngine, match="refuses the token of this run; set GSPO_ENGINE_TOKEN"):
+        engine_at(vllm.port).wait()
+
+
+def test_what_does_not_speak_http_is_said() -> None:
+    def answer() -> None:
+        connection, _ = taken.accept()
+        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UnfitEngine, match="is not vLLM: it does not speak HTTP; correct"):
+            engine_at(taken.getsockname()[1]).wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def test_an_engine_is_waited_for() -> None:
+    port, servers = free_port(), list[Vllm]()
+    threading.Timer(1.0, lambda: servers.append(Vllm(port))).start()
+    engine_at(port).wait()
+    [server] = servers
+    # As nginx before a server that is not up, and as vLLM while it ends.
+    server.answers["GET /health"] = 503, None
+    with pytest.raises(EngineError, match=r"waited 0.1 s for engine 0 \(engine.start_timeout_s\): .* with status 503"):
+        engine_at(port, start_timeout_s=0.1).wait()
+    server.close()
+
+
+def test_waiting_ends_with_the_time_or_the_run() -> None:
+    port = free_port()
+    with pytest.raises(EngineError, match=r"waited 0.1 s for engine 0 .*refused; start it with `python -m gspo_m"):
+        engine_at(port, start_timeout_s=0.1).wait()
+    began = time.monotonic()
+    engine_at(port, start_timeout_s=600).wait(lambda: True)
+    assert time.monotonic() - began < 60 * time_factor()
