@@ -28,6 +28,24 @@ class EnginesDown(EngineError):
     """No engine is left to sample with. The policy is as good as before: the run is saved and can be started again."""
 
 
+class EnginesStale(EnginesDown):
+    """No engine has the current weights, and some answer: they can be given them.
+
+    Attributes:
+        ended: responses that the engines have finished so far.
+    """
+
+    ended: int = 0
+
+
+class Refused(EngineError):
+    """An engine that is well refuses what it was asked (HTTP 4xx), as every other one would."""
+
+
+class CannotSend(EngineError):
+    """The trainer cannot send its weights. The engines are as well as before, and so is the policy."""
+
+
 class WrongWeights(EngineError):
     """An engine has other log-probs than the trainer for the same tokens: nothing that it samples can be trained on."""
 
