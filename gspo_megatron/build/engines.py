@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from gspo_megatron.base.batches import Sampling
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, EngineError, StopRequested
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -29,7 +31,7 @@ from gspo_megatron.rollout.engine import Engine, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.engine_server import HOST, EngineServer, ServerSettings
 from gspo_megatron.rollout.native.stopping import stops_of
-from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.probe import FP32_RESOLUTION, Probe
 from gspo_megatron.rollout.served import ServedSource
 from gspo_megatron.rollout.vllm import VllmEngine
 from gspo_megatron.rollout.weight_channels import Broadcast, Channel, SharedMemory
@@ -39,6 +41,8 @@ from gspo_megatron.run.scoring import Scorer
 STREAM_INTERVAL = 16
 """Tokens of an event: one for every token takes the server of a small model more time than the tokens."""
 PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.5}
+PROBE_RESOLUTION = {"fp32": FP32_RESOLUTION, "bf16": 2.0**-8}
+"""In bf16 half a unit in the last place of a logit."""
 FOLDER = "engine"
 """In run.dir: the model's config.json for the engines, and their logs."""
 
@@ -52,7 +56,6 @@ class VllmEngines:
         files: FolderFiles,
         device: Device,
         say: Callable[[str], None],
-        stop: Callable[[], bool],
     ) -> None:
         config, e = inputs.config, inputs.config.engine
         self.folder = Path(config.run.dir) / FOLDER
@@ -62,11 +65,11 @@ class VllmEngines:
         self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
-        self._stop = stop
+        self._starts, self._closed = threading.Lock(), False
         self._channel: Channel = (
             SharedMemory(job=re.sub(r"[^\w-]", "_", Path(config.run.dir).name), say=say)
             if device.on_cpu
-            else Broadcast(HOST, device.torch_device)
+            else Broadcast(HOST, device.torch_device, timeout_s=e.timeout_s)
         )
         self._engine = partial(
             VllmEngine,
@@ -75,6 +78,8 @@ class VllmEngines:
             timeout_s=e.timeout_s,
             # Weights that change under way need the version of every token.
             stream_interval=1 if config.rollout.max_lag else STREAM_INTERVAL,
+            # A group may be larger, and would leave the probe no room.
+            most_streams=config.rollout.max_batch,
         )
 
     def _server(self, number: int, config: Config, settings: ServerSettings) -> EngineServer:
@@ -92,15 +97,17 @@ class VllmEngines:
         for server in self.servers.values():
             server.start()
 
-    def ready(self, wrong: Callable[[Engine], str]) -> EnginePool:
-        """The pool, once all servers answer, or the run is to stop. `wrong`: what is wrong with an engine's log-probs,
-        if anything.
+    def ready(self, wrong: Callable[[Engine], str], stop: Callable[[], bool]) -> EnginePool:
+        """The pool, once all servers answer. `wrong`: what is wrong with an engine's log-probs, if anything.
 
         Raises:
+            StopRequested: `stop` says so.
             EngineError: one does not start.
         """
         for server in self.servers.values():
-            server.wait(self._stop)
+            server.wait(stop)
+            if stop():
+                raise StopRequested
         self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
@@ -114,7 +121,11 @@ class VllmEngines:
 
     def _start_again(self, engine: Any) -> None:
         server = self.servers[engine.name]
-        server.start()
+        with self._starts:
+            if self._closed:
+                raise EngineError(f"{engine.name} is not started again: the run ends")
+            server.start()
+        # Nobody waits for this thread; `close` ends the server, and with it the waiting.
         server.wait()
         engine.address = server.address
 
@@ -129,9 +140,11 @@ class VllmEngines:
         if self.pool:
             # First: it would start them again.
             self.pool.close()
+        with self._starts:
+            self._closed = True
         self._channel.close()
-        for server in self.servers.values():
-            server.end()
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            list(threads.map(lambda server: server.end(), self.servers.values()))
 
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:
@@ -186,16 +199,21 @@ def open_engines(
         )
     limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
     scorer = Scorer(policy, ranks, packer_of(inputs, ranks), console)
-    engines = VllmEngines(inputs, files, device, console.warn, stop) if ranks.is_main else None
+    engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:
         ranks.from_main(lambda stopped: engines.start() if engines else None, lambda: False)
         yield partial(
-            partial(BufferedSource, max_lag=r.max_lag) if r.max_lag else ServedSource,
+            partial(BufferedSource, max_lag=r.max_lag, warn=console.warn) if r.max_lag else ServedSource,
             policy=policy,
             open_pool=engines.ready if engines else None,
             weights=partial(policy.weights, rules, only_to=0),
-            probe=Probe.of_vocabulary(tokenizer.vocab_size, config.model.max_sequence_length, limit=limit),
+            probe=Probe.of_vocabulary(
+                tokenizer.vocab_size,
+                config.model.max_sequence_length,
+                limit=limit,
+                resolution=PROBE_RESOLUTION[config.precision.dtype],
+            ),
             score=lambda tokens, begin: scorer.log_probs([Response("the probe", {}, list(tokens), begin)])[0],
             as_in_training=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, config.run.seed),
             stop_ids=stops_of(r.stop, tokenizer).ids,

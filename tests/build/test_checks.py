@@ -340,6 +340,7 @@ VLLM = "rollout.engine=vllm"
         ((VLLM, "precision.dtype=fp64", "optimizer.distributed=false"), "vLLM computes in fp32 or bf16"),
         ((VLLM, "engine.gpus=[1]", "engine.count=2"), "they take 2 GPUs; name each of them once"),
         ((VLLM, "engine.gpus=[3, 3]", "engine.tensor_parallel=2"), "they take 2 GPUs; name each of them once"),
+        ((VLLM, "engine.timeout_s=600"), "engine.timeout_s=600 with parallel.timeout_s=600: while an engine takes"),
         ((VLLM, "engine.gpus=[x]"), "'x' is not the number of a GPU"),
         (("rollout.engine=sglang",), "rollout.engine='sglang' is not one of collective, vllm"),
     ],
