@@ -133,6 +133,7 @@ def open_trainer(
             try:
                 yield trainer
             finally:
+                trainer.parts.source.close()
                 if writer:
                     writer.close()
 

@@ -26,7 +26,8 @@ from gspo_megatron.base.errors import EnginesDown
 from gspo_megatron.rewards.rewards import Reward, score_rollouts
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Piece, Request
-from gspo_megatron.rollout.engine_pool import EnginePool, Flight, Heard
+from gspo_megatron.rollout.engine_pool import EnginePool
+from gspo_megatron.rollout.flights import Flight, Heard
 
 END = (Flight((), SimpleQueue()), None)
 """Nothing more will be heard."""
@@ -200,8 +201,9 @@ class RolloutBuffer:
         self._scoring.submit(self._scored, group)
 
     def _scored(self, group: BufferedGroup) -> None:
-        rollouts, error = group.finished(), None
+        rollouts, error = list[Rollout](), None
         try:
+            rollouts = group.finished()
             for rollout in rollouts:
                 self._decode(rollout)
             score_rollouts(self._reward, rollouts)
