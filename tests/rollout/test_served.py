@@ -194,15 +194,16 @@ def test_a_stop_is_noticed_while_an_engine_starts_again() -> None:
 def test_a_stop_is_noticed_while_engines_start() -> None:
     def open_pool(wrong: object, stop: Callable[[], bool]) -> EnginePool:
         wait_until(stop)
+        heard.append(1)
         raise StopRequested
 
-    asked = threading.Event()
+    asked, heard = threading.Event(), list[int]()
     trainer = over_engines(config_of(*SETTINGS), Polling(), FakeEngine("engine 0"), stop=asked.is_set)
     source = trainer.parts.source
     assert isinstance(source, ServedSource)
     source.open_pool = open_pool
     threading.Timer(0.1, asked.set).start()
-    assert not trainer.run()
+    assert not trainer.run() and heard
 
 
 def test_a_stop_is_noticed_while_rewards_are_computed() -> None:
