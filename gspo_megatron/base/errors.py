@@ -33,7 +33,21 @@ class EnginesDown(EngineError):
 
 
 class EnginesStale(EnginesDown):
-    """Engines answer, and none has the current weights: they were started again. New weights bring them back."""
+    """No engine has the current weights, and some answer: they can be given them.
+
+    Attributes:
+        ended: responses that the engines have finished so far.
+    """
+
+    ended: int = 0
+
+
+class Refused(EngineError):
+    """An engine that is well refuses what it was asked (HTTP 4xx), as every other one would."""
+
+
+class CannotSend(EngineError):
+    """The trainer cannot send its weights. The engines are as well as before, and so is the policy."""
 
 
 class WrongWeights(EngineError):

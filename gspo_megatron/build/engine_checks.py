@@ -46,6 +46,12 @@ def check_engine(config: Config) -> None:
         raise ConfigError(f"{what} with rollout.engine={r.engine}: {why}; {fix}")
     if e.addresses:
         _check_addresses(e)
+    if e.timeout_s >= config.parallel.timeout_s:
+        raise ConfigError(
+            f"engine.timeout_s={e.timeout_s:g} with parallel.timeout_s={config.parallel.timeout_s:g}: while an engine "
+            "takes weights the other processes wait in a collective, and the run would end there before it learns what "
+            "the engine lacks; make engine.timeout_s the smaller one"
+        )
     wanted = e.count * e.tensor_parallel
     if e.gpus and (len(e.gpus) != wanted or len(set(e.gpus)) != wanted):
         raise ConfigError(

@@ -121,7 +121,7 @@ def channel_of(config: Config, device: Device, say: Callable[[str], None]) -> Ch
     # All workers come to one address: one that those of other machines reach.
     towards = next((host for host in hosts if not is_loopback(host)), hosts[0])
     try:
-        return Broadcast(own_address(towards), device.torch_device)
+        return Broadcast(own_address(towards), device.torch_device, timeout_s=config.engine.timeout_s)
     except OSError as error:
         raise EngineError(
             f"no network leads from this machine to the engine at {towards} ({error}); correct engine.addresses"

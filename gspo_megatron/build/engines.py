@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from gspo_megatron.base.batches import Sampling
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, EngineError, StopRequested
 from gspo_megatron.build.engine_servers import channel_of, servers_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
@@ -22,7 +24,7 @@ from gspo_megatron.rollout.buffered import BufferedSource
 from gspo_megatron.rollout.engine import Engine, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.native.stopping import stops_of
-from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.probe import FP32_RESOLUTION, Probe
 from gspo_megatron.rollout.served import ServedSource
 from gspo_megatron.rollout.vllm import VllmEngine
 from gspo_megatron.rollout.weight_channels import Channel
@@ -32,6 +34,8 @@ from gspo_megatron.run.scoring import Scorer
 STREAM_INTERVAL = 16
 """Tokens of an event: one for every token takes the server of a small model more time than the tokens."""
 PROBE_LIMIT = {"fp32": 1e-4, "bf16": 0.5}
+PROBE_RESOLUTION = {"fp32": FP32_RESOLUTION, "bf16": 2.0**-8}
+"""In bf16 half a unit in the last place of a logit."""
 
 
 class VllmEngines:
@@ -43,14 +47,13 @@ class VllmEngines:
         files: FolderFiles,
         device: Device,
         say: Callable[[str], None],
-        stop: Callable[[], bool],
     ) -> None:
         config, e = inputs.config, inputs.config.engine
         self.servers = servers_of(config, files, device, say)
         self.pool: EnginePool | None = None
         self._say, self._timeout_s, self._most_starts = say, e.timeout_s, e.most_starts
         self._most_in_flight = config.rollout.max_batch
-        self._stop = stop
+        self._starts, self._closed = threading.Lock(), False
         self._running_already = bool(e.addresses)
         self._open_channel = partial(channel_of, config, device, say)
         self._channel: Channel | None = None
@@ -61,33 +64,38 @@ class VllmEngines:
             timeout_s=e.timeout_s,
             # Weights that change under way need the version of every token.
             stream_interval=1 if config.rollout.max_lag else STREAM_INTERVAL,
+            # A group may be larger, and would leave the probe no room.
+            most_streams=config.rollout.max_batch,
         )
 
-    def start(self) -> None:
+    def start(self, stop: Callable[[], bool]) -> None:
         """Starts all servers; they become ready meanwhile. Those that run already are looked at now, before anything is
         trained.
 
         Raises:
+            StopRequested: `stop` says so.
             EngineError: a port is in use, or an engine of engine.addresses cannot be used.
         """
         for server in self.servers.values():
             server.start()
         if self._running_already:
-            self._wait()
+            self._wait(stop)
         self._channel = self._open_channel()
 
-    def _wait(self) -> None:
+    def _wait(self, stop: Callable[[], bool]) -> None:
         for server in self.servers.values():
-            server.wait(self._stop)
+            server.wait(stop)
+            if stop():
+                raise StopRequested
 
-    def ready(self, wrong: Callable[[Engine], str]) -> EnginePool:
-        """The pool, once all servers answer, or the run is to stop. `wrong`: what is wrong with an engine's log-probs,
-        if anything.
+    def ready(self, wrong: Callable[[Engine], str], stop: Callable[[], bool]) -> EnginePool:
+        """The pool, once all servers answer. `wrong`: what is wrong with an engine's log-probs, if anything.
 
         Raises:
+            StopRequested: `stop` says so.
             EngineError: one does not start.
         """
-        self._wait()
+        self._wait(stop)
         self.pool = EnginePool(
             [self._engine(server.address) for server in self.servers.values()],
             probe=wrong,
@@ -101,8 +109,11 @@ class VllmEngines:
 
     def _start_again(self, engine: Any) -> None:
         server = self.servers[engine.name]
-        server.start()
-        server.wait()
+        with self._starts:
+            if self._closed:
+                raise EngineError(f"{engine.name} is not started again: the run ends")
+            server.start()
+        server.wait(lambda: self._closed)
         engine.address = server.address
 
     def _send(self, engines: Seq[Any], weights: Weights) -> None:
@@ -117,17 +128,24 @@ class VllmEngines:
         if self.pool:
             # First: it would start them again.
             self.pool.close()
+        with self._starts:
+            self._closed = True
         if self._channel:
             self._channel.close()
-        for server in self.servers.values():
-            server.end()
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            list(threads.map(lambda server: server.end(), self.servers.values()))
 
 
 def probe_of(inputs: Inputs) -> Probe:
     """What engines score after every change of weights."""
     config = inputs.config
     limit = config.engine.probe_limit or PROBE_LIMIT[config.precision.dtype]
-    return Probe.of_vocabulary(inputs.tokenizer.vocab_size, config.model.max_sequence_length, limit=limit)
+    return Probe.of_vocabulary(
+        inputs.tokenizer.vocab_size,
+        config.model.max_sequence_length,
+        limit=limit,
+        resolution=PROBE_RESOLUTION[config.precision.dtype],
+    )
 
 
 def scores_of(inputs: Inputs, policy: Any, ranks: Any, console: Console) -> Callable[[Seq[int], int], Seq[float]]:
@@ -159,12 +177,12 @@ def open_engines(
             f"engine.gpus={config.engine.gpus} with a run on {device.describe()}: "
             + ("remove it" if device.on_cpu else "name GPUs of the first node that no process of the run uses")
         )
-    engines = VllmEngines(inputs, files, device, console.warn, stop) if ranks.is_main else None
+    engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:
-        ranks.from_main(lambda stopped: engines.start() if engines else None, lambda: False)
+        ranks.from_main(lambda stopped: engines.start(stopped.is_set) if engines else None, stop)
         yield partial(
-            partial(BufferedSource, max_lag=r.max_lag) if r.max_lag else ServedSource,
+            partial(BufferedSource, max_lag=r.max_lag, warn=console.warn) if r.max_lag else ServedSource,
             policy=policy,
             open_pool=engines.ready if engines else None,
             weights=partial(policy.weights, rules, only_to=0),

@@ -141,6 +141,7 @@ def open_trainer(
             try:
                 yield trainer
             finally:
+                trainer.parts.source.close()
                 if writer:
                     writer.close()
 

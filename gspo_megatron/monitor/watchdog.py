@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, GuardError, plural
+from gspo_megatron.base.errors import CheckpointError, ConfigError, DataError, EngineError, GuardError, plural
 
 BEAT_S = 1.0
 SILENT_BEATS = 5
@@ -27,7 +27,7 @@ STORE_BEATS = 15
 """How many beats the store may take to answer."""
 NAMED = 8
 """How many ranks a message lists one by one."""
-EXPLAINED = (CheckpointError, ConfigError, DataError, GuardError)
+EXPLAINED = (CheckpointError, ConfigError, DataError, EngineError, GuardError)
 """Errors whose own message says what is wrong."""
 
 

@@ -26,7 +26,8 @@ from gspo_megatron.base.errors import EnginesDown
 from gspo_megatron.rewards.rewards import Reward, score_rollouts
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Piece, Request
-from gspo_megatron.rollout.engine_pool import EnginePool, Flight, Heard
+from gspo_megatron.rollout.engine_pool import EnginePool
+from gspo_megatron.rollout.flights import Flight, Heard
 
 END = (Flight((), SimpleQueue()), None)
 """Nothing more will be heard."""
@@ -88,15 +89,9 @@ class RolloutBuffer:
         self._changed = threading.Condition()
         """Of the groups, which three kinds of threads share: the run's own, the one that listens, those that score."""
         self._error: BaseException | None = None
-        self._num_tokens = 0
         self._scoring = ThreadPoolExecutor(max(1, reward.groups_at_once), "reward")
         self._listener = threading.Thread(target=self._listen, name="buffer", daemon=True)
         self._listener.start()
-
-    @property
-    def num_tokens(self) -> int:
-        """All that was sampled so far."""
-        return self._num_tokens
 
     def begin(self, prompt: Prompt, requests: Seq[Request], step: int) -> None:
         """Samples a group."""
@@ -200,15 +195,15 @@ class RolloutBuffer:
         else:
             answer = next(answer for answer in group.answers if answer.request.id == piece.id)
             answer.add(piece, range(self._pool.version + 1))
-            self._num_tokens += len(piece.tokens)
 
     def _score(self, group: BufferedGroup) -> None:
         group.scoring = True
         self._scoring.submit(self._scored, group)
 
     def _scored(self, group: BufferedGroup) -> None:
-        rollouts, error = group.finished(), None
+        rollouts, error = list[Rollout](), None
         try:
+            rollouts = group.finished()
             for rollout in rollouts:
                 self._decode(rollout)
             score_rollouts(self._reward, rollouts)

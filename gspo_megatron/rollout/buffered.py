@@ -3,7 +3,7 @@
 One call of `groups`:
 1. The engines get the policy's weights; what is under way goes on with them.
 2. The buffer drops what grew too old, and begins new groups as far as its rules allow.
-3. Once enough groups are whole, every rank gets them; then further ones begin, which are sampled during the updates.
+3. Once enough groups are whole, every rank gets them. The others are sampled on during the updates.
 
 Which weights sample which token depends on time, and so does what a step gets: a run that is continued goes on with its
 groups where they were cut, but not with the bits that it would have had. rollouts/step_*.jsonl has what it got.
@@ -11,8 +11,9 @@ groups where they were cut, but not with the bits that it would have had. rollou
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from threading import Event
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gspo_megatron.base.batches import Held, Prompt, RolloutGroup, Taken
-from gspo_megatron.base.errors import CheckpointError
+from gspo_megatron.base.errors import CheckpointError, plural
 from gspo_megatron.data.sources import checked_tokens
 from gspo_megatron.rewards.rewards import refuse_unscored
 from gspo_megatron.rollout.answers import Answer
@@ -31,9 +32,8 @@ from gspo_megatron.rollout.served import ServedSource
 
 
 class Found(NamedTuple):
-    """What the main process tells the others."""
+    """What the main process tells the others of the last step's groups."""
 
-    groups: list[RolloutGroup]
     taken: Taken
     metrics: dict[str, float]
 
@@ -45,13 +45,17 @@ class BufferedSource(ServedSource):
     Attributes:
         max_lag: the most steps between the beginning of a group and the step that trains on it.
         saved: what a checkpoint held of `held`.
+        warn: called with a line for the user.
     """
 
     max_lag: int = 1
     saved: Held | None = None
+    warn: Callable[[str], None] = lambda line: None
     pause_mode: PauseMode = "keep"
     _buffer: RolloutBuffer | None = field(default=None, init=False)
     _again: deque[Prompt] = field(default_factory=deque, init=False)
+    _swept: int = field(default=0, init=False)
+    """Groups, since the last step."""
     _found: Found | None = field(default=None, init=False)
 
     def _open(self, stopped: Event) -> None:
@@ -59,6 +63,11 @@ class BufferedSource(ServedSource):
         if self._pool is not None and self._buffer is None:
             self._buffer = RolloutBuffer(self._pool, self.reward, self._decode, max_lag=self.max_lag)
             self._buffer.groups, self._again = self._restored()
+
+    def close(self) -> None:
+        """See `RolloutSource.close`."""
+        if self._buffer is not None:
+            self._buffer.close()
 
     @property
     def taken(self) -> Taken:
@@ -74,39 +83,48 @@ class BufferedSource(ServedSource):
     def groups(self, step: int, count: int | None = None) -> list[RolloutGroup]:
         """See `RolloutSource.groups`."""
         wanted = count or self.prompts_per_step
-        self._found = self._attempted(lambda stopped: self._next(step, wanted, stopped))
-        return self._found.groups
+        found = self._sampled(lambda stopped: self._next(step, wanted, stopped))
+        # Not before: of a run that is stopped in between, a checkpoint holds them.
+        self._found = self.ranks.from_main(lambda stopped: self._take(step, found), lambda: False)
+        return found
 
     # -------------------------------------------------------------------------------------- on the main process
 
-    def _next(self, step: int, count: int, stopped: Event) -> Found:
+    def _next(self, step: int, count: int, stopped: Event) -> list[RolloutGroup]:
+        """The groups of a step, which stay in the buffer; none if the run is to stop."""
         assert self._buffer is not None, "the main process has the buffer"
-        buffer = self._buffer
-        swept = buffer.sweep(step)
+        swept = self._buffer.sweep(step)
         self._again += swept
-        buffer.go_on()
+        self._swept += len(swept)
+        self._buffer.go_on()
         self._begin(step, self.max_lag * self.prompts_per_step + count)
-        with self._counted(lambda: buffer.num_tokens):
-            groups = buffer.wait(count, stopped)
-        if stopped.is_set():
-            return Found([], super().taken, {})
+        groups = self._buffer.wait(count, stopped)
         refuse_unscored([rollout for group in groups for rollout in group.rollouts], self.reward.most_lost)
-        began = buffer.remove(groups)
+        return groups
+
+    def _take(self, step: int, groups: Seq[RolloutGroup]) -> Found:
+        """Every process has the groups: they are the step's."""
+        assert self._buffer is not None
+        began, swept, self._swept = self._buffer.remove(groups), self._swept, 0
         if self.prompts.curriculum:
             self.prompts.curriculum.observe(groups, ())
-        self._begin(step, self.max_lag * self.prompts_per_step)
-        return Found(groups, super().taken, self._metrics(step, groups, began, len(swept)))
+        return Found(super().taken, self._metrics(step, groups, began, swept))
 
     def _begin(self, step: int, most: int) -> None:
-        """Begins groups until `most` are under way or wait."""
+        """Begins groups until `most` are under way or wait.
+
+        Raises:
+            DataError: a prompt cannot be asked. It stays in `_again`, with those behind it.
+        """
         assert self._buffer is not None
         room = max(most - len(self._buffer.groups), 0)
-        again = [self._again.popleft() for _ in range(min(room, len(self._again)))]
-        for prompt in [*again, *self.prompts.begin(room - len(again))]:
-            checked_tokens(prompt, (), self.vocab_size)
-            ids = range(self.next_id, self.next_id + self.group_size)
-            self._buffer.begin(prompt, [self._request(prompt, i, self.as_in_training) for i in ids], step)
+        self._again += self.prompts.begin(max(room - len(self._again), 0))
+        for _ in range(room):
+            checked_tokens(self._again[0], (), self.vocab_size)
+            prompt, first = self._again.popleft(), self.next_id
             self.next_id += self.group_size
+            requests = [self._request(prompt, first + i, self.as_in_training) for i in range(self.group_size)]
+            self._buffer.begin(prompt, requests, step)
 
     def _metrics(self, step: int, groups: Seq[RolloutGroup], began: Seq[int], swept: int) -> dict[str, float]:
         spans = [span for group in groups for rollout in group.rollouts for span in rollout.versions]
@@ -136,6 +154,7 @@ class BufferedSource(ServedSource):
             "groups": [
                 {
                     "prompt": group.prompt.id,
+                    "tokens": digest_of(group.prompt),
                     "step": group.step,
                     "rollouts": [
                         {"id": a.request.id, "versions": [list(span) for span in a.versions], "finish": a.finish}
@@ -154,7 +173,10 @@ class BufferedSource(ServedSource):
         return Held(about, tensors)
 
     def _restored(self) -> tuple[list[BufferedGroup], deque[Prompt]]:
-        """What `saved` has: groups go on where they were cut, and prompts that are to be sampled again.
+        """What `saved` has: groups go on where they were cut, and prompts that are to be sampled again. A group of
+        another rollout.group_size, or of a prompt that the data no longer has, is dropped with a warning; what the data
+        has in its place is sampled. Every checkpoint of a run with a lag holds groups: to refuse such settings would be
+        to forbid them for good.
 
         Raises:
             CheckpointError: something is missing, or does not fit the rest.
@@ -162,23 +184,43 @@ class BufferedSource(ServedSource):
         if self.saved is None:
             return [], deque()
         about, tensors = self.saved
-        source, groups = self.prompts.source, list[BufferedGroup]()
+        groups, again, dropped = list[BufferedGroup](), list[int](), dict[str, int]()
         try:
             lengths = tensors["lengths_S"].tolist()
             tokens, log_probs = (iter(tensors[name].split(lengths)) for name in ("tokens_R", "log_probs_R"))
             for group in about["groups"]:
-                prompt = source[group["prompt"]]
-                answers = [
-                    self._answer(prompt, one, next(tokens).tolist(), next(log_probs).tolist())
-                    for one in group["rollouts"]
-                ]
-                groups.append(BufferedGroup(prompt, group["step"], answers))
-            return groups, deque(source[index] for index in about["again"])
+                sampled = [(one, next(tokens).tolist(), next(log_probs).tolist()) for one in group["rollouts"]]
+                prompt = self._prompt(group["prompt"])
+                if why := self._misfit(group, prompt):
+                    dropped[why] = dropped.get(why, 0) + 1
+                    again.append(group["prompt"])
+                else:
+                    assert prompt is not None, "it fits"
+                    answers = [self._answer(prompt, *one) for one in sampled]
+                    groups.append(BufferedGroup(prompt, group["step"], answers))
+            waiting = [self._prompt(index) for index in [*again, *about["again"]]]
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
             raise CheckpointError(
                 f"the rollouts under way of the checkpoint do not fit together ({type(error).__name__}: {error}): its "
                 "files were edited, or are not this program's; continue from an earlier checkpoint"
             ) from error
+        for why, count in dropped.items():
+            self.warn(f"{plural(count, 'group')} that the run had sampled ahead are dropped: {why}")
+        return groups, deque(prompt for prompt in waiting if prompt is not None)
+
+    def _prompt(self, index: int) -> Prompt | None:
+        """Of the training data; None where it has become smaller."""
+        source = self.prompts.source
+        return None if source.size is not None and index >= source.size else source[index]
+
+    def _misfit(self, group: Mapping[str, Any], prompt: Prompt | None) -> str:
+        """Why a saved group cannot go on; empty if it can."""
+        # Checkpoints of earlier versions lack the digest.
+        if prompt is None or group.get("tokens") not in (None, digest_of(prompt)):
+            return "data.train has other prompts in their place"
+        if (size := len(group["rollouts"])) != self.group_size:
+            return f"they have {plural(size, 'rollout')}, and rollout.group_size={self.group_size}"
+        return ""
 
     def _answer(self, prompt: Prompt, about: Mapping[str, Any], tokens: list[int], log_probs: list[float]) -> Answer:
         request = self._request(prompt, about["id"], self.as_in_training)
@@ -187,3 +229,8 @@ class BufferedSource(ServedSource):
         if not answer.finish:
             answer.close_if_whole()
         return answer
+
+
+def digest_of(prompt: Prompt) -> str:
+    """Of the prompt's tokens: its place in the data does not tell whether it is still the same."""
+    return hashlib.sha256(repr(prompt.tokens).encode()).hexdigest()[:16]

@@ -110,6 +110,9 @@ class TrainingSource(ScoredSource):
         """See `RolloutSource.held`."""
         return None
 
+    def close(self) -> None:
+        """See `RolloutSource.close`: nothing is under way between two calls."""
+
     @property
     def metrics(self) -> Mapping[str, float]:
         """See `RolloutSource.metrics`."""

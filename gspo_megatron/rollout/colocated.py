@@ -27,7 +27,7 @@ from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, CollectiveSource
 from gspo_megatron.rollout.engine import Request
 from gspo_megatron.rollout.engine_server import ServerSettings
-from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.probe import Probe, Proofs
 from gspo_megatron.rollout.vllm import parameters_of
 
 Result = TypeVar("Result")
@@ -253,6 +253,10 @@ class ColocatedSource(CollectiveSource):
     score: Callable[[Seq[int], int], Seq[float]]
     _gap: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
+    _proofs: Proofs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._proofs = Proofs(self.probe)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -279,7 +283,7 @@ class ColocatedSource(CollectiveSource):
         expected = self.score(self.probe.tokens, self.probe.prompt_length)
         self.engine.load(version, self.weights())
         found = self.engine.probe(self.probe.tokens, self.probe.prompt_length)
-        complaint = self.probe.complaint(found, expected)
+        complaint = self._proofs.complaint("", found, expected)
         self.engine.raise_first(complaint, WrongWeights)
         self._gap = max(self.engine.ranks.from_all(self.probe.gap(found, expected)))
         self._sync_s = time.perf_counter() - started

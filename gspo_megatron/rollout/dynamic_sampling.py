@@ -45,6 +45,10 @@ class DynamicSampling:
         """See `RolloutSource.held`."""
         return self.source.held()
 
+    def close(self) -> None:
+        """See `RolloutSource.close`."""
+        self.source.close()
+
     @property
     def metrics(self) -> Mapping[str, float]:
         """See `RolloutSource.metrics`."""

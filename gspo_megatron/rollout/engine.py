@@ -77,7 +77,8 @@ class Weights(NamedTuple):
 class Engine(Protocol):
     """One engine. Every method but `generate` returns when the engine has done it.
 
-    Raises, all methods:
+    Raises, all methods but `alive` and `give_up`:
+        Refused: the engine is well, and refuses what it was asked.
         EngineError: the engine does not answer, or not as the protocol says; it is dead until it is started again.
     """
 
@@ -102,6 +103,9 @@ class Engine(Protocol):
 
     def probe(self, tokens: Seq[int], prompt_length: int) -> list[float]:
         """Log-probs of the tokens from `prompt_length` on, each given those before it, at the run's temperature."""
+
+    def give_up(self) -> None:
+        """It is taken for dead: every `generate` under way ends with an EngineError."""
 
     def alive(self) -> bool:
         """Whether it answers. Never raises."""

@@ -8,46 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from gspo_megatron.base.errors import EngineError, EnginesDown, EnginesStale, WrongWeights, plural
-from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, PauseMode, Piece, Request, Weights
 from gspo_megatron.rollout.engine_states import Member
 from gspo_megatron.rollout.fan_out import fan_out
+from gspo_megatron.rollout.flights import OF_THE_RUN, Flight, Heard, closed_at_end, reason_of
 
-POLL_S = 0.2
-"""Seconds between two looks whether the run was asked to stop, while nothing arrives."""
-
-
-@dataclass(eq=False)
-class Flight:
-    """The rollouts of a prompt, which one engine samples as long as it lives.
-
-    Attributes:
-        heard: gets every piece with this flight; then None at its end, or the exception that ends it.
-    """
-
-    requests: Seq[Request]
-    heard: SimpleQueue[Heard]
-    cancelled: bool = False
-    answers: dict[int, Answer] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.answers = {request.id: Answer(request) for request in self.requests}
-
-    @property
-    def going_on(self) -> list[Request]:
-        return [answer.rest for answer in self.answers.values() if not answer.finish]
-
-
-Heard = tuple[Flight, Piece | BaseException | None]
+TURN_S = 0.1
+"""How soon a stop is noticed while no engine sends anything."""
 
 
 class EnginePool:
@@ -55,6 +31,7 @@ class EnginePool:
 
     Attributes:
         version: of the weights that the engines have; -1 before the first `update`.
+        ended: responses, so far.
         deaths: of engines, so far.
         continued: requests that were cut by a death so far, and continued on another engine.
 
@@ -70,7 +47,9 @@ class EnginePool:
         say: called with a line for the user, from any thread.
 
     Raises, all methods but `close`:
-        EnginesDown: no engine is alive, and none is returning; EnginesStale where an `update` would help.
+        EnginesDown: no engine is alive, and none is returning; EnginesStale where some wait for weights.
+        Refused: an engine refuses what it was asked.
+        CannotSend: the trainer's side of `send` has failed.
         WrongWeights: an engine has other log-probs than the trainer.
     """
 
@@ -87,7 +66,7 @@ class EnginePool:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.members = [Member(engine) for engine in engines]
-        self.version, self.deaths, self.continued = -1, 0, 0
+        self.version, self.ended, self.deaths, self.continued = -1, 0, 0, 0
         self._start, self._send, self._load, self._probe, self._say = start, send, load, probe, say
         self._most_starts, self._most_in_flight = most_starts, most_in_flight
         self._changed = threading.Condition()
@@ -98,23 +77,23 @@ class EnginePool:
         self._closed = False
         self._weights_change = threading.Lock()
         """Held while engines take weights."""
+        self._update, self._taking, self._given = ExitStack(), list[Member](), False
+        """Of the update: what is left to do, the engines that stood still, and whether they were given everything."""
 
     # ------------------------------------------------------------------------------------------------- data plane
 
-    def generate(self, groups: Seq[Seq[Request]], stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
+    def generate(self, groups: Seq[Seq[Request]], stop: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
         """Pieces of the requests of all groups, as they are sampled; each request ends with one whose `finish` is
-        `stop` or `length`. One engine samples a group. Closing the iterator ends all requests, and so does `stopped`,
-        also while engines are waited for."""
+        `stop` or `length`. One engine samples a group. Closing the iterator ends all requests, and so does `stop`, at
+        which it looks also while nothing comes."""
         heard: SimpleQueue[Heard] = SimpleQueue()
         flights = [self.submit(group, heard) for group in groups]
         under_way = len(flights)
         try:
-            while under_way:
+            while under_way and not stop():
                 try:
-                    _, piece = heard.get(timeout=POLL_S)
+                    _, piece = heard.get(timeout=TURN_S)
                 except Empty:
-                    if stopped():
-                        return
                     continue
                 if isinstance(piece, BaseException):
                     raise piece
@@ -185,15 +164,18 @@ class EnginePool:
             # While weights change, engines are stale for a moment.
             if self._weights_change.locked() and any(member.answers for member in self.members):
                 return
-            error = EnginesStale if any(member.answers for member in self.members) else EnginesDown
-            raise error(f"no engine is left to sample with: {self._states()}")
+            down = EnginesStale if any(member.answers for member in self.members) else EnginesDown
+            error = down(f"no engine is left to sample with: {self._states()}")
+            if isinstance(error, EnginesStale):
+                error.ended = self.ended
+            raise error
 
     def _sample(self, flight: Flight, member: Member, life: int, known_from: int) -> None:
         """One engine's turn: until every response has ended or was aborted, or the engine is dead."""
         requests = flight.going_on
         open_ = {request.id for request in requests}
         try:
-            with _closed_at_end(member.engine.generate(requests)) as stream:
+            with closed_at_end(member.engine.generate(requests)) as stream:
                 for piece in stream:
                     if not self._is_proven(member, life, flight):
                         return
@@ -205,11 +187,15 @@ class EnginePool:
                     if piece.tokens or answer.finish:
                         # An aborted request is continued: for whoever asked it has not ended.
                         flight.heard.put((flight, replace(piece, finish=answer.finish)))
+                    with self._changed:
+                        self.ended += bool(answer.finish)
                     if piece.finish:
                         open_.discard(piece.id)
                         self._leave(member, 1)
             if open_:
                 raise EngineError(f"ended its answer before {plural(len(open_), 'request')} had ended")
+        except OF_THE_RUN:
+            raise
         except EngineError as error:
             self._died(member, life, str(error))
             self._continue(flight)
@@ -245,28 +231,54 @@ class EnginePool:
 
     def update(self, weights: Weights, mode: PauseMode = "keep") -> None:
         """Gives all engines new weights; they are paused meanwhile. What is sampled under way goes on with the new
-        weights (`keep`, `abort`), or ends before (`wait`). Reads the tensors to the end in any case."""
-        with self._weights_change:
-            with self._paused(self.members, mode) as members:
-                with self._changed:
-                    self.version = weights.version
-                    for member in members:
-                        if member.state == "alive":
-                            member.to("stale")
-                self._give(members, weights)
-            self._each(members, self._prove)
+        weights (`keep`, `abort`), or ends before (`wait`). Reads the tensors to the end in any case.
+
+        In three parts, of which the ranks of a trainer work together in the second only, to make the tensors."""
+        self.begin_update(mode)
+        try:
+            self.give(weights)
+        finally:
+            self.end_update()
+
+    def begin_update(self, mode: PauseMode) -> None:
+        """Engines stand still until `end_update`, which must be called."""
+        self._given = False
+        with ExitStack() as steps:
+            steps.enter_context(self._weights_change)
+            steps.callback(self._prove_given)
+            self._taking = steps.enter_context(self._paused(self.members, mode))
+            self._update = steps.pop_all()
+
+    def end_update(self) -> None:
+        """They go on, and prove that they have the weights."""
+        self._update.close()
+        if self._given:
+            with self._changed:
+                self._check()
+
+    def _prove_given(self) -> None:
+        if self._given:
+            self._each(self._taking, self._prove)
             with self._changed:
                 self._changed.notify_all()
-        with self._changed:
-            self._check()
 
-    def _give(self, members: Seq[Member], weights: Weights) -> None:
+    def give(self, weights: Weights) -> None:
+        """Between the two: the weights, whose tensors are read to the end in any case."""
+        members = self._taking
+        with self._changed:
+            self.version = weights.version
+            for member in members:
+                if member.state == "alive":
+                    member.to("stale")
         if self._send is None:
             fan_out(weights, [self._guarded(member, member.engine.load) for member in members])
+            self._given = True
             return
         lives = [member.lives for member in members]
         try:
             self._send([member.engine for member in members], weights)
+        except OF_THE_RUN:
+            raise
         except EngineError as error:
             # Nobody knows who has what.
             for member, life in zip(members, lives, strict=True):
@@ -274,6 +286,7 @@ class EnginePool:
         finally:
             for _ in weights.tensors:
                 pass
+        self._given = True
 
     @contextmanager
     def paused(self, mode: PauseMode) -> Iterator[list[Member]]:
@@ -316,12 +329,14 @@ class EnginePool:
             list(threads.map(lambda member: self._guarded(member, call)(member), chosen))
 
     def _guarded(self, member: Member, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The call, after which the engine is dead if it failed."""
+        """The call, after which the engine is dead if it failed by itself."""
         life = member.lives
 
         def guarded(argument: Any) -> None:
             try:
                 call(argument)
+            except OF_THE_RUN:
+                raise
             except EngineError as error:
                 self._died(member, life, str(error))
 
@@ -337,6 +352,8 @@ class EnginePool:
             member.why, self.deaths = why, self.deaths + 1
             owned, member.returning = member.returning, self._may_return(member)
             self._changed.notify_all()
+        # What it samples for others would wait for its own time limits.
+        member.engine.give_up()
         then = "; it is started again" if member.returning else ""
         self._say(f"engine {member.engine.name} is dead: {why}{then}")
         if member.returning and not owned:
@@ -346,8 +363,9 @@ class EnginePool:
         return self._start is not None and member.lives <= self._most_starts and not self._closed
 
     def _bring_back(self, member: Member) -> None:
-        """dead -> restarting -> stale -> alive, in a thread of its own."""
-        start, load = self._start, self._load
+        """dead -> restarting -> stale -> alive, in a thread of its own. Whatever goes wrong there, nobody else hears
+        of it: the engine is dead again, and the run goes on or is told."""
+        start = self._start
         assert start is not None
         while True:
             with self._changed:
@@ -359,23 +377,32 @@ class EnginePool:
                 member.lives += 1
             try:
                 start(member.engine)
-            except EngineError as error:
+            except Exception as error:
                 with self._changed:
                     member.to("dead")
-                    member.why = str(error)
+                    member.why = reason_of(error)
                 continue
-            with self._weights_change:
-                with self._changed:
-                    member.to("stale")
-                if load:
-                    with self._paused([member], "keep"):
-                        self._each([member], lambda member: load(member.engine))
-                    self._each([member], self._prove)
+            try:
+                self._bring_up_to_date(member)
+            except Exception as error:
+                self._died(member, member.lives, reason_of(error))
+        if self._closed:
+            return
         then = {
             "alive": "samples again",
             "stale": "answers again, and gets weights with the next update",
         }
         self._say(f"engine {member.engine.name} {then.get(member.state, f'stays dead: {member.why}')}")
+
+    def _bring_up_to_date(self, member: Member) -> None:
+        """restarting -> stale, and -> alive where it can be given the weights now."""
+        with self._weights_change:
+            with self._changed:
+                member.to("stale")
+            if load := self._load:
+                with self._paused([member], "keep"):
+                    self._each([member], lambda member: load(member.engine))
+                self._each([member], self._prove)
 
     def _states(self) -> str:
         return "; ".join(
@@ -389,13 +416,3 @@ class EnginePool:
             for flight in self._flights:
                 flight.cancelled = True
             self._changed.notify_all()
-
-
-@contextmanager
-def _closed_at_end(pieces: Iterator[Piece]) -> Iterator[Iterator[Piece]]:
-    """A generator that is left early ends its requests when it is closed, not when it is collected."""
-    try:
-        yield pieces
-    finally:
-        if isinstance(pieces, Generator):
-            pieces.close()

@@ -94,7 +94,8 @@ class ServerSettings:
             "--model": self.folder,
             "--dtype": self.dtype,
             "--max-model-len": self.max_length,
-            "--max-num-seqs": self.max_batch,
+            # One more: the probe goes behind what is sampled, and would wait until a response ends.
+            "--max-num-seqs": self.max_batch + 1,
             "--tensor-parallel-size": self.tensor_parallel,
         }
         named = [text for name, value in sizes.items() for text in (name, str(value))]
@@ -169,9 +170,12 @@ class EngineServer:
             EngineError: it has ended, or needs longer than it may.
         """
         began, seconds = time.monotonic(), self.settings.start_timeout_s
-        assert self._program is not None, "start() was called"
-        while not self._answers() and not stop():
-            status = self._program.status()
+        program = self._program  # another thread may end it
+        assert program is not None, "start() was called"
+        while not stop():
+            answers, status = self._answers(), program.status()
+            if answers and status is None:
+                return
             if status is not None:
                 raise EngineError(
                     f"{self.name} ended with status {status} while it started; {self.log} ends with:\n"
@@ -191,9 +195,9 @@ class EngineServer:
 
     def end(self) -> None:
         """Ends it, if it runs."""
-        if self._program is not None:
-            self._program.end()
-            self._program = None
+        program, self._program = self._program, None
+        if program is not None:
+            program.end()
 
     def last_lines(self) -> str:
         """Of its log, with the error that it ended with where there is one."""
@@ -204,8 +208,9 @@ class EngineServer:
         return "\n".join(shortened(line) for line in _telling(lines))
 
     def _answers(self) -> bool:
+        """Whether a server with this one's token does: another run's may have its port."""
         try:
-            call(self.address, "GET", "/health", timeout_s=5.0)
+            call(self.address, "GET", "/v1/models", timeout_s=5.0)
         except EngineError:
             return False
         return True

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from gspo_megatron.base.batches import Rollout
 from gspo_megatron.rewards.rewards import Reward, score_rollouts
+
+TURN_S = 0.1
+"""How soon a stop is noticed."""
 
 
 class GroupScores:
@@ -42,10 +45,16 @@ class GroupScores:
         else:
             self._scores.append(self._threads.submit(score_rollouts, self._reward, group))
 
-    def finish(self) -> None:
-        """Waits for the scores of all groups."""
+    def finish(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Waits for the scores of all groups, unless `stop` says otherwise."""
+        if stop():
+            return
         assert not self._ended, "a sampler gives whole groups"
         for score in self._scores:
+            while not score.done() and not stop():
+                wait([score], TURN_S)
+            if stop():
+                return
             score.result()
 
     def __enter__(self) -> GroupScores:

@@ -7,16 +7,23 @@ import contextlib
 import http.client
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from gspo_megatron.base.errors import EngineError, shortened
+from gspo_megatron.base.errors import EngineError, Refused, shortened
 
 LONGEST_LINE = 1 << 26
 """Bytes of an event: a probe of a long sequence is one."""
 DONE = "[DONE]"
 NOTHING_KNOWN = "see the engine's log, and start it again; what it was asked is lost, and nothing was trained on it"
+
+NOT_TO_BE_REPEATED = (
+    "the engine is well, and would refuse the same again; correct what its message names, in the settings, the data or "
+    "the version of vLLM (docs/engines.md)"
+)
+BUSY = (408, 425, 429)
+"""Statuses between 400 and 500 that tell of the engine and not of what it was asked."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Address:
     name: str
     host: str
     port: int
-    token: str = ""
+    token: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, name: str, url: str, token: str = "") -> Address:
@@ -66,14 +73,18 @@ class Address:
         return self.error(f"does not answer ({reason})")
 
     def refused(self, path: str, status: int, body: bytes) -> EngineError:
-        return self.error(f"answered {path} with status {status}: {said(body)}")
+        what = f"answered {path} with status {status}: {said(body)}"
+        if 400 <= status < 500 and status not in BUSY:
+            return Refused(str(self.error(what, NOT_TO_BE_REPEATED)))
+        return self.error(what)
 
 
 def call(address: Address, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> Any:
     """The JSON that the engine answers; None for an empty answer.
 
     Raises:
-        EngineError: no answer in `timeout_s` seconds, a status other than 200, or something that is not JSON.
+        Refused: a status from 400 to 499.
+        EngineError: no answer in `timeout_s` seconds, another status than 200, or something that is not JSON.
     """
     status, received = exchange(address, method, path, body, timeout_s=timeout_s)
     if status != 200:
@@ -109,7 +120,8 @@ async def events(address: Address, path: str, body: Mapping[str, Any]) -> AsyncI
     """The JSON of each event of a stream, up to its `[DONE]`.
 
     Raises:
-        EngineError: the connection breaks, the stream ends early, a status other than 200, or something else than
+        Refused: a status from 400 to 499.
+        EngineError: the connection breaks, the stream ends early, another status than 200, or something else than
             events.
     """
     writer = None

@@ -7,15 +7,15 @@ One call of `groups` or `held_out`:
 3. Every rank gets the same groups.
 
 A rollout depends on its weights, its id and the seed alone: what engines lost when they died is sampled again, equal.
-Rollouts that were whole are kept.
+Responses that were whole are kept.
 """
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
@@ -24,18 +24,17 @@ from typing import TypeVar
 from torch import Tensor
 
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
-from gspo_megatron.base.errors import EngineError, EnginesDown, EnginesStale
+from gspo_megatron.base.errors import CannotSend, EngineError, EnginesStale, StopRequested
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
 from gspo_megatron.rollout.engine import Engine, PauseMode, Request, Weights
 from gspo_megatron.rollout.engine_pool import EnginePool
 from gspo_megatron.rollout.group_scores import GroupScores
-from gspo_megatron.rollout.probe import Probe
+from gspo_megatron.rollout.probe import Probe, Proofs
 
 MOST_IN_VAIN = 3
-"""Times that all engines die and are started again, without a rollout or a token in between."""
-
+"""Attempts in a row in which all engines died before one of them finished a response."""
 Result = TypeVar("Result")
 
 
@@ -44,8 +43,8 @@ class ServedSource(TrainingSource):
     """`RolloutSource` over engines.
 
     Attributes:
-        open_pool: waits until the engines are ready; its argument compares an engine with the trainer. None: this is
-            not the main process.
+        open_pool: waits until the engines are ready; its arguments compare an engine with the trainer, and say whether
+            to stop waiting, with StopRequested. None: this is not the main process.
         weights: the policy's tensors by their names in a Hugging Face folder, on the main process; all iterate.
         probe: what engines score after every change of weights.
         score: the trainer's log-probs of a sequence from a position on. All ranks call it together.
@@ -56,7 +55,7 @@ class ServedSource(TrainingSource):
     """
 
     policy: Policy
-    open_pool: Callable[[Callable[[Engine], str]], EnginePool] | None
+    open_pool: Callable[[Callable[[Engine], str], Callable[[], bool]], EnginePool] | None
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
     probe: Probe
     score: Callable[[Seq[int], int], Seq[float]]
@@ -70,8 +69,10 @@ class ServedSource(TrainingSource):
     _expected: Seq[float] = field(default=(), init=False)
     _gap: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
-    _in_vain: int = field(default=0, init=False)
-    """Attempts since the last one that brought something. Of the main process."""
+    _proofs: Proofs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._proofs = Proofs(self.probe)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -84,36 +85,21 @@ class ServedSource(TrainingSource):
         prompts = {number: prompt for prompt, number in asked}
         groups = [requests[i : i + together] for i in range(0, len(requests), together)]
         whole: dict[int, Rollout] = {}
-        return self._attempted(lambda stopped: self._drawn(groups, prompts, whole, reward, stopped))
+        return self._sampled(lambda stopped: self._drawn(groups, prompts, whole, reward, stopped))
 
-    def _attempted(self, work: Callable[[Event], Result]) -> Result:
-        """What the main process makes of engines with the weights as they are; again, where engines were lost and have
-        been started again meanwhile. Collective."""
+    def _sampled(self, work: Callable[[Event], Result]) -> Result:
+        """The result of work(stopped) on the main process, whose engines have the policy's weights, on all. Engines
+        that have all died and come back get the weights again. Collective."""
+        in_vain, ended = 0, -1
         while True:
             try:
                 self._give_weights()
                 return self.ranks.from_main(work, self.stop)
-            except EnginesStale:
+            except EnginesStale as error:
                 self._sent = None
-
-    @contextmanager
-    def _counted(self, gained: Callable[[], int]) -> Iterator[None]:
-        """On the main process, around one attempt, in which `gained` grows by what engines have sampled.
-
-        Raises:
-            EnginesDown: in place of EnginesStale, after too many attempts in vain.
-        """
-        before = gained()
-        try:
-            yield
-        except EnginesStale as error:
-            self._in_vain = 0 if gained() > before else self._in_vain + 1
-            if self._in_vain == MOST_IN_VAIN:
-                raise EnginesDown(
-                    f"{error}; {MOST_IN_VAIN} times in a row they died before they had sampled anything"
-                ) from error
-            raise
-        self._in_vain = 0
+                in_vain, ended = (0 if 0 <= ended < error.ended else in_vain + 1), error.ended
+                if in_vain == MOST_IN_VAIN:
+                    raise
 
     def _request(self, prompt: Prompt, number: int, how: Sampling) -> Request:
         return Request(
@@ -140,33 +126,54 @@ class ServedSource(TrainingSource):
         self.ranks.from_main(self._open, self.stop)
         started = time.perf_counter()
         self._expected, self._gap = self.score(self.probe.tokens, self.probe.prompt_length), 0.0
-        error: EngineError | None = None
+        # Engines may take longer for what comes before and after the tensors than ranks may wait in a collective.
+        self.ranks.from_main(self._begin_update, lambda: False)
+        error: Exception | None = None
         tensors = self.weights()
         if self._pool is not None:
             try:
-                self._pool.update(Weights(version, tensors), self.pause_mode)
-            except EngineError as caught:
+                self._pool.give(Weights(version, tensors))
+            except Exception as caught:
                 error = caught
-        # Every rank stays in the exchange to its end, also after a failure.
-        for _ in tensors:
-            pass
-        self._gap = self.ranks.from_main(partial(self._outcome, error), lambda: False)
+        try:
+            # Every rank stays in the exchange to its end, also after a failure.
+            for _ in tensors:
+                pass
+            self._gap = self.ranks.from_main(partial(self._end_update, error), lambda: False)
+        except Exception as failed:
+            if error is None or isinstance(failed, EngineError):
+                raise
+            raise failed from error
         self._sent, self._sync_s = version, time.perf_counter() - started
 
-    def _outcome(self, error: EngineError | None, stopped: Event) -> float:
-        if error is not None:
-            with self._counted(lambda: 0):
+    def _begin_update(self, stopped: Event) -> None:
+        assert self._pool is not None, "the main process has the engines"
+        self._pool.begin_update(self.pause_mode)
+
+    def _end_update(self, error: Exception | None, stopped: Event) -> float:
+        """`error`: of giving the weights. Every rank learns of it, whatever it is: otherwise they would wait."""
+        assert self._pool is not None
+        try:
+            if isinstance(error, EngineError):
                 raise error
+            if error is not None:
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                raise CannotSend(
+                    f"weights of version {self.policy.version} could not be sent to the engines: "
+                    f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno}); correct what it names"
+                ) from error
+        finally:
+            self._pool.end_update()
         return self._gap
 
     def _open(self, stopped: Event) -> None:
         if self._pool is None and self.open_pool is not None:
-            self._pool = self.open_pool(self._wrong)
+            self._pool = self.open_pool(self._wrong, stopped.is_set)
 
     def _wrong(self, engine: Engine) -> str:
         """What is wrong with the engine's log-probs; empty if nothing is."""
         found = engine.probe(self.probe.tokens, self.probe.prompt_length)
-        complaint = self.probe.complaint(found, self._expected)
+        complaint = self._proofs.complaint(engine.name, found, self._expected)
         if not complaint:
             self._gap = max(self._gap, self.probe.gap(found, self._expected))
         return complaint
@@ -186,15 +193,10 @@ class ServedSource(TrainingSource):
         rollouts |= {number: replace(rollout) for number, rollout in whole.items()}
         missing = [[request for request in group if request.id not in whole] for group in groups]
         num_ended, num_tokens = len(whole), sum(len(rollout.tokens) for rollout in whole.values())
-        with (
-            self._counted(lambda: len(whole)),
-            GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores,
-        ):
+        with GroupScores(reward, self._decode, first_id=groups[0][0].id, size=size) as scores:
             for number in sorted(whole):
                 scores.add(rollouts[number])
             for piece in self._pool.generate([group for group in missing if group], stopped.is_set):
-                if stopped.is_set():
-                    return []
                 if wrong := [span for span in piece.versions if span.version != version]:
                     raise EngineError(f"tokens of weights of version {wrong[0].version} came, with rollout.max_lag=0")
                 rollout = rollouts[piece.id]
@@ -208,7 +210,7 @@ class ServedSource(TrainingSource):
                     num_ended += 1
                 progress = f"{num_ended:,} of {len(rollouts):,} rollouts, {num_tokens:,} tokens"
                 self.sign_of_life(lambda text=progress: text)  # type: ignore[misc]
+            scores.finish(stopped.is_set)
             if stopped.is_set():
-                return []
-            scores.finish()
+                raise StopRequested
         return list(rollouts.values())

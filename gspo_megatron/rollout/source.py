@@ -32,6 +32,9 @@ class RolloutSource(Protocol):
             DataError: a rollout could not be scored, or a prompt has an id that the embedding does not have.
         """
 
+    def close(self) -> None:
+        """Ends what is under way. Nothing is asked of it after that."""
+
     def held_out(self, prompts: Seq[Prompt], n: int, sampling: Sampling, reward: Reward) -> list[RolloutGroup]:
         """`n` responses to each prompt, in order, scored by `reward`. Takes nothing of what `groups` takes; raises as
         it does."""

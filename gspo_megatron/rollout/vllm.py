@@ -7,8 +7,10 @@ engine_server.py starts it so. Responses are streamed: what an engine has sent b
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
@@ -27,6 +29,8 @@ NO_VERSION = "default"
 MOST_STREAMS = 1024
 """Connections of one `generate`: files that a process may open are few."""
 
+Arrived = queue.SimpleQueue[Piece | BaseException]
+
 
 class VllmEngine:
     """See `Engine`. It has no `load` of its own: weight_sync.py gives new weights to all engines at once.
@@ -35,24 +39,38 @@ class VllmEngine:
         address: where the server listens; it changes when the server is started again.
         num_ids: the tokenizer's ids; those beyond them are never sampled.
         temperature: of the log-probs of `probe`.
-        timeout_s: how long the engine may send nothing while it samples, and may take for anything else.
+        timeout_s: how long the engine may send nothing while it samples, without pauses, and may take for anything
+            else.
         stream_interval: tokens of an event. With 1, the version of every token is known when it arrives.
+        most_streams: requests of one `generate` that the engine has at once.
     """
 
     def __init__(
-        self, address: Address, *, num_ids: int, temperature: float, timeout_s: float, stream_interval: int
+        self,
+        address: Address,
+        *,
+        num_ids: int,
+        temperature: float,
+        timeout_s: float,
+        stream_interval: int,
+        most_streams: int = MOST_STREAMS,
     ) -> None:
         self.address, self.name = address, address.name
         self.num_ids, self.temperature, self.timeout_s = num_ids, temperature, timeout_s
-        self.stream_interval = stream_interval
+        self.stream_interval, self.most_streams = stream_interval, min(most_streams, MOST_STREAMS)
         self._known = -1
         """The version, when it was last asked for."""
+        self._going_since = 0.0
+        """When it was last resumed, of time.monotonic(); inf while it is paused."""
+        self._open: set[Arrived] = set()
+        """Of every `generate` under way."""
 
     # ------------------------------------------------------------------------------------------------- sampling
 
     def generate(self, requests: Seq[Request]) -> Iterator[Piece]:
         """See `Engine.generate`. One event loop in a thread reads all streams; closing the iterator ends them."""
-        arrived: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+        arrived: Arrived = queue.SimpleQueue()
+        self._open.add(arrived)
         loop = asyncio.new_event_loop()
         reading = threading.Thread(
             target=_run, args=(loop, self._streams(requests, arrived.put), arrived.put), daemon=True
@@ -61,20 +79,33 @@ class VllmEngine:
         under_way = len(requests)
         try:
             while under_way:
-                piece = arrived.get(timeout=self.timeout_s)
+                piece = self._next(arrived)
                 if isinstance(piece, BaseException):
                     raise piece
                 under_way -= bool(piece.finish)
                 yield piece
-        except queue.Empty:
-            raise self.address.error(f"sent no token for {self.timeout_s:g} s (engine.timeout_s)") from None
         finally:
+            self._open.discard(arrived)
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(_cancel_all, loop)
             reading.join()
 
+    def _next(self, arrived: Arrived) -> Piece | BaseException:
+        """What comes next. While the engine is paused, as long as the trainer needs to send weights, no time counts."""
+        began = time.monotonic()
+        while (left := max(began, self._going_since) + self.timeout_s - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                return arrived.get(timeout=min(left, self.timeout_s))
+        return self.address.error(f"sent no token for {self.timeout_s:g} s (engine.timeout_s)")
+
+    def give_up(self) -> None:
+        """See `Engine.give_up`."""
+        self._going_since = time.monotonic()
+        for arrived in list(self._open):
+            arrived.put(self.address.error("is taken for dead, and what it sampled is not waited for"))
+
     async def _streams(self, requests: Seq[Request], put: Callable[[Piece], None]) -> None:
-        room = asyncio.Semaphore(MOST_STREAMS)
+        room = asyncio.Semaphore(self.most_streams)
         await asyncio.gather(*(self._stream(request, put, room) for request in requests))
 
     async def _stream(self, request: Request, put: Callable[[Piece], None], room: asyncio.Semaphore) -> None:
@@ -139,11 +170,16 @@ class VllmEngine:
     def pause(self, mode: PauseMode) -> None:
         """See `Engine.pause`."""
         self.ask("POST", f"/pause?mode={mode}&clear_cache=true")
+        # Not before: with `wait` it samples on until it answers.
+        self._going_since = math.inf
 
     def resume(self) -> None:
         """See `Engine.resume`."""
-        self.version()
-        self.ask("POST", "/resume")
+        try:
+            self.version()
+            self.ask("POST", "/resume")
+        finally:
+            self._going_since = time.monotonic()
 
     def load(self, weights: Weights) -> None:
         """Not offered."""

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_megatron.base.errors import EngineError, memory_size, shortened
+from gspo_megatron.base.errors import CannotSend, EngineError, memory_size, shortened
 from gspo_megatron.base.files import PARTIAL, sync
 from gspo_megatron.checkpoint.export import Stored, header_of
 from gspo_megatron.device.private_group import PrivateGroup
@@ -215,7 +215,7 @@ def write_folder(directory: Path, weights: Weights, bucket_bytes: int = CPU_BUCK
     the disk.
 
     Raises:
-        EngineError: it cannot be written.
+        CannotSend: it cannot be written.
     """
     folder = directory / f"{FOLDER}{weights.version:08d}"
     partial = folder.with_name(folder.name + PARTIAL)
@@ -239,7 +239,7 @@ def write_folder(directory: Path, weights: Weights, bucket_bytes: int = CPU_BUCK
         sync(directory)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise EngineError(
+        raise CannotSend(
             f"{folder} cannot be written ({error}); the engines keep the weights that they had; free some space, or "
             "choose another folder"
         ) from error
@@ -253,17 +253,18 @@ class SharedFile:
     def __init__(self, folder: Path, job: str, num_bytes: int) -> None:
         job = re.sub(r"[^\w-]", "_", job)[:100]
         self.path = folder / f"{PREFIX}.{job}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        self._descriptor = -1
         try:
+            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             # Memory that is missing would otherwise kill this process when it is written.
             os.posix_fallocate(self._descriptor, 0, num_bytes)
             self.tensor = torch.frombuffer(mmap.mmap(self._descriptor, num_bytes), dtype=torch.uint8)
         except OSError as error:
             self.close()
-            raise EngineError(
-                f"{folder} has no room for {memory_size(num_bytes / 2**30)} of weights ({error.strerror}); give it "
-                "more (in a container: --shm-size), or choose the channel broadcast"
+            raise CannotSend(
+                f"{folder} does not take {memory_size(num_bytes / 2**30)} of weights ({error.strerror}); give it more "
+                "room (in a container: --shm-size), or choose the channel broadcast"
             ) from error
 
     def close(self) -> None:

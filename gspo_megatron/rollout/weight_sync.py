@@ -9,7 +9,8 @@ Engines are servers with the worker of vllm_worker.py. They must be paused: vLLM
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from gspo_megatron.base.errors import EngineError
@@ -116,7 +117,9 @@ class _Together(Future[list[Any]]):
             error = part.exception()
             if error is None and not all(each.done() for each in self._parts):
                 return
-        if error is not None:
-            self.set_exception(error)
-        else:
-            self.set_result([each.result() for each in self._parts])
+        # Two that end at once both come to this point.
+        with suppress(InvalidStateError):
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self.set_result([each.result() for each in self._parts])

@@ -66,7 +66,7 @@ class FakeEngine:
         """As a process that has just been started: with weights of its own, which are not the policy's."""
         with self._changed:
             self.dead, self.paused, self._mode = False, False, "keep"
-            self._version, self._under_way, self._aborts = -1, 0, 0
+            self._version, self._under_way, self._aborts = -1, set[object](), 0
             self._logits_VV = torch.zeros(self.vocab_size, self.vocab_size, dtype=torch.float64)
             self._life += 1
             self._changed.notify_all()
@@ -82,17 +82,17 @@ class FakeEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Piece]:
         """See `Engine.generate`."""
         with self._changed:
-            self._changed.wait_for(lambda: self.dead or not self.paused)
-            self._alive("generate")
-            self.asked.append(list(requests))
-            self._under_way += 1
             life = self._life
+            self._changed.wait_for(lambda: self.dead or self._life != life or not self.paused)
+            self._alive("generate", life)
+            self.asked.append(list(requests))
+            self._under_way.add(own := object())
         try:
             yield from self._pieces([_UnderWay(request) for request in requests])
         finally:
             with self._changed:
-                # The next life counts its own.
-                self._under_way -= life == self._life
+                # Not of a later life.
+                self._under_way.discard(own)
                 self._changed.notify_all()
 
     def _pieces(self, open_: list[_UnderWay]) -> Iterator[Piece]:
@@ -100,7 +100,9 @@ class FakeEngine:
         while open_:
             with self._changed:
                 # `wait` holds back what comes later, not what has begun.
-                self._changed.wait_for(lambda: self.dead or not self.paused or self._mode != "keep")
+                self._changed.wait_for(
+                    lambda: self.dead or self._life != life or not self.paused or self._mode != "keep"
+                )
                 self._alive("generate", life)
                 aborted = self._aborts != aborts
                 if not aborted:
@@ -188,6 +190,12 @@ class FakeEngine:
             raise EngineError(f"{self.name} does not answer a probe: it is paused")
         log_probs_VV = self._logits_VV.double().log_softmax(dim=-1)
         return [float(log_probs_VV[tokens[i - 1], tokens[i]]) for i in range(prompt_length, len(tokens))]
+
+    def give_up(self) -> None:
+        """See `Engine.give_up`."""
+        with self._changed:
+            self._life += 1
+            self._changed.notify_all()
 
     def alive(self) -> bool:
         """See `Engine.alive`."""

@@ -366,6 +366,7 @@ APART = "engine.addresses=[http://node7:8000, http://node8:8000]"
         ((VLLM, "precision.dtype=fp64", "optimizer.distributed=false"), "vLLM computes in fp32 or bf16"),
         ((VLLM, "engine.gpus=[1]", "engine.count=2"), "they take 2 GPUs; name each of them once"),
         ((VLLM, "engine.gpus=[3, 3]", "engine.tensor_parallel=2"), "they take 2 GPUs; name each of them once"),
+        ((VLLM, "engine.timeout_s=600"), "engine.timeout_s=600 with parallel.timeout_s=600: while an engine takes"),
         ((VLLM, "engine.gpus=[x]"), "'x' is not the number of a GPU"),
         ((VLLM, APART, "engine.count=2"), "engine.count=2 has no effect with engine.addresses"),
         ((VLLM, APART, "engine.python=/x"), "engine.python=/x has no effect with engine.addresses"),

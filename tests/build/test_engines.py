@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gspo_megatron.base.errors import EngineError
+from gspo_megatron.base.errors import EngineError, StopRequested
 from gspo_megatron.build import engine_servers, engines
 from gspo_megatron.build.engine_servers import channel_of, server_settings, servers_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -18,6 +24,7 @@ from gspo_megatron.config.loading import load_config
 from gspo_megatron.device import Device
 from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
 from gspo_megatron.rollout.external_engine import ExternalEngine
+from gspo_megatron.rollout.http import Address
 from gspo_megatron.rollout.weight_channels import Broadcast, Channel, Disk, SharedMemory
 from gspo_megatron.testing.time_limits import time_factor
 
@@ -37,7 +44,7 @@ def test_settings_reach_the_server() -> None:
     command = settings.command(8123)
     assert command[0] == "/other/python"
     assert command[-2:] == ["--seed", "7"]
-    told = {"--model": "RUN/engine/model", "--dtype": "bfloat16", "--max-model-len": "48", "--max-num-seqs": "64"}
+    told = {"--model": "RUN/engine/model", "--dtype": "bfloat16", "--max-model-len": "48", "--max-num-seqs": "65"}
     told |= {"--tensor-parallel-size": "2", "--kv-cache-memory-bytes": str(2 << 30), "--port": "8123"}
     told |= {"--host": "127.0.0.1"}
     assert {name: after(command, name) for name in told} == told
@@ -124,9 +131,89 @@ def test_a_server_that_cannot_start_says_what_its_log_says(tmp_path: Path) -> No
     server.end()
 
 
-def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
-    import socket
+class Other(BaseHTTPRequestHandler):
+    """Another run's engine: it is well, and wants another token."""
 
+    def do_GET(self) -> None:
+        known = self.path == "/health" or self.headers["Authorization"] == "Bearer another"
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def sleeping(tmp_path: Path, seconds: float, **how: float) -> ServerSettings:
+    """Of a server that ends after so long with status 3, and never answers."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep {seconds}\nexit 3\n")
+    python.chmod(0o755)
+    return ServerSettings(str(python), tmp_path, "float32", 24, 8, **{"start_timeout_s": 60 * time_factor(), **how})
+
+
+def test_another_runs_engine_at_the_same_port_is_not_taken(tmp_path: Path) -> None:
+    """Both found the port free, and one was faster."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = EngineServer("engine 0", sleeping(tmp_path, 1), tmp_path / "log", port)
+    server.start()
+    other = ThreadingHTTPServer(("127.0.0.1", port), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    with pytest.raises(EngineError, match="engine 0 ended with status 3 while it started"):
+        server.wait()
+    # And if it had this run's token, the own program would still have to run.
+    server.token = "another"
+    server.start = lambda: None  # type: ignore[method-assign]
+    server._address = Address("engine 0", "127.0.0.1", port, "another")
+    with pytest.raises(EngineError, match="engine 0 ended with status 3"):
+        server.wait()
+    other.shutdown()
+    other.server_close()
+
+
+def test_the_end_of_a_server_ends_the_waiting_for_it(tmp_path: Path) -> None:
+    server = EngineServer("engine 0", sleeping(tmp_path, 1000), tmp_path / "log")
+    server.start()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(server.wait)
+        time.sleep(0.3)
+        server.end()
+        with pytest.raises(EngineError, match="engine 0 ended with status"):
+            waiting.result(20 * time_factor())
+
+
+def engines_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> engines.VllmEngines:
+    monkeypatch.setattr(engines, "server_settings", lambda config, folder: sleeping(tmp_path, 1000))
+    config = load_config(None, ["rollout.engine=vllm", f"engine.count={count}", f"run.dir={tmp_path}"])
+    inputs = SimpleNamespace(config=config, tokenizer=SimpleNamespace(vocab_size=9))
+    on_cpu = SimpleNamespace(on_cpu=True)
+    return engines.VllmEngines(inputs, FolderFiles({}, {}), on_cpu, print)  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rank was told so."""
+    opened = engines_of(tmp_path, monkeypatch, 2)
+    opened.start()
+    began = time.monotonic()
+    with pytest.raises(StopRequested):
+        opened.ready(lambda engine: "", lambda: time.monotonic() - began > 0.3)
+    opened.close()
+    with pytest.raises(EngineError, match="engine 0 is not started again: the run ends"):
+        opened._start_again(SimpleNamespace(name="engine 0"))
+    assert all(server._program is None for server in opened.servers.values())
+
+
+def test_engines_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = engines_of(tmp_path, monkeypatch, 4)
+    meeting = threading.Barrier(4, timeout=10 * time_factor())
+    for server in opened.servers.values():
+        server.end = meeting.wait  # type: ignore[assignment, method-assign]
+    opened.close()
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         settings = ServerSettings("python", tmp_path, "float32", 24, 8)

@@ -50,7 +50,10 @@ def opened(directory: str) -> tuple[list[str], str, str]:
             assert asked == ["auto"]
             with pytest.raises(ConfigError) as refused:
                 check_same_settings(replaced(config, {"train.steps": 5 + device.rank}))
-            return console.warnings, trainer.policy.scoring.backend, str(refused.value)
+            closed = list[int]()
+            trainer.parts.source.close = lambda: closed.append(1)  # type: ignore[method-assign]
+        assert closed
+        return console.warnings, trainer.policy.scoring.backend, str(refused.value)
 
 
 def test_the_ranks_of_a_run_agree_on_kernels_and_settings(tmp_path: Path) -> None:

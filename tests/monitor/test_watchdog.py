@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_megatron.base.errors import DataError
+from gspo_megatron.base.errors import DataError, EnginesDown
 from gspo_megatron.device import open_device
 from gspo_megatron.monitor import watchdog
 from gspo_megatron.monitor.watchdog import RankWatchdog
@@ -44,6 +44,8 @@ def meet(what: str, last: int, slower: float, timeout_s: float = 2.0) -> tuple[s
                 out.note("step 1, update 2" if device.rank != last else "step 1, scoring")
                 if device.rank == last:
                     do(what, slower)
+                if what == "lose engines":
+                    do(what, slower)
                 torch.distributed.all_reduce(torch.zeros(1))
         except Exception as raised:
             error = type(raised).__name__
@@ -60,6 +62,8 @@ def do(what: str, slower: float) -> None:
         raise ValueError("no such reward\nand more")
     elif what == "refuse":
         raise DataError("prompt 3 is empty")
+    elif what == "lose engines":
+        raise EnginesDown("no engine is left to sample with")
     elif what == "be slow":
         time.sleep(4 * slower)
 
@@ -85,6 +89,12 @@ def test_the_rank_that_failed_first_is_named(what: str, error: str) -> None:
     (ended, told), (own, silent) = run_distributed(meet, 2, what, 1, time_factor(), like_torchrun=True)
     assert ended == "RuntimeError" and own == error.split(":")[0] and silent == ""
     assert f"failed first, in step 1, scoring: {error}; this is rank 0, in step 1, update 2" in told
+
+
+def test_an_error_that_every_rank_is_told_misses_none() -> None:
+    """Of engines: its message says what is wrong, and another rank has it a moment earlier."""
+    for _, said in run_distributed(meet, 2, "lose engines", 1, time_factor(), like_torchrun=True):
+        assert said == ""
 
 
 def test_a_rank_that_is_slow_is_not_missing() -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from gspo_megatron.base.batches import Prompt, Sampling
-from gspo_megatron.base.errors import CheckpointError, EnginesDown
+from gspo_megatron.base.errors import CheckpointError, DataError, EnginesDown, StopRequested
 from gspo_megatron.base.protocols import Ranks
-from gspo_megatron.rollout.buffer import RolloutBuffer
+from gspo_megatron.data.order import OrderedPrompts
+from gspo_megatron.rollout.answers import Answer
+from gspo_megatron.rollout.buffer import BufferedGroup, RolloutBuffer
 from gspo_megatron.rollout.buffered import BufferedSource
 from gspo_megatron.rollout.engine import Request
 from gspo_megatron.rollout.engine_pool import EnginePool
@@ -45,7 +47,8 @@ class Run:
         overrides: tuple[str, ...] = (),
         restarts: bool = True,
         stop_at: int = 0,
-        down: bool = False,
+        raises: type[Exception] | None = None,
+        train_prompts: Prompts | None = None,
         **how: Any,
     ) -> None:
         ranks = ranks or OneRank()
@@ -72,17 +75,17 @@ class Run:
             config,
             ranks,
             self.policy,
-            train_prompts=Prompts(),
+            train_prompts=train_prompts or Prompts(),
             writer=self.rows,
             checkpoints=self.shelf,
             state=state,
             stop=self.stop,
             **parts,
         )
-        with pytest.raises(EnginesDown, match="no engine is left") if down else nullcontext():
+        with pytest.raises(raises) if raises else nullcontext():
             self.completed = self.trainer.run()
 
-    def pool(self, wrong: Any, *, restarts: bool) -> EnginePool:
+    def pool(self, wrong: Any, stop: Any, *, restarts: bool) -> EnginePool:
         start = (lambda engine: engine.start()) if restarts else None
         return EnginePool(self.engines, probe=wrong, start=start)
 
@@ -215,22 +218,26 @@ def test_a_run_with_lag_goes_on_where_its_rollouts_were_cut() -> None:
         Run(FakeEngine("c"), state=replace(state, held=broken), policy=first.policy, **how)
 
 
+class Right:
+    """Every rollout is right. `scored`: the prompts."""
+
+    groups_at_once, most_lost = 0, 0.5
+
+    def __init__(self) -> None:
+        self.scored = list[int]()
+
+    def score(self, rollouts: Any) -> Any:
+        self.scored.append(rollouts[0].prompt.id)
+        return [(1.0, {}, "", False)] * len(rollouts)
+
+
 def test_what_grew_too_old_is_sampled_anew() -> None:
     policy = TablePolicy(OneRank())
     engine = FakeEngine("a", delay_s=0.002)
     pool = EnginePool([engine], probe=lambda engine: "")
     pool.update(weights_of(0, policy.logits_VV))
 
-    scored = list[int]()
-
-    class Right:
-        groups_at_once, most_lost = 0, 0.5
-
-        def score(self, rollouts: Any) -> Any:
-            scored.append(rollouts[0].prompt.id)
-            return [(1.0, {}, "", False)] * len(rollouts)
-
-    buffer = RolloutBuffer(pool, Right(), lambda rollout: None, max_lag=1)
+    buffer = RolloutBuffer(pool, right := Right(), lambda rollout: None, max_lag=1)
 
     def begin(number: int, longest: int, step: int) -> None:
         prompt = Prompt(number, "", (3,), "")
@@ -249,7 +256,7 @@ def test_what_grew_too_old_is_sampled_anew() -> None:
     assert buffer.sweep(2) == []
     assert [prompt.id for prompt in buffer.sweep(3)] == [0]
     wait_until(lambda: pool.members[0].in_flight == 0)
-    assert [group.prompt.id for group in buffer.groups] == [2] and sorted(scored) == [1, 2]
+    assert [group.prompt.id for group in buffer.groups] == [2] and sorted(right.scored) == [1, 2]
     buffer.close()
     pool.close()
 
@@ -265,13 +272,173 @@ def test_all_ranks_get_the_same() -> None:
     }
 
 
+# --- stops, and what a checkpoint holds ---
+
+
+class Late(OneRank):
+    """A stop is seen in the poll that also finds the work done."""
+
+    def from_main(self, work: Any, stop: Any) -> Any:
+        result = work(threading.Event())
+        if stop():
+            raise StopRequested
+        return result
+
+
+@pytest.mark.parametrize("stop_at", range(4, 10))
+def test_a_stop_that_comes_when_a_step_has_its_groups_loses_none(stop_at: int) -> None:
+    points = iter(range(1, 1000))
+    how: dict[str, Any] = {"max_lag": 1, "overrides": ("logging.rollouts_per_step=-1",)}
+    first = Run(FakeEngine("a"), ranks=Late(), stop=lambda: next(points) >= stop_at, **how)
+    assert not first.completed
+    check_prompts(first)
+    second = Run(FakeEngine("b"), state=first.shelf.saved[-1][1], policy=first.policy, **how)
+    assert second.completed
+    check_prompts(first, second)
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Run:
+    """A run of two steps that holds what it has sampled ahead."""
+    run = Run(FakeEngine("a", delay_s=0.001, piece=1), max_lag=1, overrides=("train.steps=2",))
+    assert run.shelf.saved[-1][1].held is not None
+    return run
+
+
+def continued(ahead: Run, said: list[str], *overrides: str, **how: Any) -> Run:
+    policy = TablePolicy(OneRank())
+    policy.logits_VV, policy.version = ahead.policy.logits_VV.clone(), ahead.policy.version
+    state, steps = ahead.shelf.saved[-1][1], ("train.steps=3", "logging.rollouts_per_step=-1")
+    return Run(
+        FakeEngine("b"), state=state, policy=policy, overrides=(*steps, *overrides), max_lag=1, warn=said.append, **how
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_groups_of_another_size_are_dropped_and_their_prompts_sampled(ahead: Run, size: int) -> None:
+    said: list[str] = []
+    run = continued(ahead, said, f"rollout.group_size={size}")
+    waiting = {group["prompt"] for group in ahead.shelf.saved[-1][1].held.about["groups"]}
+    [row] = run.rows.samples.values()
+    assert len(row) == PER_STEP * size
+    held = run.shelf.saved[-1][1].held
+    assert held is not None and {len(group["rollouts"]) for group in held.about["groups"]} == {size}
+    assert waiting <= {rollout["prompt_id"] for rollout in row} | {group["prompt"] for group in held.about["groups"]}
+    [line] = said
+    assert line == (
+        f"{len(waiting)} groups that the run had sampled ahead are dropped: they have 2 rollouts, and "
+        f"rollout.group_size={size}"
+    )
+
+
+def test_groups_of_prompts_that_have_changed_are_dropped(ahead: Run) -> None:
+    held = [group["prompt"] for group in ahead.shelf.saved[-1][1].held.about["groups"]]
+    same = next(index for index in held if Prompts()[index].tokens != Prompts(seed=3)[index].tokens)
+
+    class Edited(Prompts):
+        """Every prompt but one is another one."""
+
+        def __getitem__(self, index: int) -> Prompt:
+            return Prompts()[index] if index == same else replace(Prompts(seed=3)[index], text="C", tokens=(4, 4, 4))
+
+    said: list[str] = []
+    run = continued(ahead, said, train_prompts=Edited())
+    [line] = said
+    assert line == (
+        f"{len(held) - 1} groups that the run had sampled ahead are dropped: data.train has other prompts in their "
+        "place"
+    )
+    # Evaluations are greedy.
+    asked = {request.prompt for requests in run.engines[0].asked for request in requests if request.temperature}
+    assert asked <= {(4, 4, 4), Prompts()[same].tokens}
+
+
+def test_groups_of_data_that_became_smaller_are_dropped(ahead: Run) -> None:
+    said: list[str] = []
+    held = [group["prompt"] for group in ahead.shelf.saved[-1][1].held.about["groups"]]
+    smaller = sorted(held)[1]
+    run = continued(ahead, said, train_prompts=Prompts(smaller))
+    assert run.completed and len(said) == 1 and "data.train has other prompts in their place" in said[0]
+
+
+class Unfit(Prompts):
+    """The prompt with this text has an id that the embedding lacks."""
+
+    bad: int = -1
+
+    def __getitem__(self, index: int) -> Prompt:
+        prompt = super().__getitem__(index)
+        return replace(prompt, tokens=(*prompt.tokens, 999)) if index == self.bad else prompt
+
+
+@pytest.mark.parametrize("place", [2, 5, 9, 12])
+def test_a_prompt_that_cannot_be_asked_takes_no_other_with_it(place: int) -> None:
+    """In the first step, in what is begun ahead, and in what later steps begin."""
+    prompts = Unfit()
+    prompts.bad = OrderedPrompts(prompts, 1).order.slice(place, 1)[0]
+    how: dict[str, Any] = {"max_lag": 1, "overrides": ("logging.rollouts_per_step=-1",)}
+    first = Run(FakeEngine("a"), train_prompts=prompts, raises=DataError, **how)
+    state = first.shelf.saved[-1][1] if first.shelf.saved else None
+    assert state is None or prompts.bad in state.held.about["again"]
+    second = Run(FakeEngine("b"), state=state, policy=first.policy, **how)
+    assert second.completed
+    check_prompts(*([first] if state else []), second)
+
+
+def test_scores_that_nobody_waits_for_are_not_begun_at_the_end() -> None:
+    scored, release = list[int](), threading.Event()
+
+    class Slow:
+        groups_at_once, most_lost = 1, 1.0
+
+        def score(self, rollouts: Any) -> Any:
+            scored.append(rollouts[0].prompt.id)
+            release.wait(20)
+            return [(1.0, {}, "", False)] * len(rollouts)
+
+    pool = EnginePool([FakeEngine("a")], probe=lambda engine: "")
+    pool.update(weights_of(0, TablePolicy(OneRank()).logits_VV))
+    source = BufferedSource(
+        *(OneRank(), TOKENIZER, TOKENIZER.vocab_size, Slow(), OrderedPrompts(Prompts(), 1), 0, PER_STEP, GROUP),
+        *(TablePolicy(OneRank()), lambda wrong, stop: pool, lambda: iter(()), Probe((1, 2), 1), lambda *at: (0.0,)),
+        *(Sampling(1.0, 1.0, 0, 3, 0), (TOKENIZER.eos_id,)),
+    )
+    source._open(threading.Event())
+    buffer = source._buffer
+    assert buffer is not None
+    source._begin(1, PER_STEP)
+    wait_until(lambda: scored != [] and all(group.scoring for group in buffer.groups))
+    source.close()
+    release.set()
+    wait_until(lambda: any(group.rollouts for group in buffer.groups))
+    buffer._scoring.shutdown(wait=True)
+    assert len(scored) == 1
+    pool.close()
+
+
+def test_an_error_before_the_score_is_told() -> None:
+    class Broken(RolloutBuffer):
+        def _listen(self) -> None:
+            pass
+
+    pool = EnginePool([FakeEngine("a")], probe=lambda engine: "")
+    buffer = Broken(pool, Right(), lambda rollout: None, max_lag=1)
+    # Without a token there is no version, and no oldest one.
+    group = BufferedGroup(Prompt(0, "", (3,), ""), 1, [Answer(Request(0, (3,), (), 0, 1.0, 1.0, 0, 3, ()))])
+    buffer._score(group)
+    with pytest.raises(ValueError, match="empty"):
+        buffer.wait(1, threading.Event())
+    buffer.close()
+    pool.close()
+
+
 # --- the end of all engines ---
 
 
 @pytest.mark.parametrize("max_lag", [0, 1])
 def test_a_run_whose_engines_are_all_dead_is_saved(max_lag: int) -> None:
     how: dict[str, Any] = {"max_lag": max_lag, "overrides": ("logging.rollouts_per_step=-1",)}
-    first = Run(FakeEngine("a", dies_after=48), restarts=False, down=True, **how)
+    first = Run(FakeEngine("a", dies_after=48), restarts=False, raises=EnginesDown, **how)
     assert first.trainer.completed_steps < 4
     second = Run(FakeEngine("c"), state=first.shelf.saved[-1][1], policy=first.policy, **how)
     assert second.completed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_megatron.base.errors import EngineError, EnginesDown, WrongWeights
+from gspo_megatron.base.errors import CannotSend, EngineError, EnginesDown, EnginesStale, Refused, WrongWeights
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, Piece, Request, Span
 from gspo_megatron.rollout.engine_pool import EnginePool
@@ -187,6 +187,73 @@ def test_when_no_engine_is_left_the_run_is_told() -> None:
     assert next(weights.tensors, None) is None
 
 
+@pytest.mark.parametrize("part", ["start", "load"])
+def test_whatever_goes_wrong_in_a_restart_the_engine_is_dead_and_the_run_is_told(part: str) -> None:
+    setup = Setup(FakeEngine("a", delay_s=0.002), most_starts=2)
+
+    def full(engine: Engine) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    setattr(setup.pool, f"_{part}", full)
+    setup.update(0)
+    pieces = setup.pool.generate(groups_of(2, longest=1000))
+    next(pieces)
+    setup.engines[0].kill()
+    with pytest.raises(EnginesDown, match=r"a is dead \(OSError: .*Cannot allocate memory\)"):
+        list(pieces)
+    assert not setup.pool.members[0].returning
+
+
+def test_what_others_sample_on_a_dead_engine_is_not_waited_for() -> None:
+    """It hangs, and a call that it does not answer says so."""
+    setup = Setup(FakeEngine("a"), FakeEngine("b", delay_s=0.002), restarts=False)
+    setup.update(0)
+    pieces = setup.pool.generate(groups_of(2))
+    got = [next(pieces)]
+    member = setup.pool.members[1]
+    wait_until(lambda: member.in_flight > 0)
+    setup.engines[1].pause("keep")
+    setup.pool._died(member, 1, "did not answer")
+    got += pieces
+    answers = {r.id: Answer(r) for group in groups_of(2) for r in group}
+    for piece in got:
+        answers[piece.id].add(piece, range(1))
+    check(answers, table(0))
+
+
+@pytest.mark.parametrize("error", [Refused, CannotSend])
+def test_an_error_that_is_not_the_engines_kills_none(error: type[EngineError]) -> None:
+    setup = Setup(*(FakeEngine(name) for name in "abc"))
+    setup.update(0)
+
+    def raising(*what: object) -> Iterator[Piece]:
+        raise error("the prompt is too long")
+
+    if error is Refused:
+        for engine in setup.engines:
+            engine.generate = raising  # type: ignore[method-assign]
+        with pytest.raises(Refused, match="too long"):
+            setup.answers(groups_of(4))
+    weights = weights_of(1, table(1))
+    setup.pool._send = raising
+    with pytest.raises(error, match="too long"):
+        setup.pool.update(weights)
+    assert next(weights.tensors, None) is None
+    assert setup.pool.deaths == 0 and not any(engine.paused for engine in setup.engines)
+
+
+def test_a_stop_is_noticed_while_nothing_comes() -> None:
+    setup = Setup(FakeEngine("a", dies_after=1))
+    setup.pool._start = lambda engine: time.sleep(3600)
+    setup.update(0)
+    stopped = threading.Event()
+    threading.Timer(0.3, stopped.set).start()
+    began = time.monotonic()
+    list(setup.pool.generate(groups_of(2), stopped.is_set))
+    assert stopped.is_set() and time.monotonic() - began < 10 * time_factor()
+    wait_until(lambda: not setup.pool._flights)
+
+
 @pytest.mark.parametrize("garbage", [kind for kind in get_args(Garbage) if kind])
 def test_an_engine_that_answers_garbage_is_dead(garbage: Garbage) -> None:
     setup = Setup(FakeEngine("a", delay_s=0.002), FakeEngine("b", garbage=garbage), restarts=False)
@@ -248,9 +315,10 @@ def test_an_engine_without_a_way_to_reload_waits_for_the_next_update() -> None:
     b = setup.pool.members[1]
     wait_until(lambda: b.state == "stale" and not b.returning)
     setup.engines[0].kill()
-    with pytest.raises(EnginesDown, match=r"a is dead .*; b is stale"):
+    with pytest.raises(EnginesStale, match=r"a is dead .*; b is stale") as caught:
         setup.pool._start = None
         setup.answers(groups_of(1))
+    assert caught.value.ended == setup.pool.ended == 16
     setup.update(1)
     check(setup.answers(groups_of(3)), table(1))
 

@@ -47,6 +47,20 @@ def test_a_wider_limit_lets_more_pass() -> None:
     assert not Probe((9, 10, 11, 12), 1, limit=0.05).complaint([-0.5, -1.04, -2.0], TRAINER)
 
 
+def test_log_probs_that_stand_still_while_the_trainers_move() -> None:
+    probe = Probe((9, 10, 11, 12), 1)
+    assert not probe.standstill(TRAINER, TRAINER)
+    # Ten units in the last place of float32, in which one of 2 is 2.4e-7.
+    assert not probe.standstill(TRAINER, [-0.5, -1.0, -2.0000023])
+    complaint = probe.standstill(TRAINER, [-0.5, -1.0, -2.0000025])
+    assert "token 3 (id 12) was -2.00000000 in the trainer and is -2.00000250 now" in complaint
+    assert probe.standstill(TRAINER, [-0.5, -1.0, -1.9])
+    # Near 0 a log-prob is what is left of larger numbers.
+    assert not probe.standstill([-1e-6], [-2e-6])
+    coarse = Probe((9, 10, 11, 12), 1, resolution=2**-8)
+    assert not coarse.standstill(TRAINER, [-0.5, -1.0, -2.007]) and coarse.standstill(TRAINER, [-0.5, -1.0, -2.009])
+
+
 @pytest.mark.parametrize(("num_ids", "longest"), [(387, 1000), (151_936, 4096), (16, 8)])
 def test_the_sequence_is_spread_over_the_vocabulary(num_ids: int, longest: int) -> None:
     tokens = Probe.of_vocabulary(num_ids, longest).tokens

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gspo_megatron.base.errors import EngineError
+from gspo_megatron.base.errors import EngineError, Refused
 from gspo_megatron.rollout.engine import Piece, Request, Span
 from gspo_megatron.rollout.http import Address
 from gspo_megatron.rollout.vllm import VllmEngine
@@ -165,6 +166,80 @@ def test_an_engine_that_sends_nothing_is_given_up(server: Server) -> None:
     assert next(pieces).tokens == (3,)
     with pytest.raises(EngineError, match=r"sent no token for [\d.]+ s \(engine.timeout_s\)"):
         next(pieces)
+
+
+def test_no_time_counts_while_an_engine_is_paused(server: Server) -> None:
+    """The trainer may need longer for an update than an engine may be silent."""
+    server.says = answer({"weight_version": "4"})
+    engine = engine_at(server.port, timeout_s=0.4)
+    engine.pause("keep")
+    server.says, server.hangs = stream(event([3]), end="")[:-5], True
+    pieces = engine.generate([REQUEST])
+    assert next(pieces).tokens == (3,)
+    heard: list[Exception] = []
+
+    def listen() -> None:
+        try:
+            next(pieces)
+        except EngineError as error:
+            heard.append(error)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    listener.join(3 * engine.timeout_s)
+    assert not heard and listener.is_alive()
+    server.says, server.hangs = answer({"weight_version": "4"}), False
+    began = time.monotonic()
+    engine.resume()
+    listener.join()
+    assert "sent no token for" in str(heard[0]) and time.monotonic() - began >= engine.timeout_s
+
+
+def test_what_an_engine_samples_ends_when_it_is_given_up(server: Server) -> None:
+    server.says = answer({"weight_version": "4"})
+    engine = engine_at(server.port)
+    engine.pause("keep")
+    server.says, server.hangs = stream(event([3]), end="")[:-5], True
+    pieces = engine.generate([REQUEST])
+    next(pieces)
+    engine.give_up()
+    with pytest.raises(EngineError, match="taken for dead"):
+        next(pieces)
+    # One that begins after that has a time limit again.
+    engine.timeout_s = 0.3
+    pieces = engine.generate([REQUEST])
+    next(pieces)
+    with pytest.raises(EngineError, match="sent no token"):
+        next(pieces)
+
+
+def test_a_large_group_leaves_the_probe_room(server: Server) -> None:
+    server.says, server.hangs = stream(event([3]), end="")[:-5], True
+    address = Address("engine 0", "127.0.0.1", server.port)
+    engine = VllmEngine(address, num_ids=NUM_IDS, temperature=1.0, timeout_s=60, stream_interval=4, most_streams=2)
+    pieces = engine.generate([replace(REQUEST, id=i) for i in range(5)])
+    assert {next(pieces).id, next(pieces).id} == {0, 1}
+    time.sleep(0.2)
+    assert len(server.asked) == 2
+    pieces.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("status", "refused"),
+    [("400 Bad", True), ("401 No", True), ("404 None", True), ("429 Busy", False), ("503 x", False)],
+)
+def test_a_refusal_is_told_from_the_fault_of_an_engine(server: Server, status: str, refused: bool) -> None:
+    server.says = answer({"error": {"message": "the prompt is too long"}}, status)
+    for ask in (lambda engine: engine.version(), lambda engine: list(engine.generate([REQUEST]))):
+        with pytest.raises(EngineError, match=rf"status {status[:3]}: the prompt is too long; ") as caught:
+            ask(engine_at(server.port))
+        assert isinstance(caught.value, Refused) == refused
+        assert ("would refuse the same again" in str(caught.value)) == refused
+
+
+def test_the_token_is_not_shown() -> None:
+    address = Address("engine 0", "127.0.0.1", 1, "the secret")
+    assert "the secret" not in repr(address) and "127.0.0.1" in repr(address)
 
 
 def test_a_stream_that_is_left_ends(server: Server) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gspo_megatron.base.errors import EngineError
+from gspo_megatron.base.errors import CannotSend, EngineError
 from gspo_megatron.rollout import weight_channels
 from gspo_megatron.rollout.engine import Weights
 from gspo_megatron.rollout.weight_channels import (
@@ -31,7 +34,7 @@ from gspo_megatron.rollout.weight_channels import (
 )
 from gspo_megatron.rollout.weight_receivers import MARKER
 from gspo_megatron.rollout.weight_stream import Bucket
-from gspo_megatron.rollout.weight_sync import send_weights
+from gspo_megatron.rollout.weight_sync import _Together, send_weights
 from gspo_megatron.testing.local_ranks import run_distributed
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.testing.weight_server import WeightServer
@@ -289,6 +292,28 @@ def test_what_a_killed_run_left_in_shared_memory_goes_at_the_next_start(tmp_path
     assert remove_leftovers(tmp_path) == () and not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CannotSend, match=r"gone does not take 4.0 MiB of weights \(No such file or directory\)"):
+        weight_channels.SharedFile(tmp_path / "gone", "job", 4 << 20)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no")])
+def test_of_answers_that_come_at_once_the_first_counts(error: Exception | None) -> None:
+    parts = [Future[int](), Future[int]()]
+    together = _Together(parts)
+    together.done = lambda: False  # type: ignore[method-assign]  # each looked before the other had said anything
+    said = io.StringIO()
+    logging.getLogger("concurrent.futures").addHandler(handler := logging.StreamHandler(said))
+    for part in parts:
+        if error:
+            part.set_exception(error)
+        else:
+            part.set_result(1)
+    together._one_is_done(parts[0])
+    logging.getLogger("concurrent.futures").removeHandler(handler)
+    assert together.exception(1) is error and not said.getvalue()
+
+
 def test_too_little_shared_memory_is_refused_before_it_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -296,6 +321,6 @@ def test_too_little_shared_memory_is_refused_before_it_is_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(EngineError, match=r"no room for 64.0 MiB of weights .*--shm-size"):
+    with pytest.raises(CannotSend, match=r"does not take 64.0 MiB of weights \(No space left .*--shm-size"):
         weight_channels.SharedFile(tmp_path, "job", 64 << 20)
     assert not list(tmp_path.iterdir())
