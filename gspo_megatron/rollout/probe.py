@@ -109,7 +109,7 @@ class Proofs:
     """By engine: its log-probs of the last probe, and the trainer's when the engine first had these."""
 
     def complaint(self, name: str, found: Seq[float], expected: Seq[float]) -> str:
-        """What is wrong with the log-probs `found` of an engine, where the trainer has `expected`, and what to do; empty:
+        """What is wrong with an engine's log-probs `found`, where the trainer has `expected`, and what to do; empty:
         nothing."""
         before, then = self._shown.get(name, ((), ()))
         if list(found) != list(before):

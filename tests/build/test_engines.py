@@ -185,7 +185,7 @@ def test_the_end_of_a_server_ends_the_waiting_for_it(tmp_path: Path) -> None:
 
 
 def engines_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> engines.VllmEngines:
-    monkeypatch.setattr(engines, "server_settings", lambda config, folder: sleeping(tmp_path, 1000))
+    monkeypatch.setattr(engine_servers, "server_settings", lambda config, folder: sleeping(tmp_path, 1000))
     config = load_config(None, ["rollout.engine=vllm", f"engine.count={count}", f"run.dir={tmp_path}"])
     inputs = SimpleNamespace(config=config, tokenizer=SimpleNamespace(vocab_size=9))
     on_cpu = SimpleNamespace(on_cpu=True)
@@ -195,7 +195,7 @@ def engines_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> e
 def test_a_run_that_is_to_stop_does_not_wait_for_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever rank was told so."""
     opened = engines_of(tmp_path, monkeypatch, 2)
-    opened.start()
+    opened.start(lambda: False)
     began = time.monotonic()
     with pytest.raises(StopRequested):
         opened.ready(lambda engine: "", lambda: time.monotonic() - began > 0.3)
