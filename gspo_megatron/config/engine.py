@@ -38,8 +38,8 @@ class EngineConfig:
     arguments: list[Any] = setting([], "Further arguments of vLLM's server, such as ['--enforce-eager'].")
     channel: str = setting(
         "auto",
-        "How new weights come to engines: shared_memory, on one machine; broadcast, over the network; disk, a folder of "
-        "run.dir that all see. auto: shared_memory where all engines are on this machine and on its CPU, else "
+        "How new weights come to engines: shared_memory, on one machine; broadcast, over the network; disk, a folder "
+        "of run.dir that all see. auto: shared_memory where all engines are on this machine and on its CPU, else "
         "broadcast.",
         choices=("auto", "shared_memory", "broadcast", "disk"),
     )
