@@ -176,10 +176,21 @@ def test_what_cannot_be_served_has_a_status(settings: tuple[str, ...], capsys: p
             signal.signal(number, handler)
 
 
-def test_the_command_ends_with_its_server_however_it_ends(settings: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that end with the test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_ends_with_its_server_however_it_ends(
+    settings: tuple[str, ...], tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
     (tmp_path / "run.yaml").write_text("{}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GSPO_ENGINE_TOKEN": "known-to-both"}
-    started = []
     for name in ("ended", "killed"):
         command = [sys.executable, "-m", "gspo_megatron.serve", "--config", str(tmp_path / "run.yaml"), *settings]
         place = [f"run.dir={tmp_path / name}"]

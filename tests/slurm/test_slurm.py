@@ -209,8 +209,7 @@ def test_a_job_with_an_engine_node_is_requeued_and_ends_as_if_undisturbed(cluste
     slurm("scancel", "--signal=USR1", job.id)
     job.start_again()
     assert "exit status 75, requeued" in job.log()
-    rows_before = job.rows()
-    assert rows_before < 9
+    assert job.rows() < 9
     job.wait_until("the state COMPLETED", lambda: job.shows("JobState") == "COMPLETED", timeout_s=400)
     assert job.shows("Restarts") == "1"
     assert "continuing after" in job.log() and job.log().count("ready: engine.addresses=[http://") == 2
@@ -218,7 +217,10 @@ def test_a_job_with_an_engine_node_is_requeued_and_ends_as_if_undisturbed(cluste
     # The product's own sampler draws the same tokens.
     own = tmp_path / "own"
     settings = ["--config", str(SERVED["config"]), "rollout.engine=collective", f"run.dir={own}"]
-    done = subprocess.run([sys.executable, "-m", "gspo_megatron.train", *settings], capture_output=True, text=True)
+    command = [sys.executable, "-m", "gspo_megatron.train", *settings]
+    # As many threads as in the job: more would add in another order.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(metrics(own)) == len(metrics(job.run)) == 9
     for of_job, of_own in zip(metrics(job.run), metrics(own), strict=True):
@@ -230,7 +232,9 @@ def test_a_job_with_an_engine_node_is_requeued_and_ends_as_if_undisturbed(cluste
 
 
 def test_a_wrong_setting_of_the_engines_fails_the_job_once(cluster: None, tmp_path: Path) -> None:
-    job = Job(tmp_path / "job", "--", "engine.count=2", max_crashes=3, **SERVED)
+    # A training that is still starting does not hear that it is to end, and waits so long for its engines.
+    wait = "engine.start_timeout_s=5"
+    job = Job(tmp_path / "job", wait, "--", "engine.count=2", max_crashes=3, **SERVED)
     job.wait_for_state("FAILED")
     assert (job.shows("Restarts"), job.shows("ExitCode")) == ("0", "2:0")
     assert "engine.count=2: this command starts one engine" in job.log()
