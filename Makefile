@@ -96,7 +96,10 @@ study: .venv/.installed ## Compare algorithms over seeds (docs/study.md), two ru
 	.venv/bin/python tools/compare_algorithms.py examples/sweeps/figure2.yaml --document docs/study.md $(ARGS)
 	cp runs/figure2/report.json benchmarks/results/figure2.json
 	.venv/bin/python -W ignore -m benchmarks.ratio_spread --output benchmarks/results/ratio_spread.json --markdown docs/study.md
-	.venv/bin/python tools/compare_algorithms.py examples/sweeps/updates.yaml $(ARGS)
+	.venv/bin/python tools/compare_algorithms.py examples/sweeps/updates.yaml --document docs/study.md $(ARGS)
+	cp runs/updates/report.json benchmarks/results/updates.json
+	.venv/bin/python tools/compare_algorithms.py examples/sweeps/noise.yaml --document docs/study.md $(ARGS)
+	cp runs/noise/report.json benchmarks/results/noise.json
 
 planner: .venv/.installed ## Write the tables of docs/planner.md: published numbers, scaling; minutes
 	.venv/bin/python -m benchmarks.planner

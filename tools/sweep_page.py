@@ -80,9 +80,9 @@ def markdown(found: Found) -> str:
 
 
 def picture(found: Found) -> str:
-    """The curves of the first point, three in a row, as one SVG file."""
+    """The curves, or with several points the values at each, three panels in a row, as one SVG file."""
     look = _look(found)
-    panels = list(_over_steps(found, found["points"][0], look))
+    panels = list(_against(found, look) if len(found["points"]) > 1 else _over_steps(found, found["points"][0], look))
     size = (3 * WIDTH, HEIGHT * -(-len(panels) // 3) + 24)
     parts = [f'<rect width="{size[0]}" height="{size[1]}" fill="#fff"/>']
     for i, (row, (colour, dash)) in enumerate(look.items()):

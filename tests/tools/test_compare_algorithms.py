@@ -314,10 +314,11 @@ def test_the_sweeps_in_the_folder_can_start() -> None:
         assert len(list(load_sweep(file).runs)) >= 15
 
 
-def test_the_study_has_the_committed_numbers() -> None:
-    found = json.loads((ROOT / "benchmarks/results/figure2.json").read_text())
+@pytest.mark.parametrize("name", ["figure2", "noise", "updates"])
+def test_the_study_has_the_committed_numbers(name: str) -> None:
+    found = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert markdown(found) in (ROOT / "docs/study.md").read_text()
-    assert picture(found) == (ROOT / "docs/images/figure2.svg").read_text()
+    assert picture(found) == (ROOT / f"docs/images/{name}.svg").read_text()
 
 
 # --- statistics ---
