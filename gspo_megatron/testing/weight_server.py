@@ -39,6 +39,8 @@ class WeightServer:
         self.routes: list[str] = []
         self.fail: Callable[[str, dict[str, Any]], None] = lambda route, body: None
         self.damage: Callable[[Bucket], Bucket] = lambda bucket: bucket
+        self._update = threading.Lock()
+        """As in vLLM, whose workers do one thing at a time: an update that failed elsewhere may still be read here."""
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler_of(self))
         self.address = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
@@ -64,6 +66,10 @@ class WeightServer:
             info = body["init_info"]
             first = info.pop("first_rank")
             return self._on_all(lambda i: self.workers[i].join(rank=first + i, **info))
+        with self._update:
+            return self._updated(route, body)
+
+    def _updated(self, route: str, body: dict[str, Any]) -> Any:
         if route == "/start_weight_update":
             self.unpackers = [Unpacker() for _ in self.workers]
             self.tensors = [{} for _ in self.workers]
