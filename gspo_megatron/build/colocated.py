@@ -11,7 +11,7 @@ from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, plural
-from gspo_megatron.build.engine_servers import FOLDER, server_settings, write_config
+from gspo_megatron.build.engine_servers import FOLDER, draw_of, server_settings, write_config
 from gspo_megatron.build.engines import probe_of, scores_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -63,7 +63,7 @@ def open_colocated(
     engine = ColocatedEngine(
         server_settings(config, folder).on(() if device.on_cpu else (device.torch_device.index,)),
         ranks,
-        num_ids=tokenizer.vocab_size,
+        draw=draw_of(inputs),
         as_in_training=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens, config.run.seed),
         stop_ids=stops_of(r.stop, tokenizer).ids,
         stop=stop,

@@ -15,7 +15,7 @@ OF_THE_SERVER = ("count", "python", "port", "gpus", "tensor_parallel", "threads"
 USED: dict[str, tuple[tuple[str, ...], str]] = {
     "collective": ((), "the model under training samples"),
     "vllm_colocated": (
-        ("tensor_parallel", "cache_gib", "arguments", "probe_limit"),
+        ("tensor_parallel", "cache_gib", "arguments", "draw", "probe_limit"),
         "the run's own processes are the engines",
     ),
 }

@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 
 from gspo_megatron.base.errors import EngineError
+from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.checkpoint.export import FolderFiles
 from gspo_megatron.config.sections import Config
 from gspo_megatron.device import DTYPES, Device
 from gspo_megatron.device.engine_token import engine_token
 from gspo_megatron.device.private_group import is_loopback, own_address
+from gspo_megatron.rollout.engine_draws import DRAWS, EngineDraw
 from gspo_megatron.rollout.engine_server import HOST, EngineServer, ServerSettings
 from gspo_megatron.rollout.external_engine import ExternalEngine
 from gspo_megatron.rollout.http import Address
@@ -56,6 +58,7 @@ def servers_of(config: Config, files: FolderFiles, device: Device, say: Callable
             Address.of(f"engine {i}", str(url), token),
             max_length=config.model.max_sequence_length,
             vocab_size=config.model.vocab_size,
+            draw=e.draw,
             same_device=device.torch_device.type if kind == "broadcast" else "",
             start_timeout_s=e.start_timeout_s,
             say=say,
@@ -82,11 +85,19 @@ def server_settings(config: Config, folder: Path) -> ServerSettings:
         max_length=config.model.max_sequence_length,
         max_batch=config.rollout.max_batch,
         tensor_parallel=e.tensor_parallel,
+        draw=DRAWS[e.draw].arguments,
         cache_gib=e.cache_gib,
         threads=e.threads,
         arguments=tuple(map(str, e.arguments)),
         start_timeout_s=e.start_timeout_s,
     )
+
+
+def draw_of(inputs: Inputs) -> EngineDraw:
+    """How the engines draw."""
+    vocab_size = inputs.config.model.vocab_size
+    assert vocab_size is not None, "settle sets model.vocab_size"
+    return DRAWS[inputs.config.engine.draw](inputs.tokenizer.vocab_size, vocab_size)
 
 
 def write_config(folder: Path, files: FolderFiles, dtype: torch.dtype) -> None:

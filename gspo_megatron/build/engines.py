@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, EngineError, StopRequested
-from gspo_megatron.build.engine_servers import channel_of, servers_of
+from gspo_megatron.build.engine_servers import channel_of, draw_of, servers_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -59,7 +59,7 @@ class VllmEngines:
         self._channel: Channel | None = None
         self._engine = partial(
             VllmEngine,
-            num_ids=inputs.tokenizer.vocab_size,
+            draw=draw_of(inputs),
             temperature=config.rollout.temperature,
             timeout_s=e.timeout_s,
             # Weights that change under way need the version of every token.

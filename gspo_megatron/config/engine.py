@@ -43,6 +43,13 @@ class EngineConfig:
         "broadcast.",
         choices=("auto", "shared_memory", "broadcast", "disk"),
     )
+    draw: str = setting(
+        "counter",
+        "Whose random numbers draw tokens. counter: the product's own, of seed, rollout and position; the rollouts are "
+        "those of the training model's sampler, however they are batched, cut or continued. vllm: those of vLLM's own "
+        "sampler.",
+        choices=("counter", "vllm"),
+    )
     probe_limit: float | None = setting(
         None,
         "After every change of weights an engine scores a fixed sequence. A log-prob further than this from the "

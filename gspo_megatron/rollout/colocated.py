@@ -26,9 +26,9 @@ from gspo_megatron.base.protocols import Policy, Ranks
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, CollectiveSource
 from gspo_megatron.rollout.engine import Request
+from gspo_megatron.rollout.engine_draws import EngineDraw
 from gspo_megatron.rollout.engine_server import ServerSettings
 from gspo_megatron.rollout.probe import Probe, Proofs
-from gspo_megatron.rollout.vllm import parameters_of
 
 Result = TypeVar("Result")
 VARIABLES = {
@@ -94,13 +94,13 @@ class ColocatedEngine:
         settings: ServerSettings,
         ranks: WorldRanks,
         *,
-        num_ids: int,
+        draw: EngineDraw,
         as_in_training: Sampling,
         stop_ids: tuple[int, ...],
         stop: Callable[[], bool],
         sign_of_life: Callable[[Callable[[], str]], None],
     ) -> None:
-        self.ranks, self.num_ids, self.as_in_training, self.stop_ids = ranks, num_ids, as_in_training, stop_ids
+        self.ranks, self.draw, self.as_in_training, self.stop_ids = ranks, draw, as_in_training, stop_ids
         self.version = -1
         self._stop, self._sign_of_life = stop, sign_of_life
         self._sleeps = bool(settings.gpus)
@@ -130,20 +130,18 @@ class ColocatedEngine:
         for index, (prompt, number) in enumerate(zip(prompts, ids, strict=True)):
             told = tuple(prompt.tokens)
             begin = len(told) - (begun[index] if begun else 0)
-            self._add(
-                str(index),
-                Request(
-                    id=number,
-                    prompt=told[:begin],
-                    response=told[begin:],
-                    seed=how.seed,
-                    temperature=temperature,
-                    top_p=how.top_p,
-                    top_k=how.top_k,
-                    max_new_tokens=how.max_new_tokens,
-                    stop_ids=self.stop_ids,
-                ),
+            request = Request(
+                id=number,
+                prompt=told[:begin],
+                response=told[begin:],
+                seed=how.seed,
+                temperature=temperature,
+                top_p=how.top_p,
+                top_k=how.top_k,
+                max_new_tokens=how.max_new_tokens,
+                stop_ids=self.stop_ids,
             )
+            self._add(str(index), told, self.draw.parameters(request))
         rollouts: dict[int, Rollout] = {}
         engine = self._engine
         while True:
@@ -161,13 +159,12 @@ class ColocatedEngine:
             if not goes_on:
                 return [rollouts[index] for index in range(len(prompts))]
 
-    def _add(self, name: str, request: Request, forced: Seq[int] = ()) -> None:
+    def _add(self, name: str, tokens: Seq[int], params: Mapping[str, Any]) -> None:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        asked = parameters_of(request, num_ids=self.num_ids, forced=forced)
-        tokens = TokensPrompt(prompt_token_ids=[*request.prompt, *request.response])
-        self._engine.add_request(name, tokens, SamplingParams(**asked))
+        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        self._engine.add_request(name, prompt, SamplingParams(**params))
 
     def _rollout(self, output: Any, prompt: Prompt, number: int) -> Rollout:
         tokens, log_probs = _sampled(output)
@@ -200,15 +197,17 @@ class ColocatedEngine:
 
     def probe(self, tokens: Seq[int], prompt_length: int) -> list[float]:
         """See `Engine.probe`."""
-        prompt, forced = tuple(tokens[:prompt_length]), tuple(tokens[prompt_length:])
-        request = Request(0, prompt, (), 0, self.as_in_training.temperature, 1.0, 0, len(forced), ())
-        self._add("probe", request, forced)
-        engine = self._engine
+        asked = self.draw.probes(tokens, prompt_length, self.as_in_training.temperature)
+        for number, each in enumerate(asked):
+            self._add(str(number), each.tokens, each.params)
+        engine, found = self._engine, dict[int, list[float]]()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    return _sampled(output.outputs[0])[1]
-        raise EngineError("the engine in this process ended the probe without an answer")
+                    number = int(output.request_id)
+                    rows = zip(asked[number].ids, output.outputs[0].logprobs, strict=True)
+                    found[number] = [float(row[token].logprob) for token, row in rows]
+        return [log_prob for number in range(len(asked)) for log_prob in found[number]]
 
     def raise_first(self, complaint: str, kind: type[EngineError]) -> None:
         """Raises, on all ranks, the first rank's complaint that is not empty."""

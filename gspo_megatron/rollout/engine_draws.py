@@ -10,45 +10,64 @@ goes on with other random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from gspo_megatron.base.errors import shortened
 from gspo_megatron.rollout.engine import Request
 
+REFUSAL = "extra_args.gspo_megatron must hold"
+"""What vllm_draw.py says to a request that does not say how to draw."""
 KEY = "gspo_megatron"
 """In `SamplingParams.extra_args`, what vllm_draw.py reads."""
-NEVER = -100.0
-"""The bias of an id that must not be drawn: the least that vLLM takes, a factor of e^-100."""
+NEVER = -1e9
+"""The bias of an id that must not be drawn: its probability is 0 in float32."""
 
 
 class Scored(NamedTuple):
-    """A request that scores `ids`, the tokens after `tokens`: vLLM has `params`, and answers with a log-prob of each."""
+    """A request that scores `ids`, the tokens after `tokens`; `params` are vLLM's `SamplingParams`."""
 
     tokens: tuple[int, ...]
     params: dict[str, Any]
     ids: tuple[int, ...]
 
 
-class EngineDraw(Protocol):
+class EngineDraw(ABC):
     """One way to draw.
 
     Attributes:
         num_ids: the tokenizer's ids; those beyond them are never sampled.
+        arguments: of vLLM's command line.
+        trial: `SamplingParams` of a request that shows whether an engine was started with them.
     """
 
-    num_ids: int
+    arguments: ClassVar[tuple[str, ...]]
+    trial: ClassVar[Mapping[str, Any]]
 
+    def __init__(self, num_ids: int, vocab_size: int) -> None:
+        """`vocab_size`: rows of the embedding."""
+        self.num_ids = num_ids
+
+    @staticmethod
+    @abstractmethod
+    def misfit(answer: str | float) -> str:
+        """What is wrong with an engine that answers `trial` with this refusal or log-prob; empty: nothing."""
+
+    @abstractmethod
     def parameters(self, request: Request) -> dict[str, Any]:
         """vLLM's `SamplingParams` of a request."""
 
+    @abstractmethod
     def probes(self, tokens: Seq[int], prompt_length: int, temperature: float) -> list[Scored]:
         """What scores the tokens from `prompt_length` on, in order."""
 
 
-class CounterDraw:
+class CounterDraw(EngineDraw):
     """See `EngineDraw`, and the head of this file."""
 
     arguments = (
@@ -56,9 +75,15 @@ class CounterDraw:
         # The log-prob that the draw leaves in place of a logit goes back as it is.
         *("--logprobs-mode", "processed_logits"),
     )
+    # It does not say how to draw, which vllm_draw.py refuses, and nothing else.
+    trial = MappingProxyType({"max_tokens": 1, "temperature": 0})
 
-    def __init__(self, num_ids: int, vocab_size: int) -> None:
-        self.num_ids = num_ids
+    @staticmethod
+    def misfit(answer: str | float) -> str:
+        """See `EngineDraw.misfit`."""
+        if isinstance(answer, str) and REFUSAL in answer:
+            return ""
+        return "draws tokens by itself, so that a seed would not give the run's rollouts (engine.draw=counter)"
 
     def parameters(self, request: Request) -> dict[str, Any]:
         """See `EngineDraw.parameters`. vLLM takes the only logit that the draw leaves."""
@@ -84,15 +109,28 @@ class CounterDraw:
         return {**_in_all(request), "temperature": 0, "extra_args": {KEY: drawn}}
 
 
-class VllmDraw:
+class VllmDraw(EngineDraw):
     """See `EngineDraw`, and the head of this file."""
 
     # Of the distribution it draws from, after temperature, top-k and top-p.
     arguments = ("--logprobs-mode", "processed_logprobs")
+    # The only id that may be drawn has the log-prob 0, and another one before the others are left out.
+    trial = MappingProxyType(
+        {"max_tokens": 1, "temperature": 1, "allowed_token_ids": (0,), "logprobs": 0, "detokenize": False}
+    )
 
     def __init__(self, num_ids: int, vocab_size: int) -> None:
-        self.num_ids = num_ids
-        self._bias = {str(token): NEVER for token in range(num_ids, vocab_size)}
+        super().__init__(num_ids, vocab_size)
+        self._bias = dict.fromkeys(range(num_ids, vocab_size), NEVER)
+
+    @staticmethod
+    def misfit(answer: str | float) -> str:
+        """See `EngineDraw.misfit`."""
+        if answer == 0.0:
+            return ""
+        if isinstance(answer, str) and REFUSAL in answer:
+            return "draws the product's random numbers, and this run asks for vLLM's (engine.draw=vllm)"
+        return f"sends log-probs of another distribution than it draws from, or none ({shortened(str(answer))})"
 
     def parameters(self, request: Request) -> dict[str, Any]:
         """See `EngineDraw.parameters`."""
@@ -112,13 +150,14 @@ class VllmDraw:
         found = []
         for end in range(prompt_length, len(tokens)):
             request = Request(0, tuple(tokens[:end]), (), 0, temperature, 1.0, 0, 1, ())
-            wanted = {"logprobs": 2, "logprob_token_ids": [tokens[end]]}
+            # Twice: the server sends as many log-probs as are asked for, the first of which is the sampled token's.
+            wanted = {"logprobs": 2, "logprob_token_ids": 2 * [tokens[end]]}
             found.append(Scored(request.prompt, self.parameters(request) | wanted, (tokens[end],)))
         return found
 
 
-DRAWS: Mapping[str, Callable[[int, int], EngineDraw]] = {"counter": CounterDraw, "vllm": VllmDraw}
-"""By engine.draw, of (ids of the tokenizer, rows of the embedding)."""
+DRAWS: Mapping[str, type[EngineDraw]] = {"counter": CounterDraw, "vllm": VllmDraw}
+"""By engine.draw."""
 
 
 def _in_all(request: Request) -> dict[str, Any]:

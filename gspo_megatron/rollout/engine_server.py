@@ -13,6 +13,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import EngineError, shortened
 from gspo_megatron.device.private_group import family_of
 from gspo_megatron.device.watched import Watched
+from gspo_megatron.rollout.engine_draws import CounterDraw
 from gspo_megatron.rollout.http import Address, call
 
 HOST = "127.0.0.1"
@@ -26,11 +27,8 @@ SERVED = (
 OPTIONS = (
     # Weights come from the trainer before anything is sampled; no text is made.
     *("--load-format", "dummy", "--skip-tokenizer-init"),
-    *("--logits-processors", "gspo_megatron.rollout.vllm_draw:CounterDraw"),
     *("--worker-extension-cls", "gspo_megatron.rollout.vllm_worker.Extension"),
     *("--weight-transfer-config", '{"backend": "gspo"}'),
-    # The log-prob that the draw leaves in place of a logit goes back as it is.
-    *("--logprobs-mode", "processed_logits"),
 )
 ENVIRONMENT = {
     # Without it vLLM has no routes for weights and pauses.
@@ -59,6 +57,7 @@ class ServerSettings:
         max_batch: sequences that are sampled together.
         gpus: of the machine, by number; empty: on the CPU.
         host: where it listens, a name or an address of the machine.
+        draw: the arguments for the way tokens are drawn, of engine_draws.py.
         cache_gib: memory for keys and values; 0: what vLLM takes of a GPU, CPU_CACHE_GIB on the CPU.
         arguments: further ones of vLLM's command line.
     """
@@ -70,6 +69,7 @@ class ServerSettings:
     max_batch: int
     tensor_parallel: int = 1
     gpus: tuple[int, ...] = ()
+    draw: tuple[str, ...] = CounterDraw.arguments
     cache_gib: float = 0.0
     threads: int = 1
     arguments: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class ServerSettings:
             "--tensor-parallel-size": self.tensor_parallel,
         }
         named = [text for name, value in sizes.items() for text in (name, str(value))]
-        return [*named, *memory, *place, *OPTIONS, *self.arguments]
+        return [*named, *memory, *place, *OPTIONS, *self.draw, *self.arguments]
 
     def environment(self, token: str, cache: Path) -> dict[str, str]:
         """Variables of the server besides those of this process."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.base.errors import EngineError, UnfitEngine
+from gspo_megatron.rollout.engine_draws import DRAWS
 from gspo_megatron.rollout.http import Address, exchange, said
 
 OLDEST, TESTED = (0, 32), "0.32"
@@ -29,8 +30,6 @@ ROUTES = (
 )
 POLL_S, ANSWER_S = 0.5, 30.0
 """Seconds between two looks, and that a question may take: none of them waits for a GPU."""
-DRAWS = "extra_args.gspo_megatron must hold"
-"""What vllm_draw.py says to a request that does not say how to draw."""
 COMMAND = "`python -m gspo_megatron.serve` with the settings of this run"
 
 
@@ -41,6 +40,7 @@ class ExternalEngine:
     Attributes:
         max_length: tokens of the run's longest sequence.
         vocab_size: rows of the model's embedding.
+        draw: engine.draw of the run.
         same_device: the type of the run's device, where weights come by a collective of both; empty: any.
         start_timeout_s: how long it may take to answer.
         say: called with a line for the user.
@@ -49,6 +49,7 @@ class ExternalEngine:
     address: Address
     max_length: int
     vocab_size: int
+    draw: str = "counter"
     same_device: str = ""
     start_timeout_s: float = 600.0
     say: Callable[[str], None] = lambda line: None
@@ -142,17 +143,16 @@ class ExternalEngine:
             )
 
     def _check_draw(self) -> None:
-        """A request that does not say how to draw is refused by the run's own draw, and by nothing else."""
-        asked = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0}, "stream": False}
+        draw = DRAWS[self.draw]
+        asked = {"token_ids": [0], "sampling_params": dict(draw.trial), "stream": False}
         status, content = self._ask("POST", GENERATE, asked)
         if status == 403:
             raise self._unfit("does not serve token ids (--enable-scale-out)", f"start it with {COMMAND}")
-        if DRAWS.encode() not in content:
-            raise self._unfit(
-                "draws tokens by itself, so that a seed would not give the run's rollouts",
-                f"start it with {COMMAND}, or with --logits-processors gspo_megatron.rollout.vllm_draw:CounterDraw "
-                "--logprobs-mode processed_logits",
-            )
+        answer: str | float = content.decode(errors="replace")
+        with suppress(LookupError, TypeError, ValueError):
+            answer = float(_field(content, "choices")[0]["logprobs"]["content"][0]["logprob"])
+        if wrong := draw.misfit(answer):
+            raise self._unfit(wrong, f"start it with {COMMAND}, or with {' '.join(draw.arguments)}")
 
     def _check_worker(self) -> None:
         status, content = self._ask("POST", RPC, {"method": "gspo_about"})

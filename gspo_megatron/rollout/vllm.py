@@ -1,6 +1,6 @@
 """`Engine` over the HTTP server of vLLM. Token ids go in and come out; nothing becomes text.
 
-The server has to draw as vllm_draw.py does, and to serve `/inference/v1/generate` and vLLM's routes for RL:
+The server has to draw as engine_draws.py says, and to serve `/inference/v1/generate` and vLLM's routes for RL:
 engine_server.py starts it so. Responses are streamed: what an engine has sent before it dies is kept.
 """
 
@@ -13,21 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Finish, PauseMode, Piece, Request, Span, Weights
+from gspo_megatron.rollout.engine_draws import EngineDraw, Scored
 from gspo_megatron.rollout.http import Address, call, events
 
-KEY = "gspo_megatron"
-"""In `SamplingParams.extra_args`, what vllm_draw.py reads."""
 GENERATE = "/inference/v1/generate"
 FINISHES: Mapping[str | None, Finish] = {None: "", "stop": "stop", "length": "length", "abort": "abort"}
 NO_VERSION = "default"
 """What vLLM calls the weights it was started with."""
 MOST_STREAMS = 1024
 """Connections of one `generate`: files that a process may open are few."""
+MOST_PROBES = 16
+"""Requests of one `probe` at once."""
 
 Arrived = queue.SimpleQueue[Piece | BaseException]
 
@@ -37,7 +39,7 @@ class VllmEngine:
 
     Attributes:
         address: where the server listens; it changes when the server is started again.
-        num_ids: the tokenizer's ids; those beyond them are never sampled.
+        draw: how the server draws, which it must have been started for.
         temperature: of the log-probs of `probe`.
         timeout_s: how long the engine may send nothing while it samples, without pauses, and may take for anything
             else.
@@ -49,14 +51,14 @@ class VllmEngine:
         self,
         address: Address,
         *,
-        num_ids: int,
+        draw: EngineDraw,
         temperature: float,
         timeout_s: float,
         stream_interval: int,
         most_streams: int = MOST_STREAMS,
     ) -> None:
         self.address, self.name = address, address.name
-        self.num_ids, self.temperature, self.timeout_s = num_ids, temperature, timeout_s
+        self.draw, self.temperature, self.timeout_s = draw, temperature, timeout_s
         self.stream_interval, self.most_streams = stream_interval, min(most_streams, MOST_STREAMS)
         self._known = -1
         """The version, when it was last asked for."""
@@ -127,9 +129,8 @@ class VllmEngine:
                 raise self.address.error("ended a stream in the middle of a response")
             put(last)
 
-    def _asked(self, request: Request, forced: Seq[int] = ()) -> dict[str, Any]:
-        params = parameters_of(request, num_ids=self.num_ids, forced=forced)
-        params |= {"stream_interval": self.stream_interval}
+    def _asked(self, request: Request) -> dict[str, Any]:
+        params = self.draw.parameters(request) | {"stream_interval": self.stream_interval}
         return {"token_ids": [*request.prompt, *request.response], "sampling_params": params, "stream": True}
 
     def _piece(self, request: Request, event: Any, position: int, told: Seq[Span]) -> Piece:
@@ -149,10 +150,10 @@ class VllmEngine:
             raise self.address.error(f"streams an event that vLLM does not send ({error!r})") from error
         if tokens != named:
             raise self.address.error(f"sent tokens {tokens} with log-probs of {named}")
-        if strange := [token for token in tokens if not (isinstance(token, int) and 0 <= token < self.num_ids)]:
+        if strange := [token for token in tokens if not (isinstance(token, int) and 0 <= token < self.draw.num_ids)]:
             raise self.address.error(
-                f"sent token {strange[0]}, but the tokenizer has {self.num_ids} ids",
-                "the engine must have the model of this run, and draw as gspo_megatron.rollout.vllm_draw does",
+                f"sent token {strange[0]}, but the tokenizer has {self.draw.num_ids} ids",
+                "the engine must have the model of this run, and draw as engine.draw says",
             )
         end = position + len(tokens)
         # vLLM tells versions at the end, of all tokens of the request, and may count tokens that it did not send.
@@ -194,14 +195,22 @@ class VllmEngine:
         return self._known
 
     def probe(self, tokens: Seq[int], prompt_length: int) -> list[float]:
-        """See `Engine.probe`. The engine takes these tokens as if it had drawn them, through its cache."""
-        prompt, forced = tuple(tokens[:prompt_length]), tuple(tokens[prompt_length:])
-        request = Request(0, prompt, (), 0, self.temperature, 1.0, 0, len(forced), ())
-        answer = self.ask("POST", GENERATE, {**self._asked(request, forced), "stream": False})
-        piece = self._piece(request, answer, 0, ())
-        if piece.tokens != forced:
-            raise self.address.error(f"scored {piece.tokens} where it was asked for {forced}")
-        return list(piece.log_probs)
+        """See `Engine.probe`."""
+        asked = self.draw.probes(tokens, prompt_length, self.temperature)
+        with ThreadPoolExecutor(min(len(asked), MOST_PROBES)) as threads:
+            return [log_prob for scored in threads.map(self._scores, asked) for log_prob in scored]
+
+    def _scores(self, asked: Scored) -> list[float]:
+        """The log-probs of `asked.ids`."""
+        body = {"token_ids": list(asked.tokens), "sampling_params": asked.params, "stream": False}
+        answer = self.ask("POST", GENERATE, body)
+        try:
+            rows = [_log_probs_in(entry) for entry in answer["choices"][0]["logprobs"]["content"]]
+        except (LookupError, TypeError, ValueError) as error:
+            raise self.address.error(f"answers a probe as vLLM does not ({error!r})") from error
+        if len(rows) != len(asked.ids) or any(token not in row for token, row in zip(asked.ids, rows, strict=True)):
+            raise self.address.error(f"scored {[list(row) for row in rows]} where it was asked for {asked.ids}")
+        return [row[token] for token, row in zip(asked.ids, rows, strict=True)]
 
     def alive(self) -> bool:
         """See `Engine.alive`."""
@@ -211,27 +220,9 @@ class VllmEngine:
             return False
 
 
-def parameters_of(request: Request, *, num_ids: int, forced: Seq[int] = ()) -> dict[str, Any]:
-    """vLLM's `SamplingParams` of a request, whose tokens vllm_draw.py draws, or takes from `forced`."""
-    drawn = {
-        "seed": request.seed,
-        "id": request.id,
-        "begin": len(request.response),
-        "temperature": request.temperature,
-        "top_k": request.top_k,
-        "top_p": request.top_p,
-        "num_ids": num_ids,
-        "forced": list(forced),
-    }
-    return {
-        "temperature": 0,
-        "max_tokens": request.max_new_tokens - len(request.response),
-        "stop_token_ids": list(request.stop_ids),
-        "ignore_eos": True,
-        "logprobs": 0,
-        "detokenize": False,
-        "extra_args": {KEY: drawn},
-    }
+def _log_probs_in(entry: Mapping[str, Any]) -> dict[int, float]:
+    """By id, of the sampled token and of others that were asked for."""
+    return {each["token_id"]: float(each["logprob"]) for each in (*(entry.get("top_logprobs") or ()), entry)}
 
 
 def _version(text: str | None) -> int:

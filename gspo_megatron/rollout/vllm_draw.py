@@ -23,9 +23,8 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
+from gspo_megatron.rollout.engine_draws import KEY
 from gspo_megatron.rollout.native.sampling import Decoding, distribution, draw, uniforms
-
-KEY = "gspo_megatron"
 
 
 class Draw(NamedTuple):

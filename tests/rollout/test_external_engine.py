@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from gspo_megatron.base.errors import EngineError, UnfitEngine
-from gspo_megatron.rollout.external_engine import DRAWS, GENERATE, ROUTES, RPC, ExternalEngine
+from gspo_megatron.rollout.engine_draws import REFUSAL
+from gspo_megatron.rollout.external_engine import GENERATE, ROUTES, RPC, ExternalEngine
 from gspo_megatron.rollout.http import Address
 from gspo_megatron.testing.time_limits import time_factor
 
@@ -25,7 +26,7 @@ class Vllm:
     """Attributes: answers, by method and route or by the method of an RPC: (status, JSON). asked: in order."""
 
     def __init__(self, port: int = 0) -> None:
-        refused = {"error": {"message": f"this engine draws tokens for a trainer: {DRAWS} seed, id, got None"}}
+        refused = {"error": {"message": f"this engine draws tokens for a trainer: {REFUSAL} seed, id, got None"}}
         self.answers: dict[str, tuple[int, Any]] = {
             "GET /health": (200, None),
             "GET /version": (200, {"version": "0.32.0"}),
@@ -115,6 +116,32 @@ def test_an_engine_that_a_run_cannot_use_is_refused(vllm: Vllm, spoilt: dict[str
         engine_at(vllm.port, same_device="cpu").wait()
     assert str(caught.value).startswith(f"engine 0 (http://127.0.0.1:{vllm.port}) {complaint}"), caught.value
     assert "gspo_forget_update" not in vllm.asked
+
+
+def told(log_prob: float) -> dict[str, Any]:
+    return {"choices": [{"logprobs": {"content": [{"token_id": 0, "logprob": log_prob}]}}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "complaint"),
+    [
+        (200, told(0.0), ""),
+        (200, told(-2.56), "sends log-probs of another distribution than it draws from, or none (-2.56)"),
+        (200, {"choices": [{"logprobs": None}]}, "sends log-probs of another distribution than it draws from, or none"),
+        (400, {"error": {"message": f"{REFUSAL} seed"}}, "draws the product's random numbers"),
+    ],
+)
+def test_an_engine_that_draws_otherwise_than_the_run_asks_is_refused(
+    vllm: Vllm, status: int, answer: Any, complaint: str
+) -> None:
+    vllm.answers[f"POST {GENERATE}"] = status, answer
+    engine = engine_at(vllm.port, draw="vllm")
+    if not complaint:
+        engine.wait()
+        return
+    with pytest.raises(UnfitEngine) as caught:
+        engine.wait()
+    assert complaint in str(caught.value) and "--logprobs-mode processed_logprobs" in str(caught.value)
 
 
 def test_a_vllm_without_the_routes_is_refused(vllm: Vllm) -> None:

@@ -17,11 +17,13 @@ import pytest
 
 from gspo_megatron.base.errors import EngineError, Refused
 from gspo_megatron.rollout.engine import Piece, Request, Span
+from gspo_megatron.rollout.engine_draws import CounterDraw
 from gspo_megatron.rollout.http import Address
 from gspo_megatron.rollout.vllm import VllmEngine
 from gspo_megatron.testing.time_limits import time_factor
 
 NUM_IDS = 13
+DRAW = CounterDraw(NUM_IDS, 16)
 
 
 class Server:
@@ -71,7 +73,7 @@ def server() -> Iterator[Server]:
 
 def engine_at(port: int, timeout_s: float = 60.0) -> VllmEngine:
     address = Address("engine 0", "127.0.0.1", port, token="secret")
-    return VllmEngine(address, num_ids=NUM_IDS, temperature=1.0, timeout_s=timeout_s * time_factor(), stream_interval=4)
+    return VllmEngine(address, draw=DRAW, temperature=1.0, timeout_s=timeout_s * time_factor(), stream_interval=4)
 
 
 def event(tokens: list[int], finish: str | None = None, **changed: Any) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def test_what_an_engine_samples_ends_when_it_is_given_up(server: Server) -> None
 def test_a_large_group_leaves_the_probe_room(server: Server) -> None:
     server.says, server.hangs = stream(event([3]), end="")[:-5], True
     address = Address("engine 0", "127.0.0.1", server.port)
-    engine = VllmEngine(address, num_ids=NUM_IDS, temperature=1.0, timeout_s=60, stream_interval=4, most_streams=2)
+    engine = VllmEngine(address, draw=DRAW, temperature=1.0, timeout_s=60, stream_interval=4, most_streams=2)
     pieces = engine.generate([replace(REQUEST, id=i) for i in range(5)])
     assert {next(pieces).id, next(pieces).id} == {0, 1}
     time.sleep(0.2)
@@ -277,7 +279,7 @@ def test_a_version_that_is_none_is_an_error(server: Server) -> None:
 
 def test_a_probe_of_other_tokens_is_an_error(server: Server) -> None:
     server.says = answer(event([5, 5], "length"))
-    with pytest.raises(EngineError, match=r"scored \(5, 5\) where it was asked for \(2, 3\)"):
+    with pytest.raises(EngineError, match=r"scored \[\[5\], \[5\]\] where it was asked for \(2, 3\)"):
         engine_at(server.port).probe([1, 2, 3], 1)
 
 
