@@ -71,6 +71,7 @@ bench: .venv/.installed ## Time a step of the demo, also against plain pre-train
 	.venv/bin/python -W ignore -m benchmarks.hugging_face --output benchmarks/results/hugging_face.json --markdown docs/models.md
 	.venv/bin/python -W ignore -m benchmarks.numerics --output benchmarks/results/numerics.json --markdown docs/numerics.md
 	.venv/bin/python -W ignore -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
+	.venv/bin/python -W ignore -m benchmarks.objective --output benchmarks/results/objective.json --markdown docs/benchmarks.md
 	.venv/bin/python -W ignore -m benchmarks.sampler_routing --output benchmarks/results/sampler_routing.json --markdown docs/stability.md
 	.venv/bin/python -m benchmarks.prompts --output benchmarks/results/prompts.json --markdown docs/benchmarks.md
 

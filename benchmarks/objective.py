@@ -1,107 +1,161 @@
-"""Seconds of the objective alone, forward and backward, for every row of the table of algorithms and every correction.
+"""What a row of the objective costs: every algorithm and every correction in an update of one small model.
 
-    python -m benchmarks.objective --output benchmarks/results/objective.json
+    python -m benchmarks.objective --output benchmarks/results/objective.json --markdown docs/benchmarks.md
 
-What an update costs beside it (forward and backward of the model) is the same for all rows, and far more: the share of
-the objective is given by the time of the log-probs alone, of one micro-batch at a small vocabulary.
+One policy and one batch; an update (with a learning rate of 0) with each row, in turns. The smaller the model, the
+larger the share of the objective, and this one is tiny. Next to it the objective alone, forward and backward, on 65,536
+tokens. Times are the processor's, since other work would show in those of the clock; ratios are medians over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.reports import machine
-from gspo_megatron.device import open_device
-from gspo_megatron.log_probs import linear_log_probs
+from benchmarks.policies import alone
+from benchmarks.reports import keep, machine, median_ratio, table, versions
+from gspo_megatron.base.batches import Sequence, UpdateBatch
+from gspo_megatron.config.loading import load_config
+from gspo_megatron.data.packing import pack
+from gspo_megatron.layout.layout import packing_rules
 from gspo_megatron.objective import VARIANTS, PolicyObjective, Segments, Variant, resolve_variant
 from gspo_megatron.objective.corrections import CORRECTIONS
+from gspo_megatron.run.stages import PolicyLoss
 
-PARAMETERS = {"off_policy_mask": {"correction.delta": 0.1}}
+SETTINGS = (
+    "model.preset=tiny_moe",
+    "model.vocab_size=4096",
+    "model.max_sequence_length=256",
+    "precision.device=cpu",
+    "precision.dtype=fp32",
+    "rollout.max_new_tokens=192",
+    # A row that clips more would save the work of more tokens.
+    "train.skip_zero_gradient=false",
+)
+SEQUENCES, PROMPT, RESPONSE = 16, 64, 192
+TOKENS, LONGEST = 65536, 4096
+FIRST = "gspo"
 
 
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def rows() -> dict[str, Variant]:
+    """Every algorithm, and GSPO with every correction."""
+    found = dict(VARIANTS)
+    for name in CORRECTIONS:
+        # The mask has no threshold by itself.
+        dials = {"correction.delta": 0.1} if name == "off_policy_mask" else None
+        found[f"{FIRST}, {name}"] = resolve_variant(FIRST, correction=name, dials=dials)
+    return found
 
 
-def batch(num_tokens: int, longest: int) -> tuple[torch.Tensor, ...]:
-    """float32 log-probs of responses of 1 to `longest` tokens, and their lengths."""
-    draw = torch.Generator().manual_seed(0)
-    lengths, left = [], num_tokens
+def updates_of(overrides: list[str]) -> tuple[Callable[[Variant], None], dict[str, Any]]:
+    """An update with a row, and what it runs on."""
+    config = load_config(None, [*SETTINGS, *overrides])
+    device, groups, policy, _ = alone(config)
+    assert config.model.vocab_size is not None
+    draws = torch.Generator().manual_seed(1)
+    length = PROMPT + RESPONSE
+    sequences = [
+        Sequence.after_prompt(
+            torch.randint(config.model.vocab_size, (length,), generator=draws).tolist(), PROMPT, 1.0 - 2 * (i % 2)
+        )
+        for i in range(SEQUENCES)
+    ]
+    micro_batches = pack(sequences, pad_id=0, max_tokens=4 * length, rules=packing_rules(config))
+    for m, log_probs_R in zip(micro_batches, policy.log_probs(micro_batches), strict=True):
+        for column in ("old_log_probs", "sampler_log_probs"):
+            m.columns[column] = log_probs_R + 1e-4 * torch.randn(len(log_probs_R), generator=draws)
+    batch = UpdateBatch(micro_batches, SEQUENCES, sum(s.num_trained for s in sequences))
+
+    def update(row: Variant) -> None:
+        policy.update(batch, PolicyLoss(PolicyObjective(row, kl_coef=0.0), groups, False), lr=0.0)
+
+    parameters = sum(p.numel() for chunk in policy.model for p in chunk.parameters())
+    return update, {"parameters": parameters, "tokens": batch.num_tokens, "machine": machine(device, 1)}
+
+
+def objective_alone() -> Callable[[Variant], None]:
+    """Forward and backward of a row, on responses of 1 to LONGEST tokens."""
+    draws = torch.Generator().manual_seed(0)
+    lengths, left = [], TOKENS
     while left:
-        lengths.append(min(int(torch.randint(1, longest, (1,), generator=draw)), left))
+        lengths.append(min(int(torch.randint(1, LONGEST, (1,), generator=draws)), left))
         left -= lengths[-1]
-    old_R = -torch.rand(num_tokens, generator=draw)
-    new_R = (old_R + 0.05 * torch.randn(num_tokens, generator=draw)).requires_grad_()
-    sampler_R = old_R + 0.05 * torch.randn(num_tokens, generator=draw)
-    return new_R, old_R, sampler_R, torch.randn(len(lengths), generator=draw), torch.tensor(lengths)
+    old_R = -torch.rand(TOKENS, generator=draws)
+    new_R = (old_R + 0.05 * torch.randn(TOKENS, generator=draws)).requires_grad_()
+    sampler_R = old_R + 0.05 * torch.randn(TOKENS, generator=draws)
+    advantages_S, segments = torch.randn(len(lengths), generator=draws), Segments.from_lengths(torch.tensor(lengths))
+
+    def work(row: Variant) -> None:
+        sampler = sampler_R if row.correction.acts else None
+        loss, _ = PolicyObjective(row, kl_coef=0.0)(new_R, old_R, advantages_S, segments, sampler_log_probs_T=sampler)
+        torch.autograd.grad(loss, new_R)
+
+    return work
+
+
+def in_turns(work: Callable[[Variant], None], turns: int) -> dict[str, list[float]]:
+    """Seconds of the processor, by row."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows()}
+    for turn in range(turns + 1):
+        for name, row in rows().items():
+            start = time.process_time()
+            work(row)
+            if turn:  # the first one fills caches
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    update, about = updates_of(overrides)
+    by_update, by_itself = in_turns(update, turns), in_turns(objective_alone(), turns)
+    return {
+        "rows": {
+            name: {
+                "update_s": statistics.median(by_update[name]),
+                "update_to_gspo": median_ratio(by_update[name], by_update[FIRST]),
+                "objective_ns_per_token": statistics.median(by_itself[name]) / TOKENS * 1e9,
+            }
+            for name in by_update
+        },
+        "turns": turns,
+        "settings": [*SETTINGS, *overrides],
+        "versions": versions(["torch", "megatron-core"]),
+        "command": f"python -m benchmarks.objective {' '.join(sys.argv[1:])}",
+        **about,
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    lines = [
+        [f"`{name}`", f"{row['update_to_gspo']:.3f}", f"{row['objective_ns_per_token']:.0f}"]
+        for name, row in found["rows"].items()
+    ]
+    return (
+        f"`{found['command']}`\n\n{found['parameters']:,} parameters, {found['tokens']:,} trained tokens; the update "
+        f"with `{FIRST}` takes {found['rows'][FIRST]['update_s']:.2f} s of the processor; {found['machine']}.\n\n"
+        + table(["row", f"update / that of `{FIRST}`", "objective alone, ns a token"], lines)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--longest", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    new_R, old_R, sampler_R, advantages_S, lengths_S = batch(args.tokens, args.longest)
-    segments = Segments.from_lengths(lengths_S)
-
-    def update(variant: Variant) -> None:
-        sampler = sampler_R if variant.correction.acts else None
-        loss, _ = PolicyObjective(variant, kl_coef=0.0)(
-            new_R, old_R, advantages_S, segments, sampler_log_probs_T=sampler
-        )
-        torch.autograd.grad(loss, new_R)
-
-    # One small model layer's worth of what comes before: log-probs of the same tokens.
-    hidden_NH = torch.randn(args.tokens // 16, 256, requires_grad=True)
-    weight_VH = torch.randn(8192, 256, requires_grad=True)
-    targets_N = torch.randint(8192, (args.tokens // 16,))
-
-    def log_probs() -> None:
-        log_probs_N, _ = linear_log_probs(hidden_NH, weight_VH, targets_N)
-        torch.autograd.grad(log_probs_N.sum(), (hidden_NH, weight_VH))
-
-    rows = dict(VARIANTS)
-    for name in CORRECTIONS:
-        rows[f"gspo, {name}"] = resolve_variant("gspo", correction=name, dials=PARAMETERS.get(name))
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(args.repeats):  # in turn, so that a busy moment meets all of them
-        for name, variant in rows.items():
-            seconds[name].append(timed(partial(update, variant)))
-    of_log_probs = 16 * min(timed(log_probs) for _ in range(5))
-    fastest = {name: min(values) for name, values in seconds.items()}
-    result = {
-        "machine": machine(open_device("cpu", "fp32"), 1),
-        "tokens": args.tokens,
-        "sequences": len(lengths_S),
-        "log_probs": {"hidden": 256, "vocabulary": 8192, "seconds": of_log_probs},
-        "rows": {
-            name: {
-                "seconds": fastest[name],
-                "median": statistics.median(seconds[name]),
-                "nanoseconds_per_token": fastest[name] / args.tokens * 1e9,
-                # With the log-probs of that tiny head, which every row needs, relative to gspo.
-                "update_relative_to_gspo": (of_log_probs + fastest[name]) / (of_log_probs + fastest["gspo"]),
-            }
-            for name in rows
-        },
-    }
-    for name, row in result["rows"].items():
-        print(f"{name:32} {row['nanoseconds_per_token']:8.1f} ns a token   {row['update_relative_to_gspo']:.4f}")
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args()
+    found = measure(options.turns, options.overrides)
+    print(report(found))
+    keep(found, report(found), "objective", output=options.output, markdown=options.markdown)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.policies import alone
 from benchmarks.reports import keep, machine, median_ratio, table, versions
 from gspo_megatron.base.batches import Prompt, Sequence, UpdateBatch
-from gspo_megatron.build.checks import check_config
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
-from gspo_megatron.device import open_device
 from gspo_megatron.layout.layout import packing_rules
+from gspo_megatron.mcore.sampler import MegatronSampler
 from gspo_megatron.rollout.native.stopping import Stops
+from gspo_megatron.run.stages import PolicyLoss
 
 SETTINGS = (
     "model.preset=tiny_moe",
@@ -46,19 +47,7 @@ SETTINGS = (
 def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
     """Seconds of every turn by name, and the size of the column."""
     config = load_config(None, [*SETTINGS, *overrides])
-    device = open_device("cpu", config.precision.dtype)
-    from gspo_megatron.mcore import compat
-    from gspo_megatron.mcore.groups import Groups
-    from gspo_megatron.mcore.policy import MegatronPolicy
-    from gspo_megatron.mcore.sampler import MegatronSampler
-    from gspo_megatron.run.algorithm import Algorithm
-    from gspo_megatron.run.stages import PolicyLoss
-
-    device.start_processes(60.0)
-    groups = Groups(check_config(config, 1), device.torch_device)
-    compat.apply_patches(device.on_cpu)
-    algorithm = Algorithm.of(config)
-    policy = MegatronPolicy(config, groups, device, False, algorithm.scoring)
+    device, groups, policy, algorithm = alone(config)
     assert config.model.vocab_size is not None
     draws = torch.Generator().manual_seed(1)
     sequences = [
