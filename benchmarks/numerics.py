@@ -137,8 +137,8 @@ def opened(config: Config) -> Iterator[tuple[MegatronPolicy, MegatronCheckpoints
 class Language:
     """Every token has as many possible successors as SUCCESSORS has numbers."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._draw = np.random.default_rng(1)
+    def __init__(self, vocab_size: int, seed: int = 1) -> None:
+        self._draw = np.random.default_rng(seed)
         self._successors = self._draw.integers(0, vocab_size, (vocab_size, len(SUCCESSORS)))
 
     def text(self, length: int) -> list[int]:
@@ -148,9 +148,9 @@ class Language:
         return tokens
 
 
-def train(config: Config, size: Size) -> dict[str, Any]:
-    """Trains a model on one process and saves it; returns what is known of it."""
-    language = Language(size.vocab_size)
+def train(config: Config, size: Size, seed: int = 1) -> dict[str, Any]:
+    """Trains a model on one process and saves it; returns what is known of it. `seed`: of its language."""
+    language = Language(size.vocab_size, seed)
     with opened(config) as (policy, checkpoints, packer):
 
         def likelihood(

@@ -11,7 +11,8 @@ of the sequence ratio is
     product  sum_t log clip(exp(d_t), 0.8, 1.2)      the chapter's GRPO: a product of clipped token ratios
     mean     (1 / n) sum_t d_t                the paper's GSPO, `gspo`
 
-The spread is its standard deviation over responses, and the slope that of log spread over log n.
+The spread is its standard deviation over responses, and the slope that of log spread over log n. Everything is done
+anew for each seed: the language, the weights, the responses. Intervals are Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from gspo_megatron.objective.variants import VARIANTS
 from gspo_megatron.run.algorithm import Algorithm
 from gspo_megatron.run.scoring import Scorer
 from gspo_megatron.run.stages import PolicyLoss
+from gspo_megatron.testing.intervals import Interval
 from gspo_megatron.testing.local_ranks import run_distributed
 
 Array = NDArray[np.float64]
@@ -137,7 +139,8 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
-def measure(size: Size, lengths: Sequence[int], folder: str) -> dict[str, Any]:
+def measure(size: Size, lengths: Sequence[int], folder: str, seed: int) -> dict[str, Any]:
+    """What one seed shows."""
     started = time.perf_counter()
     longest = max(PROMPT + size.tokens, size.learnt)
     settings = [
@@ -149,13 +152,14 @@ def measure(size: Size, lengths: Sequence[int], folder: str) -> dict[str, Any]:
         f"rollout.max_new_tokens={size.tokens}",
         f"train.tokens_per_micro_batch={4 * longest}",
         "algorithm.variant=gspo",
+        f"run.seed={seed}",
     ]
 
     def alone(work: Any, *arguments: Any, lr: float = 3e-3) -> Any:
         config = load_config(None, [*settings, f"optimizer.lr={lr}"])
         return run_distributed(work, 1, config, *arguments, timeout_s=1200.0, like_torchrun=True)[0]
 
-    about = alone(numerics.train, size)
+    about = alone(numerics.train, size, seed)
     prompts = about.pop("prompts")
     drawn = [tokens for tokens, _ in alone(numerics.sample, prompts)]
     half = len(drawn) // 2
@@ -173,27 +177,25 @@ def measure(size: Size, lengths: Sequence[int], folder: str) -> dict[str, Any]:
     for lr in LEARNING_RATES:
         before, after = alone(update_and_score, learnt, held_out, lr=lr)
         updates.append({"lr": lr, **spreads(before, after, advantages(drawn[half:], size.vocab_size), lengths)})
-        print(f"lr {lr:g}: slopes {updates[-1]['slopes']}", flush=True)
+        print(f"seed {seed}, lr {lr:g}: slopes {updates[-1]['slopes']}", flush=True)
     return {
-        "size": size._asdict(),
-        "lengths": list(lengths),
-        "bands": {"product": TOKEN_BAND, **BANDS},
+        "seed": seed,
         "model": {**about, "-log p": -float(np.mean(before))},
         "updates": updates,
         "seconds": time.perf_counter() - started,
-        "versions": versions(("torch", "megatron-core")),
-        "command": f"python -m benchmarks.ratio_spread {' '.join(sys.argv[1:])}",
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """One table: a row for each learning rate and length, and one of slopes."""
-    size, model = result["size"], result["model"]
+    size, seeds = result["size"], result["seeds"]
     names = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    losses = [seed["model"]["-log p"] for seed in seeds]
     text = (
-        f"`{result['command']}` took {result['seconds']:,.0f} s: tiny_moe, {model['parameters']:,} parameters, trained "
-        f"for {size['updates']} updates; mean -log p of its own tokens {model['-log p']:.2f} nats. {size['responses']} "
-        f"responses of {size['tokens']:,} tokens, vocabulary {size['vocab_size']:,}; {model['machine']}; {names}.\n\n"
+        f"`{result['command']}` took {sum(seed['seconds'] for seed in seeds):,.0f} s: tiny_moe, "
+        f"{seeds[0]['model']['parameters']:,} parameters, trained for {size['updates']} updates; mean -log p of its "
+        f"own tokens {min(losses):.2f} to {max(losses):.2f} nats. {size['responses']} responses of {size['tokens']:,} "
+        f"tokens, vocabulary {size['vocab_size']:,}; {len(seeds)} seeds; {seeds[0]['model']['machine']}; {names}.\n\n"
     )
     head = [
         "lr, tokens",
@@ -206,14 +208,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         "of tokens, at 0.2",
     ]
     rows = []
-    for update in result["updates"]:
-        for each in update["by_length"]:
-            shares = (f"{each['clipped'][how]:.1%}" for how in ("gspo_sum", "gspo", "tokens"))
-            spread = (f"{each['spread'][how]:.2e}" for how in ("sum", "product", "mean"))
-            rows.append([f"{update['lr']:g}, {each['tokens']:,}", *spread, f"{each['largest']['sum']:.2e}", *shares])
-        slopes = (f"**{update['slopes'][how]:+.2f}**" for how in ("sum", "product", "mean"))
-        rows.append([f"{update['lr']:g}, slope", *slopes])
+    for updates in zip(*(seed["updates"] for seed in seeds), strict=True):
+        lr = updates[0]["lr"]
+        for lengths in zip(*(update["by_length"] for update in updates), strict=True):
+            shares = (_over([of["clipped"][how] for of in lengths], ".1%") for how in ("gspo_sum", "gspo", "tokens"))
+            spread = (_over([of["spread"][how] for of in lengths], ".2e") for how in ("sum", "product", "mean"))
+            largest = max(of["largest"]["sum"] for of in lengths)
+            rows.append([f"{lr:g}, {lengths[0]['tokens']:,}", *spread, f"{largest:.2e}", *shares])
+        slopes = (_over([update["slopes"][how] for update in updates], "+.2f") for how in ("sum", "product", "mean"))
+        rows.append([f"{lr:g}, slope", *(f"**{each}**" for each in slopes)])
     return text + table(head, rows)
+
+
+def _over(values: Sequence[float], form: str) -> str:
+    """The mean over seeds, and its interval where there are several."""
+    found = Interval.of(values)
+    if found.low is None or found.high is None:
+        return f"{found.mean:{form}}"
+    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--responses", type=int, default=64, help="half of them for the update")
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--updates", type=int, default=150, help="that train the model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
@@ -230,10 +243,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = max(options.lengths)
     learnt = min(PROMPT + tokens, 512)
     size = Size(options.responses, tokens, options.vocab_size, options.updates, learnt)
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(size, sorted(options.lengths), folder)
+    result: dict[str, Any] = {
+        "size": size._asdict(),
+        "lengths": sorted(options.lengths),
+        "bands": {"product": TOKEN_BAND, **BANDS},
+        "seeds": [],
+        "versions": versions(("torch", "megatron-core")),
+        "command": f"python -m benchmarks.ratio_spread {' '.join(sys.argv[1:] if argv is None else argv)}",
+    }
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            result["seeds"].append(measure(size, sorted(options.lengths), folder, seed))
+        keep(result, markdown(result), "ratio_spread", output=options.output, markdown=options.markdown)
     print(markdown(result))
-    keep(result, markdown(result), "ratio_spread", output=options.output, markdown=options.markdown)
     return 0
 
 

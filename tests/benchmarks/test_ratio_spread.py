@@ -43,9 +43,27 @@ def test_the_page_has_the_committed_numbers() -> None:
 def test_a_small_run(tmp_path: Path) -> None:
     """A larger step moves ratios further, and the mean spreads by one power of the length less than the sum."""
     output = tmp_path / "found.json"
-    arguments = ["--responses", "6", "--vocab-size", "32", "--updates", "3", "--lengths", "16", "4"]
+    arguments = [
+        "--responses",
+        "6",
+        "--vocab-size",
+        "32",
+        "--updates",
+        "3",
+        "--lengths",
+        "16",
+        "4",
+        "--seeds",
+        "3",
+        "4",
+    ]
     assert ratio_spread.main([*arguments, "--output", str(output)]) == 0
-    updates = json.loads(output.read_text())["updates"]
+    result = json.loads(output.read_text())
+    assert [seed["seed"] for seed in result["seeds"]] == [3, 4]
+    updates, of_other = (seed["updates"] for seed in result["seeds"])
+    # Another language, other weights and other responses.
+    assert updates[0]["token_rms"] != of_other[0]["token_rms"]
+    assert "2 seeds" in ratio_spread.markdown(result)
     assert [update["lr"] for update in updates] == [1e-5, 1e-4, 1e-3]
     moved = [update["token_rms"] for update in updates]
     assert 0 < 3 * moved[0] < moved[1] < moved[2] / 3
