@@ -76,6 +76,7 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
 
     def start_weight_update(self) -> None:
         self.unpacker, self.loaded = Unpacker(), set()
+        self.receiver.release()
         names: dict[Tensor, set[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, set()).add(name)
@@ -117,6 +118,7 @@ class WeightEngine(WeightTransferEngine[Group, Order]):
                 "ones; docs/engines.md lists the models that a running engine can be given weights of"
             )
         finalize_layerwise_reload(self.model, self.model_config)
+        self.receiver.release()
 
     def shutdown(self) -> None:
         self.receiver.leave()

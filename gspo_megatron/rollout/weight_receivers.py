@@ -1,6 +1,7 @@
 """How buckets of weights get from the trainer into the workers of engines: the receivers' ends.
 
-`weight_channels.py` has the other ends. A receiver returns memory of its own, which lives as long as a tensor in it.
+`weight_channels.py` has the other ends. A receiver returns memory of its own, which it uses again once no tensor is in
+it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,32 @@ from gspo_megatron.rollout.weight_stream import Bucket, Header
 
 MARKER = "complete.json"
 """The file that a folder of weights has once it is whole: its buckets' headers."""
+
+
+class BucketMemory:
+    """Memory of buckets. The pages of fresh memory cost a CPU as much as copying the bucket some six times, so what no
+    tensor is in any more is used again; on GPUs torch does so itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[mmap.mmap] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes]"""
+        if self._device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self.take_on_host(num_bytes)
+
+    def take_on_host(self, num_bytes: int) -> Tensor:
+        """The same in the host's memory."""
+        fitting = [memory for memory in self._free if len(memory) >= num_bytes]
+        memory = min(fitting, key=len) if fitting else mmap.mmap(-1, max(num_bytes, 1))
+        if fitting:
+            self._free.remove(memory)
+        # The tensor holds the view, so the view ends with the last tensor that shares its memory.
+        view = memoryview(memory)
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return torch.frombuffer(view, dtype=torch.uint8)[:num_bytes]
 
 
 @dataclass
@@ -37,6 +65,14 @@ class Receiver:
     device: torch.device
     group: PrivateGroup | None = None
     session: str = ""
+    memory: BucketMemory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the memory of buckets, but for tensors in it."""
+        self.memory = BucketMemory(self.device)
 
     def join(self, *, session: str, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
         self.leave()
@@ -63,14 +99,14 @@ def _broadcast(receiver: Receiver, header: Header | None, place: str) -> Iterato
     if receiver.group is None or receiver.session != place:
         raise EngineError(f"this worker is in no group {place}; the engine was started again meanwhile")
     assert header is not None
-    payload = torch.empty(header.num_bytes, dtype=torch.uint8, device=receiver.device)
+    payload = receiver.memory.take(header.num_bytes)
     receiver.group.receive(payload)
     yield Bucket(header, payload)
 
 
 def _shared_memory(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:
     assert header is not None
-    payload = torch.empty(header.num_bytes, dtype=torch.uint8, device=receiver.device)
+    payload = receiver.memory.take(header.num_bytes)
     with Path(place).open("r+b") as file, mmap.mmap(file.fileno(), header.num_bytes) as memory:
         shared = torch.frombuffer(memory, dtype=torch.uint8)
         payload.copy_(shared)
@@ -83,7 +119,10 @@ def _disk(receiver: Receiver, header: Header | None, place: str) -> Iterator[Buc
     try:
         headers = [Header.from_json(each) for each in json.loads((folder / MARKER).read_text())]
         for each in headers:
-            yield Bucket(each, _read(folder / file_of(each.index), each.num_bytes).to(receiver.device))
+            payload = receiver.memory.take_on_host(each.num_bytes)
+            _read(folder / file_of(each.index), payload)
+            yield Bucket(each, payload.to(receiver.device))
+            del payload
     except (OSError, ValueError) as error:
         raise EngineError(
             f"{folder} cannot be read ({error}); it must be a folder that the trainer has completed, under the same "
@@ -96,9 +135,9 @@ def file_of(index: int) -> str:
     return f"bucket_{index:05d}.safetensors"
 
 
-def _read(path: Path, num_bytes: int) -> Tensor:
-    """The last bytes of a file: in a safetensors file, a header comes first."""
-    payload = torch.empty(num_bytes, dtype=torch.uint8)
+def _read(path: Path, payload: Tensor) -> None:
+    """Fills it with the last bytes of a file: in a safetensors file, a header comes first."""
+    num_bytes = len(payload)
     with path.open("rb", buffering=0) as file:
         file.seek(-num_bytes, os.SEEK_END)
         space, at = payload.numpy().data, 0
@@ -107,7 +146,6 @@ def _read(path: Path, num_bytes: int) -> Tensor:
             if not read:
                 raise OSError(f"{path.name} ends early")
             at += read
-    return payload
 
 
 RECEIVERS: dict[str, Callable[[Receiver, Header | None, str], Iterator[Bucket]]] = {

@@ -78,6 +78,8 @@ class WeightServer:
         elif route == "/finish_weight_update":
             assert all(unpacker.complete for unpacker in self.unpackers)
             self.version = body["weight_version"]
+            for worker in self.workers:
+                worker.release()
         return {}
 
     def _load(self, i: int, order: dict[str, Any]) -> None:

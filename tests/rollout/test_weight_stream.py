@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout.engine import Weights
+from gspo_megatron.rollout.weight_receivers import BucketMemory
 from gspo_megatron.rollout.weight_stream import COLUMNS, Bucket, Header, Unpacker, checksum, pack
 
 
@@ -142,6 +143,23 @@ def test_the_checksum_sees_words_that_change_or_move(change: Callable[[Tensor], 
     change(after)
     sums = [checksum(x.view(torch.uint8)) for x in (before, after, matrix())]
     assert not all(map(torch.equal, sums[0], sums[1])) and all(map(torch.equal, sums[0], sums[2]))
+
+
+def test_memory_is_used_again_once_no_tensor_is_in_it() -> None:
+    memory = BucketMemory(torch.device("cpu"))
+    first = memory.take(1000)
+    place, part = first.data_ptr(), first[8:24].view(torch.float32)
+    del first
+    second = memory.take(1000)
+    assert second.data_ptr() != place
+    part.fill_(2.5)
+    second.fill_(7)
+    assert part.tolist() == [2.5] * 4
+    del part
+    assert memory.take(2000).data_ptr() != place
+    third = memory.take(10)
+    assert (len(third), third.data_ptr()) == (10, place)
+    assert len(memory.take(0)) == 0
 
 
 def test_no_weights_are_refused() -> None:
