@@ -3,7 +3,7 @@
 The settings are those of the run that will use it, which names it in engine.addresses; engine.python is the Python that
 has vLLM. It starts with random weights of the run's model, gets the run's own from the run, and serves one run after
 another. When vLLM dies it is started again. The environment variable GSPO_ENGINE_TOKEN holds the token that requests
-must have; without it everyone who reaches the port can use the engine. Exit status: 0 ended by SIGTERM or SIGINT; 1 it
+must have; without it the engine listens to this machine only. Exit status: 0 ended by SIGTERM or SIGINT; 1 it
 does not start, or died too often, or an error in the code; 2 settings cannot work.
 """
 
@@ -39,9 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        server = engine_of(config, options.host, options.port)
         if not is_loopback(options.host) and not engine_token():
-            console.warn(f"everyone who reaches {options.host} can use this engine; set {VARIABLE}")
+            raise ConfigError(
+                f"--host {options.host} without {VARIABLE}: everyone who reaches it could use the engine, and change "
+                f"its weights; set {VARIABLE} to the same text for the engine and for the run"
+            )
+        server = engine_of(config, options.host, options.port)
+        if not engine_token():
+            console.warn(
+                f"{VARIABLE} is not set: every user of this machine can use the engine, and change its weights"
+            )
         if options.host != HOST and options.host != "localhost" and is_loopback(options.host):
             console.warn(f"{options.host} is a name of this machine for itself: no other machine reaches the engine")
         keep_up(server, config.engine.most_starts, ended.is_set, console.say)

@@ -159,17 +159,22 @@ def test_the_engine_is_that_of_the_run(settings: tuple[str, ...], monkeypatch: p
     again.end()
 
 
-def test_what_cannot_be_served_has_a_status(settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_served_has_a_status(
+    settings: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     config = Path(settings[-2].removeprefix("run.dir=")).with_name("run.yaml")
     config.write_text("{}")
     try:
         assert serve(["--config", str(config), *settings, "--port", "70000"]) == 2
         assert "--port 70000 is no port" in capsys.readouterr().err
+        monkeypatch.delenv("GSPO_ENGINE_TOKEN", raising=False)
+        assert serve(["--config", str(config), *settings, "--host", "198.51.100.1"]) == 2
+        assert "everyone who reaches it could use the engine" in capsys.readouterr().err
         broken = config.with_name("broken")
         broken.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'vllm'\"\nexit 1\n")
         broken.chmod(0o755)
-        assert serve(["--config", str(config), *settings, f"engine.python={broken}"]) == 1
+        assert serve(["--config", str(config), *settings, f"engine.python={broken}"]) == 2
         assert "No module named 'vllm'" in capsys.readouterr().err
     finally:
         for number, handler in handlers.items():

@@ -25,7 +25,7 @@ class EngineError(RuntimeError):
 
 
 class UnfitEngine(EngineError):
-    """An engine at an address of the settings that the run cannot use: another program, or one started otherwise."""
+    """An engine that the run cannot use as the settings name it: another program, or one started otherwise."""
 
 
 class EnginesDown(EngineError):

@@ -58,6 +58,7 @@ def servers_of(config: Config, files: FolderFiles, device: Device, say: Callable
             Address.of(f"engine {i}", str(url), token),
             max_length=config.model.max_sequence_length,
             vocab_size=config.model.vocab_size,
+            model=files.content(DTYPES[config.precision.dtype])["config.json"],
             draw=e.draw,
             same_device=device.torch_device.type if kind == "broadcast" else "",
             start_timeout_s=e.start_timeout_s,

@@ -103,6 +103,7 @@ class VllmEngines:
             send=self._send,
             most_starts=self._most_starts,
             most_in_flight=self._most_in_flight,
+            returns="it is waited for" if self._running_already else "it is started again",
             say=self._say,
         )
         return self.pool

@@ -7,6 +7,8 @@
 This file is also what stands between the two: a small process that holds the end of a pipe from the starter, and ends
 the program, with every process of its group, once the pipe closes. The kernel closes it even after kill -9. A signal
 at the death of the parent would not do: Linux sends it when the thread that started the program ends.
+
+It also removes what Python's multiprocessing of the program has left in /dev/shm: killed processes cannot.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from pathlib import Path
 
 GRACE_S = 20.0
 """For the program after SIGTERM, and for processes that it leaves behind to clean up."""
+LOOK_S = 2.0
+"""How often the watcher looks which memory the program shares."""
+SHARED = "/dev/shm/psm_"
+"""Where multiprocessing.shared_memory puts it."""
 PR_SET_PDEATHSIG = 1
 OF_TORCHRUN = ("GROUP_", "LOCAL_", "MASTER_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
 """Variables that say which rank of a run a process is: the program is none of them."""
@@ -75,7 +81,10 @@ def main(grace_s: float, command: Sequence[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_started)
     ended = os.pidfd_open(program.pid)
-    ready, _, _ = select.select([ended, sys.stdin.fileno()], [], [])
+    ready, shared = list[int](), set[str]()
+    while not ready:
+        ready, _, _ = select.select([ended, sys.stdin.fileno()], [], [], LOOK_S)
+        shared |= _shared_by(program.pid)
     if ended not in ready:
         _signal_group(program.pid, signal.SIGTERM)
         select.select([ended], [], [], grace_s)
@@ -86,6 +95,9 @@ def main(grace_s: float, command: Sequence[str]) -> int:
         time.sleep(0.05)
     _signal_group(program.pid, signal.SIGKILL)
     status = program.wait()
+    for path in shared:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     return status if status >= 0 else 128 - status
 
 
@@ -95,6 +107,18 @@ def _as_started() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _shared_by(group: int) -> set[str]:
+    """Files of shared memory that the group's processes have mapped."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        # A process may end at any moment, and others are not ours to look into.
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(entry)) == group:
+                maps = Path(f"/proc/{entry}/maps").read_text()
+                found |= {path for line in maps.splitlines() if (path := line.split()[-1]).startswith(SHARED)}
+    return found
 
 
 def _signal_group(group: int, number: int) -> bool:

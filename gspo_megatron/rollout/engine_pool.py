@@ -44,6 +44,7 @@ class EnginePool:
             in a thread. None: such an engine stays stale until the next `update`.
         most_starts: how often one engine is started again.
         most_in_flight: requests that one engine has at once, unless a single group is larger.
+        returns: what brings an engine back that has died, as the user reads it.
         say: called with a line for the user, from any thread.
 
     Raises, all methods but `close`:
@@ -63,12 +64,13 @@ class EnginePool:
         load: Callable[[Engine], None] | None = None,
         most_starts: int = 3,
         most_in_flight: int = 256,
+        returns: str = "it is started again",
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.members = [Member(engine) for engine in engines]
         self.version, self.ended, self.deaths, self.continued = -1, 0, 0, 0
         self._start, self._send, self._load, self._probe, self._say = start, send, load, probe, say
-        self._most_starts, self._most_in_flight = most_starts, most_in_flight
+        self._most_starts, self._most_in_flight, self._returns = most_starts, most_in_flight, returns
         self._changed = threading.Condition()
         """Of everything here that threads share."""
         self._waiting: deque[Flight] = deque()
@@ -316,7 +318,7 @@ class EnginePool:
         with self._changed:
             if complaint:
                 self._fault = WrongWeights(
-                    f"engine {member.engine.name}, after weights of version {self.version} were loaded: {complaint}"
+                    f"{member.engine.name}, after weights of version {self.version} were loaded: {complaint}"
                 )
             elif member.state == "stale":
                 member.to("alive")
@@ -354,8 +356,8 @@ class EnginePool:
             self._changed.notify_all()
         # What it samples for others would wait for its own time limits.
         member.engine.give_up()
-        then = "; it is started again" if member.returning else ""
-        self._say(f"engine {member.engine.name} is dead: {why}{then}")
+        then = f"; {self._returns}" if member.returning else ""
+        self._say(f"{member.engine.name} is dead: {why}{then}")
         if member.returning and not owned:
             threading.Thread(target=self._bring_back, args=(member,), name="engine", daemon=True).start()
 
@@ -392,7 +394,7 @@ class EnginePool:
             "alive": "samples again",
             "stale": "answers again, and gets weights with the next update",
         }
-        self._say(f"engine {member.engine.name} {then.get(member.state, f'stays dead: {member.why}')}")
+        self._say(f"{member.engine.name} {then.get(member.state, f'stays dead: {member.why}')}")
 
     def _bring_up_to_date(self, member: Member) -> None:
         """restarting -> stale, and -> alive where it can be given the weights now."""
@@ -406,7 +408,8 @@ class EnginePool:
 
     def _states(self) -> str:
         return "; ".join(
-            f"{m.engine.name} is {m.state}" + (f" ({m.why})" if m.state == "dead" else "") for m in self.members
+            f"{m.engine.name} is {m.state}" + (f" ({m.why})" if m.why and m.state != "alive" else "")
+            for m in self.members
         )
 
     def close(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gspo_megatron.base.errors import EngineError, shortened
+from gspo_megatron.base.errors import EngineError, UnfitEngine, shortened
 from gspo_megatron.device.private_group import family_of
 from gspo_megatron.device.watched import Watched
 from gspo_megatron.rollout.engine_draws import CounterDraw
@@ -44,6 +45,7 @@ ON_CPU = {
 POLL_S = 0.1
 LAST_LINES = 15
 CPU_CACHE_GIB = 0.25
+NO_VLLM = "No module named 'vllm"
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class EngineServer:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     _program: Watched | None = field(default=None, init=False, repr=False)
     _address: Address | None = field(default=None, init=False)
+    _log_begin: int = field(default=0, init=False)
+    """Bytes of the log from before this start."""
 
     @property
     def address(self) -> Address:
@@ -141,6 +145,7 @@ class EngineServer:
 
         Raises:
             EngineError: it cannot listen at its port.
+            UnfitEngine: engine.python is no program.
         """
         self.end()
         s = self.settings
@@ -155,7 +160,13 @@ class EngineServer:
             raise EngineError(
                 f"{self.name} cannot listen at {s.host} ({error}); name an address of this machine"
             ) from error
+        if shutil.which(s.python) is None:
+            raise UnfitEngine(
+                f"{self.name} cannot start: engine.python={s.python} is no program on this machine; name the Python "
+                "that has vLLM, such as /opt/vllm/bin/python"
+            )
         self._address = Address(self.name, s.host, port, self.token)
+        self._log_begin = self.log.stat().st_size if self.log.exists() else 0
         self._program = Watched(
             s.command(port),
             log=self.log,
@@ -167,6 +178,7 @@ class EngineServer:
         """Returns when it answers, or when `stop` says so.
 
         Raises:
+            UnfitEngine: engine.python has no vLLM.
             EngineError: it has ended, or needs longer than it may.
         """
         began, seconds = time.monotonic(), self.settings.start_timeout_s
@@ -177,9 +189,15 @@ class EngineServer:
             if answers and status is None:
                 return
             if status is not None:
-                raise EngineError(
-                    f"{self.name} ended with status {status} while it started; {self.log} ends with:\n"
-                    f"{self.last_lines()}"
+                lines = self.last_lines()
+                kind, advice = EngineError, ""
+                if NO_VLLM in lines:
+                    kind, advice = (
+                        UnfitEngine,
+                        f"; install vLLM for engine.python={self.settings.python}, or name another",
+                    )
+                raise kind(
+                    f"{self.name} ended with status {status} while it started{advice}; {self.log} ends with:\n{lines}"
                 )
             if time.monotonic() - began > seconds:
                 self.end()
@@ -200,9 +218,9 @@ class EngineServer:
             program.end()
 
     def last_lines(self) -> str:
-        """Of its log, with the error that it ended with where there is one."""
+        """Of its log since the start, with the error that it ended with where there is one."""
         try:
-            lines = self.log.read_text(errors="replace").splitlines()
+            lines = self.log.read_bytes()[self._log_begin :].decode(errors="replace").splitlines()
         except OSError as error:
             return f"({error})"
         return "\n".join(shortened(line) for line in _telling(lines))

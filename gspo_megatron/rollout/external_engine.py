@@ -10,9 +10,9 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.base.errors import EngineError, UnfitEngine
@@ -30,6 +30,9 @@ ROUTES = (
 )
 POLL_S, ANSWER_S = 0.5, 30.0
 """Seconds between two looks, and that a question may take: none of them waits for a GPU."""
+ALIKE = ("dtype", "torch_dtype", "max_position_embeddings", "transformers_version", "use_cache")
+"""Entries of config.json in which an engine may differ; and the ids of special tokens, which no engine needs."""
+MOST_SHOWN = 3
 COMMAND = "`python -m gspo_megatron.serve` with the settings of this run"
 
 
@@ -40,6 +43,7 @@ class ExternalEngine:
     Attributes:
         max_length: tokens of the run's longest sequence.
         vocab_size: rows of the model's embedding.
+        model: config.json of the run's model.
         draw: engine.draw of the run.
         same_device: the type of the run's device, where weights come by a collective of both; empty: any.
         start_timeout_s: how long it may take to answer.
@@ -49,6 +53,7 @@ class ExternalEngine:
     address: Address
     max_length: int
     vocab_size: int
+    model: Mapping[str, Any] = field(default_factory=dict)
     draw: str = "counter"
     same_device: str = ""
     start_timeout_s: float = 600.0
@@ -169,6 +174,10 @@ class ExternalEngine:
                 f"has a model of {ids} ids, and the run's has {self.vocab_size} (model.vocab_size)",
                 f"start it with {COMMAND}",
             )
+        if other := differing(self.model, about[0].get("model") or {}):
+            raise self._unfit(
+                f"has another model than the run: {', '.join(other[:MOST_SHOWN])}", f"start it with {COMMAND}"
+            )
         if self.same_device not in ("", kind):
             raise self._unfit(
                 f"computes on {kind} and the run on {self.same_device}, which no broadcast joins",
@@ -182,6 +191,14 @@ class ExternalEngine:
 
     def _unfit(self, what: str, advice: str) -> UnfitEngine:
         return UnfitEngine(str(self.address.error(what, advice)))
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Entries of two config.json that are not the same, as `hidden_size is 128, and the run's 64`. Not those that
+    leave every weight where it is, and not those that only one of them has: vLLM adds its own."""
+    both = [key for key in ours if key in theirs and isinstance(ours[key], (int, float, str))]
+    both = [key for key in both if key not in ALIKE and not key.endswith("_token_id")]
+    return [f"{key} is {theirs[key]}, and the run's {ours[key]}" for key in both if ours[key] != theirs[key]]
 
 
 def _field(content: bytes, name: str) -> Any:

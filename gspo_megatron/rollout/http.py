@@ -16,7 +16,7 @@ from gspo_megatron.base.errors import EngineError, Refused, shortened
 LONGEST_LINE = 1 << 26
 """Bytes of an event: a probe of a long sequence is one."""
 DONE = "[DONE]"
-NOTHING_KNOWN = "see the engine's log, and start it again; what it was asked is lost, and nothing was trained on it"
+NOTHING_KNOWN = "the engine's log says more; what it was asked is lost, and nothing was trained on it"
 
 NOT_TO_BE_REPEATED = (
     "the engine is well, and would refuse the same again; correct what its message names, in the settings, the data or "

@@ -53,7 +53,7 @@ class Probe:
         """
         found = engine.probe(self.tokens, self.prompt_length)
         if complaint := self.complaint(found, expected):
-            raise EngineError(f"engine {engine.name}, weights version {engine.version()}: {complaint}")
+            raise EngineError(f"{engine.name}, weights version {engine.version()}: {complaint}")
         return self.gap(found, expected)
 
     def gap(self, found: Seq[float], expected: Seq[float]) -> float:

@@ -9,6 +9,7 @@ vLLM 0.32.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -189,7 +190,8 @@ class Extension:
 
     def gspo_about(self) -> dict[str, Any]:
         """What a run that did not start the engine compares with its own."""
-        return {"vocab_size": self.model_config.get_vocab_size(), "device": self.device.type}
+        model = json.loads(self.model_config.hf_config.to_json_string(use_diff=False))
+        return {"vocab_size": self.model_config.get_vocab_size(), "device": self.device.type, "model": model}
 
     def gspo_forget_update(self) -> None:
         """After a trainer that was killed within an update, of which vLLM waits for the end."""

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo_megatron.base.errors import EngineError, StopRequested
+from gspo_megatron.base.errors import EngineError, StopRequested, UnfitEngine
 from gspo_megatron.build import engine_servers, engines
 from gspo_megatron.build.engine_servers import channel_of, server_settings, servers_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -119,8 +119,15 @@ def test_a_server_that_cannot_start_says_what_its_log_says(tmp_path: Path) -> No
     settings = ServerSettings(str(python), tmp_path, "float32", 24, 8, start_timeout_s=60 * time_factor())
     server = EngineServer("engine 0", settings, tmp_path / "engine.log")
     server.start()
-    with pytest.raises(EngineError, match=r"(?s)engine 0 ended with status 3 .*No module named 'vllm'"):
+    with pytest.raises(
+        UnfitEngine, match=r"(?s)engine 0 ended with status 3 .*; install vLLM .*No module named 'vllm'"
+    ):
         server.wait()
+    python.write_text('#!/bin/sh\necho "ValueError: no such model"\nexit 3\n')
+    server.start()
+    with pytest.raises(EngineError, match=r"(?s)engine 0 ended with status 3 .*no such model") as caught:
+        server.wait()
+    assert not isinstance(caught.value, UnfitEngine)
     python.write_text("#!/bin/sh\necho waiting\nsleep 1000\n")
     server.settings = dataclasses.replace(settings, start_timeout_s=0.5)
     server.start()
@@ -186,7 +193,9 @@ def test_the_end_of_a_server_ends_the_waiting_for_it(tmp_path: Path) -> None:
 
 def engines_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> engines.VllmEngines:
     monkeypatch.setattr(engine_servers, "server_settings", lambda config, folder: sleeping(tmp_path, 1000))
-    config = load_config(None, ["rollout.engine=vllm", f"engine.count={count}", f"run.dir={tmp_path}"])
+    config = load_config(
+        None, ["rollout.engine=vllm", "model.vocab_size=9", f"engine.count={count}", f"run.dir={tmp_path}"]
+    )
     inputs = SimpleNamespace(config=config, tokenizer=SimpleNamespace(vocab_size=9))
     on_cpu = SimpleNamespace(on_cpu=True)
     return engines.VllmEngines(inputs, FolderFiles({}, {}), on_cpu, print)  # type: ignore[arg-type]
@@ -211,6 +220,14 @@ def test_engines_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for server in opened.servers.values():
         server.end = meeting.wait  # type: ignore[assignment, method-assign]
     opened.close()
+
+
+def test_a_python_that_is_none_is_said(tmp_path: Path) -> None:
+    settings = ServerSettings(str(tmp_path / "python"), tmp_path, "float32", 24, 8)
+    with pytest.raises(
+        UnfitEngine, match=r"engine.python=.*/python is no program on this machine; name the Python that"
+    ):
+        EngineServer("engine 0", settings, tmp_path / "engine.log").start()
 
 
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_an_engine_that_does_not_fit_is_refused_before_anything_is_trained(
     cases = (
         (TOKEN, "model.max_sequence_length=17", "takes sequences of 16 tokens"),
         (TOKEN, "model.vocab_size=20", "has a model of 13 ids, and the run's has 20"),
+        (TOKEN, "model.num_layers=1", "has another model than the run: num_hidden_layers is 2, and the run's 1"),
         ("another", "run.seed=2", "refuses the token of this run"),
     )
     for token, setting, complaint in cases:

@@ -21,18 +21,22 @@ from gspo_megatron.rollout.external_engine import GENERATE, ROUTES, RPC, Externa
 from gspo_megatron.rollout.http import Address
 from gspo_megatron.testing.time_limits import time_factor
 
+MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "dtype": "float32", "eos_token_id": 1, "rope_scaling": None}
+
 
 class Vllm:
     """Attributes: answers, by method and route or by the method of an RPC: (status, JSON). asked: in order."""
 
     def __init__(self, port: int = 0) -> None:
+        about = {**MODEL, "dtype": "bfloat16", "eos_token_id": 2, "rope_parameters": {}}
         refused = {"error": {"message": f"this engine draws tokens for a trainer: {REFUSAL} seed, id, got None"}}
         self.answers: dict[str, tuple[int, Any]] = {
             "GET /health": (200, None),
             "GET /version": (200, {"version": "0.32.0"}),
             "GET /v1/models": (200, {"data": [{"id": "policy", "max_model_len": 24}]}),
             f"POST {GENERATE}": (400, refused),
-            "gspo_about": (200, {"results": [{"vocab_size": 13, "device": "cpu"}]}),
+            # Of another number format, another end, and with an entry of vLLM's own.
+            "gspo_about": (200, {"results": [{"vocab_size": 13, "device": "cpu", "model": about}]}),
             "gspo_forget_update": (200, {"results": [None]}),
         }
         self.missing: tuple[str, ...] = ()
@@ -78,7 +82,7 @@ def vllm() -> Iterator[Vllm]:
 
 def engine_at(port: int, **changed: Any) -> ExternalEngine:
     address = Address("engine 0", "127.0.0.1", port, "secret")
-    how: dict[str, Any] = {"max_length": 24, "vocab_size": 13, "start_timeout_s": 30 * time_factor()}
+    how: dict[str, Any] = {"max_length": 24, "vocab_size": 13, "model": MODEL, "start_timeout_s": 30 * time_factor()}
     return ExternalEngine(address, **how | changed)
 
 
@@ -104,6 +108,10 @@ def test_an_engine_of_the_command_serve_is_taken(vllm: Vllm) -> None:
         ({f"POST {GENERATE}": (200, {"choices": []})}, "draws tokens by itself"),
         ({"gspo_about": (500, {"error": {"message": "no attribute"}})}, "has no worker that takes the run's weights"),
         ({"gspo_about": (200, {"results": [{"vocab_size": 14}]})}, "has a model of 14 ids, and the run's has 13"),
+        (
+            {"gspo_about": (200, {"results": [{"vocab_size": 13, "model": {**MODEL, "hidden_size": 128, "new": 1}}]})},
+            "has another model than the run: hidden_size is 128, and the run's 64; start it with",
+        ),
         (
             {"gspo_about": (200, {"results": [{"vocab_size": 13, "device": "cuda"}]})},
             "computes on cuda and the run on cpu, which no broadcast joins; set engine.channel=disk",
