@@ -1,8 +1,8 @@
 """Stopping on request: a signal or a time limit sets a flag; the run saves at its next safe point and exits.
 
     SIGTERM, SIGUSR1          what schedulers send before a time limit or a preemption
-    SIGINT                    Ctrl-C; a second one quits at once, without saving. Right after one of the others it is the
-                              same request: a parent that gets Ctrl-C, too, hands it on as SIGTERM
+    SIGINT                    Ctrl-C; a second one quits at once, without saving. Right after one of the others it is
+                              the same request: a parent that gets Ctrl-C, too, hands it on as SIGTERM
     checkpoint.exit_after_s   seconds after the start of the process
 
 A run that does not reach a safe point within the grace period, for example in a collective that hangs, prints every
