@@ -37,6 +37,14 @@ def median_ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
+def spread_ratio(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """`median_ratio`, and the quartiles of the ratios: half of the turns lie between them."""
+    low, middle, high = statistics.quantiles(
+        (a / b for a, b in zip(mine, theirs, strict=True)), n=4, method="inclusive"
+    )
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; short rows are padded."""
     rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]

@@ -3,12 +3,14 @@
     python -m benchmarks.routing_replay --output benchmarks/results/routing_replay.json --markdown docs/stability.md
 
 One policy and one batch; updates (with a learning rate of 0), scoring passes and sampling with and without, in turns.
-Times are the processor's, since other work would show in those of the clock; ratios are medians over the turns.
+Times are the processor's, since other work would show in those of the clock; ratios are medians over the turns, with
+quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.policies import alone
-from benchmarks.reports import keep, machine, median_ratio, table, versions
+from benchmarks.reports import keep, machine, median_ratio, spread_ratio, table, versions
 from gspo_megatron.base.batches import Prompt, Sequence, UpdateBatch
 from gspo_megatron.config.loading import load_config
 from gspo_megatron.data.packing import pack
@@ -42,6 +44,9 @@ SETTINGS = (
     "rollout.max_new_tokens=64",
     "algorithm.routing_replay=R2",
 )
+
+
+WITH = {"update": "update, R2", "scoring": "scoring, recorded", "sampling": "sampling, recorded"}
 
 
 def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
@@ -93,11 +98,7 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
                 seconds[name].append(time.process_time() - start)
     return {
         "seconds": seconds,
-        "ratios": {
-            "update": median_ratio(seconds["update, R2"], seconds["update"]),
-            "scoring": median_ratio(seconds["scoring, recorded"], seconds["scoring"]),
-            "sampling": median_ratio(seconds["sampling, recorded"], seconds["sampling"]),
-        },
+        "ratios": {name: median_ratio(seconds[other], seconds[name]) for name, other in WITH.items()},
         "bytes_per_token": routed[0][0].numel() * routed[0].element_size(),
         "settings": [*SETTINGS, *overrides],
         "machine": machine(device, 1),
@@ -108,24 +109,29 @@ def measure(turns: int, overrides: list[str]) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """The table of docs/stability.md."""
+    seconds = found["seconds"]
     rows = [
-        [name, f"{statistics.median(found['seconds'][name]):.2f} s", f"{ratio:.3f}"]
-        for name, ratio in found["ratios"].items()
+        [name, f"{statistics.median(seconds[name]):.2f} s", spread_ratio(seconds[other], seconds[name])]
+        for name, other in WITH.items()
     ]
     return (
         f"`{found['command']}`\n\n6 layers, 64 experts, 8 of a token, {found['bytes_per_token']} bytes a token; "
-        f"{found['machine']}.\n\n{table(['', 'processor time, without', 'with / without'], rows)}"
+        f"{found['machine']}.\n\n"
+        + table(["", "processor time, without", "with / without (quartiles of the turns)"], rows)
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument(
+        "--from", dest="known", type=Path, help="measure nothing; show what --output wrote to this file"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="page whose table is replaced")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
-    found = measure(options.turns, options.overrides)
+    found = json.loads(options.known.read_text()) if options.known else measure(options.turns, options.overrides)
     print(report(found))
     keep(found, report(found), "routing_replay", output=options.output, markdown=options.markdown)
 

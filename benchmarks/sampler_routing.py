@@ -92,7 +92,8 @@ def measure(sizes: Sequence[Size], folder: str) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for size in sizes:
         found, of_model = _measure(size, f"{folder}/{size.updates}")
-        rows += [{"updates": size.updates, "loss": of_model.pop("loss"), **row} for row in found]
+        of_size = {"updates": size.updates, "loss": of_model.pop("loss")}
+        rows += [{**of_size, **row} for row in found]
         about = of_model
     return {
         **about,

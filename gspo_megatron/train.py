@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from gspo_megatron.base.errors import ConfigError
+from gspo_megatron.base.errors import ConfigError, GuardError
 from gspo_megatron.build.command import KNOWN_ERRORS, Parser, report, reported
 from gspo_megatron.build.inputs import Inputs, settle
-from gspo_megatron.build.summary import describe_end, describe_start
+from gspo_megatron.build.summary import describe_end, describe_newest, describe_start
 from gspo_megatron.build.trainer import check_machine, device_of, open_trainer
 from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.lock import RunLock
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None, *, prepare: Callable[[Trainer], None
         console.say(message)
         torchrun.leave_message(message)
         return STOPPED
+    except GuardError as error:
+        return reported(GuardError(f"{error}; {describe_newest(config)}"))
     except KNOWN_ERRORS as error:
         return reported(error)
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from gspo_megatron.config.loading import load_config, replaced
 from gspo_megatron.device import Device, open_device
 from gspo_megatron.device.facts import Gpu, Machine, Package
 from gspo_megatron.models.counts import count_parameters
+from gspo_megatron.run.stop import STOPPED_BY_GUARD
 from gspo_megatron.testing.time_limits import time_factor
 from gspo_megatron.train import leave_status, main
 from tests.support.hugging_face import model_folder
@@ -131,6 +132,19 @@ def test_one_process_trains_without_torchrun(tmp_path: Path) -> None:
 
 
 # --- in this process ---
+
+
+def test_a_run_that_a_guard_stops_says_what_there_is_to_continue_from(tmp_path: Path) -> None:
+    run = (*SMALL, f"run.dir={tmp_path}", "checkpoint.load=latest")
+    stops = ("train.steps=2", "guards.stop_on=[equal_rewards]")  # which an untrained model gets
+    saved = tmp_path / "checkpoints"
+    stopped = command(*run, *stops)
+    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 1: " in stopped.stderr
+    assert f"this run had saved no checkpoint in {saved}, so checkpoint.load=latest would start" in stopped.stderr
+    assert command(*run, "train.steps=1").returncode == 0
+    stopped = command(*run, *stops)
+    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 2: " in stopped.stderr
+    assert stopped.stderr.rstrip().endswith(f"the newest checkpoint of this run is {saved / 'step_000001'}")
 
 
 def test_the_plan_of_a_cluster_is_printed_on_any_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,9 @@
     python tools/compare_algorithms.py examples/sweeps/figure2.yaml --report-only
 
 tools/sweep.py says what a sweep is. A run that has finished is not repeated, and one that was cut off goes on from its
-newest checkpoint, so the same command continues after Ctrl-C. A run that a guard stopped is a result. Exit status: 0
-every run has a result; 1 some failed, see their console.log; 2 the sweep cannot work; 75 stopped, start again to
-continue.
+newest checkpoint, so the same command continues after Ctrl-C. A run that a guard stopped is a result. --rows and
+--seeds choose what is run; the report has every row that has runs. Exit status: 0 every run has a result; 1 some
+failed, see their console.log; 2 the sweep cannot work; 75 stopped, start again to continue.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sweep import Run, Sweep, load_sweep
+from sweep import LOG, Run, Sweep, load_sweep
 from sweep_page import markdown, page, picture
 from sweep_results import results
 
@@ -37,7 +37,7 @@ from gspo_megatron.base.errors import ConfigError, DataError
 from gspo_megatron.base.files import written_aside
 from gspo_megatron.run.stop import FAILED, REFUSED, STOPPED
 
-LOG, LAST_LINES = "console.log", 12
+LAST_LINES = 12
 POLL_S = 0.1
 
 
@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--runs", type=Path, help="folder of the runs and the report (default: runs/NAME of NAME.yaml)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW[/POINT]", help="only these curves")
-    parser.add_argument("--seeds", type=int, help="only the first N seeds", metavar="N")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW[/POINT]", help="run only these curves")
+    parser.add_argument("--seeds", type=int, help="run only the first N seeds", metavar="N")
     parser.add_argument("--report-only", action="store_true", help="report what is there, and start nothing")
     parser.add_argument(
         "--document", type=Path, help="Markdown page whose table, and picture, of the sweep is replaced"
@@ -164,20 +164,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--jobs and --seeds must be 1 or more")
     folder = options.runs or Path("runs") / options.sweep.stem
     try:
-        sweep = load_sweep(options.sweep, folder, rows=options.rows, num_seeds=options.seeds)
+        sweep = load_sweep(options.sweep, folder)
+        runs = list(sweep.selected(options.rows, options.seeds).runs)
+        if options.report_only and not sweep.has_begun:
+            raise ConfigError(f"{folder} has no run to report; start the sweep without --report-only")
         if options.document:
             between_marks(options.document, options.sweep.stem)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    runs = list(sweep.runs)
     to_the_end = options.report_only or run_all(runs, options.jobs)
-    place = ["--runs", str(folder)] if options.runs else []
-    found = write_report(
-        sweep, folder, shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place])
-    )
-    if options.document:
-        write_into(options.document, options.sweep.stem, found)
+    if sweep.has_begun:
+        place = ["--runs", str(folder)] if options.runs else []
+        command = shlex.join(["python", "tools/compare_algorithms.py", str(options.sweep), *place])
+        found = write_report(sweep, folder, command)
+        if options.document:
+            write_into(options.document, options.sweep.stem, found)
     states = {run.state for run in runs} if not options.report_only else set()
     if "failed" in states:
         return FAILED

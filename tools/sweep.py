@@ -27,7 +27,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,11 @@ MAY_CHANGE = ("run.dir", "checkpoint.", "logging.")
 """Beginnings of the settings that do not decide what a run computes."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """Of a row or point: it names a folder."""
-OUTCOME, MADE_BY = "outcome.json", "sweep.yaml"
-"""In the directory of a run: how it ended, and the settings that it was started with."""
+OUTCOME, MADE_BY, LOG = "outcome.json", "sweep.yaml", "console.log"
+"""In the directory of a run: how it ended, the settings that it was started with, and what it printed."""
 MADE_WITH = "# program: "
+NOT_RUN = "not run"
+"""The state of a run that has no directory."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,16 @@ class Run:
     def state(self) -> str:
         status = self.outcome().get("status")
         if status is None:
-            return "unfinished" if self.directory.exists() else "not run"
-        return {0: "finished", STOPPED_BY_GUARD: "stopped by a guard", 1: "failed", 2: "failed"}.get(
-            status, "unfinished"
-        )
+            return "unfinished" if self.directory.exists() else NOT_RUN
+        known = {0: "finished", STOPPED_BY_GUARD: "stopped by a guard", 1: "failed", 2: "failed"}
+        return known.get(status, "finished" if self._said_results else "unfinished")
+
+    @property
+    def _said_results(self) -> bool:
+        """Whether the run came to its end, after which a signal may still have taken its exit status."""
+        log = self.directory / LOG
+        said = log.read_text(errors="replace") if log.is_file() else ""
+        return any(line.startswith(f"results are in {self.directory}:") for line in said.splitlines())
 
     @property
     def has_result(self) -> bool:
@@ -161,6 +169,11 @@ class Curve:
     def name(self) -> str:
         return f"{self.row}/{self.point}" if self.point else self.row
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether one of its runs has."""
+        return any(run.state != NOT_RUN for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -183,16 +196,38 @@ class Sweep:
         for i in range(most):
             yield from (curve.runs[i] for curve in self.curves if i < len(curve.runs))
 
+    @property
+    def has_begun(self) -> bool:
+        return any(curve.has_begun for curve in self.curves)
 
-def load_sweep(
-    file: Path, folder: Path | None = None, *, rows: Sequence[str] = (), num_seeds: int | None = None
-) -> Sweep:
+    def selected(self, rows: Sequence[str] = (), num_seeds: int | None = None) -> Sweep:
+        """
+        Args:
+            rows: the curves that are wanted, as ROW or ROW/POINT; none: all.
+            num_seeds: of the seeds, this many, from the first; None: all.
+
+        Raises:
+            ConfigError: there is no such row, or there are fewer seeds.
+        """
+        for name in rows:
+            if not any(name in (curve.row, curve.name) for curve in self.curves):
+                known = [curve.name for curve in self.curves]
+                raise ConfigError(f"the sweep has no row {name!r}{did_you_mean(name, known)} Rows: {', '.join(known)}")
+        seeds = [run.seed for run in self.curves[0].runs]
+        if num_seeds is not None and num_seeds > len(seeds):
+            raise ConfigError(
+                f"--seeds {num_seeds} asks for the first {num_seeds} seeds, and {self.file} has {len(seeds)}: "
+                f"{', '.join(map(str, seeds))}; give a number up to {len(seeds)}, or add seeds to the file"
+            )
+        wanted = [curve for curve in self.curves if not rows or curve.row in rows or curve.name in rows]
+        return replace(self, curves=tuple(replace(curve, runs=curve.runs[:num_seeds]) for curve in wanted))
+
+
+def load_sweep(file: Path, folder: Path | None = None) -> Sweep:
     """The sweep of a YAML file, every run's settings checked as `gspo_megatron.train` checks them.
 
     Args:
         folder: the directory of the runs; by default runs/NAME for NAME.yaml.
-        rows: the curves that are wanted, as ROW or ROW/POINT; none: all.
-        num_seeds: of the seeds, this many, from the first; None: all.
 
     Raises:
         ConfigError: what in the file cannot work, by row.
@@ -206,7 +241,6 @@ def load_sweep(
         raise ConfigError(f"{file}: program must be a list, a module and its arguments, got {program!r}")
     common = _overrides(content.get("settings", []), f"{file}: settings")
     points = {str(name): _overrides(value, f"{file}: points.{name}") for name, value in content["points"].items()}
-    seeds = content["seeds"][:num_seeds]
     curves = []
     for name, value in content["rows"].items():
         place = f"{file}: rows.{name}"
@@ -220,13 +254,14 @@ def load_sweep(
                 raise ConfigError(f"{place} names the point {point!r}, and points has {', '.join(points)}")
             overrides = (*common, *_overrides(asked.get("settings", []), place), *points[point])
             directory = folder / str(name) / point if point else folder / str(name)
-            runs = tuple(Run(seed, directory / f"seed_{seed}", base, overrides, tuple(program)) for seed in seeds)
+            runs = tuple(
+                Run(seed, directory / f"seed_{seed}", base, overrides, tuple(program)) for seed in content["seeds"]
+            )
             curves.append(Curve(str(name), point, runs))
-    wanted = _wanted(curves, rows)
-    for curve in wanted:
+    for curve in curves:
         _check(curve, file)
     about = " ".join(str(content.get("about", "")).split())
-    return Sweep(file, str(content.get("title", file.stem)), about, str(content.get("axis", "")), tuple(wanted))
+    return Sweep(file, str(content.get("title", file.stem)), about, str(content.get("axis", "")), tuple(curves))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -265,14 +300,6 @@ def _overrides(value: Any, place: str) -> tuple[str, ...]:
         if item.partition("=")[0] in OWN:
             raise ConfigError(f"{place} sets {item}, which the sweep sets for each run; leave it out")
     return tuple(value)
-
-
-def _wanted(curves: Sequence[Curve], names: Sequence[str]) -> list[Curve]:
-    for name in names:
-        if not any(name in (curve.row, curve.name) for curve in curves):
-            known = [curve.name for curve in curves]
-            raise ConfigError(f"the sweep has no row {name!r}{did_you_mean(name, known)} Rows: {', '.join(known)}")
-    return [curve for curve in curves if not names or curve.row in names or curve.name in names]
 
 
 def _check(curve: Curve, file: Path) -> None:

@@ -60,7 +60,7 @@ def page(found: Found) -> str:
 def markdown(found: Found) -> str:
     """The numbers as tables for a Markdown page, one for each point: a line a measure, a column a row of the sweep."""
     names = ", ".join(" ".join(version) for version in found["versions"].items())
-    first = found["curves"][0]["row"]
+    first = found["curves"][0]["against"]["row"]
     text = (
         f"`{found['command']}`, {found['machine']}; {names}; {found['made']}. In brackets: {found['interval']}. Second "
         f"line: the difference to `{first}`, seed by seed.\n"
@@ -133,15 +133,20 @@ def _failures(found: Found) -> str:
     items = []
     for curve in found["curves"]:
         for run in curve["runs"]:
+            if run["state"] == "not run":
+                continue
             words = [] if run["state"] == "finished" else [f"{run['state']} after {run['steps']} steps"]
-            if run["status"] not in (0, None):
+            if words and run["status"] not in (0, None):
                 words.append(f"status {run['status']}")
             if run["collapsed"]:
                 words.append("collapsed: its last held-out accuracy is below half of its highest")
             if words:
                 said = f"<pre>{escape(run['said'])}</pre>" if run["said"] and run["state"] != "unfinished" else ""
                 items.append(f"<li>{escape(curve['name'])}, seed {run['seed']}: {escape('; '.join(words))}{said}</li>")
-    total = sum(len(curve["runs"]) for curve in found["curves"])
+    runs = [run for curve in found["curves"] for run in curve["runs"]]
+    total, waiting = len(runs), sum(run["state"] == "not run" for run in runs)
+    if waiting:
+        items.append(f"<li>{waiting} have not been run</li>")
     if not items:
         return f"<p>All {total} runs have finished; none collapsed.</p>"
     return f'<div class="found"><p>Of {total} runs:</p><ul>{"".join(items)}</ul></div>'
@@ -163,8 +168,8 @@ def _numbers(found: Found) -> str:
             cells.append(f"<td>{text}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        "<p>Mean over seeds and 95&nbsp;% interval. Small: the difference to the first row of the same point, seed by "
-        "seed, and its interval. A run that a guard stopped counts with what it had reached.</p>\n"
+        "<p>Mean over seeds and 95&nbsp;% interval. Small: the difference to the sweep's first row at the same point, "
+        "seed by seed, and its interval. A run that a guard stopped counts with what it had reached.</p>\n"
         f'<div class="wide"><table><thead><tr><th scope="col">row</th><th scope="col">seeds</th>{head}</tr></thead>\n'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -34,6 +34,7 @@ class Measure(NamedTuple):
         number: a run's number: `final`, the last measured; `gain`, that minus the first; `end`, the mean of its last
             rows; `mean`, of all its rows.
         drawn: over steps, too.
+        may_lack: many sweeps do not have it, and then no line of it either.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Measure(NamedTuple):
     of: Callable[[Row], float | None]
     number: str
     drawn: bool = True
+    may_lack: bool = False
 
     def values(self, rows: Sequence[Row]) -> dict[int, float]:
         """By step, where measured."""
@@ -66,10 +68,12 @@ def ratio_spread(row: Row) -> float | None:
     return math.log(high / low) if low and high and low > 0 else None
 
 
-def routers_changed(row: Row) -> float | None:
-    """The mean of router/changed_fraction over the layers."""
-    layers = [value for key, value in row.items() if key.startswith("router/changed_fraction/") and value is not None]
-    return statistics.fmean(layers) if layers else None
+def mean_of_layers(key: str) -> Callable[[Row], float | None]:
+    def mean(row: Row) -> float | None:
+        layers = [value for name, value in row.items() if name.startswith(f"{key}/") and value is not None]
+        return statistics.fmean(layers) if layers else None
+
+    return mean
 
 
 MEASURES = (
@@ -78,10 +82,24 @@ MEASURES = (
     Measure("reward", "reward", metric("reward/mean"), "end"),
     Measure("clip_fraction", "clip fraction", metric("clip_fraction"), "mean"),
     Measure("ratio_spread", "ratio spread, log(max / min)", ratio_spread, "mean"),
-    Measure("routers_changed", "router drift, share of changed choices", routers_changed, "mean"),
+    Measure(
+        "routers_changed", "router drift, share of changed choices", mean_of_layers("router/changed_fraction"), "mean"
+    ),
     Measure("grad_norm", "gradient norm", metric("grad_norm"), "mean"),
     Measure("kl_old", "KL to the old policy, nats a token", metric("kl/old"), "mean"),
     Measure("entropy", "entropy, nats a token", metric("entropy"), "end"),
+    Measure("sampler_kl", "KL from sampler to policy, nats a token", metric("sampler/kl"), "mean", may_lack=True),
+    Measure(
+        "sampler_routing",
+        "share of tokens with other experts in the sampler, mean of the layers",
+        mean_of_layers("router/sampler_changed_fraction"),
+        "mean",
+        drawn=False,
+        may_lack=True,
+    ),
+    Measure(
+        "correction_weight", "weight of the correction", metric("sampler/weight"), "mean", drawn=False, may_lack=True
+    ),
 )
 NUMBERS = {
     "final": "at the end",
@@ -92,24 +110,31 @@ NUMBERS = {
 
 
 def results(sweep: Sweep, command: str) -> dict[str, Any]:
-    """Everything that the page shows. `command` made the runs, and continues them."""
-    curves = [_curve(curve, command) for curve in sweep.curves]
-    for curve in curves:
-        first = next(other for other in curves if other["point"] == curve["point"])
+    """Everything that the page shows, of the curves that have runs. `command` made the runs, and continues them."""
+    every = [_curve(curve, command) for curve in sweep.curves]
+    for curve in every:
+        first = next(other for other in every if other["point"] == curve["point"])
         curve["against"] = {"row": first["row"], **_differences(curve, first)}
+    curves = [made for made, curve in zip(every, sweep.curves, strict=True) if curve.has_begun]
+    shown = [m for m in MEASURES if not m.may_lack or any(c["measures"][m.key]["interval"] for c in curves)]
+    keys = {measure.key for measure in shown}
+    for curve in curves:
+        for part in (curve["measures"], curve["against"]):
+            for key in {measure.key for measure in MEASURES} - keys:
+                del part[key]
     return {
         "title": sweep.title,
         "about": sweep.about,
         "command": command,
         "axis": sweep.axis,
-        "points": sweep.points,
+        "points": list(dict.fromkeys(curve["point"] for curve in curves)),
         "interval": f"Student's t over seeds, {LEVEL:.0%}",
         "made": datetime.now(timezone.utc).strftime("%d %B %Y"),
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
         "measures": {
             measure.key: {"title": measure.title, "number": NUMBERS[measure.number], "drawn": measure.drawn}
-            for measure in MEASURES
+            for measure in shown
         },
         "curves": curves,
     }

@@ -9,6 +9,7 @@ from gspo_megatron.base.errors import plural
 from gspo_megatron.build.data import shown
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.programs import describe_sandbox
+from gspo_megatron.checkpoint.directory import POINTER
 from gspo_megatron.checkpoint.names import CHECKPOINTS
 from gspo_megatron.config.sections import Config
 from gspo_megatron.data.mixture import Mixture
@@ -48,3 +49,12 @@ def describe_end(config: Config) -> Iterator[str]:
     yield f"plot them:      python tools/plot_run.py {run} --output {run / 'plot.png'}"
     if config.logging.tensorboard:
         yield f"or browse them: tensorboard --logdir {run / 'tensorboard'}"
+
+
+def describe_newest(config: Config) -> str:
+    """What `checkpoint.load=latest` would continue from."""
+    saved = Path(config.run.dir) / CHECKPOINTS
+    pointer = saved / POINTER
+    if pointer.is_file() and (name := pointer.read_text().strip()):
+        return f"the newest checkpoint of this run is {saved / name}"
+    return f"this run had saved no checkpoint in {saved}, so checkpoint.load=latest would start from the beginning"

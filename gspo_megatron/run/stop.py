@@ -1,7 +1,8 @@
 """Stopping on request: a signal or a time limit sets a flag; the run saves at its next safe point and exits.
 
     SIGTERM, SIGUSR1          what schedulers send before a time limit or a preemption
-    SIGINT                    Ctrl-C; a second one quits at once, without saving
+    SIGINT                    Ctrl-C; a second one quits at once, without saving. Right after one of the others it is
+                              the same request: a parent that gets Ctrl-C, too, hands it on as SIGTERM
     checkpoint.exit_after_s   seconds after the start of the process
 
 A run that does not reach a safe point within the grace period, for example in a collective that hangs, prints every
@@ -59,6 +60,7 @@ class StopRequest:
         self._grace_s, self._exit_after_s = grace_s, exit_after_s
         self._deadline = time.monotonic() + exit_after_s if exit_after_s > 0 else None
         self._first_signal: float | None = None
+        self._quits_after_s = SAME_S
 
     def is_set(self) -> bool:
         if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
@@ -97,9 +99,12 @@ class StopRequest:
         now = time.monotonic()
         if self._first_signal is None:
             self.reason, self._first_signal, left_s = name, now, self._grace_s
+            # Of a Ctrl-C at a terminal, a SIGINT may be handled after the SIGTERM that a parent made of it.
+            again_at_once = name == "SIGINT" and not self._forwarded
+            self._quits_after_s = 0.0 if again_at_once else SAME_S
             again = "; Ctrl-C again quits without saving" if name == "SIGINT" else ""
             self._say(f"{name}: saving at the next safe point, then exiting{again}")
-        elif name == "SIGINT" and now - self._first_signal >= (SAME_S if self._forwarded else 0):
+        elif name == "SIGINT" and now - self._first_signal >= self._quits_after_s:
             print("SIGINT again: quitting without saving", file=sys.stderr, flush=True)
             os._exit(QUIT)
         elif now - self._first_signal < SAME_S:

@@ -146,3 +146,44 @@ def test_a_second_ctrl_c_quits_at_once() -> None:
         _, err = child.communicate(timeout=20 * time_factor())
         assert child.returncode == status
         assert err == ("" if forwarded else "SIGINT again: quitting without saving\n")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+def test_ctrl_c_right_after_another_signal_is_the_same_request(first: signal.Signals) -> None:
+    """A Ctrl-C reaches a parent and its runs; the SIGTERM that the parent makes of it may be handled first."""
+    child = process(
+        f"""
+        stop.SAME_S = {SAME_S * time_factor()}
+        with StopRequest(say=lambda line: print(line, flush=True)) as asked:
+            print("ready", flush=True)
+            while not asked.is_set():
+                time.sleep(0.01)
+            time.sleep(1)
+        print("saved")
+        """
+    )
+    child.send_signal(first)
+    assert child.stdout and child.stdout.readline() == f"{first.name}: saving at the next safe point, then exiting\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=20 * time_factor())
+    assert (child.returncode, out, err) == (0, "saved\n", "")
+
+
+def test_ctrl_c_long_after_another_signal_quits_at_once() -> None:
+    child = process(
+        """
+        stop.SAME_S = 0.1
+        with StopRequest(grace_s=600) as asked:
+            print("ready", flush=True)
+            while not asked.is_set():
+                time.sleep(0.01)
+            time.sleep(2 * stop.SAME_S)
+            print("heard", flush=True)
+            time.sleep(600)
+        """
+    )
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout and child.stdout.readline() == "heard\n"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20 * time_factor())
+    assert (child.returncode, err) == (QUIT, "SIGINT again: quitting without saving\n")

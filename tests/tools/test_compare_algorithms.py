@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -76,9 +77,10 @@ def test_a_sweep_goes_on_after_a_kill_and_repeats_nothing(sweep_file: Path, caps
     status = main([*arguments, "--rows", "slow", "--seeds", "1"])
     thread.join()
     assert status == STOPPED and "once more kills them" in capsys.readouterr().err
-    (cut_off,) = load_sweep(sweep_file, folder, rows=["slow"], num_seeds=1).runs
+    (cut_off,) = load_sweep(sweep_file, folder).selected(["slow"], 1).runs
     assert cut_off.state == "unfinished" and not [row for row in cut_off.rows() if row["step"] > 0]
     found = json.loads((folder / "report.json").read_text())
+    assert [curve["name"] for curve in found["curves"]] == ["slow"]
     assert found["curves"][0]["measures"]["reward"]["interval"] is None  # what is to be continued counts in nothing
 
     assert main(arguments) == 0
@@ -235,6 +237,75 @@ def test_failures_are_shown_and_survivors_are_no_mean(
     assert len(drawn.findall("{*}svg")) == 5  # accuracy, reward, clip fraction, spread and drift
 
 
+def test_rows_choose_what_is_run_and_not_what_is_reported(
+    sweep_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_file.write_text(SWEEP.replace("seeds:", "  later: [algorithm.variant=grpo]\nseeds:"))
+    folder = tmp_path / "runs"
+    arguments = [str(sweep_file), "--runs", str(folder), "--report-only", "--rows", "slow"]
+    assert main(arguments) == REFUSED
+    assert f"{folder} has no run to report; start the sweep without" in capsys.readouterr().err
+    gspo, slow, _ = load_sweep(sweep_file, folder).curves
+    for run in gspo.runs:
+        written(run, 0, [0.25 * run.seed])
+    written(slow.runs[0], 0, [0.5])
+
+    def reported() -> dict[str, Any]:
+        assert main(arguments) == 0
+        return json.loads((folder / "report.json").read_text())
+
+    found = reported()
+    assert [curve["name"] for curve in found["curves"]] == ["gspo", "slow"]
+    assert [run["state"] for run in found["curves"][1]["runs"]] == ["finished", "not run"]
+    assert found["curves"][1]["against"]["row"] == "gspo" and found["curves"][1]["against"]["reward"]["mean"] == 0.25
+    text = (folder / "report.html").read_text()
+    assert "Of 4 runs:" in text and "1 have not been run" in text and "seed 2: not run" not in text
+    for run in gspo.runs:
+        shutil.rmtree(run.directory)
+    found = reported()
+    assert [curve["name"] for curve in found["curves"]] == ["slow"]
+    assert found["curves"][0]["against"]["row"] == "gspo" and found["curves"][0]["against"]["reward"] is None
+    assert "the difference to `gspo`" in markdown(found)
+
+
+def test_a_run_that_came_to_its_end_is_finished_whatever_its_status(sweep_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    done, cut_off = load_sweep(sweep_file, folder).curves[0].runs
+    for run, said in ((done, f"results are in {done.directory}: metrics.jsonl\nplot them: now"), (cut_off, "step 1")):
+        written(run, -2, [0.5])
+        (run.directory / "console.log").write_text(f"began\n{said}\n")
+    assert [run.state for run in (done, cut_off)] == ["finished", "unfinished"]
+    text = page(results(load_sweep(sweep_file, folder), "the command"))
+    assert "gspo, seed 2: unfinished after 1 steps; status -2" in text and "gspo, seed 1" not in text
+
+
+def test_what_only_some_sweeps_measure_is_reported_where_it_is_known(sweep_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    sweep = load_sweep(sweep_file, folder)
+    (first, second), (other, _) = (curve.runs for curve in sweep.curves)
+    for run in (first, second, other):
+        written(run, 0, [0.5, 0.5])
+    found = results(sweep, "the command")
+    keys = set(found["measures"])
+    assert (
+        "router drift, share of changed choices" in markdown(found) and not {"sampler_kl", "correction_weight"} & keys
+    )
+    assert all(set(curve["measures"]) == keys == set(curve["against"]) - {"row"} for curve in found["curves"])
+    for run in (first, second):
+        rows = [{"step": 0}, {"step": 1, "sampler/kl": 0.25, "router/sampler_changed_fraction/layer_01": 0.5}]
+        rows.append({"step": 2, "sampler/kl": 0.75, "router/sampler_changed_fraction/layer_02": 0.25})
+        (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = results(sweep, "the command")
+    assert set(found["measures"]) == keys | {"sampler_kl", "sampler_routing"}
+    assert found["curves"][0]["measures"]["sampler_kl"]["numbers"] == {1: 0.5, 2: 0.5}
+    assert found["curves"][0]["measures"]["sampler_routing"]["numbers"] == {1: 0.375, 2: 0.375}
+    assert found["curves"][1]["measures"]["sampler_kl"]["interval"] is None
+    assert "| KL from sampler to policy, nats a token; mean of all steps | 0.5 [0.5, 0.5] | &ndash; |" in markdown(
+        found
+    )
+    assert_is_a_page(page(found))
+
+
 def test_points_are_drawn_against_each_other(sweep_file: Path, tmp_path: Path) -> None:
     """The order of overrides: all rows', the row's, the point's. A row may leave points out."""
     points = """
@@ -265,10 +336,7 @@ axis: updates
     text = page(results(sweep, "the command"))
     assert_is_a_page(text)
     assert "Against updates" in text and "updates 4" in text and "the command --rows slow/4" in text
-    assert [curve.name for curve in load_sweep(sweep_file, folder, rows=["gspo/1", "slow"]).curves] == [
-        "gspo/1",
-        "slow/4",
-    ]
+    assert [curve.name for curve in sweep.selected(["gspo/1", "slow"]).curves] == ["gspo/1", "slow/4"]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +371,13 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 def test_a_row_that_is_not_there(sweep_file: Path) -> None:
     with pytest.raises(ConfigError, match="no row 'gspa'; did you mean 'gspo'"):
-        load_sweep(sweep_file, rows=["gspa"])
+        load_sweep(sweep_file).selected(["gspa"])
+
+
+def test_seeds_that_are_not_there(sweep_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep_file), "--runs", str(tmp_path / "runs"), "--seeds", "9"]) == REFUSED
+    assert "small.yaml has 2: 1, 2; give a number up to 2" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_sweeps_in_the_folder_can_start() -> None:
