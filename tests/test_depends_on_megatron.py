@@ -16,7 +16,7 @@ from tests.support.imports import ALIKE, ROOT, TESTS, depends_on_megatron, reach
     [
         ("mcore/test_model.py", "imports gspo_megatron.mcore"),
         ("mcore/test_optimizer.py", "imports a test beside it that does"),
-        ("test_layouts.py", "imports a tool that starts runs"),
+        ("tools/test_layout_grid.py", "imports a tool that starts runs"),
         ("test_golden.py", "imports the command, which imports mcore in a function"),
         ("test_doctor.py", "starts the command"),
     ],

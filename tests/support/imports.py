@@ -17,6 +17,9 @@ FOLDERS = ("gspo_megatron", "benchmarks", "tools", "tests")
 ALIKE = {
     # Whole runs: what is saved, loaded and continued is in tests/mcore/test_saving*.py, layouts in test_layouts.py.
     "test_kills.py": "signals, and commands that start again",
+    "test_layouts.py": "runs on layouts, whose gradients and weights tools/test_layout_grid.py compares one by one",
+    "test_lean_step.py": "what an update saves and overlaps; the gradients are in tools/test_layout_grid.py",
+    "test_serve.py": "the command that keeps an engine up",
     "test_launching.py": "scripts that start commands",
     "test_readme.py": "commands as printed",
     "monitor/test_watchdog.py": "notes of processes that hang or end",
@@ -26,12 +29,15 @@ ALIKE = {
     "config/test_settings_are_read.py": "which settings a run reads",
     "rewards/test_code.py": "the sandbox of programs",
     "tools/test_plan_layout.py": "the planner, which test_measured_memory.py holds against Megatron",
+    "layout/test_measured_memory.py": "the planner of memory, which is measured with the older one",
     # Tools: the scorer, the kernels and the comparison that they start have tests of their own, in tests/mcore,
     # tests/test_score.py and tests/tools/test_check_layout.py.
     "test_convert.py": "folders converted without Megatron; tests/mcore/test_hugging_face.py has what Megatron writes",
     "test_mutations.py": "whether the comparison of layouts notices faults",
+    "tools/test_check_layout.py": "the command; tools/test_layout_grid.py has the comparison",
     "benchmarks/test_gpu_hour.py": "rehearsals",
     "benchmarks/test_numerics.py": "tables of several runs",
+    "benchmarks/test_stability_tables.py": "tables of several runs",
     "benchmarks/test_ratio_spread.py": "tables of several runs",
 }
 """Test files that reach Megatron-Core and ask nothing of it, and what they are about."""
