@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -170,6 +171,7 @@ class OffPolicyMask(Correction):
     """
 
     name = "off_policy_mask"
+    such_as = MappingProxyType({"delta": 0.1})
     delta: float
 
     def __post_init__(self) -> None:

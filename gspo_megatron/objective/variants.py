@@ -270,7 +270,10 @@ def _set_parameters(
             )
         dial, parameters = chosen[kind]
         if name not in dial.parameter_names():
-            raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}"))
+            # The settings of another row, which a file may have: clip_low without a bound to set.
+            foreign = [short for short in shorthand if SHORTHAND[short].partition(".")[2] not in dial.parameter_names()]
+            cure = "; set " + " and ".join(f"algorithm.{short}=null" for short in foreign) if spelled != key else ""
+            raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}") + cure)
         if spelled != key and key in dials:
             raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set the same parameter; leave one of them out")
         parameters[name] = value
