@@ -193,7 +193,15 @@ CATALOGUE = (
     ),
     Entry("tokens", "time", "Tokens of all prompts and responses of the step."),
     # The update. Live: of sequences that the updates train on.
-    Entry("loss", "train", "Mean of the step's updates of the objective's loss. Near 0 by construction."),
+    Entry(
+        "loss",
+        "train",
+        "Mean of the step's updates of the objective's loss. Near 0 while ratios are near 1 (one update a rollout "
+        "batch, or the first of several) in the rows that average ratio times advantage over sequences: gspo, "
+        "gspo_token, gspo_sum, gmpo, grpo, maxrl, reinforce_pp, reinforce_pp_baseline; a KL or entropy term is added. "
+        "Not in the others, which count sequences by their length, weigh log-probs, or differ by the sign of the "
+        "advantage. Progress shows in reward/mean, not here.",
+    ),
     Entry(
         "grad_norm",
         "train",

@@ -124,7 +124,10 @@ def test_a_reward_whose_name_has_dots_can_be_set_from_the_command_line() -> None
         ("reward.functions={a: {b: 1}}", r"reward.functions.a={'b': 1} must be a finite number"),
         ("reward.functions.format=.nan", r"reward.functions.format=nan must be a finite number"),
         ("algorithm.dials=[a]", r"algorithm.dials must be a mapping of names to values, got \['a'\]"),
-        ("algorithm.dials={clip.low:0.1}", r"a space after the colon, {clip.low: 0.1}, or algorithm.dials.clip.low=0.1"),
+        (
+            "algorithm.dials={clip.low:0.1}",
+            r"a space after the colon, {clip.low: 0.1}, or algorithm.dials.clip.low=0.1",
+        ),
         ("reward.functions={m:fn:2}", r"'m:fn:2' has no value; .* {m:fn: 2}, or reward.functions.m:fn=2"),
         ("algorithm.dials.clip.low=wide", r"algorithm.dials.clip.low: Value 'wide' .* could not be converted to Float"),
         ("algorithm.dials.clip.low=.nan", r"algorithm.dials.clip.low=nan must be a finite number"),
