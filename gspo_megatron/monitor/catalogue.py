@@ -197,10 +197,10 @@ CATALOGUE = (
         "loss",
         "train",
         "Mean of the step's updates of the objective's loss. Near 0 while ratios are near 1 (one update a rollout "
-        "batch, or the first of several) in the rows that average ratio times advantage over sequences: gspo, "
-        "gspo_token, gspo_sum, gmpo, grpo, maxrl, reinforce_pp, reinforce_pp_baseline; a KL or entropy term is added. "
-        "Not in the others, which count sequences by their length, weigh log-probs, or differ by the sign of the "
-        "advantage. Progress shows in reward/mean, not here.",
+        "batch, or the first of several) in the rows with the aggregate sequence_mean and the clip ppo or log, such as "
+        "gspo and grpo, but for a KL or entropy term. Not in the others, such as dapo, luspo, cispo and sapo, which "
+        "count sequences by their length, weigh log-probs, or differ by the sign of the advantage; docs/algorithms.md "
+        "has the rows. Progress shows in reward/mean, not here.",
     ),
     Entry(
         "grad_norm",

@@ -136,10 +136,12 @@ class Correction(Dial):
 
     Attributes:
         acts: weights differ from 1, and the sampler's log-probs are needed.
+        ratio_of: what has a ratio to the sampler; None where nothing has.
     """
 
     kind = "correction"
     acts: ClassVar[bool] = True
+    ratio_of: ClassVar[Level | None] = None
 
     @abstractmethod
     def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
