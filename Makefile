@@ -194,9 +194,10 @@ check: .venv/.installed ## Lint, format and types: ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-docs: .venv/.installed ## Write docs/settings.md from the declared settings, and the picture of the rooms from the imports
+docs: .venv/.installed ## Write the pages of settings, metrics and algorithms from their tables, and the picture of the rooms
 	.venv/bin/python tools/settings_page.py
 	.venv/bin/python tools/metrics_page.py
+	.venv/bin/python tools/algorithms_page.py
 	.venv/bin/python tools/draw_rooms.py
 
 doctor: .venv/.installed ## Can a run start here? What is wrong, and what to do

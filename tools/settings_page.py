@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from gspo_megatron.config.declarations import Setting, settings_of
 from gspo_megatron.config.sections import Config
@@ -32,6 +32,8 @@ A setting that neither names comes from `model.preset`, then from the defaults b
 """
 
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "value"}
+LISTS = {Any: "texts and ids", str: "names", dict: "mappings"}
+"""Items of a list, by their kind."""
 
 
 def page(config: type = Config) -> str:
@@ -54,7 +56,7 @@ def _row(setting: Setting) -> str:
     elif setting.type is Any:
         type_ = "source, or list of sources"
     elif setting.is_list:
-        type_ = "list of texts and ids" if setting.kinds == (Any,) else "list of mappings"
+        type_ = f"list of {LISTS[get_origin(setting.kinds[0]) or setting.kinds[0]]}"
     else:
         type_ = " or ".join(TYPES[kind] for kind in setting.kinds)
     default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)

@@ -94,10 +94,13 @@ def memory_size(gib: float) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the closest of `names`, or one that has it as a part, `clip.low` for `low`; an empty
-    string when none is close."""
+    """`; did you mean 'x'?` with the closest of the `names` that begin so, `dppo_tv` for `dppo`; else with the closest,
+    or one that has it as a part, `clip.low` for `low`; an empty string when none is close."""
     known = list(names)
-    near = get_close_matches(name, known, n=1, cutoff=CLOSE) or [k for k in known if name in re.split("[._]", k)]
+    # A letter alone begins too many names to mean one of them.
+    longer = [k for k in known if len(name) > 1 and k.startswith(name)]
+    near = get_close_matches(name, longer, n=1, cutoff=0) or get_close_matches(name, known, n=1, cutoff=CLOSE)
+    near = near or [k for k in known if name in re.split("[._]", k)]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

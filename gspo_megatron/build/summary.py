@@ -17,11 +17,12 @@ from gspo_megatron.models.counts import count_parameters
 
 
 def describe_start(inputs: Inputs) -> Iterator[str]:
-    """Run directory, model, data and steps, a line each."""
+    """Run directory, model, algorithm, data and steps, a line each."""
     c, n = inputs.config, count_parameters(inputs.config.model.shape)
     yield f"run directory {c.run.dir}, seed {c.run.seed}"
     active = n.active(c.model.experts_per_token)
     yield f"model {c.model.family}: {n.total:,} parameters, {active:,} of them active in a token"
+    yield f"algorithm {inputs.algorithm}"
     size = inputs.train_prompts.size
     number = "endless" if size is None else f"{size:,}"
     held_out_from = shown(c.data.eval or c.data.train)

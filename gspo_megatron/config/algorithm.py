@@ -11,7 +11,7 @@ from gspo_megatron.config.declarations import setting
 class AlgorithmConfig:
     """The objective. null takes the variant's value."""
 
-    variant: str = setting("gspo", "A row of the table of algorithms in objective/variants.py.")
+    variant: str = setting("gspo", "A row of the table of algorithms, which docs/algorithms.md shows with its dials.")
     clip_low: float | None = setting(None, "The ratio is clipped below 1 - clip_low.")
     clip_high: float | None = setting(None, "The ratio is clipped above 1 + clip_high.")
     kl_coef: float | None = setting(
@@ -46,7 +46,7 @@ class AlgorithmConfig:
         None,
         "Weights for tokens that another than the old policy has drawn, by the ratio of the two: token_tis, "
         "sequence_tis, token_mis, sequence_mis, icepop, geometric_mask, off_policy_mask; sequence_sum_tis and "
-        "sequence_sum_mis take products in place of geometric means. null: none.",
+        "sequence_sum_mis take products in place of geometric means. docs/algorithms.md has the equations. null: none.",
     )
     drop_truncated: bool = setting(
         False,

@@ -81,6 +81,11 @@ class Setting:
         return type(None) in self.kinds or self.type is Any
 
     @property
+    def is_off_at_0(self) -> bool:
+        """Whether its help says so."""
+        return "0: off" in self.help
+
+    @property
     def kinds(self) -> tuple[Any, ...]:
         """(int, NoneType) of `int | None`; (float,) of `float`; (str, float), name and value, of `dict[str, float]`."""
         return get_args(self.type) or (self.type,)
@@ -92,8 +97,8 @@ class Setting:
 
     def complaint(self, value: Any) -> str | None:
         """Why this value is not allowed, with the rule and a way out; None where it is. Its type is assumed right."""
-        if value is None and self.allows_none:
-            return None
+        if value is None:
+            return None if self.allows_none else self._complaint_of_null()
         if self.choices and value not in self.choices:
             near = did_you_mean(str(value), self.choices)
             return f"{self.key}={shortened(repr(value))} is not one of {', '.join(self.choices)}{near}"
@@ -107,6 +112,10 @@ class Setting:
             default = "null" if self.default is None else self.default
             return f"{self.key}={shortened(_digits(value))} must be {self.range}; the default is {default}"
         return None
+
+    def _complaint_of_null(self) -> str:
+        way_out = "0 switches it off" if self.is_off_at_0 else f"leave it out for the default, {self.default}"
+        return f"{self.key}=null: it has no value that stands for none; {way_out}"
 
     def declared_entries(self) -> dict[str, Setting]:
         """Those of a mapping, where they are declared, by their own keys."""

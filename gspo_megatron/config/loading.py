@@ -254,6 +254,10 @@ def _meant(setting: Setting, value: Any) -> Any:
         raise ConfigError(f"{setting.key} must be a mapping of names to values, got {value!r}")
     if setting.is_list and not isinstance(value, list):
         raise ConfigError(f"{setting.key} must be a list, got {value!r}; write {setting.key}=[{value!r}]")
+    if value is None:
+        _check(setting, value)
+    if setting.is_mapping:
+        _check_spaces(setting, value)
     if isinstance(value, bool) and setting.choices:
         return "on" if value else "off"  # YAML 1.1 reads a bare on or off as true or false
     if isinstance(value, str):
@@ -263,6 +267,21 @@ def _meant(setting: Setting, value: Any) -> Any:
     if setting.type is Any and isinstance(value, Mapping):
         return _meant_source(value)
     return value
+
+
+def _check_spaces(setting: Setting, entries: Mapping[Any, Any]) -> None:
+    """YAML reads {clip.low:0.1} as a name without a value.
+
+    Raises:
+        ConfigError: an entry was written so.
+    """
+    for entry, value in entries.items():
+        name, colon, text = str(entry).rpartition(":")
+        if colon and value is None:
+            raise ConfigError(
+                f"{setting.key}: {entry!r} has no value; write a space after the colon, {{{name}: {text}}}, or "
+                f"{setting.key}.{name}={text}"
+            )
 
 
 def _meant_source(value: Any) -> Any:

@@ -193,7 +193,15 @@ CATALOGUE = (
     ),
     Entry("tokens", "time", "Tokens of all prompts and responses of the step."),
     # The update. Live: of sequences that the updates train on.
-    Entry("loss", "train", "Mean of the step's updates of the objective's loss. Near 0 by construction."),
+    Entry(
+        "loss",
+        "train",
+        "Mean of the step's updates of the objective's loss. Near 0 while ratios are near 1 (one update a rollout "
+        "batch, or the first of several) in the rows with the aggregate sequence_mean and the clip ppo or log, such as "
+        "gspo and grpo, but for a KL or entropy term. Not in the others, such as dapo, luspo, cispo and sapo, which "
+        "count sequences by their length, weigh log-probs, or differ by the sign of the advantage; docs/algorithms.md "
+        "has the rows. Progress shows in reward/mean, not here.",
+    ),
     Entry(
         "grad_norm",
         "train",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -140,6 +141,7 @@ class GeometricMask(Correction):
     """
 
     name = "geometric_mask"
+    ratio_of: ClassVar[Level] = SequenceMeanLevel()
     low: float = 0.999
     high: float = 1.002
 
@@ -151,7 +153,7 @@ class GeometricMask(Correction):
             )
 
     def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
-        rho_R = capped(SequenceMeanLevel().log_ratio(log_rho_R, segments)).exp()
+        rho_R = capped(self.ratio_of.log_ratio(log_rho_R, segments)).exp()
         return ((rho_R >= self.low) & (rho_R <= self.high)).to(log_rho_R.dtype)
 
 
@@ -170,6 +172,8 @@ class OffPolicyMask(Correction):
     """
 
     name = "off_policy_mask"
+    ratio_of: ClassVar[Level] = SequenceMeanLevel()
+    such_as = MappingProxyType({"delta": 0.1})
     delta: float
 
     def __post_init__(self) -> None:
@@ -177,7 +181,7 @@ class OffPolicyMask(Correction):
             raise ConfigError(f"correction.delta={self.delta}: a distance in nats a token; set it to 0 or more")
 
     def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
-        gone_R = -segments.spread(segments.mean(log_rho_R + tokens.log_ratio_R))
+        gone_R = -self.ratio_of.log_ratio(log_rho_R + tokens.log_ratio_R, segments)
         return torch.where((tokens.advantages_R < 0) & (gone_R > self.delta), torch.zeros_like(log_rho_R), 1.0)
 
 

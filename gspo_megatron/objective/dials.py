@@ -37,6 +37,7 @@ class Dial(ABC):
         units: the units of the levels that it can be combined with.
         unit_reason: completes "has one ratio per sequence, and this dial ..." where `units` leaves one out.
         follows: the setting that a run takes a parameter from, unless it is given.
+        such_as: a value to begin with for a parameter that has no default.
     """
 
     kind: ClassVar[str]
@@ -44,6 +45,7 @@ class Dial(ABC):
     units: ClassVar[tuple[Unit, ...]] = ("sequence", "token")
     unit_reason: ClassVar[str] = ""
     follows: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    such_as: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
@@ -134,10 +136,12 @@ class Correction(Dial):
 
     Attributes:
         acts: weights differ from 1, and the sampler's log-probs are needed.
+        ratio_of: what has a ratio to the sampler; None where nothing has.
     """
 
     kind = "correction"
     acts: ClassVar[bool] = True
+    ratio_of: ClassVar[Level | None] = None
 
     @abstractmethod
     def weights(self, log_rho_R: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
@@ -218,8 +222,11 @@ def make_dial(dial: type[AnyDial], parameters: Mapping[str, float]) -> AnyDial:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{dial.kind}.{name}={value!r}: a parameter of a dial is a number")
     required = [field.name for field in fields(dial) if field.default is MISSING]
-    if missing := [f"{dial.kind}.{name}" for name in required if name not in parameters]:
-        raise ConfigError(f"{dial.kind} {dial.name!r} needs {', '.join(missing)}: no default; set it in dials")
+    if missing := [name for name in required if name not in parameters]:
+        keys = [f"{dial.kind}.{name}" for name in missing]
+        shown = (f"={dial.such_as[name]:g}" if name in dial.such_as else "" for name in missing)
+        fix = " and ".join(f"algorithm.dials.{key}{value}" for key, value in zip(keys, shown, strict=True))
+        raise ConfigError(f"{dial.kind} {dial.name!r} needs {', '.join(keys)}: no default; set {fix}")
     return dial(**parameters)
 
 

@@ -143,11 +143,39 @@ class Variant:
             if all(self.dials[kind].name == row.dials[kind].name for kind in kinds):
                 given = ", ".join(f"{kind}={self.dials[kind].name}" for kind in changed)
                 found.append(f"{self.name} with {given} has the dials of {row.name!r}; that row has its own parameters")
-        return found
+        return found + _narrow_bounds(self, own, found)
 
 
 def _either(names: Iterable[str]) -> str:
     return " or ".join(map(repr, names))
+
+
+NARROW = 1 / 4
+"""A bound below this share of the row's own is one that another level needs: the 3e-2 and 4e-2 that suit the mean ratio
+of ten tokens, where a row has 0.2 for each of them."""
+
+
+def _narrow_bounds(variant: Variant, own: Variant, known: list[str]) -> list[str]:
+    """A warning where a clip that does not bound a mean has the bounds of one, unless `known` names them already."""
+    bounds_a_mean = variant.level.widest_clip < math.inf and not isinstance(variant.clip, LogClip)
+    if bounds_a_mean or type(variant.clip) is not type(own.clip):
+        return []
+    now, rows = variant.clip.parameters(), own.clip.parameters()
+    narrow = [
+        (short, now[name], rows[name])
+        for short, name in (("clip_low", "low"), ("clip_high", "high"))
+        if name in now and now[name] < NARROW * rows[name] and not any(f"{short}=" in text for text in known)
+    ]
+    if not narrow:
+        return []
+    given = ", ".join(f"{short}={value:g}" for short, value, _ in narrow)
+    usual = " and ".join(f"{value:g}" for _, _, value in narrow)
+    cure = " and ".join(f"algorithm.{short}=null" for short, _, _ in narrow)
+    of_product = variant.unit == "sequence" and variant.level.widest_clip == math.inf
+    return [
+        f"{given}: {variant.name!r} has {usual}; so narrow a band is for the mean ratio of a response, as in 'gspo', "
+        f"and here it bounds {'a product of' if of_product else 'single'} tokens; set {cure} to take the row's"
+    ]
 
 
 VARIANTS = {
@@ -270,7 +298,10 @@ def _set_parameters(
             )
         dial, parameters = chosen[kind]
         if name not in dial.parameter_names():
-            raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}"))
+            # The settings of another row, which a file may have: clip_low without a bound to set.
+            foreign = [short for short in shorthand if SHORTHAND[short].partition(".")[2] not in dial.parameter_names()]
+            cure = "; set " + " and ".join(f"algorithm.{short}=null" for short in foreign) if spelled != key else ""
+            raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}") + cure)
         if spelled != key and key in dials:
             raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set the same parameter; leave one of them out")
         parameters[name] = value

@@ -147,7 +147,7 @@ class TotalVariationMask(Weighted):
 
 @dataclass(frozen=True)
 class BinaryKlMask(TotalVariationMask):
-    """As TotalVariationMask, with the divergence of the outcomes "this token" and "another" in place of p - p_old:
+    """As `tv_mask`, with the divergence of the outcomes "this token" and "another" in place of p - p_old:
     KL = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))                    (2602.04879, DPPO with KL)."""
 
     name = "kl_mask"

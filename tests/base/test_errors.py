@@ -14,3 +14,9 @@ def test_only_what_is_close_is_suggested() -> None:
     assert did_you_mean("solution", ["question", "answer"]) == ""
     assert did_you_mean("solutoin", ["question", "solution"]) == "; did you mean 'solution'?"
     assert did_you_mean("low", ["clip.low", "clip.high"]) == "; did you mean 'clip.low'?"
+    assert did_you_mean("d", ["dapo", "dppo_tv"]) == did_you_mean("", ["dapo"]) == ""
+
+
+def test_a_name_that_begins_so_is_suggested_ahead_of_one_that_looks_like_it() -> None:
+    assert did_you_mean("dppo", ["gspo", "dapo", "dppo_tv", "dppo_kl"]) == "; did you mean 'dppo_tv'?"
+    assert did_you_mean("step", ["step_timeout_s", "steps"]) == "; did you mean 'steps'?"

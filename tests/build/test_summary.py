@@ -18,6 +18,8 @@ def test_the_start_and_the_end() -> None:
     assert start == [
         "run directory runs/x, seed 3",
         f"model qwen3_moe: {total:,} parameters, {total - 2 * 2 * expert:,} of them active in a token",
+        "algorithm gspo: level sequence_mean, clip ppo (low 0.0003, high 0.0004), aggregate sequence_mean, "
+        "baseline mean_std, no KL term",
         "prompts: endless from task:sort_digits; held out 9 from task:sort_digits",
         "2 warm-start updates, then 7 steps of 32 prompts x 8 rollouts, 4 updates each",
     ]

@@ -39,6 +39,9 @@ class Zoo:
     rations: dict[str, float] = setting({"honey": 1.0}, "Kilograms | a day.")
     notes: dict[str, Any] = setting({}, "Anything.")
     house: dict[str, Any] = setting({}, "A house.", entries=House)
+    fed: list[str] = setting([], "Which of them eat.")
+    meals: list[dict[str, Any]] = setting([], "What they eat.")
+    signs: list[Any] = setting([], "What they read.")
 
 
 @dataclass
@@ -57,6 +60,9 @@ def test_types_are_the_resolved_annotations() -> None:
         "zoo.rations": dict[str, float],
         "zoo.notes": dict[str, Any],
         "zoo.house": dict[str, Any],
+        "zoo.fed": list[str],
+        "zoo.meals": list[dict[str, Any]],
+        "zoo.signs": list[Any],
     }
 
 
@@ -160,6 +166,9 @@ def test_a_line_of_the_page() -> None:
         "| `zoo.house` | names with values | `{}` |  | A house. |",
         "| `zoo.house.rooms` | number | `2.0` | at least 1 | Rooms. |",
         "| `zoo.house.owner` | text or null | `null` |  | Who lives there. |",
+        "| `zoo.fed` | list of names | `[]` |  | Which of them eat. |",
+        "| `zoo.meals` | list of mappings | `[]` |  | What they eat. |",
+        "| `zoo.signs` | list of texts and ids | `[]` |  | What they read. |",
     ]
 
 

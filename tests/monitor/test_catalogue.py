@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from metrics_page import PAGE, page
 
 from gspo_megatron.monitor.catalogue import CATALOGUE, board_name, entry_of
+from gspo_megatron.objective import PolicyObjective, Segments, group_advantages, resolve_variant
+from gspo_megatron.objective.variants import VARIANTS
 from gspo_megatron.testing.commands import forked
 from tests.support.small import SMALL
 
@@ -17,6 +20,22 @@ routers' shift: tests/mcore/test_router_shift.py."""
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == page(), "run `make docs`"
+
+
+def test_the_rows_whose_loss_starts_at_0_are_those_that_the_page_names() -> None:
+    """At ratios of 1, of two groups whose responses differ in length."""
+    rewards_S = torch.tensor([1.0, 0.0, 0.2, 0.0, 1.0, 0.6], dtype=torch.float64)
+    segments = Segments.from_lengths([3, 1, 70, 2, 50, 40])
+    log_probs_R = -torch.linspace(0.1, 3, 166, dtype=torch.float64)
+    entry = entry_of("loss")
+    assert entry and "the aggregate sequence_mean and the clip ppo or log, such as gspo and grpo" in entry.formula
+    assert "Not in the others, such as dapo, luspo, cispo and sapo" in entry.formula
+    for name in VARIANTS:
+        row = resolve_variant(name, kl_coef=0.0)
+        advantages_S = group_advantages(rewards_S, [0, 0, 0, 1, 1, 1], row.baseline)
+        loss, _ = PolicyObjective(row)(log_probs_R, log_probs_R, advantages_S, segments)
+        named = row.aggregate.name == "sequence_mean" and row.clip.name in ("ppo", "log")
+        assert (abs(loss) < 1e-12) == named, name
 
 
 def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_path: Path) -> None:

@@ -120,7 +120,10 @@ def test_drift_by_position() -> None:
     "settings, message",
     [
         ({"correction": "token_tsi"}, "did you mean 'token_tis'"),
-        ({"correction": "off_policy_mask"}, r"'off_policy_mask' needs correction.delta: no default"),
+        (
+            {"correction": "off_policy_mask"},
+            r"needs correction.delta: no default; set algorithm.dials.correction.delta=0.1$",
+        ),
         ({"correction": "token_tis", "dials": {"correction.cap": 0.0}}, r"correction.cap=0.0.*set it above 0"),
         ({"correction": "icepop", "dials": {"correction.floor": 6.0}}, r"correction.floor=6.0, correction.cap=5.0"),
         ({"correction": "geometric_mask", "dials": {"correction.low": 1.1}}, "set low below 1 and high above"),

@@ -137,8 +137,19 @@ def test_its_loss_and_gradient_are_those_of_its_equation():
         ("mine", {"dials": {"aggregate.lenght": 8}}, r"no parameter 'lenght'; did you mean 'length'.*aggregate.length"),
         ("mine", {"dials": {"length": 8}}, r"did you mean 'aggregate.length'.*: clip.tau_pos, clip.tau_neg, aggregate"),
         ("mine", {"clip_high": 0.1}, r"clip_high=0.1: clip 'gate' has no parameter 'high'. It has: clip.tau_pos, clip"),
+        ("sapo", {"clip_low": 0.03}, r"has no parameter 'low'. It has: .*tau_neg; set algorithm.clip_low=null$"),
+        (
+            "rloo",
+            {"clip_low": 0.03, "clip_high": 0.04},
+            r"none; set algorithm.clip_low=null and algorithm.clip_high=null",
+        ),
+        ("rloo", {"dials": {"clip.low": 0.03}}, r"has no parameter 'low'. It has: none$"),
         ("mine", {"level": "sequence_mean"}, r"by the length of the response; set aggregate='sequence_mean'"),
-        ("mine", {"clip": "ppo", "clip_low": 0.1}, r"clip 'ppo' needs clip.high: no default"),
+        (
+            "mine",
+            {"clip": "ppo", "clip_low": 0.1},
+            r"clip 'ppo' needs clip.high: no default; set algorithm.dials.clip.high$",
+        ),
         ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\? Known: ppo, .*gate"),
         ("grpo", {"aggregate": "fixed_length"}, r"aggregate 'fixed_length' needs aggregate.length: no default"),
         ("gspo", {"aggregate": "token_mean"}, r"would weight it by the length .* as the row 'luspo' does on purpose"),
@@ -155,6 +166,28 @@ def test_the_dials_of_another_row_are_named():
     assert note == "gspo with aggregate=sequence_sum has the dials of 'luspo'; that row has its own parameters"
     assert [n for row in VARIANTS for n in resolve_variant(row).warnings()] == []
     assert resolve_variant("gspo", baseline="mean", correction="token_tis").warnings() == []
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "maxrl", "reinforce_pp", "gmpo", "gspo_sum"])
+def test_a_band_for_a_mean_that_bounds_something_else_is_a_warning(name):
+    [note] = resolve_variant(name, clip_low=0.03, clip_high=0.04).warnings()
+    own = VARIANTS[name]
+    assert note.startswith(f"clip_low=0.03, clip_high=0.04: {name!r} has {own.clip_low:g} and {own.clip_high:g}; ")
+    assert note.endswith("set algorithm.clip_low=null and algorithm.clip_high=null to take the row's")
+
+
+def test_a_narrow_band_that_suits_its_level_is_none():
+    for name, low, high in (
+        ("gspo", 3e-5, 4e-5),
+        ("gspo_token", 3e-5, 4e-5),
+        ("luspo", 3e-4, 4e-4),
+        ("grpo", 0.1, 0.05),
+    ):
+        assert resolve_variant(name, clip_low=low, clip_high=high).warnings() == []
+    [high] = resolve_variant("grpo", clip_high=0.04).warnings()
+    assert high.startswith("clip_high=0.04: 'grpo' has 0.2;") and "clip_low" not in high
+    [of_low, of_high] = resolve_variant("cispo", clip_low=0.03, clip_high=0.04).warnings()
+    assert of_low.startswith("clip_low=0.03: CISPO") and of_high.startswith("clip_high=0.04: 'cispo' has 4;")
 
 
 def test_a_clip_without_bounds_has_no_clip_low():
