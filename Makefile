@@ -81,8 +81,9 @@ bench-log-probs: .venv/.installed ## Log-probs at a vocabulary of 151,936 agains
 	.venv/bin/python -m benchmarks.log_probs.run --from benchmarks/results/log_probs_cpu.json benchmarks/results/log_probs_scaling.json \
 		--markdown docs/benchmarks.md
 
-bench-engine: .venv-engine/.installed ## Time weights on their way to an engine, and 200 syncs of a real vLLM server
+bench-engine: .venv-engine/.installed ## Time weights on their way to an engine, 200 syncs of a real vLLM server, and the demo by what samples
 	.venv-engine/bin/python -W ignore -m benchmarks.weight_sync --output benchmarks/results/weight_sync.json --markdown docs/engines.md $(ARGS)
+	.venv-engine/bin/python -W ignore -m benchmarks.demo_engines --output benchmarks/results/demo_engines.json --markdown docs/engines.md
 
 bench-trl: .venv-trl/.installed ## Time a step against one of TRL's GRPOTrainer, on one process
 	.venv-trl/bin/python $(STEP) $(ALONE) --against trl --steps 20 --warmup 3 --output $(RUNS)_trl.json

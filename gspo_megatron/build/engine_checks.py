@@ -67,7 +67,8 @@ def _check_addresses(e: EngineConfig) -> None:
         if getattr(e, name) != getattr(EngineConfig(), name):
             raise ConfigError(
                 f"engine.{name}={getattr(e, name)} has no effect with engine.addresses, whose engines are running "
-                "already; remove it, and give it to the command that starts them (python -m gspo_megatron.serve)"
+                "already; remove it, and give it to the command that starts them (python -m gspo_megatron.serve, once "
+                "for each engine)"
             )
     try:
         places = [(a.host, a.port) for a in (Address.of("engine.addresses", str(url)) for url in e.addresses)]

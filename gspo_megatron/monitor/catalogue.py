@@ -293,7 +293,8 @@ CATALOGUE = (
     Entry(
         "engine/sync_s",
         "sampler",
-        "Seconds in which the last new weights came to the engines, and were probed; a part of time/rollout_s.",
+        "Seconds in which the last new weights came to the engines, and were probed; a part of time/rollout_s, or of "
+        "an evaluation before it.",
     ),
     Entry("sampler/not_finite", "sampler", "Tokens without a number from the sampler; their rho is taken as 1."),
     Entry(

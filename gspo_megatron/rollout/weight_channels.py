@@ -223,7 +223,9 @@ def write_folder(directory: Path, weights: Weights, bucket_bytes: int = CPU_BUCK
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         headers = []
-        for header, payload in pack(weights, bucket_bytes, _memory_on(torch.device("cpu"))):
+
+        def write(bucket: Bucket) -> None:
+            header, payload = bucket
             stored = {entry.name: Stored(entry.shape, entry.torch_dtype) for entry in header.entries}
             with (partial / file_of(header.index)).open("xb") as file:
                 file.write(header_of(stored))
@@ -231,6 +233,8 @@ def write_folder(directory: Path, weights: Weights, bucket_bytes: int = CPU_BUCK
                 file.flush()
                 os.fsync(file.fileno())
             headers.append(header.to_json())
+
+        _one_ahead(pack(weights, bucket_bytes, _memory_on(torch.device("cpu"))), write)
         (partial / MARKER).write_text(json.dumps(headers))
         sync(partial / MARKER)
         sync(partial)

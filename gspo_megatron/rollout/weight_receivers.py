@@ -33,6 +33,7 @@ class BucketMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[mmap.mmap] = []
+        self._shared: dict[str, mmap.mmap] = {}
 
     def take(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes]"""
@@ -50,6 +51,13 @@ class BucketMemory:
         view = memoryview(memory)
         weakref.finalize(view, self._free.append, memory).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8)[:num_bytes]
+
+    def shared(self, place: str) -> mmap.mmap:
+        """A file of shared memory, which a sender fills again and again."""
+        if place not in self._shared:
+            with Path(place).open("r+b") as file:
+                self._shared[place] = mmap.mmap(file.fileno(), 0)
+        return self._shared[place]
 
 
 @dataclass
@@ -107,10 +115,8 @@ def _broadcast(receiver: Receiver, header: Header | None, place: str) -> Iterato
 def _shared_memory(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:
     assert header is not None
     payload = receiver.memory.take(header.num_bytes)
-    with Path(place).open("r+b") as file, mmap.mmap(file.fileno(), header.num_bytes) as memory:
-        shared = torch.frombuffer(memory, dtype=torch.uint8)
-        payload.copy_(shared)
-        del shared  # it keeps the mapping open
+    if header.num_bytes:
+        payload.copy_(torch.frombuffer(receiver.memory.shared(place), dtype=torch.uint8, count=header.num_bytes))
     yield Bucket(header, payload)
 
 
