@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,24 @@ def trained(directory: Path, *settings: str, until: int = 0) -> None:
         )
         while process.poll() is None:
             if until and has_rows(directory, until):
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in processes_of(directory):
+                    os.kill(pid, signal.SIGKILL)
                 process.wait()
                 return
             time.sleep(0.05)
     if process.returncode or until:
-        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}; see {directory}/console.log")
+        said = (directory / "console.log").read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}:\n{said}")
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Of torchrun and of the ranks, which have sessions of their own. Their engine ends by itself."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"run.dir={directory}".encode() in command.read_bytes().split(b"\0"):
+                found.append(int(command.parent.name))
+    return found
 
 
 def has_rows(directory: Path, steps: int) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from gspo_megatron.base.errors import EngineError, plural
 from gspo_megatron.rollout.engine import Weights
 
-COLUMNS, ROWS = 512, 128
+COLUMNS, ROWS = 2048, 64
 """64-bit words in a row of the matrix whose sums are the checksum; rows that are read at once."""
 Allocate = Callable[[int], Tensor]
 """bytes -> uint8 memory of at least that size."""
