@@ -148,8 +148,9 @@ test-hf: .venv-hf/.installed .venv-next/.installed ## Compare model families wit
 	PYTHONPATH="$$($(call PACKAGES_OF,.venv-next))" .venv-hf/bin/python -m pytest $(WORKERS) \
 		tests/mcore/test_against_transformers.py -k "gradients and tp2 and not (ep2 or pp2 or etp2)" $(ARGS)
 
+# Much of their time is the start of servers, one core each; the tests of a file share one.
 test-engine: .venv-engine/.installed ## Let vLLM load the folders that runs write, and sample for runs
-	.venv-engine/bin/python -m pytest -n 0 tests/engine $(ARGS)
+	.venv-engine/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/engine $(ARGS)
 
 test-peers: .venv-trl/.installed ## Compare the rows of the objective with the loss functions of TRL and verl
 	.venv-trl/bin/python -W ignore -m pytest -n 0 tests/objective/test_against_peers.py $(ARGS)
