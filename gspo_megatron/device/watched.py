@@ -39,7 +39,8 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 class Watched:
     """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
-    sees; None: as this process. `grace_s`: to end by itself. Its output goes to `log`, after what is there."""
+    sees; None: as this process. `grace_s`: to end by itself. `niceness`: how far it steps back for others that want
+    its cores. Its output goes to `log`, after what is there."""
 
     def __init__(
         self,
@@ -49,13 +50,14 @@ class Watched:
         environment: Mapping[str, str],
         gpus: Sequence[int] | None = None,
         grace_s: float = GRACE_S,
+        niceness: int = 0,
     ) -> None:
         seen = {} if gpus is None else {VISIBLE_GPUS: ",".join(map(str, gpus))}
         own = {k: v for k, v in os.environ.items() if not k.startswith(OF_TORCHRUN) and k not in OF_RANKS}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(grace_s), *command],
+                [sys.executable, "-I", "-S", __file__, str(grace_s), str(niceness), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -74,12 +76,14 @@ class Watched:
         self._watcher.wait()
 
 
-def main(grace_s: float, command: Sequence[str]) -> int:
+def main(grace_s: float, niceness: int, command: Sequence[str]) -> int:
     """Runs the program until it ends, or until the pipe on standard input closes."""
     # Only the starter ends the program: what a terminal or a batch system sends to everyone would be too early.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_started)
+    program = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _as_started(niceness)
+    )
     ended = os.pidfd_open(program.pid)
     ready, shared = list[int](), set[str]()
     while not ready:
@@ -101,11 +105,12 @@ def main(grace_s: float, command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _as_started() -> None:
+def _as_started(niceness: int) -> None:
     """In the program, before it begins: the signals of a new process, and the end of the watcher ends it. USR1 stays
     ignored: a batch system may send it to every process of a job, for runs to save."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    os.nice(niceness)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -130,4 +135,4 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -45,6 +45,8 @@ ON_CPU = {
 POLL_S = 0.1
 LAST_LINES = 15
 CPU_CACHE_GIB = 0.25
+NICENESS_ON_CPU = 10
+"""vLLM's processes look for work in a loop for a second after the last: time that the trainer needs for its update."""
 NO_VLLM = "No module named 'vllm"
 
 
@@ -172,6 +174,7 @@ class EngineServer:
             log=self.log,
             environment=s.environment(self.token, self.log.parent / "cache"),
             gpus=s.gpus or None,
+            niceness=0 if s.gpus else NICENESS_ON_CPU,
         )
 
     def wait(self, stop: Callable[[], bool] = lambda: False) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.device.watched import Watched
+from gspo_megatron.device.watched import LOOK_S, Watched
 from gspo_megatron.testing.time_limits import time_factor
 
 FAMILY = """
@@ -74,7 +74,7 @@ def test_it_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
     starter = f"""
 import sys, threading, time
 from pathlib import Path
-from gspo_megatron.device.watched import Watched
+from gspo_megatron.device.watched import LOOK_S, Watched
 kept, command, log = [], [sys.executable, "-c", {FAMILY!r}], Path({str(log)!r})
 threading.Thread(target=lambda: kept.append(Watched(command, log=log, environment={{}}))).start()
 time.sleep(1000)
@@ -107,3 +107,25 @@ def test_what_it_leaves_behind_is_ended_and_its_status_told(tmp_path: Path) -> N
         time.sleep(0.02)
     assert program.status() == 128 + signal.SIGKILL
     program.end()
+
+
+SHARING = """
+import os, sys, time
+from multiprocessing import shared_memory
+memory = shared_memory.SharedMemory(create=True, size=4096)
+print(os.getpid(), memory.name, os.nice(0), flush=True)
+time.sleep(1000)
+"""
+
+
+def test_what_a_killed_program_shared_is_removed(tmp_path: Path) -> None:
+    log, looked = tmp_path / "program.log", 3 * LOOK_S
+    program = Watched([sys.executable, "-c", SHARING], log=log, environment={}, niceness=3)
+    pid, name, niceness = started(log)
+    shared = Path("/dev/shm") / name.lstrip("/")
+    assert shared.exists() and int(niceness) == os.nice(0) + 3
+    time.sleep(looked)
+    # With its helper, which would remove it after a while.
+    os.killpg(int(pid), signal.SIGKILL)
+    program.end()
+    assert not shared.exists()
