@@ -12,7 +12,7 @@ of the sequence ratio is
     mean     (1 / n) sum_t d_t                the paper's GSPO, `gspo`
 
 The spread is its standard deviation over responses, and the slope that of log spread over log n. Everything is done
-anew for each seed: the language, the weights, the responses. Intervals are Student's t over seeds.
+again for each seed: the language, the weights, the responses. Intervals are Student's t over seeds.
 """
 
 from __future__ import annotations

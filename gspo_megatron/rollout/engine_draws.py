@@ -67,7 +67,7 @@ class EngineDraw(ABC):
         """What scores the tokens from `prompt_length` on, in order."""
 
 
-class CounterDraw(EngineDraw):
+class DrawByCounter(EngineDraw):
     """See `EngineDraw`, and the head of this file."""
 
     arguments = (
@@ -109,7 +109,7 @@ class CounterDraw(EngineDraw):
         return {**_in_all(request), "temperature": 0, "extra_args": {KEY: drawn}}
 
 
-class VllmDraw(EngineDraw):
+class DrawByVllm(EngineDraw):
     """See `EngineDraw`, and the head of this file."""
 
     # Of the distribution it draws from, after temperature, top-k and top-p.
@@ -156,7 +156,7 @@ class VllmDraw(EngineDraw):
         return found
 
 
-DRAWS: Mapping[str, type[EngineDraw]] = {"counter": CounterDraw, "vllm": VllmDraw}
+DRAWS: Mapping[str, type[EngineDraw]] = {"counter": DrawByCounter, "vllm": DrawByVllm}
 """By engine.draw."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import EngineError, UnfitEngine, shortened
 from gspo_megatron.device.private_group import family_of
 from gspo_megatron.device.watched import Watched
-from gspo_megatron.rollout.engine_draws import CounterDraw
+from gspo_megatron.rollout.engine_draws import DrawByCounter
 from gspo_megatron.rollout.http import Address, call
 
 HOST = "127.0.0.1"
@@ -73,7 +73,7 @@ class ServerSettings:
     max_batch: int
     tensor_parallel: int = 1
     gpus: tuple[int, ...] = ()
-    draw: tuple[str, ...] = CounterDraw.arguments
+    draw: tuple[str, ...] = DrawByCounter.arguments
     cache_gib: float = 0.0
     threads: int = 1
     arguments: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from gspo_megatron.base.errors import UnfitEngine
 from gspo_megatron.rollout.engine import Weights
-from gspo_megatron.rollout.engine_draws import CounterDraw, VllmDraw
+from gspo_megatron.rollout.engine_draws import DrawByCounter, DrawByVllm
 from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
 from gspo_megatron.rollout.external_engine import ExternalEngine
 from gspo_megatron.rollout.native.sampling import Decoding, distribution
@@ -43,7 +43,7 @@ SETTINGS = (
     *("rollout.temperature=0.7", "reward.accuracy=exact_match", "reward.functions={}"),
     "reward.terms=[{function: exact_match}, {function: length, max_tokens: 12, buffer: 11}]",
 )
-DRAW = VllmDraw(NUM_IDS, ROWS)
+DRAW = DrawByVllm(NUM_IDS, ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -160,4 +160,4 @@ def test_a_run_finds_out_how_an_engine_draws(server: EngineServer) -> None:
 def test_what_the_own_draw_needs_is_not_in_a_request() -> None:
     """Another vLLM than one that this package starts would refuse, or ignore, what it does not know."""
     assert "extra_args" not in DRAW.parameters(request(1))
-    assert CounterDraw(NUM_IDS, ROWS).parameters(request(1))["extra_args"]
+    assert DrawByCounter(NUM_IDS, ROWS).parameters(request(1))["extra_args"]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from gspo_megatron.base.errors import EngineError
 from gspo_megatron.rollout import weight_channels
 from gspo_megatron.rollout.engine import Piece, Request, Span, Weights
-from gspo_megatron.rollout.engine_draws import CounterDraw
+from gspo_megatron.rollout.engine_draws import DrawByCounter
 from gspo_megatron.rollout.engine_server import EngineServer, ServerSettings
 from gspo_megatron.rollout.native.sampling import Decoding, distribution, draw, uniforms
 from gspo_megatron.rollout.probe import Probe
@@ -117,7 +117,7 @@ def server(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 def engine_of(server: EngineServer, **changed: Any) -> VllmEngine:
     settings: dict[str, Any] = {
-        "draw": CounterDraw(NUM_IDS, NUM_IDS),
+        "draw": DrawByCounter(NUM_IDS, NUM_IDS),
         "temperature": 0.8,
         "timeout_s": 60 * time_factor(),
         "stream_interval": 16,

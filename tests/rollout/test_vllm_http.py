@@ -17,13 +17,13 @@ import pytest
 
 from gspo_megatron.base.errors import EngineError, Refused
 from gspo_megatron.rollout.engine import Piece, Request, Span
-from gspo_megatron.rollout.engine_draws import CounterDraw
+from gspo_megatron.rollout.engine_draws import DrawByCounter
 from gspo_megatron.rollout.http import Address
 from gspo_megatron.rollout.vllm import VllmEngine
 from gspo_megatron.testing.time_limits import time_factor
 
 NUM_IDS = 13
-DRAW = CounterDraw(NUM_IDS, 16)
+DRAW = DrawByCounter(NUM_IDS, 16)
 
 
 class Server:

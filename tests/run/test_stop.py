@@ -72,7 +72,8 @@ def test_signals_that_come_together_are_one() -> None:
     assert (child.returncode, out, err) == (0, "saved\n", "")
 
 
-def test_a_second_signal_leaves_little_time() -> None:
+def long_after_sigterm() -> subprocess.Popen[str]:
+    """A process that got SIGTERM, and for which the next signal is another one."""
     child = process(
         """
         stop.URGENT_S, stop.SAME_S = 0.5, 0.1
@@ -87,6 +88,11 @@ def test_a_second_signal_leaves_little_time() -> None:
     )
     child.send_signal(signal.SIGTERM)
     assert child.stdout and child.stdout.readline() == "heard\n"
+    return child
+
+
+def test_a_second_signal_leaves_little_time() -> None:
+    child = long_after_sigterm()
     child.send_signal(signal.SIGUSR1)
     _, err = child.communicate(timeout=5 * time_factor())
     assert child.returncode == 1
@@ -170,20 +176,7 @@ def test_ctrl_c_right_after_another_signal_is_the_same_request(first: signal.Sig
 
 
 def test_ctrl_c_long_after_another_signal_quits_at_once() -> None:
-    child = process(
-        """
-        stop.SAME_S = 0.1
-        with StopRequest(grace_s=600) as asked:
-            print("ready", flush=True)
-            while not asked.is_set():
-                time.sleep(0.01)
-            time.sleep(2 * stop.SAME_S)
-            print("heard", flush=True)
-            time.sleep(600)
-        """
-    )
-    child.send_signal(signal.SIGTERM)
-    assert child.stdout and child.stdout.readline() == "heard\n"
+    child = long_after_sigterm()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20 * time_factor())
     assert (child.returncode, err) == (QUIT, "SIGINT again: quitting without saving\n")
