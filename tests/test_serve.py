@@ -109,10 +109,8 @@ def test_a_server_that_dies_is_started_again_at_the_same_address(kept: Kept) -> 
     kept.kill()
     kept.wait_for_ready(2)
     url = kept.server.address.url
-    log = kept.server.log
-    ready = f"ready: engine.addresses=[{url}]"
-    again = f"the engine ended with status 3; it is started again; its log is {log}"
-    assert kept.said == [ready, again, ready]
+    starts, ready = f"vLLM starts; its log is {kept.server.log}", f"ready: engine.addresses=[{url}]"
+    assert kept.said == [starts, ready, "the engine ended with status 3; it is started again", starts, ready]
     kept.kill()
     kept.join()
     assert str(kept.error).startswith("the engine ended with status 3, after 2 starts (engine.most_starts=1)")
@@ -202,6 +200,7 @@ def test_the_command_ends_with_its_server_however_it_ends(
         started.append(subprocess.Popen([*command, *place], env=environment, stdout=subprocess.PIPE, text=True))
     for process, name, number in zip(started, ("ended", "killed"), (signal.SIGTERM, signal.SIGKILL), strict=True):
         assert process.stdout is not None
+        assert process.stdout.readline().startswith("vLLM starts; its log is ")
         assert process.stdout.readline().startswith("ready: engine.addresses=[http://127.0.0.1:")
         [log] = (tmp_path / name).glob("engine/*/engine.log")
         pid, token, *words = log.read_text().split()

@@ -68,6 +68,7 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
     try:
         while not stop():
             try:
+                say(f"vLLM starts; its log is {server.log}")
                 server.start()
                 server.wait(stop)
                 if not stop():
@@ -84,7 +85,7 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
                         f"{why}, after {plural(deaths, 'start')} (engine.most_starts={most_starts}); {server.log} ends "
                         f"with:\n{server.last_lines()}"
                     )
-                say(f"{why}; it is started again; its log is {server.log}")
+                say(f"{why}; it is started again")
     finally:
         server.end()
 

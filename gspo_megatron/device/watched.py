@@ -8,7 +8,8 @@ This file is also what stands between the two: a small process that holds the en
 the program, with every process of its group, once the pipe closes. The kernel closes it even after kill -9. A signal
 at the death of the parent would not do: Linux sends it when the thread that started the program ends.
 
-It also removes what Python's multiprocessing of the program has left in /dev/shm: killed processes cannot.
+It also removes what Python's multiprocessing of the program has left in /dev/shm, and a folder for the program's other
+short-lived files: killed processes cannot.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +43,8 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 class Watched:
     """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
     sees; None: as this process. `grace_s`: to end by itself. `niceness`: how far it steps back for others that want
-    its cores. Its output goes to `log`, after what is there."""
+    its cores. `scratch`: a variable that names it a folder of its own, which is removed when it has ended. Its output
+    goes to `log`, after what is there."""
 
     def __init__(
         self,
@@ -51,13 +55,14 @@ class Watched:
         gpus: Sequence[int] | None = None,
         grace_s: float = GRACE_S,
         niceness: int = 0,
+        scratch: str = "",
     ) -> None:
         seen = {} if gpus is None else {VISIBLE_GPUS: ",".join(map(str, gpus))}
         own = {k: v for k, v in os.environ.items() if not k.startswith(OF_TORCHRUN) and k not in OF_RANKS}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(grace_s), str(niceness), *command],
+                [sys.executable, "-I", "-S", __file__, str(grace_s), str(niceness), scratch, *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -76,13 +81,19 @@ class Watched:
         self._watcher.wait()
 
 
-def main(grace_s: float, niceness: int, command: Sequence[str]) -> int:
+def main(grace_s: float, niceness: int, scratch: str, command: Sequence[str]) -> int:
     """Runs the program until it ends, or until the pipe on standard input closes."""
     # Only the starter ends the program: what a terminal or a batch system sends to everyone would be too early.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # Not below the run's folder: the path of a socket has at most 107 bytes.
+    folder = tempfile.mkdtemp(prefix="gspo_megatron_") if scratch else ""
     program = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _as_started(niceness)
+        command,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **({scratch: folder} if scratch else {})},
+        start_new_session=True,
+        preexec_fn=lambda: _as_started(niceness),
     )
     ended = os.pidfd_open(program.pid)
     ready, shared = list[int](), set[str]()
@@ -102,6 +113,8 @@ def main(grace_s: float, niceness: int, command: Sequence[str]) -> int:
     for path in shared:
         with contextlib.suppress(OSError):
             os.unlink(path)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 
@@ -135,4 +148,4 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]))

@@ -42,6 +42,8 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_CI_ENV": "1",
 }
+SOCKETS = "VLLM_RPC_BASE_PATH"
+"""Where vLLM's processes put the sockets by which they talk; it leaves them there."""
 POLL_S = 0.1
 LAST_LINES = 15
 CPU_CACHE_GIB = 0.25
@@ -175,6 +177,7 @@ class EngineServer:
             environment=s.environment(self.token, self.log.parent / "cache"),
             gpus=s.gpus or None,
             niceness=0 if s.gpus else NICENESS_ON_CPU,
+            scratch=SOCKETS,
         )
 
     def wait(self, stop: Callable[[], bool] = lambda: False) -> None:

@@ -24,7 +24,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from gspo_megatron.base.batches import Prompt, Rollout, Sampling
-from gspo_megatron.base.errors import CannotSend, EngineError, EnginesStale, StopRequested
+from gspo_megatron.base.errors import CannotSend, EngineError, EnginesStale, StopRequested, plural
 from gspo_megatron.base.protocols import Policy
 from gspo_megatron.rewards.rewards import Reward
 from gspo_megatron.rollout.collective import Asked, TrainingSource
@@ -208,7 +208,7 @@ class ServedSource(TrainingSource):
                     whole[rollout.id] = replace(rollout)
                     scores.add(rollout)
                     num_ended += 1
-                progress = f"{num_ended:,} of {len(rollouts):,} rollouts, {num_tokens:,} tokens"
+                progress = f"{num_ended:,} of {len(rollouts):,} rollouts, {plural(num_tokens, 'token')}"
                 self.sign_of_life(lambda text=progress: text)  # type: ignore[misc]
             scores.finish(stopped.is_set)
             if stopped.is_set():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import re
 import shutil
@@ -32,10 +31,10 @@ from gspo_megatron.base.files import PARTIAL, sync
 from gspo_megatron.checkpoint.export import Stored, header_of
 from gspo_megatron.device.private_group import PrivateGroup
 from gspo_megatron.rollout.engine import Weights
-from gspo_megatron.rollout.weight_receivers import MARKER, file_of
+from gspo_megatron.rollout.weight_receivers import MARKER, BucketMemory, file_of, map_shared
 from gspo_megatron.rollout.weight_stream import Bucket, pack
 
-CPU_BUCKET, GPU_BUCKET = 64 << 20, 1 << 30
+CPU_BUCKET, GPU_BUCKET = 128 << 20, 1 << 30
 """Bytes. Two of them are in use at a time."""
 SHARED = Path("/dev/shm")
 PREFIX = "gspo_megatron"
@@ -132,7 +131,7 @@ class Broadcast:
             answers.result()
 
         bucket_bytes = self.bucket_bytes or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
-        _one_ahead(pack(weights, bucket_bytes, _memory_on(self.device)), transfer)
+        _one_ahead(pack(weights, bucket_bytes, BucketMemory(self.device).take), transfer)
 
     def close(self) -> None:
         group, self._group, self._addresses = self._group, None, ()
@@ -234,7 +233,7 @@ def write_folder(directory: Path, weights: Weights, bucket_bytes: int = CPU_BUCK
                 os.fsync(file.fileno())
             headers.append(header.to_json())
 
-        _one_ahead(pack(weights, bucket_bytes, _memory_on(torch.device("cpu"))), write)
+        _one_ahead(pack(weights, bucket_bytes, BucketMemory(torch.device("cpu")).take), write)
         (partial / MARKER).write_text(json.dumps(headers))
         sync(partial / MARKER)
         sync(partial)
@@ -263,7 +262,7 @@ class SharedFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             # Memory that is missing would otherwise kill this process when it is written.
             os.posix_fallocate(self._descriptor, 0, num_bytes)
-            self.tensor = torch.frombuffer(mmap.mmap(self._descriptor, num_bytes), dtype=torch.uint8)
+            self.tensor = torch.frombuffer(map_shared(self._descriptor), dtype=torch.uint8)
         except OSError as error:
             self.close()
             raise CannotSend(
@@ -311,10 +310,6 @@ def _one_ahead(buckets: Iterator[Bucket], transfer: Callable[[Bucket], None]) ->
             under_way.result()
             under_way = thread.submit(transfer, bucket)
         under_way.result()
-
-
-def _memory_on(device: torch.device) -> Callable[[int], Tensor]:
-    return lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _raise_early(answers: Future[list[Any]]) -> None:

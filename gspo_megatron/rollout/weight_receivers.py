@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ MARKER = "complete.json"
 
 
 class BucketMemory:
-    """Memory of buckets. The pages of fresh memory cost a CPU as much as copying the bucket some six times, so what no
-    tensor is in any more is used again; on GPUs torch does so itself."""
+    """Memory of buckets. Fresh pages of 4 KiB cost a CPU as much as copying the bucket some five times, so pages are
+    huge, and what no tensor is in any more is used again; on GPUs torch does so itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,7 +45,7 @@ class BucketMemory:
     def take_on_host(self, num_bytes: int) -> Tensor:
         """The same in the host's memory."""
         fitting = [memory for memory in self._free if len(memory) >= num_bytes]
-        memory = min(fitting, key=len) if fitting else mmap.mmap(-1, max(num_bytes, 1))
+        memory = min(fitting, key=len) if fitting else _huge_pages(max(num_bytes, 1))
         if fitting:
             self._free.remove(memory)
         # The tensor holds the view, so the view ends with the last tensor that shares its memory.
@@ -56,7 +57,7 @@ class BucketMemory:
         """A file of shared memory, which a sender fills again and again."""
         if place not in self._shared:
             with Path(place).open("r+b") as file:
-                self._shared[place] = mmap.mmap(file.fileno(), 0)
+                self._shared[place] = map_shared(file.fileno())
         return self._shared[place]
 
 
@@ -101,6 +102,20 @@ class Receiver:
         if channel not in RECEIVERS:
             raise EngineError(f"the channel {channel!r} is unknown here; trainer and engine must have the same version")
         return RECEIVERS[channel](self, None if header is None else Header.from_json(header), place)
+
+
+def map_shared(descriptor: int) -> mmap.mmap:
+    """All of a file of shared memory. One call maps its pages, which would cost as much as copying the bucket if each
+    were mapped when it is first touched."""
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+
+def _huge_pages(num_bytes: int) -> mmap.mmap:
+    """Fresh memory, which the kernel fills in pages of 2 MiB if it can."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _broadcast(receiver: Receiver, header: Header | None, place: str) -> Iterator[Bucket]:

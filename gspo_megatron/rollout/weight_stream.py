@@ -23,6 +23,8 @@ from gspo_megatron.rollout.engine import Weights
 
 COLUMNS, ROWS = 2048, 64
 """64-bit words in a row of the matrix whose sums are the checksum; rows that are read at once."""
+SMALL = 16 << 20
+"""Bytes of the first bucket's memory, as long as they are enough: a small model waits for no more."""
 Allocate = Callable[[int], Tensor]
 """bytes -> uint8 memory of at least that size."""
 
@@ -139,11 +141,14 @@ def pack(weights: Weights, bucket_bytes: int, allocate: Allocate) -> Iterator[Bu
         if entries and used + tensor.nbytes > bucket_bytes:
             yield sealed(last=False)
             index, used, entries = index + 1, 0, []
-        room = memory[index % 2]
-        if room is None or used + tensor.nbytes > len(room):
-            memory[index % 2] = None
-            room = memory[index % 2] = allocate(max(bucket_bytes, tensor.nbytes))
-        end = used + tensor.nbytes
+        end, room = used + tensor.nbytes, memory[index % 2]
+        if room is None or end > len(room):
+            begun = room if used else None
+            memory[index % 2] = room = None  # an empty one goes before a larger one comes
+            room = allocate(SMALL if index == 0 and end <= SMALL <= bucket_bytes else max(bucket_bytes, end))
+            if begun is not None:
+                room[:used].copy_(begun[:used])
+            memory[index % 2] = room
         room[used:end].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         entries.append(Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
         used = end

@@ -113,19 +113,20 @@ SHARING = """
 import os, sys, time
 from multiprocessing import shared_memory
 memory = shared_memory.SharedMemory(create=True, size=4096)
-print(os.getpid(), memory.name, os.nice(0), flush=True)
+open(os.environ["SCRATCH"] + "/socket", "x").close()
+print(os.getpid(), memory.name, os.nice(0), os.environ["SCRATCH"], flush=True)
 time.sleep(1000)
 """
 
 
-def test_what_a_killed_program_shared_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_program_left_is_removed(tmp_path: Path) -> None:
     log, looked = tmp_path / "program.log", 3 * LOOK_S
-    program = Watched([sys.executable, "-c", SHARING], log=log, environment={}, niceness=3)
-    pid, name, niceness = started(log)
+    program = Watched([sys.executable, "-c", SHARING], log=log, environment={}, niceness=3, scratch="SCRATCH")
+    pid, name, niceness, folder = started(log)
     shared = Path("/dev/shm") / name.lstrip("/")
     assert shared.exists() and int(niceness) == os.nice(0) + 3
     time.sleep(looked)
     # With its helper, which would remove it after a while.
     os.killpg(int(pid), signal.SIGKILL)
     program.end()
-    assert not shared.exists()
+    assert not shared.exists() and not Path(folder).exists()

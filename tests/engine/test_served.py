@@ -253,11 +253,12 @@ def test_every_channel_brings_the_weights(server: EngineServer, served: Path, mo
             parameter *= 0.75
     expected = [scored(each, probe.tokens) for each in (other_model, model)]
     assert probe.complaint(*expected)
-    version, seconds = 100, []
+    version, best, slower = 100, {}, 1.0
     for name, open_channel in CHANNELS.items():
-        channel = open_channel(tmp_path / name)
+        channel, seconds = open_channel(tmp_path / name), []
         for tensors, log_probs in 2 * [*zip((others, of_run), expected, strict=True)]:
             engine.pause("keep")
+            slower = max(slower, time_factor())
             started = time.monotonic()
             content = Weights(version := version + 1, iter(tensors.items()))
             send_weights([server.address.url], content, channel, token=server.token)
@@ -266,7 +267,8 @@ def test_every_channel_brings_the_weights(server: EngineServer, served: Path, mo
             assert engine.version() == version
             probe.check(engine, log_probs)
         channel.close()
-    assert sorted(seconds)[len(seconds) // 2] < 0.5 * time_factor()
+        best[name] = min(seconds)  # the others tell what else this machine was doing: the engine steps back for it
+    assert max(best.values()) < 0.5 * slower
     assert not list(SHARED.glob("gspo_megatron.channels.*"))
 
 

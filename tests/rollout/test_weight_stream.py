@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.base.errors import EngineError
+from gspo_megatron.rollout import weight_stream
 from gspo_megatron.rollout.engine import Weights
 from gspo_megatron.rollout.weight_receivers import BucketMemory
 from gspo_megatron.rollout.weight_stream import COLUMNS, Bucket, Header, Unpacker, checksum, pack
@@ -64,6 +65,25 @@ def test_two_pieces_of_memory_are_enough() -> None:
     tensors = ((f"{i}", torch.full((100,), float(i))) for i in range(20))
     assert sum(len(bucket.header.entries) for bucket in pack(Weights(0, tensors), 800, allocate)) == 20
     assert asked == [800, 800]
+
+
+def test_a_small_model_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger one goes on in a whole bucket, with what it has."""
+    monkeypatch.setattr(weight_stream, "SMALL", 800)
+    for num_tensors, expected in ((2, [800]), (3, [800, 4000]), (11, [800, 4000, 4000])):
+        asked: list[int] = []
+
+        def allocate(num_bytes: int, asked: list[int] = asked) -> Tensor:
+            asked.append(num_bytes)
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+        tensors = {f"{i}": torch.full((100,), float(i)) for i in range(num_tensors)}
+        buckets = [
+            Bucket(header, payload.clone())
+            for header, payload in pack(Weights(0, iter(tensors.items())), 4000, allocate)
+        ]
+        assert asked == expected
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in unpacked(buckets).items())
 
 
 def swapped(buckets: list[Bucket]) -> list[Bucket]:
