@@ -61,11 +61,19 @@ class Serving:
             [*command, *SETTINGS, f"run.dir={folder / 'run'}"], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        logs = "".join(path.read_text()[-3000:] for path in folder.glob("run/engine/*/engine.log"))
-        assert said.startswith("ready: engine.addresses=[http://"), said + logs
+        try:
+            first, said = self.process.stdout.readline(), self.process.stdout.readline()
+            logs = "".join(path.read_text()[-3000:] for path in folder.glob("run/engine/*/engine.log"))
+            assert said.startswith("ready: engine.addresses=[http://"), first + said + logs
+        except BaseException:
+            self.end()
+            raise
         self.url = said.partition("[")[2].partition("]")[0]
         self.address = Address.of("engine", self.url, TOKEN)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
 
     def ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
         return call(self.address, method, route, body, timeout_s=60 * time_factor())
@@ -75,8 +83,7 @@ class Serving:
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     serving = Serving(tmp_path_factory.mktemp("serving"))
     yield serving
-    serving.process.terminate()
-    serving.process.wait()
+    serving.end()
 
 
 def trained(directory: Path, *settings: str) -> Path:

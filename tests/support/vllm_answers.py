@@ -48,7 +48,8 @@ def answer(order: dict[str, Any]) -> None:
         "worker_extension_cls": f"{vllm_worker.__name__}.Extension",
         "weight_transfer_config": {"backend": "gspo"},
     }
-    model = LLM(order["folder"], dtype="float32", enforce_eager=True, **limits, **weights, **order["options"])
+    settings = {"dtype": "float32", "enforce_eager": True, **limits, **weights, **order["options"]}
+    model = LLM(order["folder"], **settings)
     asked = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     prompts = [{"prompt_token_ids": tokens} for tokens in order["prompts"]]
     lines: list[dict[str, Any]] = []
