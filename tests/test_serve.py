@@ -43,7 +43,7 @@ print(os.getpid(), os.environ.get("VLLM_API_KEY"), *said, flush=True)
 HTTPServer(place, Handler).serve_forever()
 """
 TINY = (
-    *("rollout.engine=vllm", "precision.device=cpu", "model.num_layers=1", "model.hidden_size=8"),
+    *("rollout.engine=vllm", "precision.device=cpu", "model.num_layers=1", "model.hidden_size=8", "model.head_dim=32"),
     *("model.num_experts=2", "model.expert_ffn_size=8", "model.max_sequence_length=16"),
     *("data.tokenizer=characters:0123456789>", "data.task.max_length=3", "rollout.max_new_tokens=4"),
 )
@@ -132,6 +132,10 @@ def test_settings_that_one_engine_would_ignore_are_refused(settings: tuple[str, 
         (
             ["engine.count=2"],
             "engine.count=2: this command starts one engine; remove it, and start the command 2 times",
+        ),
+        (
+            ["model.head_dim=16"],
+            "model.head_dim=16 with engines on a CPU: vLLM's attention there takes heads of 32 or more; set model.head",
         ),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, plural
+from gspo_megatron.build.engine_checks import check_heads
 from gspo_megatron.build.engine_servers import FOLDER, draw_of, server_settings, write_config
 from gspo_megatron.build.engines import probe_of, scores_of
 from gspo_megatron.build.inputs import Inputs
@@ -57,6 +58,8 @@ def open_colocated(
             "engine.cache_gib=0 with rollout.engine=vllm_colocated on GPUs, which the trainer shares: vLLM would take "
             "most of a GPU; say how many GiB of each its keys and values may take, such as engine.cache_gib=8"
         )
+    if device.on_cpu:
+        check_heads(config.model.shape)
     folder = Path(config.run.dir) / FOLDER / "model"
     ranks.from_main(lambda stopped: write_config(folder, files, DTYPES[config.precision.dtype]), lambda: False)
     set_variables({**ENVIRONMENT, **VARIABLES, **(ON_CPU if device.on_cpu else {})}, device.rank)

@@ -7,10 +7,14 @@ from dataclasses import fields
 from gspo_megatron.base.errors import ConfigError, EngineError, plural
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.sections import Config
+from gspo_megatron.models.shape import ModelShape
+from gspo_megatron.rollout.engine_server import OPTIONS_OF_SERVERS
 from gspo_megatron.rollout.http import Address
 
 OF_THE_SERVER = ("count", "python", "port", "gpus", "tensor_parallel", "threads", "cache_gib", "arguments")
 """Settings of the engines that a run starts itself, or that the command serve starts."""
+
+LEAST_HEAD_ON_CPU = 32
 
 USED: dict[str, tuple[tuple[str, ...], str]] = {
     "collective": ((), "the model under training samples"),
@@ -52,6 +56,11 @@ def check_engine(config: Config) -> None:
             "takes weights the other processes wait in a collective, and the run would end there before it learns what "
             "the engine lacks; make engine.timeout_s the smaller one"
         )
+    if own := [text for text in map(str, e.arguments) if text.partition("=")[0] in OPTIONS_OF_SERVERS]:
+        raise ConfigError(
+            f"engine.arguments has {own[0]}, which the run sets itself; remove it (docs/engines.md has the setting "
+            "that each of vLLM's options stands for)"
+        )
     wanted = e.count * e.tensor_parallel
     if e.gpus and (len(e.gpus) != wanted or len(set(e.gpus)) != wanted):
         raise ConfigError(
@@ -62,13 +71,27 @@ def check_engine(config: Config) -> None:
         raise ConfigError(f"engine.gpus={e.gpus}: {bad[0]!r} is not the number of a GPU; write them as [6, 7]")
 
 
+def check_heads(shape: ModelShape) -> None:
+    """For engines on a CPU.
+
+    Raises:
+        ConfigError: a model that vLLM cannot compute there. It would start, and die of the first sequence.
+    """
+    if 0 < shape.head_dim < LEAST_HEAD_ON_CPU and not shape.kv_lora_rank:
+        raise ConfigError(
+            f"model.head_dim={shape.head_dim} with engines on a CPU: vLLM's attention there takes heads of "
+            f"{LEAST_HEAD_ON_CPU} or more; set model.head_dim={LEAST_HEAD_ON_CPU}, or rollout.engine=collective"
+        )
+
+
 def _check_addresses(e: EngineConfig) -> None:
     for name in OF_THE_SERVER:
         if getattr(e, name) != getattr(EngineConfig(), name):
             raise ConfigError(
                 f"engine.{name}={getattr(e, name)} has no effect with engine.addresses, whose engines are running "
-                "already; remove it, and give it to the command that starts them (python -m gspo_megatron.serve, once "
-                "for each engine)"
+                "already; remove it, and "
+                + ("start that many" if name == "count" else "give it to the command that starts them")
+                + " (python -m gspo_megatron.serve, once for each engine)"
             )
     try:
         places = [(a.host, a.port) for a in (Address.of("engine.addresses", str(url)) for url in e.addresses)]

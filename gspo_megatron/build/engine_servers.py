@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ def servers_of(config: Config, files: FolderFiles, device: Device, say: Callable
             draw=e.draw,
             same_device=device.torch_device.type if kind == "broadcast" else "",
             start_timeout_s=e.start_timeout_s,
+            run=f"{config.run.dir} on {socket.gethostname()}",
             say=say,
         )
     return found

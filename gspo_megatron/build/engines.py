@@ -8,11 +8,13 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Sampling
 from gspo_megatron.base.errors import ConfigError, EngineError, StopRequested
-from gspo_megatron.build.engine_servers import channel_of, draw_of, servers_of
+from gspo_megatron.build.engine_checks import check_heads
+from gspo_megatron.build.engine_servers import FOLDER, channel_of, draw_of, servers_of
 from gspo_megatron.build.inputs import Inputs
 from gspo_megatron.build.parts import packer_of
 from gspo_megatron.checkpoint.export import FolderFiles
@@ -178,6 +180,10 @@ def open_engines(
             f"engine.gpus={config.engine.gpus} with a run on {device.describe()}: "
             + ("remove it" if device.on_cpu else "name GPUs of the first node that no process of the run uses")
         )
+    if device.on_cpu and not config.engine.addresses:
+        check_heads(config.model.shape)
+    if ranks.is_main and not config.engine.addresses:
+        console.say(f"vLLM starts; its logs are in {Path(config.run.dir) / FOLDER}")
     engines = VllmEngines(inputs, files, device, console.warn) if ranks.is_main else None
     rules, r = family_of(config.model.shape).rules, config.rollout
     try:

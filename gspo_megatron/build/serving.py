@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gspo_megatron.base.errors import ConfigError, EngineError, plural
+from gspo_megatron.build.engine_checks import check_heads
 from gspo_megatron.build.engine_servers import FOLDER, server_settings, write_config
 from gspo_megatron.build.inputs import settle_model
 from gspo_megatron.build.trainer import folder_files
@@ -20,6 +21,8 @@ from gspo_megatron.layout.refusal import fewest_processes
 from gspo_megatron.rollout.engine_server import EngineServer, free_port
 
 POLL_S = 0.2
+FORGIVEN_S = 3600.0
+"""A server that has answered for so long and dies, dies for the first time."""
 ANY = ("0.0.0.0", "::")
 """To listen at all addresses of the machine."""
 
@@ -44,6 +47,8 @@ def engine_of(config: Config, host: str, port: int) -> EngineServer:
     config = replaced(config, {"engine.addresses": []})
     inputs = settle_model(config, fewest_processes(config))
     config, tokenizer = inputs.config, inputs.tokenizer
+    if not config.engine.gpus:
+        check_heads(config.model.shape)
     try:
         port = free_port(host, port or config.engine.port)
     except OSError as error:
@@ -64,7 +69,7 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
     Raises:
         EngineError: it does not start, or has died more often than `most_starts`.
     """
-    deaths = 0
+    deaths, ready = 0, time.monotonic()
     try:
         while not stop():
             try:
@@ -72,6 +77,7 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
                 server.start()
                 server.wait(stop)
                 if not stop():
+                    ready = time.monotonic()
                     say(f"ready: engine.addresses=[{reached_at(server)}]")
                 why = _death_of(server, stop)
             except EngineError as error:
@@ -79,7 +85,7 @@ def keep_up(server: EngineServer, most_starts: int, stop: Callable[[], bool], sa
                     raise
                 why = str(error)
             if why:
-                deaths += 1
+                deaths = 1 if time.monotonic() - ready > FORGIVEN_S else deaths + 1
                 if deaths > most_starts:
                     raise EngineError(
                         f"{why}, after {plural(deaths, 'start')} (engine.most_starts={most_starts}); {server.log} ends "

@@ -100,7 +100,7 @@ class Setting:
         if value is None:
             return None if self.allows_none else self._complaint_of_null()
         if self.choices and value not in self.choices:
-            near = did_you_mean(str(value), self.choices)
+            near = did_you_mean(str(value), self.choices) or did_you_mean(str(value).lower(), self.choices)
             return f"{self.key}={shortened(repr(value))} is not one of {', '.join(self.choices)}{near}"
         if self.is_mapping:
             return self._complaint_of_mapping(value)

@@ -57,7 +57,11 @@ class EngineConfig:
         above=0,
     )
     most_starts: int = setting(
-        3, "How often an engine that died is started again, or one of addresses waited for.", least=0, most=1000
+        3,
+        "How often an engine that died is started again, or one of addresses waited for, before it has taken ten "
+        "updates of weights; after those it is as good as new.",
+        least=0,
+        most=1000,
     )
     start_timeout_s: float = setting(
         900.0, "How long an engine may take to start, or one of addresses to answer.", above=0, most=1e6

@@ -42,7 +42,7 @@ class EnginePool:
             `Engine.load`, each in a thread of its own.
         load: gives a paused engine the current weights. It is called for an engine that was started again, at any time,
             in a thread. None: such an engine stays stale until the next `update`.
-        most_starts: how often one engine is started again.
+        most_starts: how often one engine is started again before it has taken FORGIVEN updates of weights.
         most_in_flight: requests that one engine has at once, unless a single group is larger.
         returns: what brings an engine back that has died, as the user reads it.
         say: called with a line for the user, from any thread.
@@ -322,6 +322,7 @@ class EnginePool:
                 )
             elif member.state == "stale":
                 member.to("alive")
+                member.has_taken_weights()
             self._changed.notify_all()
 
     def _each(self, members: Seq[Member], call: Callable[[Member], None]) -> None:
@@ -356,13 +357,16 @@ class EnginePool:
             self._changed.notify_all()
         # What it samples for others would wait for its own time limits.
         member.engine.give_up()
-        then = f"; {self._returns}" if member.returning else ""
+        then = f"; {self._returns}" if member.returning else self._given_up(member)
         self._say(f"{member.engine.name} is dead: {why}{then}")
         if member.returning and not owned:
             threading.Thread(target=self._bring_back, args=(member,), name="engine", daemon=True).start()
 
+    def _given_up(self, member: Member) -> str:
+        return f", and given up (engine.most_starts={self._most_starts})" if self._start and member.starts else ""
+
     def _may_return(self, member: Member) -> bool:
-        return self._start is not None and member.lives <= self._most_starts and not self._closed
+        return self._start is not None and member.starts < self._most_starts and not self._closed
 
     def _bring_back(self, member: Member) -> None:
         """dead -> restarting -> stale -> alive, in a thread of its own. Whatever goes wrong there, nobody else hears
@@ -375,8 +379,7 @@ class EnginePool:
                     member.returning = False
                     self._changed.notify_all()
                     break
-                member.to("restarting")
-                member.lives += 1
+                member.begin_life()
             try:
                 start(member.engine)
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import shutil
 import socket
@@ -42,8 +43,14 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_CI_ENV": "1",
 }
-SOCKETS = "VLLM_RPC_BASE_PATH"
-"""Where vLLM's processes put the sockets by which they talk; it leaves them there."""
+SCRATCH = "TMPDIR"
+"""vLLM leaves sockets and folders there."""
+OPTIONS_OF_SERVERS = (
+    *("--host", "--port", "--model", "--dtype", "--max-model-len", "--max-num-seqs", "--tensor-parallel-size"),
+    *("--kv-cache-memory-bytes", "--load-format", "--skip-tokenizer-init", "--worker-extension-cls"),
+    *("--weight-transfer-config", "--served-model-name", "--logits-processors", "--logprobs-mode"),
+)
+"""Those that the run sets: a second one would win."""
 POLL_S = 0.1
 LAST_LINES = 15
 CPU_CACHE_GIB = 0.25
@@ -107,14 +114,14 @@ class ServerSettings:
         named = [text for name, value in sizes.items() for text in (name, str(value))]
         return [*named, *memory, *place, *OPTIONS, *self.draw, *self.arguments]
 
-    def environment(self, token: str, cache: Path) -> dict[str, str]:
-        """Variables of the server besides those of this process."""
-        package = Path(__file__).parents[2]
+    def environment(self, token: str, folder: Path) -> dict[str, str]:
+        """Variables of the server besides those of this process. `folder`: for caches, and a way to this package."""
+        before = os.environ.get("PYTHONPATH")
         own = {
-            "PYTHONPATH": str(package),
+            "PYTHONPATH": os.pathsep.join([str(package_alone(folder / "modules")), *([before] if before else [])]),
             "OMP_NUM_THREADS": str(self.threads),
             "VLLM_API_KEY": token,
-            "VLLM_CACHE_ROOT": str(cache),
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
         }
         return {**ENVIRONMENT, **({} if self.gpus else ON_CPU), **own}
 
@@ -169,15 +176,15 @@ class EngineServer:
                 f"{self.name} cannot start: engine.python={s.python} is no program on this machine; name the Python "
                 "that has vLLM, such as /opt/vllm/bin/python"
             )
-        self._address = Address(self.name, s.host, port, self.token)
+        self._address = Address(self.name, s.host, port, self.token, log=str(self.log))
         self._log_begin = self.log.stat().st_size if self.log.exists() else 0
         self._program = Watched(
             s.command(port),
             log=self.log,
-            environment=s.environment(self.token, self.log.parent / "cache"),
+            environment=s.environment(self.token, self.log.parent),
             gpus=s.gpus or None,
             niceness=0 if s.gpus else NICENESS_ON_CPU,
-            scratch=SOCKETS,
+            scratch=SCRATCH,
         )
 
     def wait(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -244,6 +251,18 @@ def _telling(lines: Sequence[str]) -> Sequence[str]:
     """Errors are followed by many lines of how processes end; the last error of a traceback tells most."""
     errors = [line for line in lines if "Error:" in line or "error:" in line]
     return errors[-3:] + [line for line in lines[-LAST_LINES:] if line not in errors[-3:]]
+
+
+def package_alone(folder: Path) -> Path:
+    """`folder`, from which this package can be imported and nothing else. Where the package is installed, its
+    neighbours are the trainer's torch and all that the trainer has, and none of that is for the engine."""
+    package, link = Path(__file__).parents[1], folder.resolve() / "gspo_megatron"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not (link.is_symlink() and link.readlink() == package):
+        new = link.with_name(f"{link.name}.{os.getpid()}")
+        new.symlink_to(package)
+        new.replace(link)  # two engines may start at once
+    return link.parent
 
 
 def free_port(host: str, port: int = 0) -> int:

@@ -22,6 +22,9 @@ NEXT: dict[State, tuple[State, ...]] = {
 }
 """The states that may follow a state: a dead engine samples only after it was started, loaded and probed."""
 
+FORGIVEN = 10
+"""Updates of weights after which an engine that was started again is as good as new."""
+
 
 @dataclass
 class Member:
@@ -30,6 +33,8 @@ class Member:
     Attributes:
         in_flight: requests that it samples.
         lives: how often it was started. An error of an earlier life tells nothing of this one.
+        updates: of weights that it has taken in this life.
+        starts: how often it was started again, since it last took FORGIVEN updates in one life.
         returning: whether a thread is about to bring it back.
         why: of its last death.
     """
@@ -38,12 +43,23 @@ class Member:
     state: State = "stale"
     in_flight: int = 0
     lives: int = 1
+    updates: int = 0
+    starts: int = 0
     returning: bool = False
     why: str = ""
 
     @property
     def answers(self) -> bool:
         return self.state in ("alive", "stale")
+
+    def begin_life(self) -> None:
+        self.to("restarting")
+        self.lives, self.starts, self.updates = self.lives + 1, self.starts + 1, 0
+
+    def has_taken_weights(self) -> None:
+        self.updates += 1
+        if self.updates >= FORGIVEN:
+            self.starts = 0
 
     def to(self, state: State) -> None:
         assert state in NEXT[self.state], f"{self.engine.name}: {self.state} -> {state}"

@@ -18,6 +18,7 @@ from typing import Any
 from gspo_megatron.base.errors import EngineError, UnfitEngine
 from gspo_megatron.rollout.engine_draws import DRAWS
 from gspo_megatron.rollout.http import Address, exchange, said
+from gspo_megatron.rollout.lease import Lease
 
 OLDEST, TESTED = (0, 32), "0.32"
 """Versions of vLLM: the first that has all of ROUTES, and the one that tests run with."""
@@ -47,6 +48,7 @@ class ExternalEngine:
         draw: engine.draw of the run.
         same_device: the type of the run's device, where weights come by a collective of both; empty: any.
         start_timeout_s: how long it may take to answer.
+        run: what another run reads that asks for the engine meanwhile.
         say: called with a line for the user.
     """
 
@@ -57,13 +59,18 @@ class ExternalEngine:
     draw: str = "counter"
     same_device: str = ""
     start_timeout_s: float = 600.0
+    run: str = "a run"
     say: Callable[[str], None] = lambda line: None
+    _lease: Lease | None = field(default=None, init=False)
 
     def start(self) -> None:
         """Nothing: whoever started it starts it again."""
 
     def end(self) -> None:
-        """Nothing."""
+        """Lets other runs have it."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.end()
 
     def wait(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Returns once it answers and the run can use it, or when `stop` says so.
@@ -73,9 +80,10 @@ class ExternalEngine:
             EngineError: it does not answer in time.
         """
         began, told = time.monotonic(), False
+        self.end()
         while not stop():
             if not (why := self._silence()):
-                self.check()
+                self.check(stop)
                 return
             if time.monotonic() - began > self.start_timeout_s:
                 raise EngineError(
@@ -99,14 +107,17 @@ class ExternalEngine:
         # vLLM answers 503 while it ends, and so does what stands before a server that is not up.
         return f"it answers /health with status {status}" if status in (502, 503, 504) else ""
 
-    def check(self) -> None:
-        """Asks it for all that the run needs.
+    def check(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Asks it for all that the run needs, or returns when `stop` says so. It is this run's then, until `end`.
 
         Raises:
             UnfitEngine: what is missing, and what to do.
             EngineError: it no longer answers.
         """
         version = self._checked_version()
+        self._take(stop)
+        if stop():
+            return
         missing = [route for route in ROUTES if self._ask("GET", route)[0] == 404]
         if missing:
             raise self._unfit(
@@ -118,6 +129,24 @@ class ExternalEngine:
         self._check_worker()
         if not version.startswith(f"{TESTED}."):
             self.say(f"{self.address.name} is vLLM {version}; {TESTED} is what was tested")
+
+    def _take(self, stop: Callable[[], bool]) -> None:
+        """Waits a while for a run that has it: a killed one's connections end soon."""
+        began, told = time.monotonic(), False
+        while not stop():
+            lease = Lease(self.address, self.run, min(ANSWER_S, self.start_timeout_s))
+            if not lease.held_by:
+                self._lease = lease
+                return
+            if time.monotonic() - began > min(ANSWER_S, self.start_timeout_s):
+                raise self._unfit(
+                    f"is used by another run, {lease.held_by}",
+                    "end that run, or name another engine: one serves one run",
+                )
+            if not told:
+                told = True
+                self.say(f"waiting for {self.address.name}, which another run uses: {lease.held_by}")
+            time.sleep(POLL_S)
 
     def _checked_version(self) -> str:
         status, content = self._ask("GET", "/version")

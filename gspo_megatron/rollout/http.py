@@ -16,7 +16,7 @@ from gspo_megatron.base.errors import EngineError, Refused, shortened
 LONGEST_LINE = 1 << 26
 """Bytes of an event: a probe of a long sequence is one."""
 DONE = "[DONE]"
-NOTHING_KNOWN = "the engine's log says more; what it was asked is lost, and nothing was trained on it"
+NOTHING_KNOWN = "the engine's log{log} says more; what it was asked is lost, and nothing was trained on it"
 
 NOT_TO_BE_REPEATED = (
     "the engine is well, and would refuse the same again; correct what its message names, in the settings, the data or "
@@ -33,12 +33,14 @@ class Address:
     Attributes:
         name: of the engine, for messages.
         token: sent as `Authorization: Bearer`; empty: none.
+        log: what the engine prints, where this machine has it.
     """
 
     name: str
     host: str
     port: int
     token: str = field(default="", repr=False)
+    log: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, url: str, token: str = "") -> Address:
@@ -64,8 +66,9 @@ class Address:
         authorized = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return {"Content-Type": "application/json", **authorized}
 
-    def error(self, what: str, advice: str = NOTHING_KNOWN) -> EngineError:
+    def error(self, what: str, advice: str = "") -> EngineError:
         """What to raise about this engine."""
+        advice = advice or NOTHING_KNOWN.format(log=f", {self.log}," if self.log else "")
         return EngineError(f"{self.name} ({self.url}) {what}; {advice}")
 
     def unreachable(self, error: BaseException) -> EngineError:

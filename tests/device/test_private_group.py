@@ -29,16 +29,16 @@ def test_addresses_of_this_machine() -> None:
         own_address("no-such.invalid")
 
 
-def listening() -> set[str]:
-    """IPv4 addresses at which this process listens."""
-    mine, found = set(), set()
+def listening() -> dict[str, str]:
+    """IPv4 addresses at which this process listens, by socket: other tests may have left some."""
+    mine, found = set(), dict[str, str]()
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             mine.add(os.readlink(descriptor))
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, *rest = line.split()
         if state == "0A" and f"socket:[{rest[5]}]" in mine:
-            found.add(socket.inet_ntoa(struct.pack("<I", int(local.split(":")[0], 16))))
+            found[rest[5]] = socket.inet_ntoa(struct.pack("<I", int(local.split(":")[0], 16)))
     return found
 
 
@@ -47,6 +47,7 @@ def test_a_group_listens_where_the_others_reach_it() -> None:
         host = own_address(ELSEWHERE)
     except OSError:
         pytest.skip("this machine has no network")
+    before = listening()
     store = PrivateGroup.listen(host, TIMEOUT_S)
     groups: list[PrivateGroup] = []
     joining = threading.Thread(
@@ -57,7 +58,7 @@ def test_a_group_listens_where_the_others_reach_it() -> None:
     joining.join()
     sender = next(group for group in groups if group._store is store)
     [receiver] = [group for group in groups if group is not sender]
-    assert listening() == {host}
+    assert {address for each, address in listening().items() if each not in before} == {host}
     received = torch.zeros(4)
     receiving = threading.Thread(target=receiver.receive, args=(received,))
     receiving.start()

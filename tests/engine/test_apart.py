@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gspo_megatron.base.errors import EngineError
 from gspo_megatron.device.private_group import own_address
 from gspo_megatron.rollout.engine import Weights
 from gspo_megatron.rollout.http import Address, call, exchange
+from gspo_megatron.rollout.lease import Lease
 from gspo_megatron.rollout.weight_channels import SHARED, SharedFile
 from gspo_megatron.rollout.weight_stream import pack
 from gspo_megatron.testing.commands import metrics, rollouts, torchrun
@@ -166,6 +169,20 @@ def test_every_route_but_that_of_health_asks_for_the_token(serving: Serving) -> 
     for method, route in (("GET", "/version"), ("POST", "/pause"), ("POST", "/collective_rpc"), ("GET", "/v1/models")):
         assert exchange(stranger, method, route, {}, timeout_s=60)[0] == 401, route
     assert exchange(stranger, "GET", "/health", timeout_s=60)[0] == 200
+
+
+def test_the_engine_is_lent_to_one_run_at_a_time(serving: Serving) -> None:
+    first = Lease(serving.address, "runs/a on node7", 60 * time_factor())
+    assert not first.held_by
+    assert Lease(serving.address, "runs/b on node8", 60 * time_factor()).held_by == "runs/a on node7"
+    with pytest.raises(EngineError, match="status 401"):
+        Lease(replace(serving.address, token="guessed"), "runs/c on node9", 60 * time_factor())
+    first.end()
+    until = time.monotonic() + 60 * time_factor()
+    while (next_one := Lease(serving.address, "runs/b on node8", 60 * time_factor())).held_by:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    next_one.end()
 
 
 def test_nothing_is_left_of_a_command_that_was_killed(serving: Serving) -> None:

@@ -15,7 +15,7 @@ from gspo_megatron.base.errors import CannotSend, EngineError, EnginesDown, Engi
 from gspo_megatron.rollout.answers import Answer
 from gspo_megatron.rollout.engine import Engine, Piece, Request, Span
 from gspo_megatron.rollout.engine_pool import EnginePool
-from gspo_megatron.rollout.engine_states import NEXT, State
+from gspo_megatron.rollout.engine_states import FORGIVEN, NEXT, State
 from gspo_megatron.rollout.native.sampling import Decoding, next_tokens, uniforms
 from gspo_megatron.testing.fake_engine import FakeEngine, Garbage, weights_of
 from gspo_megatron.testing.time_limits import time_factor
@@ -185,6 +185,22 @@ def test_when_no_engine_is_left_the_run_is_told() -> None:
     with pytest.raises(EnginesDown):
         setup.pool.update(weights)
     assert next(weights.tensors, None) is None
+
+
+def test_an_engine_that_did_well_since_its_last_death_is_as_good_as_new() -> None:
+    setup = Setup(engine := FakeEngine("a"), most_starts=2)
+    [a] = setup.pool.members
+    setup.update(0)
+    for death, starts, updates in ((1, 1, FORGIVEN), (2, 1, FORGIVEN), (3, 1, FORGIVEN - 2), (4, 2, 0)):
+        engine.kill()
+        check(setup.answers(groups_of(1)), table(setup.pool.version))
+        assert len(setup.started) == death and (a.state, a.starts) == ("alive", starts)
+        for _ in range(updates):  # with that of its restart one more
+            setup.update(setup.pool.version + 1)
+    engine.kill()
+    with pytest.raises(EnginesDown):
+        setup.answers(groups_of(1))
+    assert "given up (engine.most_starts=2)" in setup.said[-1]
 
 
 @pytest.mark.parametrize("part", ["start", "load"])

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from gspo_megatron.base.errors import EngineError, UnfitEngine
+from gspo_megatron.rollout import external_engine
 from gspo_megatron.rollout.engine_draws import REFUSAL
 from gspo_megatron.rollout.external_engine import GENERATE, ROUTES, RPC, ExternalEngine
 from gspo_megatron.rollout.http import Address
+from gspo_megatron.rollout.lease import LEASE, RUN
 from gspo_megatron.testing.time_limits import time_factor
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "dtype": "float32", "eos_token_id": 1, "rope_scaling": None}
@@ -41,6 +43,7 @@ class Vllm:
         }
         self.missing: tuple[str, ...] = ()
         self.token, self.asked = "secret", list[str]()
+        self.holder = ""
         vllm = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,11 +58,24 @@ class Vllm:
                     status, content = 404, {"detail": "Not Found"}
                 if self.path != "/health" and self.headers["Authorization"] != f"Bearer {vllm.token}":
                     status, content = 401, {"error": {"message": "Unauthorized"}}
+                if key == f"POST {LEASE}" and status != 401 and LEASE not in vllm.missing:
+                    self.lend()
+                    return
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
             do_GET = do_POST
+
+            def lend(self) -> None:
+                self.send_response(409 if vllm.holder else 200)
+                self.end_headers()
+                if vllm.holder:
+                    self.wfile.write(json.dumps({"error": {"message": vllm.holder}}).encode())
+                    return
+                vllm.holder = self.headers[RUN]
+                self.rfile.read(1)  # until the other end closes
+                vllm.holder = ""
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -179,6 +195,32 @@ def test_what_does_not_speak_http_is_said() -> None:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
+
+
+def test_an_engine_serves_one_run_at_a_time(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external_engine, "ANSWER_S", 1.0)
+    first, said = engine_at(vllm.port, run="runs/a on node7"), list[str]()
+    first.wait()
+    asked = len(vllm.asked)
+    with pytest.raises(UnfitEngine, match=r"is used by another run, runs/a on node7; end that run, or name another"):
+        engine_at(vllm.port, run="runs/b on node8", say=said.append).wait()
+    assert said == ["waiting for engine 0, which another run uses: runs/a on node7"]
+    # It was asked for nothing that the first run would notice.
+    assert {*vllm.asked[asked:]} == {"GET /health", "GET /version", f"POST {LEASE}"}
+    engine_at(vllm.port, run="runs/b on node8").wait(stop=lambda: True)
+    first.wait()  # as when the engine was started again
+    first.end()
+    second = engine_at(vllm.port, run="runs/b on node8", start_timeout_s=60 * time_factor())
+    second.wait()
+    assert vllm.holder == "runs/b on node8"
+    second.end()
+
+
+def test_an_engine_without_leases_is_taken(vllm: Vllm) -> None:
+    """One that another command started."""
+    vllm.missing = (LEASE,)
+    engine_at(vllm.port).wait()
+    assert not vllm.holder
 
 
 def test_an_engine_is_waited_for() -> None:
