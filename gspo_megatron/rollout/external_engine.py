@@ -31,6 +31,8 @@ ROUTES = (
 )
 POLL_S, ANSWER_S = 0.5, 30.0
 """Seconds between two looks, and that a question may take: none of them waits for a GPU."""
+TELL_S = 3.0
+"""Before a user is told that another run has the engine: it may be a connection of this one, which has just ended."""
 ALIKE = ("dtype", "torch_dtype", "max_position_embeddings", "transformers_version", "use_cache")
 """Entries of config.json in which an engine may differ; and the ids of special tokens, which no engine needs."""
 MOST_SHOWN = 3
@@ -143,7 +145,7 @@ class ExternalEngine:
                     f"is used by another run, {lease.held_by}",
                     "end that run, or name another engine: one serves one run",
                 )
-            if not told:
+            if not told and time.monotonic() - began > TELL_S:
                 told = True
                 self.say(f"waiting for {self.address.name}, which another run uses: {lease.held_by}")
             time.sleep(POLL_S)

@@ -198,7 +198,8 @@ def free_port() -> int:
 
 
 def test_an_engine_serves_one_run_at_a_time(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external_engine, "ANSWER_S", 1.0)
+    monkeypatch.setattr(external_engine, "ANSWER_S", 2.0)
+    monkeypatch.setattr(external_engine, "TELL_S", 0.5)
     first, said = engine_at(vllm.port, run="runs/a on node7"), list[str]()
     first.wait()
     asked = len(vllm.asked)
