@@ -85,7 +85,11 @@ class ExternalEngine:
         self.end()
         while not stop():
             if not (why := self._silence()):
-                self.check(stop)
+                try:
+                    self.check(stop)
+                except EngineError:
+                    self.end()
+                    raise
                 return
             if time.monotonic() - began > self.start_timeout_s:
                 raise EngineError(

@@ -153,6 +153,7 @@ def test_a_probe_tells_the_trainers_log_probs(server: EngineServer, model: Any, 
 def test_a_run_finds_out_how_an_engine_draws(server: EngineServer) -> None:
     engine = ExternalEngine(server.address, max_length=24, vocab_size=ROWS, draw="vllm")
     engine.check()
+    engine.end()
     with pytest.raises(UnfitEngine, match=r"draws tokens by itself, .* \(engine.draw=counter\); start it with"):
         replace(engine, draw="counter").check()
 

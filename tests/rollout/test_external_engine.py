@@ -217,6 +217,14 @@ def test_an_engine_serves_one_run_at_a_time(vllm: Vllm, monkeypatch: pytest.Monk
     second.end()
 
 
+def test_an_engine_that_a_run_cannot_use_is_free_for_others(vllm: Vllm) -> None:
+    with pytest.raises(UnfitEngine, match="takes sequences of 24 tokens"):
+        engine_at(vllm.port, max_length=25).wait()
+    other = engine_at(vllm.port)
+    other.wait()
+    other.end()
+
+
 def test_an_engine_without_leases_is_taken(vllm: Vllm) -> None:
     """One that another command started."""
     vllm.missing = (LEASE,)
