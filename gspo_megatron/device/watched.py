@@ -37,14 +37,15 @@ PR_SET_PDEATHSIG = 1
 OF_TORCHRUN = ("GROUP_", "LOCAL_", "MASTER_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
 """Variables that say which rank of a run a process is: the program is none of them."""
 OF_RANKS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+PYTHONPATH = "PYTHONPATH"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Watched:
     """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
     sees; None: as this process. `grace_s`: to end by itself. `niceness`: how far it steps back for others that want
-    its cores. `scratch`: a variable that names it a folder of its own, which is removed when it has ended. Its output
-    goes to `log`, after what is there."""
+    its cores. `scratch`: a variable that names it a folder of its own, which is removed when it has ended. `modules`:
+    a folder that it imports from before those of PYTHONPATH. Its output goes to `log`, after what is there."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Watched:
         grace_s: float = GRACE_S,
         niceness: int = 0,
         scratch: str = "",
+        modules: Path | None = None,
     ) -> None:
         seen = {} if gpus is None else {VISIBLE_GPUS: ",".join(map(str, gpus))}
         own = {k: v for k, v in os.environ.items() if not k.startswith(OF_TORCHRUN) and k not in OF_RANKS}
@@ -66,7 +68,7 @@ class Watched:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**own, **environment, **seen},
+                env={**own, **environment, **seen, **_python_path(modules)},
                 start_new_session=True,
             )
 
@@ -79,6 +81,12 @@ class Watched:
         if self._watcher.stdin is not None:
             self._watcher.stdin.close()
         self._watcher.wait()
+
+
+def _python_path(modules: Path | None) -> dict[str, str]:
+    if modules is None:
+        return {}
+    return {PYTHONPATH: os.pathsep.join([str(modules), *filter(None, [os.environ.get(PYTHONPATH)])])}
 
 
 def main(grace_s: float, niceness: int, scratch: str, command: Sequence[str]) -> int:

@@ -114,14 +114,12 @@ class ServerSettings:
         named = [text for name, value in sizes.items() for text in (name, str(value))]
         return [*named, *memory, *place, *OPTIONS, *self.draw, *self.arguments]
 
-    def environment(self, token: str, folder: Path) -> dict[str, str]:
-        """Variables of the server besides those of this process. `folder`: for caches, and a way to this package."""
-        before = os.environ.get("PYTHONPATH")
+    def environment(self, token: str, cache: Path) -> dict[str, str]:
+        """Variables of the server besides those of this process."""
         own = {
-            "PYTHONPATH": os.pathsep.join([str(package_alone(folder / "modules")), *([before] if before else [])]),
             "OMP_NUM_THREADS": str(self.threads),
             "VLLM_API_KEY": token,
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CACHE_ROOT": str(cache),
         }
         return {**ENVIRONMENT, **({} if self.gpus else ON_CPU), **own}
 
@@ -181,10 +179,11 @@ class EngineServer:
         self._program = Watched(
             s.command(port),
             log=self.log,
-            environment=s.environment(self.token, self.log.parent),
+            environment=s.environment(self.token, self.log.parent / "cache"),
             gpus=s.gpus or None,
             niceness=0 if s.gpus else NICENESS_ON_CPU,
             scratch=SCRATCH,
+            modules=package_alone(self.log.parent / "modules"),
         )
 
     def wait(self, stop: Callable[[], bool] = lambda: False) -> None:

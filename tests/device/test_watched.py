@@ -113,16 +113,22 @@ SHARING = """
 import os, sys, time
 from multiprocessing import shared_memory
 memory = shared_memory.SharedMemory(create=True, size=4096)
+import alone
 open(os.environ["SCRATCH"] + "/socket", "x").close()
-print(os.getpid(), memory.name, os.nice(0), os.environ["SCRATCH"], flush=True)
+print(os.getpid(), memory.name, os.nice(0), os.environ["SCRATCH"], os.environ["PYTHONPATH"], flush=True)
 time.sleep(1000)
 """
 
 
-def test_what_a_killed_program_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_program_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alone.py").touch()
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
     log, looked = tmp_path / "program.log", 3 * LOOK_S
-    program = Watched([sys.executable, "-c", SHARING], log=log, environment={}, niceness=3, scratch="SCRATCH")
-    pid, name, niceness, folder = started(log)
+    program = Watched(
+        [sys.executable, "-c", SHARING], log=log, environment={}, niceness=3, scratch="SCRATCH", modules=tmp_path
+    )
+    pid, name, niceness, folder, path = started(log)
+    assert path == f"{tmp_path}:/of/the/user"
     shared = Path("/dev/shm") / name.lstrip("/")
     assert shared.exists() and int(niceness) == os.nice(0) + 3
     time.sleep(looked)
