@@ -8,7 +8,7 @@ from gspo_megatron.base.errors import ConfigError, EngineError, plural
 from gspo_megatron.config.engine import EngineConfig
 from gspo_megatron.config.sections import Config
 from gspo_megatron.models.shape import ModelShape
-from gspo_megatron.rollout.engine_server import OPTIONS_OF_SERVERS
+from gspo_megatron.rollout.engine_server import options_of_servers
 from gspo_megatron.rollout.http import Address
 
 OF_THE_SERVER = ("count", "python", "port", "gpus", "tensor_parallel", "threads", "cache_gib", "arguments")
@@ -56,7 +56,8 @@ def check_engine(config: Config) -> None:
             "takes weights the other processes wait in a collective, and the run would end there before it learns what "
             "the engine lacks; make engine.timeout_s the smaller one"
         )
-    if own := [text for text in map(str, e.arguments) if text.partition("=")[0] in OPTIONS_OF_SERVERS]:
+    ours = options_of_servers()
+    if own := [text for text in map(str, e.arguments) if text.partition("=")[0].replace("_", "-") in ours]:
         raise ConfigError(
             f"engine.arguments has {own[0]}, which the run sets itself; remove it (docs/engines.md has the setting "
             "that each of vLLM's options stands for)"

@@ -45,12 +45,6 @@ ON_CPU = {
 }
 SCRATCH = "TMPDIR"
 """vLLM leaves sockets and folders there."""
-OPTIONS_OF_SERVERS = (
-    *("--host", "--port", "--model", "--dtype", "--max-model-len", "--max-num-seqs", "--tensor-parallel-size"),
-    *("--kv-cache-memory-bytes", "--load-format", "--skip-tokenizer-init", "--worker-extension-cls"),
-    *("--weight-transfer-config", "--served-model-name", "--logits-processors", "--logprobs-mode"),
-)
-"""Those that the run sets: a second one would win."""
 POLL_S = 0.1
 LAST_LINES = 15
 CPU_CACHE_GIB = 0.25
@@ -122,6 +116,12 @@ class ServerSettings:
             "VLLM_CACHE_ROOT": str(cache),
         }
         return {**ENVIRONMENT, **({} if self.gpus else ON_CPU), **own}
+
+
+def options_of_servers() -> set[str]:
+    """Options of vLLM's server that the run sets itself: a second one would win."""
+    settings = ServerSettings("python", Path(), "", 0, 0, gpus=(0,), cache_gib=1.0)
+    return {text for text in settings.command(0) if text.startswith("--")}
 
 
 @dataclass

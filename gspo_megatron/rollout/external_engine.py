@@ -32,7 +32,7 @@ ROUTES = (
 POLL_S, ANSWER_S = 0.5, 30.0
 """Seconds between two looks, and that a question may take: none of them waits for a GPU."""
 TELL_S = 3.0
-"""Before a user is told that another run has the engine: it may be a connection of this one, which has just ended."""
+"""Wait before telling the user that another run has the engine: the connection may be this run's own, just closed."""
 ALIKE = ("dtype", "torch_dtype", "max_position_embeddings", "transformers_version", "use_cache")
 """Entries of config.json in which an engine may differ; and the ids of special tokens, which no engine needs."""
 MOST_SHOWN = 3

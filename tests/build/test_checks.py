@@ -369,6 +369,7 @@ APART = "engine.addresses=[http://node7:8000, http://node8:8000]"
         ((VLLM, "engine.timeout_s=600"), "engine.timeout_s=600 with parallel.timeout_s=600: while an engine takes"),
         ((VLLM, "engine.arguments=[--max-num-seqs, 4]"), "engine.arguments has --max-num-seqs, which the run sets"),
         ((VLLM, "engine.arguments=['--dtype=half']"), "engine.arguments has --dtype=half, which the run sets"),
+        ((VLLM, "engine.arguments=[--max_model_len, 9]"), "engine.arguments has --max_model_len, which the run sets"),
         ((VLLM, APART, "engine.count=2"), "remove it, and start that many (python -m gspo_megatron.serve, once"),
         ((VLLM, "engine.gpus=[x]"), "'x' is not the number of a GPU"),
         ((VLLM, APART, "engine.count=2"), "engine.count=2 has no effect with engine.addresses"),
