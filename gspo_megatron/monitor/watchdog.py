@@ -7,6 +7,7 @@ ended with. The rank whose note stops changing is the missing one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -51,6 +52,7 @@ class RankWatchdog:
         self._host, self._where, self._since = socket.gethostname(), "the start", time.monotonic()
         self._error, self._ended = "", 0.0
         self._news, self._over = threading.Event(), False
+        self._one_writes = threading.Lock()
 
     def note(self, where: str) -> None:
         """This rank is in `where` from now on. Costs the caller nothing: a thread writes it."""
@@ -66,12 +68,13 @@ class RankWatchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._world_size > 1 and isinstance(error, Exception):
             self._error, self._ended = f"{type(error).__name__}: {error}".strip().splitlines()[0], time.time()
-            self._news.set()
-            if not isinstance(error, EXPLAINED):
-                # The store may hang with its node; then only this thread hangs, which nobody waits for.
-                teller = threading.Thread(target=self._tell, name="watchdog", daemon=True)
-                teller.start()
-                teller.join((SILENT_BEATS + STORE_BEATS) * BEAT_S)
+            explained = isinstance(error, EXPLAINED)
+            leave = self._write_last if explained else self._tell
+            # The store may hang with its node; then only this thread hangs, which nobody waits for.
+            teller = threading.Thread(target=leave, name="watchdog", daemon=True)
+            teller.start()
+            teller.join((SILENT_BEATS + STORE_BEATS) * BEAT_S)
+            if not explained:
                 if teller.is_alive():
                     self._say("the store with the notes of all ranks does not answer: its node, or rank 0, hangs")
                 if self._rank == 0:
@@ -95,15 +98,22 @@ class RankWatchdog:
                 return  # Without its store the run ends soon on every rank, and each reports it.
 
     def _write(self) -> None:
-        for_s = time.monotonic() - self._since
-        note = Note(self._host, self._where, for_s, self._ended or time.time(), self._error)
-        self._store.set(str(self._rank), json.dumps(note))
+        with self._one_writes:  # or a note from before the error could replace the one that names it
+            for_s = time.monotonic() - self._since
+            note = Note(self._host, self._where, for_s, self._ended or time.time(), self._error)
+            self._store.set(str(self._rank), json.dumps(note))
+
+    def _write_last(self) -> None:
+        """The note with the error, in the store before this process ends: by it the others know which rank failed."""
+        with contextlib.suppress(RuntimeError):  # without a store no other rank waits for the note
+            self._write()
 
     def _read(self) -> list[Note]:
         return [Note(*json.loads(note)) for note in self._store.multi_get([str(r) for r in range(self._world_size)])]
 
     def _tell(self) -> None:
         try:
+            self._write()
             self._say(self._missing())
         except RuntimeError as error:
             self._say(f"the store with the notes of all ranks is gone, so its node, or rank 0, is missing ({error})")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from gspo_megatron.base.errors import DataError, EnginesDown
 from gspo_megatron.device import open_device
@@ -89,6 +92,34 @@ def test_the_rank_that_failed_first_is_named(what: str, error: str) -> None:
     (ended, told), (own, silent) = run_distributed(meet, 2, what, 1, time_factor(), like_torchrun=True)
     assert ended == "RuntimeError" and own == error.split(":")[0] and silent == ""
     assert f"failed first, in step 1, scoring: {error}; this is rank 0, in step 1, update 2" in told
+
+
+class SlowStore(HashStore):
+    """Keeps each note of the thread that writes them on its way, until the run has left its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_the_way, self.arrive = threading.Event(), threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        if threading.current_thread().name == "notes":
+            self.on_the_way.set()
+            self.arrive.wait(5)
+        super().set(key, value)
+
+
+@pytest.mark.parametrize("error", [DataError, ValueError])
+def test_the_last_note_names_the_error(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the note before it was still on its way: the process ends next, and nothing would write another."""
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+    store = SlowStore()
+    with pytest.raises(error), RankWatchdog(store, 1, 2, timeout_s=60) as out:
+        store.set("0", json.dumps(watchdog.Note("here", "step 1", 0.0, 0.0, "")))
+        out.note("step 1, scoring")
+        assert store.on_the_way.wait(5)
+        threading.Timer(0.2, store.arrive.set).start()
+        raise error("prompt 3 is empty")
+    assert json.loads(store.get("1"))[-1] == f"{error.__name__}: prompt 3 is empty"
 
 
 def test_an_error_that_every_rank_is_told_misses_none() -> None:
