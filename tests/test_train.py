@@ -178,6 +178,15 @@ def test_a_dry_run_prints_all_settings_where_asked(tmp_path: Path, capsys: pytes
     assert "--verbose needs --dry-run" in capsys.readouterr().err
 
 
+def test_a_dry_run_counts_whole_engines_in_the_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    engines = ("--config", DEMO, "rollout.engine=vllm_colocated", "engine.tensor_parallel=4", "--dry-run")
+    assert main(list(engines)) == 0
+    assert "processes: 4, the fewest that the layout can have" in capsys.readouterr().out
+    assert "engine.tensor_parallel=4 with rollout.engine=vllm_colocated on 2 processes: each engine takes" in refused(
+        capsys, *engines, "--world-size", "2"
+    )
+
+
 def test_a_dry_run_says_whether_a_gpu_has_enough_memory(capsys: pytest.CaptureFixture[str]) -> None:
     large = ("--dry-run", "--world-size", "64", *CLUSTER, "train.tokens_per_micro_batch=131072", "--gpu-memory", "79.6")
     assert main([*large, "parallel.recompute=full", "rollout.max_batch=16"]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.base.batches import Sampling
-from gspo_megatron.base.errors import ConfigError, plural
+from gspo_megatron.base.errors import ConfigError
 from gspo_megatron.build.engine_checks import check_heads
 from gspo_megatron.build.engine_servers import FOLDER, draw_of, server_settings, write_config
 from gspo_megatron.build.engines import probe_of, scores_of
@@ -46,12 +46,6 @@ def open_colocated(
         raise ConfigError(
             "rollout.engine=vllm_colocated, but a process of the run has no vLLM; install it into the environment of "
             "the run, or set rollout.engine=vllm and engine.python to an interpreter that has it"
-        )
-    if device.world_size % e.tensor_parallel:
-        raise ConfigError(
-            f"engine.tensor_parallel={e.tensor_parallel} with rollout.engine=vllm_colocated on "
-            f"{plural(device.world_size, 'process')}: each engine takes as many of them; set it to a "
-            "divisor of their number"
         )
     if not device.on_cpu and not e.cache_gib:
         raise ConfigError(

@@ -72,6 +72,20 @@ def check_engine(config: Config) -> None:
         raise ConfigError(f"engine.gpus={e.gpus}: {bad[0]!r} is not the number of a GPU; write them as [6, 7]")
 
 
+def check_shares(config: Config, world_size: int) -> None:
+    """For engines in the processes of a run.
+
+    Raises:
+        ConfigError: they do not make whole engines.
+    """
+    share = config.engine.tensor_parallel
+    if config.rollout.engine == "vllm_colocated" and world_size % share:
+        raise ConfigError(
+            f"engine.tensor_parallel={share} with rollout.engine=vllm_colocated on {plural(world_size, 'process')}: "
+            "each engine takes as many of them; set it to a divisor of their number"
+        )
+
+
 def check_heads(shape: ModelShape) -> None:
     """For engines on a CPU.
 

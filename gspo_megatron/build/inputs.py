@@ -10,6 +10,7 @@ from pathlib import Path
 from gspo_megatron.base.errors import ConfigError, did_you_mean
 from gspo_megatron.build.checks import check_config, config_warnings
 from gspo_megatron.build.data import is_chat, left_out, open_training, sources_of
+from gspo_megatron.build.engine_checks import check_shares
 from gspo_megatron.build.environments import environment_of
 from gspo_megatron.build.eval_sets import open_default, open_sets, rewards_in, setting_of
 from gspo_megatron.build.rewards import RunRewards, rewards_of, slow_rewards
@@ -118,6 +119,7 @@ def settle(config: Config, world_size: int) -> Inputs:
         DataError: a tokenizer, prompts or a reward that cannot be used.
     """
     model = settle_model(config, world_size)
+    check_shares(config, world_size)
     config, tokenizer, rewards, environment = _with_rewards(model)
     more_sets = open_sets(config, set_specs(config), tokenizer, rewards)
     train = open_training(config, tokenizer)

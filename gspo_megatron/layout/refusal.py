@@ -16,9 +16,10 @@ LARGEST_GIB = max(gpu.memory_gib for gpu in GPUS.values())
 
 
 def fewest_processes(config: Config) -> int:
-    """How many the axes take at least."""
-    p = config.parallel
-    return lcm(p.tp * p.pp * p.cp, p.etp * p.ep * p.pp)
+    """How many the axes take at least, in whole engines where those are in the processes of the run."""
+    p, engine = config.parallel, config.rollout.engine
+    an_engine = config.engine.tensor_parallel if engine == "vllm_colocated" else 1
+    return lcm(p.tp * p.pp * p.cp, p.etp * p.ep * p.pp, an_engine)
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
