@@ -35,6 +35,7 @@ and the line `algorithm ...` at the start of a run, also of `--dry-run`, shows i
 - `algorithm.advantage` takes another baseline, `algorithm.kl_coef` another weight, and `algorithm.correction` adds a
   correction. Level, clip and aggregate belong to the row; other combinations are rows of your own
   ([how_to_add.md](how_to_add.md#an-algorithm)).
+- Settings take finite numbers: where `inf` is a value below, 1e9 does the same.
 - A clip range belongs to its level: a file with the range of one row keeps it when `algorithm.variant` changes. The run
   warns where it is too wide or too narrow, and refuses it where the clip has no bounds (`algorithm.clip_low=null`,
   `algorithm.clip_high=null`).
@@ -50,10 +51,15 @@ KINDS = {
     "clip": (
         "Clips and gates",
         'Each token\'s term, to be maximised. "Weight: w" stands for sg[w] A log pi(y_t): a policy gradient whose '
-        "weight has no gradient.",
+        "weight has no gradient. p and p_old are the token's probabilities, where a ratio is p / p_old.",
     ),
     "aggregate": ("Aggregates", "Which mean over the tokens of an update."),
-    "baseline": ("Baselines", "`algorithm.advantage`: rewards become advantages, within a group or over the step."),
+    "baseline": (
+        "Baselines",
+        "`algorithm.advantage`: rewards become advantages, within a group or over the step. std is the sample's, which "
+        "divides by one less than the number of rewards, and no epsilon is added to it. Where all rewards agree to six "
+        "digits, advantages are 0. (`reward/std` of the metrics describes a step, and divides by the number.)",
+    ),
 }
 """Heading and text of each kind of dial that rows have."""
 
@@ -91,8 +97,9 @@ sources marked \\*, summaries and code were read, not the whole text.
   which made GSPO's gradient 17 times smaller, while the geometric mean was 0.9999 (NeMo-RL, issue 2269):
   `sequence_tis`, `sequence_mis`.
 - **Leaving tokens out** instead of capping them: `icepop`, beyond 0.5 and 5 (2510.18855 \\*).
-- **Leaving sequences out**: `geometric_mask`, with the bounds of NeMo-RL (0.999 and 1.002 \\*); `off_policy_mask`, for
-  bad responses only (2512.02556 \\*).
+- **Leaving sequences out**: `geometric_mask`, with the bounds of NeMo-RL (0.999 and 1.002 \\*), which are for responses
+  of thousands of tokens: the mean of a short one spreads further, and most would be left out
+  (`sampler/left_out_fraction`; the rule `left_out` warns). `off_policy_mask`, for bad responses only (2512.02556 \\*).
 - **With `algorithm.routing_replay=R3`**, adding TIS did not help: 70.14 against 71.83 without (2510.11370 \\*).
 - **Without any**: GSPO's paper expects the likelihood of a sequence to tolerate such differences (2507.18071, section
   5.4), and shows no experiment.
@@ -103,7 +110,9 @@ def page() -> str:
     """The page: a table of rows, one for each kind of dial, one of KL estimators and one of corrections."""
     parts = [
         HEAD,
-        *_table(("Row", "Source", "Level", "Clip or gate", "Aggregate", "Baseline", "kl_coef"), map(_row, ROWS)),
+        *_table(
+            ("Row", "Source", "Level", "Clip or gate", "Aggregate", "Baseline", "kl_coef", "Note"), map(_row, ROWS)
+        ),
     ]
     for kind, (heading, text) in KINDS.items():
         cells = ([f"`{name}`", *_about(dial), _rows_with(kind, name)] for name, dial in DIALS[kind].items())
@@ -131,9 +140,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _row(row: Variant) -> list[str]:
-    source = re.sub(r"arXiv:(\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", row.source)
+    source, note = (
+        re.sub(r"arXiv:(\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", text) for text in (row.source, row.note)
+    )
     dials = [row.level, row.clip, row.aggregate, row.baseline]
-    return [f"`{row.name}`", source, *map(_with_parameters, dials), f"{row.kl_coef:g}"]
+    return [f"`{row.name}`", source, *map(_with_parameters, dials), f"{row.kl_coef:g}", note]
 
 
 def _with_parameters(dial: Dial) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from gspo_megatron.base.errors import plural
+
 Found = Mapping[str, Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5C00", "#4B4B4B")
@@ -135,7 +137,7 @@ def _failures(found: Found) -> str:
         for run in curve["runs"]:
             if run["state"] == "not run":
                 continue
-            words = [] if run["state"] == "finished" else [f"{run['state']} after {run['steps']} steps"]
+            words = [] if run["state"] == "finished" else [f"{run['state']} after {plural(run['steps'], 'step')}"]
             if words and run["status"] not in (0, None):
                 words.append(f"status {run['status']}")
             if run["collapsed"]:
@@ -146,7 +148,7 @@ def _failures(found: Found) -> str:
     runs = [run for curve in found["curves"] for run in curve["runs"]]
     total, waiting = len(runs), sum(run["state"] == "not run" for run in runs)
     if waiting:
-        items.append(f"<li>{waiting} have not been run</li>")
+        items.append(f"<li>{plural(waiting, 'run')} not started yet</li>")
     if not items:
         return f"<p>All {total} runs have finished; none collapsed.</p>"
     return f'<div class="found"><p>Of {total} runs:</p><ul>{"".join(items)}</ul></div>'
@@ -345,4 +347,5 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= about)
-    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    digits = 2 - math.floor(math.log10(step))  # those beyond are the rounding of i * step
+    return [round(i * step, digits) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -246,6 +246,11 @@ def _check_guards(g: GuardConfig, algorithm: Algorithm) -> None:
             f"guards.sampler_far={g.sampler_far} has no effect with algorithm.old_log_probs=rollout, which compares "
             "nothing with the sampler; remove it"
         )
+    if g.left_out != GuardConfig().left_out and g.left_out and not algorithm.variant.correction.acts:
+        raise ConfigError(
+            f"guards.left_out={g.left_out} has no effect without algorithm.correction, which alone leaves tokens out; "
+            "remove it"
+        )
     rules = {rule.name: rule for rule in RULES}
     for name in g.stop_on:
         rule = lookup(rules, name, "rule of guards.stop_on")

@@ -12,8 +12,10 @@ class AlgorithmConfig:
     """The objective. null takes the variant's value."""
 
     variant: str = setting("gspo", "A row of the table of algorithms, which docs/algorithms.md shows with its dials.")
-    clip_low: float | None = setting(None, "The ratio is clipped below 1 - clip_low.")
-    clip_high: float | None = setting(None, "The ratio is clipped above 1 + clip_high.")
+    clip_low: float | None = setting(None, "The ratio is clipped below 1 - clip_low; in gmpo, its log below -clip_low.")
+    clip_high: float | None = setting(
+        None, "The ratio is clipped above 1 + clip_high; in gmpo, its log above clip_high."
+    )
     kl_coef: float | None = setting(
         None,
         "Coefficient of the KL divergence to the starting policy. Above 0, a frozen copy of that policy is kept to "
@@ -51,7 +53,8 @@ class AlgorithmConfig:
     drop_truncated: bool = setting(
         False,
         "Leave responses that rollout.max_new_tokens has cut out of the loss and its counts (DAPO's overlong "
-        "filtering); they still count in the baseline of their group.",
+        "filtering); they still count in the baseline of their group. DAPO's soft overlong punishment is the reward "
+        "length (docs/rewards.md).",
     )
     updates_per_rollout: int = setting(
         4, "Mini-batches that a rollout batch is split into; each is used for one update.", least=1

@@ -19,7 +19,8 @@ class GuardConfig:
     )
     grad_norm_spike: float = setting(
         0.0,
-        "A gradient norm is a spike above this many times the median of the last 20 updates. 0: off; else above 1.",
+        "A gradient norm is a spike above this many times the median of the last 20 updates that were applied and had "
+        "a gradient, of at least 5; those of the warm start are on their own. 0: off; else above 1.",
     )
     on_spike: str = setting("skip", "What a spike does.", choices=("stop", "skip"))
     ratio_noise: float = setting(
@@ -44,6 +45,13 @@ class GuardConfig:
     sampler_far: float = setting(
         0.1,
         "Warn when sampler/far_fraction, the share of tokens that are twice or half as likely for the sampler, is "
+        "above this. 0: off.",
+        least=0,
+        below=1,
+    )
+    left_out: float = setting(
+        0.5,
+        "Warn when sampler/left_out_fraction, the share of tokens to which algorithm.correction gives weight 0, is "
         "above this. 0: off.",
         least=0,
         below=1,

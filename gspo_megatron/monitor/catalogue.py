@@ -39,7 +39,12 @@ CATALOGUE = (
     Entry(
         "reward/mean", "reward", "Mean over all rollouts of the weighted sum of reward functions.", "The one to watch."
     ),
-    Entry("reward/std", "reward", "Its standard deviation over all rollouts.", "Near 0: nothing to learn from."),
+    Entry(
+        "reward/std",
+        "reward",
+        "Its standard deviation over all n rollouts, dividing by n.",
+        "Near 0: nothing to learn from.",
+    ),
     Entry(
         "reward/errors",
         "reward",
@@ -303,7 +308,12 @@ CATALOGUE = (
         "Mean weight of algorithm.correction over live tokens.",
         "Far below 1: little is left.",
     ),
-    Entry("sampler/left_out_fraction", "sampler", "Share of live tokens whose weight is 0.", "Growing."),
+    Entry(
+        "sampler/left_out_fraction",
+        "sampler",
+        "Share of live tokens whose weight is 0.",
+        "Growing; above half, little is learned.",
+    ),
     Entry("guards/skipped_updates", "train", "Updates that a guard left out.", "Above 0: guards/ has their rollouts."),
     # The router.
     Entry(
@@ -326,7 +336,7 @@ CATALOGUE = (
         "router/changed_fraction/layer_NN",
         "router",
         "Share of the updates' tokens whose experts are not those that the policy at the start of the step chose, or "
-        "under R3 the sampler (algorithm.routing_replay).",
+        "under R3 the sampler (algorithm.routing_replay), which gives the last token of a rollout none to compare.",
         "The larger, the more a ratio compares two different networks.",
     ),
     Entry(

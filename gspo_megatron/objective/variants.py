@@ -68,6 +68,7 @@ class Variant:
         level, clip, aggregate, baseline, correction: its dials, each with its parameters.
         source: the equations it comes from.
         kl_coef: weight of the KL term to a frozen reference; 0 needs no reference.
+        note: where its parameters come from, and what differs from the paper.
 
     Raises:
         ConfigError: a dial of the wrong kind, a weight out of range, or two dials that cannot be combined.
@@ -81,6 +82,7 @@ class Variant:
     source: str
     kl_coef: float = 0.0
     correction: Correction = NO_CORRECTION
+    note: str = ""
 
     def __post_init__(self) -> None:
         for kind, dial in self.dials.items():
@@ -178,12 +180,19 @@ def _narrow_bounds(variant: Variant, own: Variant, known: list[str]) -> list[str
     ]
 
 
+SAMPLER_IS_OLD = "the paper's old policy is the sampler: `algorithm.old_log_probs=rollout`"
+
 VARIANTS = {
     row.name: row
     for row in (
-        # Clip range of section 5.1.
         Variant(
-            "gspo", SequenceMeanLevel(), PpoClip(3e-4, 4e-4), SequenceMean(), GroupMeanStd(), "arXiv:2507.18071 Eq. 5-7"
+            "gspo",
+            SequenceMeanLevel(),
+            PpoClip(3e-4, 4e-4),
+            SequenceMean(),
+            GroupMeanStd(),
+            "arXiv:2507.18071 Eq. 5-7",
+            note="bounds of section 5.1",
         ),
         Variant(
             "gspo_token",
@@ -192,8 +201,8 @@ VARIANTS = {
             SequenceMean(),
             GroupMeanStd(),
             "arXiv:2507.18071 Eq. 13-14",
+            note="bounds of section 5.1",
         ),
-        # The ratio of whole responses, without the 1 / |y| of Eq. 7.
         Variant(
             "gspo_sum",
             SequenceSumLevel(),
@@ -202,14 +211,37 @@ VARIANTS = {
             GroupMean(),
             "the tutorial chapter on GSPO, sections 4.1 and 4.2",
             kl_coef=0.01,
+            note="the ratio of whole responses, without the 1 / |y| of 2507.18071 Eq. 7",
         ),
-        # GSPO times |y|. Clip range of section 5.1.
-        Variant("luspo", SequenceMeanLevel(), PpoClip(2e-3, 2.5e-3), SequenceSum(), GroupMeanStd(), "arXiv:2602.05261"),
-        # Tokens are clipped before their mean.
-        Variant("gmpo", SequenceMeanLevel(), LogClip(0.4, 0.4), SequenceMean(), GroupMeanStd(), "arXiv:2507.20673"),
-        Variant("vespo", SequenceSumLevel(), GammaWeight(), TokenMean(), GroupMeanStd(), "arXiv:2602.10693"),
-        # DeepSeekMath itself uses a KL weight of 0.04. Here it is 0: this row is what GSPO is compared with, the GSPO
-        # paper writes both without KL, and a comparison should not cost one side a second model in memory.
+        Variant(
+            "luspo",
+            SequenceMeanLevel(),
+            PpoClip(2e-3, 2.5e-3),
+            SequenceSum(),
+            GroupMeanStd(),
+            "arXiv:2602.05261",
+            note="`gspo` times |y|; bounds of section 5.1",
+        ),
+        Variant(
+            "gmpo",
+            SequenceMeanLevel(),
+            LogClip(0.4, 0.4),
+            SequenceMean(),
+            GroupMeanStd(),
+            "arXiv:2507.20673",
+            note="tokens are clipped before their mean",
+        ),
+        Variant(
+            "vespo",
+            SequenceSumLevel(),
+            GammaWeight(),
+            TokenMean(),
+            GroupMeanStd(),
+            "arXiv:2602.10693",
+            note=SAMPLER_IS_OLD,
+        ),
+        # GSPO is compared with this row, its paper writes both without KL, and a comparison should not cost one side a
+        # second model in memory.
         Variant(
             "grpo",
             TokenLevel(),
@@ -217,16 +249,55 @@ VARIANTS = {
             SequenceMean(),
             GroupMeanStd(),
             "arXiv:2402.03300 Eq. 3 without its KL term = arXiv:2507.18071 Eq. 2-3",
+            note="DeepSeekMath itself has a KL weight of 0.04",
         ),
-        Variant("dapo", TokenLevel(), PpoClip(0.2, 0.28), TokenMean(), GroupMeanStd(), "arXiv:2503.14476 Eq. 8"),
-        # Neither std nor |y| in a denominator. 3000 is the longest response of the paper.
-        Variant("dr_grpo", TokenLevel(), PpoClip(0.2, 0.2), ConstantLength(3000), GroupMean(), "arXiv:2503.20783"),
-        # The cap of 5 is that of ScaleRL (2510.13786).
-        Variant("cispo", TokenLevel(), CappedWeight(1.0, 4.0), TokenMean(), GroupMeanStd(), "arXiv:2506.13585 Eq. 4-5"),
+        Variant(
+            "dapo",
+            TokenLevel(),
+            PpoClip(0.2, 0.28),
+            TokenMean(),
+            GroupMeanStd(),
+            "arXiv:2503.14476 Eq. 8",
+            note="its sampling is `rollout.dynamic_sampling`; for overlong responses: the reward `length`, or "
+            "`algorithm.drop_truncated`",
+        ),
+        Variant(
+            "dr_grpo",
+            TokenLevel(),
+            PpoClip(0.2, 0.2),
+            ConstantLength(3000),
+            GroupMean(),
+            "arXiv:2503.20783",
+            note="neither std nor |y| in a denominator; 3000 is the paper's longest response",
+        ),
+        Variant(
+            "cispo",
+            TokenLevel(),
+            CappedWeight(1.0, 4.0),
+            TokenMean(),
+            GroupMeanStd(),
+            "arXiv:2506.13585 Eq. 4-5",
+            note="the cap, 1 + high = 5, is that of ScaleRL (arXiv:2510.13786)",
+        ),
         Variant("sapo", TokenLevel(), SoftGate(), SequenceMean(), GroupMeanStd(), "arXiv:2511.20347"),
-        # old_log_probs=rollout compares with the sampler, as the paper does.
-        Variant("dppo_tv", TokenLevel(), TotalVariationMask(), TokenMean(), GroupMeanStd(), "arXiv:2602.04879"),
-        Variant("dppo_kl", TokenLevel(), BinaryKlMask(), TokenMean(), GroupMeanStd(), "arXiv:2602.04879"),
+        Variant(
+            "dppo_tv",
+            TokenLevel(),
+            TotalVariationMask(),
+            TokenMean(),
+            GroupMeanStd(),
+            "arXiv:2602.04879",
+            note=SAMPLER_IS_OLD,
+        ),
+        Variant(
+            "dppo_kl",
+            TokenLevel(),
+            BinaryKlMask(),
+            TokenMean(),
+            GroupMeanStd(),
+            "arXiv:2602.04879",
+            note=SAMPLER_IS_OLD,
+        ),
         Variant("maxrl", TokenLevel(), PpoClip(0.2, 0.2), SequenceMean(), MeanNormalised(), "arXiv:2602.02710"),
         Variant("rloo", TokenLevel(), Reinforce(), SequenceSum(), LeaveOneOut(), "arXiv:2402.14740"),
         Variant("reinforce_pp", TokenLevel(), PpoClip(0.2, 0.2), SequenceMean(), BatchMeanStd(), "arXiv:2501.03262"),
@@ -301,6 +372,10 @@ def _set_parameters(
             # The settings of another row, which a file may have: clip_low without a bound to set.
             foreign = [short for short in shorthand if SHORTHAND[short].partition(".")[2] not in dial.parameter_names()]
             cure = "; set " + " and ".join(f"algorithm.{short}=null" for short in foreign) if spelled != key else ""
+            if kind == "correction" and (
+                owners := [n for n, row in CORRECTIONS.items() if name in row.parameter_names()]
+            ):
+                cure = f"; algorithm.correction chooses one that has it: {', '.join(owners)}"
             raise ConfigError(no_such_parameter(dial, name, f"{spelled}={value}") + cure)
         if spelled != key and key in dials:
             raise ConfigError(f"{spelled}={value} and {key}={dials[key]} set the same parameter; leave one of them out")

@@ -99,7 +99,7 @@ class RewardFunction(NamedTuple):
             if parameter.kind is parameter.POSITIONAL_ONLY or (parameter.default is parameter.empty and not given):
                 raise TypeError(
                     f"nothing gives its parameter {name!r} a value; known are {', '.join(known)}, and what "
-                    "reward.terms sets"
+                    f"reward.terms=[{{function: NAME, {name}: VALUE}}] sets"
                 )
         if unknown := [name for name in parameters if name in known or not (takes_any or name in declared)]:
             raise TypeError(f"it has no parameter {unknown[0]!r} to set{did_you_mean(unknown[0], declared)}")

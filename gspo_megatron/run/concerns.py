@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong, and what to do, as `step 7: WHAT: ADVICE`."""
+    """What is wrong, and what to do, as `step 7, RULE: WHAT: ADVICE`."""
 
     what: str
     advice: str
@@ -140,10 +140,29 @@ def _flat(seen: Seen) -> Fault | None:
 def _clipped(seen: Seen) -> Fault | None:
     if not (share := seen.row["clip_fraction"]) > CLIPPED:
         return None
+    far, limit = _number(seen.row.get("kl/old")), seen.guards.kl_old
+    if limit and far is not None and far > limit:
+        # A wider band would let the policy move even further.
+        advice = f"the updates are too large for any band, as kl/old={far:.3g} tells; lower optimizer.lr"
+    else:
+        advice = (
+            "the band is too narrow for these updates; widen algorithm.clip_low and algorithm.clip_high, or lower "
+            "optimizer.lr"
+        )
     return Fault(
-        f"the clip removes the gradient of {share:.0%} of the tokens",
-        "the band is too narrow for these updates; widen algorithm.clip_low and algorithm.clip_high, or lower "
-        "optimizer.lr or algorithm.updates_per_rollout",
+        f"the clip removes the gradient of {share:.0%} of the tokens, more than a third",
+        f"{advice} or algorithm.updates_per_rollout",
+    )
+
+
+def _shifted(seen: Seen) -> Fault | None:
+    weight, low = _number(seen.row.get("router/shift_weight")), seen.algorithm.variant.clip.parameters().get("low")
+    if weight is None or low is None or not 1 - weight > low:
+        return None
+    return Fault(
+        f"router/shift_weight is {weight:.4g}: the routers' shift alone lowers ratios by more than clip_low={low:g}",
+        "how far routers moved then decides what is clipped; widen algorithm.clip_low, or use "
+        "algorithm.routing_replay=R2 in place of algorithm.router_shift_floor",
     )
 
 
@@ -179,6 +198,7 @@ RULES: tuple[Rule, ...] = (
     Check("clip_fraction", _clipped),
     Check("first_update_noise", _noisy),
     Check("failed_rewards", _unscored),
+    Check("router_shift", _shifted),
     Limit(
         "ratio_noise",
         "ratio/first_update_noise",
@@ -218,6 +238,13 @@ RULES: tuple[Rule, ...] = (
         "sampler/far_fraction",
         "the sampler draws from another distribution than the policy, which came before collapse in arXiv 2510.11370; "
         "use algorithm.correction, algorithm.routing_replay or precision.dtype=fp32",
+    ),
+    Limit(
+        "left_out",
+        "sampler/left_out_fraction",
+        "the correction leaves out most of what was sampled, and little is learned; widen its bounds "
+        "(algorithm.dials.correction), use one that caps weights, such as token_tis, or bring the sampler nearer to "
+        "the policy: precision.dtype=fp32, algorithm.routing_replay=R3",
     ),
 )
 ALWAYS_STOPS = ("ratio_noise",)
@@ -260,6 +287,6 @@ class Concerns:
             self.streaks[rule.name] = streak
             if stops or streak == 1 or streak % STEPS_A_WARNING == 0:
                 before = f", as in the {plural(streak - 1, 'step')} before" if streak > 1 else ""
-                text = f"step {row['step']}: {fault.what}{before}: {fault.advice}"
+                text = f"step {row['step']}, {rule.name}: {fault.what}{before}: {fault.advice}"
                 found.append(Concern(rule.name, text, stops))
         return found

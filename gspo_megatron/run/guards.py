@@ -31,6 +31,11 @@ WINDOW, FEWEST = 20, 5
 MOST_SKIPPED = 20
 """Updates skipped in a row before the run stops, since it no longer learns."""
 
+NONFINITE = (
+    ". Lower optimizer.lr or use precision.dtype=fp32; guards.grad_norm_spike skips updates far above the usual norm, "
+    "and guards.on_nonfinite=skip those without a number"
+)
+
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -38,6 +43,7 @@ class Objection(NamedTuple):
     reason: str
     action: str
     """stop or skip."""
+    advice: str = ""
 
 
 class Guards:
@@ -80,9 +86,9 @@ class Guards:
         usual = statistics.median(self.grad_norms) if len(self.grad_norms) >= FEWEST else math.inf
         self.objection = None
         if not loss_is_finite:
-            self.objection = Objection("the loss is not finite", g.on_nonfinite)
+            self.objection = Objection("the loss is not finite", g.on_nonfinite, NONFINITE)
         elif not math.isfinite(grad_norm):
-            self.objection = Objection("the gradient is not finite", g.on_nonfinite)
+            self.objection = Objection("the gradient is not finite", g.on_nonfinite, NONFINITE)
         elif has_gradient and grad_norm == 0:
             reason = (
                 "the gradient is 0 although advantages are not: something in this process has switched gradients off "
@@ -112,7 +118,9 @@ class Guards:
         if objection:
             path = self.keep(file, rows())
             if objection.action == "stop":
-                raise GuardError(f"{update}: {objection.reason}; the update was not applied; its data is in {path}")
+                raise GuardError(
+                    f"{update}: {objection.reason}; the update was not applied; its data is in {path}{objection.advice}"
+                )
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise GuardError(
                     f"{update}: {objection.reason}; {MOST_SKIPPED} updates in a row were skipped, so the run no "

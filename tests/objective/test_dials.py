@@ -153,6 +153,7 @@ def test_its_loss_and_gradient_are_those_of_its_equation():
         ("mine", {"clip": "gat"}, r"clip 'gat' is unknown; did you mean 'gate'\? Known: ppo, .*gate"),
         ("grpo", {"aggregate": "fixed_length"}, r"aggregate 'fixed_length' needs aggregate.length: no default"),
         ("gspo", {"aggregate": "token_mean"}, r"would weight it by the length .* as the row 'luspo' does on purpose"),
+        ("gspo", {"dials": {"correction.cap": 2}}, r"It has: none; algorithm.correction chooses .* it: token_tis, seq"),
         ("gspo", {"dials": {"aggregate.length": 8}}, r"aggregate 'sequence_mean' has no parameter 'length'"),
     ],
 )

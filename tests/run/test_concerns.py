@@ -53,15 +53,40 @@ def said(clip_fractions: list[float], flat: float = 0.0) -> list[str]:
 def test_a_clip_band_that_is_too_narrow() -> None:
     assert said([0.0, 0.33, math.nan]) == []
     first, second, again = said([0.4] * 25 + [0.1, 0.5])
-    assert "step 1: the clip removes the gradient of 40% of the tokens: the band is too narrow" in first
+    assert "step 1, clip_fraction: the clip removes the gradient of 40% of the tokens, more than a third: the" in first
     assert "algorithm.clip_low and algorithm.clip_high" in first
     assert "step 20" in second and "as in the 19 steps before" in second
-    assert "step 27: the clip removes the gradient of 50%" in again
+    assert "step 27, clip_fraction: the clip removes the gradient of 50%" in again
+
+
+def test_a_band_is_not_to_be_widened_where_the_updates_are_too_large() -> None:
+    row = QUIET | {"step": 1, "clip_fraction": 0.5, "kl/old": 6.0}
+    found = {concern.rule: concern.text for concern in concerns_of().of(row, GROUPS)}
+    assert set(found) == {"clip_fraction", "kl_old"}
+    assert "too large for any band, as kl/old=6 tells; lower optimizer.lr" in found["clip_fraction"]
+    assert "widen" not in found["clip_fraction"]
+    (off,) = concerns_of("guards.kl_old=0").of(row, GROUPS)
+    assert "widen algorithm.clip_low" in off.text
+
+
+def test_a_correction_that_leaves_out_most_of_the_data() -> None:
+    [(step, text, _)] = values_of("sampler/left_out_fraction", [None, 0.5, 0.51], concerns_of())
+    assert step == 3 and "left_out: sampler/left_out_fraction is 0.51, above guards.left_out=0.5: the correc" in text
+
+
+def test_routers_whose_shift_alone_reaches_the_band() -> None:
+    shifts: list[float | None] = [None, math.nan, 1 - 2e-4, 1 - 5e-4]
+    [(step, text, _)] = values_of("router/shift_weight", shifts, concerns_of("algorithm.clip_low=3e-4"))
+    assert step == 4 and "router_shift: router/shift_weight is 0.9995: the routers' shift alone lowers" in text
+    assert "ratios by more than clip_low=0.0003: how far" in text
+    assert values_of("router/shift_weight", shifts, concerns_of("algorithm.clip_low=0.2")) == []
+    no_bounds = ("algorithm.variant=vespo", "algorithm.clip_low=null", "algorithm.clip_high=null")
+    assert values_of("router/shift_weight", shifts, concerns_of(*no_bounds)) == []
 
 
 def test_groups_without_a_gradient() -> None:
     (first, second) = said([math.nan] * 20, flat=1.0)
-    assert "step 1: within each group all rewards are equal (in the first of 1: 0.5): every" in first
+    assert "step 1, equal_rewards: within each group all rewards are equal (in the first of 1: 0.5): every" in first
     assert "step 20" in second
 
 
@@ -80,10 +105,10 @@ def test_a_metric_is_held_against_its_limit() -> None:
     stops = ("guards.kl_ref=2", "algorithm.kl_coef=0.1", "guards.stop_on=[kl_ref]")
     found = values_of("kl/ref", [None, math.nan, 2.0, 2.5], concerns_of(*stops))
     assert [(step, stop) for step, _, stop in found] == [(4, True)]
-    assert "step 4: kl/ref is 2.5, above guards.kl_ref=2: the policy has left the reference" in found[0][1]
+    assert "step 4, kl_ref: kl/ref is 2.5, above guards.kl_ref=2: the policy has left the reference" in found[0][1]
     assert values_of("kl/ref", [9.0], concerns_of()) == []
     [(_, text, stop), *more] = values_of("kl/old", [0.5, 0.6] + [0.7] * 20, concerns_of())
-    assert "step 2: kl/old is 0.6, above guards.kl_old=0.5:" in text and not stop
+    assert "step 2, kl_old: kl/old is 0.6, above guards.kl_old=0.5:" in text and not stop
     assert [step for step, *_ in more] == [21]
     [(step, *_)] = values_of("sampler/far_fraction", [0.1, 0.11], concerns_of())
     assert step == 2
@@ -121,7 +146,7 @@ def test_a_rule_that_stops_the_run_keeps_its_step(tmp_path: Path) -> None:
     def stopped(ranks: Ranks) -> str:
         writer = RunWriter(tmp_path, first_step=0) if ranks.is_main else None
         trainer = trainer_of(config, ranks, writer=writer, checkpoints=Shelf(ranks))
-        with pytest.raises(GuardError, match=r"^step 1: kl/old is .*, above guards.kl_old=1e-09: ") as caught:
+        with pytest.raises(GuardError, match=r"^step 1, kl_old: kl/old is .*, above guards.kl_old=1e-09: ") as caught:
             trainer.run()
         return str(caught.value)
 
@@ -144,6 +169,7 @@ def test_a_rule_that_stops_the_run_keeps_its_step(tmp_path: Path) -> None:
         (["guards.length_growth=0.5"], "guards.length_growth=0.5 would object to ordinary steps"),
         (["guards.kl_ref=1"], "guards.kl_ref=1.0 has no effect with algorithm.kl_coef=0"),
         (["guards.sampler_far=0.2", "algorithm.old_log_probs=rollout"], "guards.sampler_far=0.2 has no effect"),
+        (["guards.left_out=0.9"], "guards.left_out=0.9 has no effect without algorithm.correction"),
     ],
 )
 def test_limits_that_cannot_act(settings: list[str], message: str) -> None:
@@ -183,7 +209,7 @@ def test_the_noise_of_the_samplers_log_probs_is_compared_with_the_clip_band() ->
         return [text for text in notebook.warnings if "ratios differ" in text]
 
     [text] = warned(RoundingSampler, "algorithm.clip_low=3e-4", "algorithm.clip_high=4e-4")
-    assert "step 1: before its first update, ratios differ from 1 by up to 2.0e-02, 58 times the clip range" in text
+    assert "step 1, first_update_noise: before its first update, ratios differ from 1 by up to 2.0e-02, 58 ti" in text
     assert "(low 0.0003, high 0.0004" in text and "old_log_probs=rollout takes the old log-probs from" in text
     assert warned(RoundingSampler, "algorithm.clip_low=0.2", "algorithm.clip_high=0.2") == []
     assert warned(TableSampler, "algorithm.clip_low=3e-4", "algorithm.clip_high=4e-4") == []

@@ -326,7 +326,7 @@ def test_ratios_that_do_not_start_at_one(tmp_path: Path) -> None:
     started(config_of(f"run.dir={tmp_path}"), OneRank(), Shifted(OneRank())).run()
     config = config_of(f"run.dir={tmp_path}", "guards.ratio_noise=5e-4")
     with pytest.raises(
-        GuardError, match=r"^step 1: ratio/first_update_noise is 0.001, above guards.ratio_noise=0.0005"
+        GuardError, match=r"^step 1, ratio_noise: ratio/first_update_noise is 0.001, above guards.ratio_noise=0.0005"
     ):
         started(config, OneRank(), Shifted(OneRank())).run()
 

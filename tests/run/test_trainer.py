@@ -305,8 +305,8 @@ def test_equal_rewards_teach_nothing_say_so_and_go_on(function: str) -> None:
         assert all(row["grad_norm"] == 0 for row in rows[1:])
         assert torch.equal(policy_of(trainer).logits_VV, before)
         first, *later = warnings_of(trainer)
-        assert "step 1: within each group all rewards are equal (in the first of 8: 3)" in first
-        assert [warning.partition(":")[0] for warning in later] == ["step 20", "step 40"]
+        assert "step 1, equal_rewards: within each group all rewards are equal (in the first of 8: 3)" in first
+        assert [warning.partition(":")[0] for warning in later] == ["step 20, equal_rewards", "step 40, equal_rewards"]
         assert "as in the 19 steps before" in later[0]
     else:
         assert rows[1]["groups/zero_variance_fraction"] < 1
