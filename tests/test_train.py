@@ -139,11 +139,11 @@ def test_a_run_that_a_guard_stops_says_what_there_is_to_continue_from(tmp_path: 
     stops = ("train.steps=2", "guards.stop_on=[equal_rewards]")  # which an untrained model gets
     saved = tmp_path / "checkpoints"
     stopped = command(*run, *stops)
-    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 1: " in stopped.stderr
+    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 1, equal_rewards: " in stopped.stderr
     assert f"this run had saved no checkpoint in {saved}, so checkpoint.load=latest would start" in stopped.stderr
     assert command(*run, "train.steps=1").returncode == 0
     stopped = command(*run, *stops)
-    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 2: " in stopped.stderr
+    assert stopped.returncode == STOPPED_BY_GUARD and "GuardError: step 2, equal_rewards: " in stopped.stderr
     assert stopped.stderr.rstrip().endswith(f"the newest checkpoint of this run is {saved / 'step_000001'}")
 
 
