@@ -102,6 +102,7 @@ def test_an_update_that_is_not_finite_stops_all_replicas_before_it(change: Chang
     for message, policy in Replicas(2).run(stopped):
         path = tmp_path / "guards" / "step_000002_update_002.jsonl"
         assert message.startswith(f"step 2, update 2: {what} is not finite;") and str(path) in message
+        assert message.endswith("guards.on_nonfinite=skip those without a number")
         assert torch.equal(policy.tables[-1], policy.tables[-2]) and policy.logits_VV.isfinite().all()
     kept = read(path)
     # Of 4 groups of 4; one of them has equal rewards, so it stayed out of the update.
