@@ -50,15 +50,17 @@ KINDS = {
     "level": ("Levels", "What has a ratio, with the token's $w_t$ = pi(y_t) / pi_old(y_t)."),
     "clip": (
         "Clips and gates",
-        'Each token\'s term, to be maximised. "Weight: w" stands for sg[w] A log pi(y_t): a policy gradient whose '
-        "weight has no gradient. p and p_old are the token's probabilities, where a ratio is p / p_old.",
+        """\
+Each token's term, to be maximised. "Weight: w" stands for sg[w] A log pi(y_t): a policy gradient whose weight has no
+gradient. p and p_old are the token's probabilities, whose ratio is p / p_old.""",
     ),
     "aggregate": ("Aggregates", "Which mean over the tokens of an update."),
     "baseline": (
         "Baselines",
-        "`algorithm.advantage`: rewards become advantages, within a group or over the step. std is the sample's, which "
-        "divides by one less than the number of rewards, and no epsilon is added to it. Where all rewards agree to six "
-        "digits, advantages are 0. (`reward/std` of the metrics describes a step, and divides by the number.)",
+        """\
+`algorithm.advantage`: rewards become advantages, within a group or over the step. std is the sample's, which divides by
+one less than the number of rewards, and no epsilon is added to it. Where all rewards agree to six digits, advantages
+are 0. (`reward/std` of the metrics describes a step, and divides by the number.)""",
     ),
 }
 """Heading and text of each kind of dial that rows have."""
