@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 GRACE_S = 20.0
 """For the program after SIGTERM, and for processes that it leaves behind to clean up."""
@@ -42,7 +43,8 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Watched:
-    """A running program. `environment`: variables besides those of this process. `gpus`: numbers of those that it
+    """A running program. `environment`: variables besides those of this process, and `usual`: where this one has none
+    of the name. `gpus`: numbers of those that it
     sees; None: as this process. `grace_s`: to end by itself. `niceness`: how far it steps back for others that want
     its cores. `scratch`: a variable that names it a folder of its own, which is removed when it has ended. `modules`:
     a folder that it imports from before those of PYTHONPATH. Its output goes to `log`, after what is there."""
@@ -53,6 +55,7 @@ class Watched:
         *,
         log: Path,
         environment: Mapping[str, str],
+        usual: Mapping[str, str] = MappingProxyType({}),
         gpus: Sequence[int] | None = None,
         grace_s: float = GRACE_S,
         niceness: int = 0,
@@ -68,7 +71,7 @@ class Watched:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**own, **environment, **seen, **_python_path(modules)},
+                env={**usual, **own, **environment, **seen, **_python_path(modules)},
                 start_new_session=True,
             )
 

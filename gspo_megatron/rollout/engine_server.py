@@ -43,6 +43,8 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_CI_ENV": "1",
 }
+CACHE = "VLLM_CACHE_ROOT"
+"""What vLLM has found out about a model, and compiled for a GPU: for all runs, if the user has set it."""
 SCRATCH = "TMPDIR"
 """vLLM leaves sockets and folders there."""
 POLL_S = 0.1
@@ -108,13 +110,9 @@ class ServerSettings:
         named = [text for name, value in sizes.items() for text in (name, str(value))]
         return [*named, *memory, *place, *OPTIONS, *self.draw, *self.arguments]
 
-    def environment(self, token: str, cache: Path) -> dict[str, str]:
+    def environment(self, token: str) -> dict[str, str]:
         """Variables of the server besides those of this process."""
-        own = {
-            "OMP_NUM_THREADS": str(self.threads),
-            "VLLM_API_KEY": token,
-            "VLLM_CACHE_ROOT": str(cache),
-        }
+        own = {"OMP_NUM_THREADS": str(self.threads), "VLLM_API_KEY": token}
         return {**ENVIRONMENT, **({} if self.gpus else ON_CPU), **own}
 
 
@@ -179,7 +177,8 @@ class EngineServer:
         self._program = Watched(
             s.command(port),
             log=self.log,
-            environment=s.environment(self.token, self.log.parent / "cache"),
+            environment=s.environment(self.token),
+            usual={CACHE: str(self.log.parent / "cache")},
             gpus=s.gpus or None,
             niceness=0 if s.gpus else NICENESS_ON_CPU,
             scratch=SCRATCH,

@@ -51,7 +51,7 @@ def test_settings_reach_the_server() -> None:
     told |= {"--tensor-parallel-size": "2", "--kv-cache-memory-bytes": str(2 << 30), "--port": "8123"}
     told |= {"--host": "127.0.0.1"}
     assert {name: after(command, name) for name in told} == told
-    assert settings.environment("secret", Path("cache"))["OMP_NUM_THREADS"] == "3"
+    assert settings.environment("secret")["OMP_NUM_THREADS"] == "3"
     assert settings.start_timeout_s == 5
     # A GPU's memory is vLLM's to divide, and it has graphs.
     on_gpu = dataclasses.replace(settings, cache_gib=0).on((4, 5)).command(1)

@@ -25,7 +25,7 @@ else:
         child.kill()
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
-print(os.getpid(), child.pid, os.environ.get("OWN"), os.environ.get("RANK"), flush=True)
+print(os.getpid(), child.pid, *(os.environ.get(name) for name in ("OWN", "SET", "NEW", "RANK")), flush=True)
 time.sleep(1000)
 """
 """A program with a child, as servers have."""
@@ -56,11 +56,14 @@ def alive(pid: int) -> bool:
 
 
 def test_it_runs_in_its_own_environment_and_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "OWN": "no", "SET": "here"}.items():
+        monkeypatch.setenv(name, value)
     log = tmp_path / "new" / "program.log"
-    program = Watched([sys.executable, "-c", FAMILY], log=log, environment={"OWN": "yes"})
-    pid, child, own, rank = started(log)
-    assert (own, rank) == ("yes", "None"), "what torchrun tells a rank is not for the program"
+    usual = {"SET": "elsewhere", "NEW": "usual"}
+    program = Watched([sys.executable, "-c", FAMILY], log=log, environment={"OWN": "yes"}, usual=usual)
+    pid, child, own, kept, new, rank = started(log)
+    assert (own, kept, new) == ("yes", "here", "usual")
+    assert rank == "None", "what torchrun tells a rank is not for the program"
     assert program.status() is None
     program.end()
     assert program.status() is not None

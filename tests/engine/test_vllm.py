@@ -86,8 +86,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         order = {"folder": str(base / family / "hf" / "step_000001"), "output": str(base / f"{family}.jsonl")}
         orders.append(order | {"prompts": prompts, "options": OPTIONS.get(family, {})})
     (base / "orders.json").write_text(json.dumps(orders))
-    # Its caches are in the folder that pytest removes.
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(base / "cache")}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.vllm_answers", str(base / "orders.json")]
     done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=240 * time_factor())
     (base / "vllm.log").write_text(done.stdout + done.stderr)
